@@ -1,0 +1,242 @@
+// Vectors of the instruction set this file is compiled for, loads and stores of the three activation types,
+// exp, and dropout's random lanes. Everything is inlined and lives in the instruction set's own namespace: a
+// function that the linker could share between instruction sets would crash older processors, so kernels use
+// no templates or inline functions of the standard library that have linkage (a test looks for weak symbols).
+#pragma once
+#include <omp.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "../philox.h"
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#ifndef FASTBERT_ISA
+#error "FASTBERT_ISA names the instruction set's namespace: compile through setup.py"
+#endif
+
+#define FASTBERT_INLINE static inline __attribute__((always_inline))
+
+namespace fastbert {
+namespace FASTBERT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float vfloat __attribute__((vector_size(kLanes * 4)));
+typedef int32_t vint __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t vuint __attribute__((vector_size(kLanes * 4)));
+typedef uint64_t vulong __attribute__((vector_size(kLanes * 4)));  // kLanes / 2 wide numbers
+typedef uint16_t vushort __attribute__((vector_size(kLanes * 2)));
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+FASTBERT_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTBERT_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+FASTBERT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+FASTBERT_INLINE vfloat splat(float x) { return x - vfloat{}; }
+FASTBERT_INLINE vint splat(int32_t x) { return x - vint{}; }
+FASTBERT_INLINE vuint splat(uint32_t x) { return x - vuint{}; }
+FASTBERT_INLINE vfloat as_float(vuint x) { return (vfloat)x; }
+FASTBERT_INLINE vuint as_uint(vfloat x) { return (vuint)x; }
+FASTBERT_INLINE vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }  // b where either is NaN
+FASTBERT_INLINE vfloat min(vfloat a, vfloat b) { return a < b ? a : b; }  // b where either is NaN
+
+// ---- loads and stores: T is float, bf16 or f16; registers hold float32
+// -------------------------------------------
+
+FASTBERT_INLINE vfloat load(const float* p) {
+  vfloat v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+FASTBERT_INLINE vfloat load(const bf16* p) {
+  vushort half;
+  memcpy(&half, p, sizeof half);
+  return as_float(__builtin_convertvector(half, vuint) << 16);
+}
+
+FASTBERT_INLINE vfloat load(const f16* p) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (vfloat)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vfloat v;
+  for (int i = 0; i < kLanes; ++i) {
+    _Float16 h;
+    memcpy(&h, p + i, sizeof h);
+    v[i] = static_cast<float>(h);
+  }
+  return v;
+#endif
+}
+
+FASTBERT_INLINE void store(float* p, vfloat v) { memcpy(p, &v, sizeof v); }
+
+// Upper half after rounding to nearest, ties to even; NaN keeps its sign and becomes quiet.
+FASTBERT_INLINE void store(bf16* p, vfloat v) {
+#if defined(__AVX512BF16__)
+  const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+  memcpy(p, &half, sizeof half);
+#else
+  const vuint bits = as_uint(v);
+  const vuint rounded = bits + 0x7FFF + ((bits >> 16) & 1);
+  const vuint quiet = bits | 0x00400000;
+  const vushort half = __builtin_convertvector((v == v ? rounded : quiet) >> 16, vushort);
+  memcpy(p, &half, sizeof half);
+#endif
+}
+
+FASTBERT_INLINE void store(f16* p, vfloat v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    const _Float16 h = static_cast<_Float16>(v[i]);
+    memcpy(p + i, &h, sizeof h);
+  }
+#endif
+}
+
+// The first n < kLanes elements; the other lanes read as `fill`.
+template <typename T>
+FASTBERT_INLINE vfloat load_n(const T* p, int64_t n, float fill = 0.f) {
+  T part[kLanes];
+  memset(part, 0, sizeof part);
+  memcpy(part, p, n * sizeof(T));
+  vfloat v = load(part);
+  for (int64_t i = n; i < kLanes; ++i) v[i] = fill;
+  return v;
+}
+
+template <typename T>
+FASTBERT_INLINE void store_n(T* p, vfloat v, int64_t n) {
+  T part[kLanes];
+  store(part, v);
+  memcpy(p, part, n * sizeof(T));
+}
+
+// ---- arithmetic
+// ---------------------------------------------------------------------------------------------------
+
+// Halves added pairwise: the same order on every run.
+FASTBERT_INLINE float reduce_add(vfloat v) {
+  float x[kLanes];
+  store(x, v);
+  for (int width = kLanes / 2; width >= 1; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  return x[0];
+}
+
+FASTBERT_INLINE float reduce_max(vfloat v) {
+  float x[kLanes];
+  store(x, v);
+  for (int width = kLanes / 2; width >= 1; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] = x[i] > x[i + width] ? x[i] : x[i + width];
+  return x[0];
+}
+
+// e^x within 1 ULP or so over the whole range: 0 below -104, inf above 88.73, NaN stays NaN. x = n ln 2 + r,
+// a polynomial in r, and 2^n applied in two factors so that subnormal and largest results come out right.
+FASTBERT_INLINE vfloat exp(vfloat x) {
+  x = x < -104.f ? splat(-104.f) : x;
+  x = x > 89.f ? splat(89.f) : x;
+  const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+  vfloat n = x * 1.44269504f + magic;
+  const vint whole = (vint)n - 0x4B400000;
+  n -= magic;
+  vfloat r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vfloat p = splat(1.3814539e-3f);
+  p = p * r + 8.3687454e-3f;
+  p = p * r + 4.1668389e-2f;
+  p = p * r + 0.16666521f;
+  p = p * r + 0.49999994f;
+  p = p * r + 1.f;
+  p = p * r + 1.f;
+  const vint half = whole >> 1;
+  return p * (vfloat)((half + 127) << 23) * (vfloat)((whole - half + 127) << 23);
+}
+
+// ---- dropout
+// ------------------------------------------------------------------------------------------------------
+
+FASTBERT_INLINE vulong multiply_wide(vulong a, uint32_t b) {  // low words of a, times b, in full
+#if defined(__AVX512F__)
+  return (vulong)_mm512_maskz_mul_epu32(0xFF, (__m512i)a, _mm512_set1_epi64(b));
+#elif defined(__AVX2__)
+  return (vulong)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#elif defined(__x86_64__)
+  return (vulong)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
+#else
+  return (a & 0xFFFFFFFFu) * b;
+#endif
+}
+
+constexpr int kDropoutBlock = kLanes * 4;  // lanes written at a time: kLanes / 2 counters of eight lanes
+
+// Random 16-bit lanes for counters (first, c1, c2, c3), (first + 1, c1, c2, c3), ...: eight per counter, in
+// order. Writes `counters * 8` lanes rounded up to a multiple of kDropoutBlock.
+FASTBERT_INLINE void dropout_lanes(uint64_t seed, uint32_t first, uint32_t c1, uint32_t c2, uint32_t c3,
+                                   int64_t counters, uint16_t* lanes) {
+  constexpr int width = kLanes / 2;
+  vulong step;
+  for (int i = 0; i < width; ++i) step[i] = i;
+  for (int64_t done = 0; done < counters; done += width, lanes += 8 * width) {
+    vulong a = step + (first + static_cast<uint64_t>(done)), b = c1 - vulong{}, c = c2 - vulong{},
+           d = c3 - vulong{};
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      const vulong p0 = multiply_wide(a, kPhiloxM0), p1 = multiply_wide(c, kPhiloxM1);
+      a = (p1 >> 32) ^ b ^
+          static_cast<uint64_t>(k0);  // upper halves hold rubbish that multiply_wide never reads
+      c = (p0 >> 32) ^ d ^ static_cast<uint64_t>(k1);
+      b = p1;
+      d = p0;
+      k0 += kPhiloxW0;
+      k1 += kPhiloxW1;
+    }
+    const vulong low = 0xFFFFFFFFull - vulong{};
+    const vulong words01 = (a & low) | (b << 32), words23 = (c & low) | (d << 32);
+    for (int i = 0; i < width; ++i) {
+      const uint64_t pair[2] = {words01[i], words23[i]};
+      memcpy(lanes + 8 * i, pair, sizeof pair);
+    }
+  }
+}
+
+// 1 where the element is kept, 0 where it is dropped, as a mask for blends: kept where lane >= t.
+FASTBERT_INLINE vint kept(const uint16_t* lanes, uint32_t t) {
+  vushort v;
+  memcpy(&v, lanes, sizeof v);
+  return __builtin_convertvector(v, vint) >= static_cast<int32_t>(t);
+}
+
+// What a kept element is multiplied by; 0 where everything is dropped.
+FASTBERT_INLINE float dropout_scale(uint32_t t) {
+  return t < 65536 ? 65536.f / static_cast<float>(65536 - t) : 0.f;
+}
+
+}  // namespace FASTBERT_ISA
+}  // namespace fastbert

@@ -1,0 +1,89 @@
+// What every CPU kernel takes: raw addresses and sizes, nothing of torch. The sources of this folder are
+// compiled once per instruction set, each time into a namespace of that name; `table.cpp` collects the
+// addresses, and `bindings_cpu.cpp` picks one table when the module is loaded.
+//
+// Letters: M rows, N columns, T packed tokens, B sequences, H heads, D head size, V table rows, R touched
+// rows. `threads` is the number of threads to use; results never depend on it.
+#pragma once
+#include <cstdint>
+
+namespace fastbert {
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+struct Gelu {        // y = gelu(x + bias); backward: dx and dbias
+  const void* x;     // [M, N] dtype
+  const void* bias;  // [N] bias_dtype, or null
+  const void* dy;    // [M, N] dtype; backward only
+  void* out;         // [M, N] dtype: y forward, dx backward
+  void* dbias;       // [N] bias_dtype; backward only, null without bias
+  float* scratch;    // [gelu_scratch_rows(M), N]; backward with bias only
+  int64_t rows, columns;
+  DType dtype, bias_dtype;
+  bool tanh_form;
+  int threads;
+};
+
+struct LayerNorm {        // z = residual + dropout(x); y = (z - mean) * rstd * weight + bias
+  const void* x;          // [M, N] dtype; backward: z (or x, when nothing was added or dropped)
+  const void* residual;   // [M, N] dtype, or null; forward only
+  const void* weight;     // [N] weight_dtype
+  const void* bias;       // [N] weight_dtype; forward only
+  const void* dy;         // [M, N] dtype; backward only
+  void* y;                // [M, N] dtype: y forward, dz backward
+  void* z;                // [M, N] dtype: z forward, dx backward; null when not wanted
+  float *mean, *rstd;     // [M]
+  void *dweight, *dbias;  // [N] weight_dtype; backward only
+  float* scratch;         // [2, layer_norm_scratch_rows(M), N]; backward only
+  int64_t rows, columns;
+  float eps;
+  uint32_t drop_below;  // t of the dropout contract: an element is kept where its lane >= t; 0 drops nothing
+  uint64_t seed;
+  DType dtype, weight_dtype;
+  int threads;
+};
+
+struct Attention {            // packed sequences; element strides of the token dimension, heads D apart
+  const void *q, *k, *v;      // [T, H, D] dtype
+  const void *out, *dout;     // [T, H, D] dtype contiguous; backward only
+  void* result;               // [T, H, D] dtype contiguous: out; forward only
+  float* lse;                 // [T, H]: log of the sum of exp(scores), -inf where no key is visible
+  void *dq, *dk, *dv;         // [T, H, D] dtype contiguous; backward only
+  const int32_t* cu_seqlens;  // [B + 1]
+  int64_t q_stride, k_stride, v_stride;  // elements between tokens
+  int64_t tokens, sequences, heads, head_dim;
+  int64_t window_left, window_right;  // key j is visible to query i where i - left <= j <= i + right
+  float scale;
+  uint32_t drop_below;
+  uint64_t seed;
+  DType dtype;
+  int threads;
+};
+
+struct LazyAdam {               // see lazy_adam.cpp for the formula
+  void* param;                  // [V, D] dtype
+  float *exp_avg, *exp_avg_sq;  // [V, D]
+  float* max_exp_avg_sq;        // [V, D], or null
+  int32_t* row_steps;           // [V], or null: bias correction counts this parameter's steps
+  const int64_t* rows;          // [R], duplicates allowed; null: every row once
+  const void* grad;             // [R, D] grad_dtype where rows index it by position, else [V, D]
+  int64_t table_rows, touched, columns;
+  DType dtype, grad_dtype;
+  double lr, step, beta1, beta2, eps, weight_decay;
+  uint64_t seed;
+  int64_t flags;
+  int threads;
+};
+
+struct Kernels {
+  void (*gelu_forward)(const Gelu&);
+  void (*gelu_backward)(const Gelu&);
+  void (*layer_norm_forward)(const LayerNorm&);
+  void (*layer_norm_backward)(const LayerNorm&);
+  void (*attention_forward)(const Attention&);
+  void (*attention_backward)(const Attention&);
+  void (*lazy_adam_step)(const LazyAdam&);
+  void (*philox)(uint64_t seed, const uint32_t counter[4], uint32_t words[4]);
+};
+
+}  // namespace fastbert

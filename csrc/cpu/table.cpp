@@ -1,0 +1,27 @@
+// The addresses of one instruction set's kernels.
+#include "common.h"
+
+namespace fastbert {
+namespace FASTBERT_ISA {
+
+void gelu_forward(const Gelu&);
+void gelu_backward(const Gelu&);
+void layer_norm_forward(const LayerNorm&);
+void layer_norm_backward(const LayerNorm&);
+void attention_forward(const Attention&);
+void attention_backward(const Attention&);
+void lazy_adam_step(const LazyAdam&);
+
+// One counter through the same vectors that dropout uses, for the known-answer test.
+static void philox(uint64_t seed, const uint32_t counter[4], uint32_t words[4]) {
+  uint16_t lanes[kDropoutBlock];
+  dropout_lanes(seed, counter[0], counter[1], counter[2], counter[3], 1, lanes);
+  memcpy(words, lanes, 16);
+}
+
+extern const Kernels kernels;
+const Kernels kernels = {gelu_forward,      gelu_backward,      layer_norm_forward, layer_norm_backward,
+                         attention_forward, attention_backward, lazy_adam_step,     philox};
+
+}  // namespace FASTBERT_ISA
+}  // namespace fastbert
