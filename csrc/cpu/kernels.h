@@ -7,9 +7,22 @@
 #pragma once
 #include <cstdint>
 
+#if defined(__x86_64__)
+#define FASTBERT_FOR_EACH_ISA(X) X(sse2) X(avx2) X(avx512) X(avx512_bf16)  // worst first, as in setup.py
+#else
+#define FASTBERT_FOR_EACH_ISA(X) X(baseline)
+#endif
+
 namespace fastbert {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+// Column sums over M rows are added up in so many chunks, whatever the number of threads, and the chunks in
+// order: the rows of scratch that the backward kernels of gelu and layer_norm need.
+static inline int64_t reduction_chunks(int64_t rows) {
+  const int64_t chunks = (rows + 31) / 32;
+  return chunks < 64 ? chunks : 64;
+}
 
 struct Gelu {        // y = gelu(x + bias); backward: dx and dbias
   const void* x;     // [M, N] dtype
@@ -17,7 +30,7 @@ struct Gelu {        // y = gelu(x + bias); backward: dx and dbias
   const void* dy;    // [M, N] dtype; backward only
   void* out;         // [M, N] dtype: y forward, dx backward
   void* dbias;       // [N] bias_dtype; backward only, null without bias
-  float* scratch;    // [gelu_scratch_rows(M), N]; backward with bias only
+  float* scratch;    // [reduction_chunks(M), N]; backward with bias only
   int64_t rows, columns;
   DType dtype, bias_dtype;
   bool tanh_form;
@@ -34,7 +47,7 @@ struct LayerNorm {        // z = residual + dropout(x); y = (z - mean) * rstd * 
   void* z;                // [M, N] dtype: z forward, dx backward; null when not wanted
   float *mean, *rstd;     // [M]
   void *dweight, *dbias;  // [N] weight_dtype; backward only
-  float* scratch;         // [2, layer_norm_scratch_rows(M), N]; backward only
+  float* scratch;         // [2, reduction_chunks(M), N]; backward only
   int64_t rows, columns;
   float eps;
   uint32_t drop_below;  // t of the dropout contract: an element is kept where its lane >= t; 0 drops nothing

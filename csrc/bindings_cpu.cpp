@@ -1,0 +1,204 @@
+// The module fastbert._cpu: addresses and sizes in, the kernels of one instruction set behind.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+
+namespace fastbert {
+
+#define FASTBERT_DECLARE(isa)   \
+  namespace isa {               \
+  extern const Kernels kernels; \
+  }
+FASTBERT_FOR_EACH_ISA(FASTBERT_DECLARE)
+
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  const Kernels* kernels;
+};
+
+// Worst first.
+const InstructionSet kCompiled[] = {
+#define FASTBERT_ENTRY(isa) {#isa, &isa::kernels},
+    FASTBERT_FOR_EACH_ISA(FASTBERT_ENTRY)};
+
+bool runs_here(const std::string& name) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (name == "avx2") return avx2;
+  if (name == "avx512") return avx512;
+  if (name == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  return name == "sse2" || name == "baseline";
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const InstructionSet& set : kCompiled)
+    if (runs_here(set.name)) names.emplace_back(set.name);
+  return names;
+}
+
+const InstructionSet* find(const std::string& name) {
+  for (const InstructionSet& set : kCompiled)
+    if (name == set.name && runs_here(name)) return &set;
+  return nullptr;
+}
+
+const InstructionSet* selected = find(instruction_sets().back());
+
+void use(const std::string& name) {
+  const InstructionSet* set = find(name);
+  if (!set) {
+    std::string known;
+    for (const std::string& each : instruction_sets()) known += (known.empty() ? "" : ", ") + each;
+    throw std::invalid_argument("instruction set '" + name + "' cannot run here: expected one of " + known);
+  }
+  selected = set;
+}
+
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void gelu_forward(uintptr_t x, uintptr_t bias, uintptr_t y, int64_t rows, int64_t columns, int dtype,
+                  int bias_dtype, bool tanh_form, int threads) {
+  Gelu a{};
+  a.x = at<void>(x), a.bias = at<void>(bias), a.out = at<void>(y);
+  a.rows = rows, a.columns = columns;
+  a.dtype = DType(dtype), a.bias_dtype = DType(bias_dtype), a.tanh_form = tanh_form, a.threads = threads;
+  selected->kernels->gelu_forward(a);
+}
+
+void gelu_backward(uintptr_t dy, uintptr_t x, uintptr_t bias, uintptr_t dx, uintptr_t dbias,
+                   uintptr_t scratch, int64_t rows, int64_t columns, int dtype, int bias_dtype,
+                   bool tanh_form, int threads) {
+  Gelu a{};
+  a.dy = at<void>(dy), a.x = at<void>(x), a.bias = at<void>(bias), a.out = at<void>(dx),
+  a.dbias = at<void>(dbias);
+  a.scratch = at<float>(scratch);
+  a.rows = rows, a.columns = columns;
+  a.dtype = DType(dtype), a.bias_dtype = DType(bias_dtype), a.tanh_form = tanh_form, a.threads = threads;
+  selected->kernels->gelu_backward(a);
+}
+
+void layer_norm_forward(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t bias, uintptr_t y,
+                        uintptr_t z, uintptr_t mean, uintptr_t rstd, int64_t rows, int64_t columns,
+                        double eps, uint32_t drop_below, uint64_t seed, int dtype, int weight_dtype,
+                        int threads) {
+  LayerNorm a{};
+  a.x = at<void>(x), a.residual = at<void>(residual), a.weight = at<void>(weight), a.bias = at<void>(bias);
+  a.y = at<void>(y), a.z = at<void>(z), a.mean = at<float>(mean), a.rstd = at<float>(rstd);
+  a.rows = rows, a.columns = columns, a.eps = static_cast<float>(eps), a.drop_below = drop_below,
+  a.seed = seed;
+  a.dtype = DType(dtype), a.weight_dtype = DType(weight_dtype), a.threads = threads;
+  selected->kernels->layer_norm_forward(a);
+}
+
+void layer_norm_backward(uintptr_t dy, uintptr_t z, uintptr_t weight, uintptr_t mean, uintptr_t rstd,
+                         uintptr_t dz, uintptr_t dx, uintptr_t dweight, uintptr_t dbias, uintptr_t scratch,
+                         int64_t rows, int64_t columns, uint32_t drop_below, uint64_t seed, int dtype,
+                         int weight_dtype, int threads) {
+  LayerNorm a{};
+  a.dy = at<void>(dy), a.x = at<void>(z), a.weight = at<void>(weight), a.mean = at<float>(mean);
+  a.rstd = at<float>(rstd), a.y = at<void>(dz), a.z = at<void>(dx), a.dweight = at<void>(dweight);
+  a.dbias = at<void>(dbias), a.scratch = at<float>(scratch);
+  a.rows = rows, a.columns = columns, a.drop_below = drop_below, a.seed = seed;
+  a.dtype = DType(dtype), a.weight_dtype = DType(weight_dtype), a.threads = threads;
+  selected->kernels->layer_norm_backward(a);
+}
+
+Attention attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t lse, uintptr_t cu_seqlens,
+                    int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t tokens, int64_t sequences,
+                    int64_t heads, int64_t head_dim, int64_t window_left, int64_t window_right, double scale,
+                    uint32_t drop_below, uint64_t seed, int dtype, int threads) {
+  Attention a{};
+  a.q = at<void>(q), a.k = at<void>(k), a.v = at<void>(v), a.lse = at<float>(lse);
+  a.cu_seqlens = at<const int32_t>(cu_seqlens), a.q_stride = q_stride, a.k_stride = k_stride,
+  a.v_stride = v_stride;
+  a.tokens = tokens, a.sequences = sequences, a.heads = heads, a.head_dim = head_dim;
+  a.window_left = window_left, a.window_right = window_right, a.scale = static_cast<float>(scale);
+  a.drop_below = drop_below, a.seed = seed, a.dtype = DType(dtype), a.threads = threads;
+  return a;
+}
+
+void attention_forward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse,
+                       uintptr_t cu_seqlens, int64_t q_stride, int64_t k_stride, int64_t v_stride,
+                       int64_t tokens, int64_t sequences, int64_t heads, int64_t head_dim,
+                       int64_t window_left, int64_t window_right, double scale, uint32_t drop_below,
+                       uint64_t seed, int dtype, int threads) {
+  Attention a = attention(q, k, v, lse, cu_seqlens, q_stride, k_stride, v_stride, tokens, sequences, heads,
+                          head_dim, window_left, window_right, scale, drop_below, seed, dtype, threads);
+  a.result = at<void>(out);
+  selected->kernels->attention_forward(a);
+}
+
+void attention_backward(uintptr_t dout, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse,
+                        uintptr_t dq, uintptr_t dk, uintptr_t dv, uintptr_t cu_seqlens, int64_t q_stride,
+                        int64_t k_stride, int64_t v_stride, int64_t tokens, int64_t sequences, int64_t heads,
+                        int64_t head_dim, int64_t window_left, int64_t window_right, double scale,
+                        uint32_t drop_below, uint64_t seed, int dtype, int threads) {
+  Attention a = attention(q, k, v, lse, cu_seqlens, q_stride, k_stride, v_stride, tokens, sequences, heads,
+                          head_dim, window_left, window_right, scale, drop_below, seed, dtype, threads);
+  a.dout = at<void>(dout), a.out = at<void>(out), a.dq = at<void>(dq), a.dk = at<void>(dk),
+  a.dv = at<void>(dv);
+  selected->kernels->attention_backward(a);
+}
+
+void lazy_adam_step(uintptr_t param, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t max_exp_avg_sq,
+                    uintptr_t row_steps, uintptr_t rows, uintptr_t grad, int64_t table_rows, int64_t touched,
+                    int64_t columns, int dtype, int grad_dtype, double lr, double step, double beta1,
+                    double beta2, double eps, double weight_decay, uint64_t seed, int64_t flags,
+                    int threads) {
+  LazyAdam a{};
+  a.param = at<void>(param), a.exp_avg = at<float>(exp_avg), a.exp_avg_sq = at<float>(exp_avg_sq);
+  a.max_exp_avg_sq = at<float>(max_exp_avg_sq), a.row_steps = at<int32_t>(row_steps);
+  a.rows = at<const int64_t>(rows), a.grad = at<void>(grad);
+  a.table_rows = table_rows, a.touched = touched, a.columns = columns;
+  a.dtype = DType(dtype), a.grad_dtype = DType(grad_dtype);
+  a.lr = lr, a.step = step, a.beta1 = beta1, a.beta2 = beta2, a.eps = eps, a.weight_decay = weight_decay;
+  a.seed = seed, a.flags = flags, a.threads = threads;
+  selected->kernels->lazy_adam_step(a);
+}
+
+std::array<uint32_t, 4> philox(uint64_t seed, std::array<uint32_t, 4> counter) {
+  std::array<uint32_t, 4> words;
+  selected->kernels->philox(seed, counter.data(), words.data());
+  return words;
+}
+
+}  // namespace
+}  // namespace fastbert
+
+PYBIND11_MODULE(_cpu, m) {
+  using namespace fastbert;
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  m.doc() = "fastbert's kernels for the CPU; called through fastbert.native";
+  m.def("instruction_sets", instruction_sets, "Compiled in and able to run on this machine, worst first.");
+  m.def("selected", [] { return std::string(selected->name); }, "The instruction set in use.");
+  m.def("use", use, "Use this instruction set from now on; ValueError where it cannot run.");
+  m.def("reduction_chunks", reduction_chunks, "Rows of scratch that column sums over so many rows need.");
+  m.def("philox", philox, "Four words of one counter, through the vectors that dropout uses.");
+  m.def("gelu_forward", gelu_forward, no_gil);
+  m.def("gelu_backward", gelu_backward, no_gil);
+  m.def("layer_norm_forward", layer_norm_forward, no_gil);
+  m.def("layer_norm_backward", layer_norm_backward, no_gil);
+  m.def("attention_forward", attention_forward, no_gil);
+  m.def("attention_backward", attention_backward, no_gil);
+  m.def("lazy_adam_step", lazy_adam_step, no_gil);
+}

@@ -1,0 +1,19 @@
+"""LazyAdam, kernels for CPU, and a thin BERT: training BERT-like models without the wasted work."""
+
+from fastbert.allocator import keep_memory
+from fastbert.backend import backends, use_backend
+from fastbert.ops.attention import attention
+from fastbert.ops.gelu import gelu
+from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
+from fastbert.version import __version__
+
+__all__ = [
+    "__version__",
+    "attention",
+    "backends",
+    "dropout_add_layer_norm",
+    "gelu",
+    "keep_memory",
+    "layer_norm",
+    "use_backend",
+]

@@ -1,0 +1,156 @@
+"""Tensors -> addresses and sizes: the C++ module behind the contract that the reference twins define.
+
+`cpu` is a namespace with the functions of that contract (`gelu_forward`, ...). It takes tensors as the public ops hand
+them over, checked; what is checked here is only what the kernels need and the twins do not.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+try:
+    from fastbert import _cpu as module
+
+    cpu_missing: str | None = None
+except ImportError as error:
+    module = None
+    cpu_missing = (
+        f"the C++ module is not there ({error}): it was left out with FASTBERT_BUILD=0 or built for another Python; "
+        "reinstall fastbert-kernels with a C++ compiler present"
+    )
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_UNLIMITED = 2**62  # a window that reaches past every sequence
+
+if module is not None and os.environ.get("FASTBERT_CPU_ISA"):
+    module.use(os.environ["FASTBERT_CPU_ISA"])  # ValueError names the instruction sets of this machine
+isa: str | None = module.selected() if module is not None else None
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _seed(seed: Tensor | None) -> int:
+    return 0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF
+
+
+def _threads(elements: int) -> int:
+    """Threads for a kernel over so many elements: one where starting others costs more than it saves."""
+    return torch.get_num_threads() if elements >= 32768 else 1
+
+
+def _heads(x: Tensor) -> Tensor:
+    """[T, N, D] as the attention kernels take it: any stride between tokens, heads D apart."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+class cpu:  # a namespace, spelled as the backend is
+    """The op contract on CPU tensors, run by `fastbert._cpu`."""
+
+    @staticmethod
+    def gelu_forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+        x = x.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        y = torch.empty_like(x)
+        columns = x.shape[-1]
+        rows = x.numel() // columns if columns else 0
+        module.gelu_forward(
+            _address(x), _address(bias), _address(y), rows, columns, DTYPES[x.dtype],
+            DTYPES[x.dtype if bias is None else bias.dtype], approximate == "tanh", _threads(x.numel()),
+        )  # fmt: skip
+        return y
+
+    @staticmethod
+    def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor]:
+        dy, x = dy.contiguous(), x.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        columns = x.shape[-1]
+        rows = x.numel() // columns if columns else 0
+        dx = torch.empty_like(x)
+        dbias = x.new_empty(0) if bias is None else torch.empty_like(bias)
+        scratch = None if bias is None else x.new_empty(module.reduction_chunks(rows), columns, dtype=torch.float32)
+        module.gelu_backward(
+            _address(dy), _address(x), _address(bias), _address(dx), 0 if bias is None else _address(dbias),
+            _address(scratch), rows, columns, DTYPES[x.dtype], DTYPES[x.dtype if bias is None else bias.dtype],
+            approximate == "tanh", _threads(x.numel()),
+        )  # fmt: skip
+        return dx, dbias
+
+    @staticmethod
+    def layer_norm_forward(
+        x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, t: int, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+        residual = None if residual is None else residual.contiguous()
+        columns = x.shape[-1]
+        rows = x.numel() // columns if columns else 0
+        y = torch.empty_like(x)
+        z = x.new_empty(0) if residual is None and t == 0 else torch.empty_like(x)
+        mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+        module.layer_norm_forward(
+            _address(x), _address(residual), _address(weight), _address(bias), _address(y),
+            _address(z) if z.dim() == x.dim() else 0, _address(mean), _address(rstd), rows, columns, eps, t,
+            _seed(seed), DTYPES[x.dtype], DTYPES[weight.dtype], _threads(x.numel()),
+        )  # fmt: skip
+        return y, z, mean, rstd
+
+    @staticmethod
+    def layer_norm_backward(
+        dy: Tensor, z: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, t: int, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dy, z, weight = dy.contiguous(), z.contiguous(), weight.contiguous()
+        columns = z.shape[-1]
+        rows = z.numel() // columns if columns else 0
+        dz = torch.empty_like(z)
+        dx = z.new_empty(0) if t == 0 else torch.empty_like(z)
+        dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
+        scratch = z.new_empty(2, module.reduction_chunks(rows), columns, dtype=torch.float32)
+        module.layer_norm_backward(
+            _address(dy), _address(z), _address(weight), _address(mean), _address(rstd), _address(dz),
+            0 if t == 0 else _address(dx), _address(dweight), _address(dbias), _address(scratch), rows, columns, t,
+            _seed(seed), DTYPES[z.dtype], DTYPES[weight.dtype], _threads(z.numel()),
+        )  # fmt: skip
+        return dz, dx, dweight, dbias
+
+    @staticmethod
+    def attention_forward(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, t: int,
+        seed: Tensor | None, causal: bool, window: list[int] | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        q, k, v, cu_seqlens = _heads(q), _heads(k), _heads(v), cu_seqlens.contiguous()
+        tokens, heads, head_dim = q.shape
+        out = q.new_empty(q.shape)
+        lse = q.new_empty(tokens, heads, dtype=torch.float32)
+        left, right = _window(causal, window)
+        module.attention_forward(
+            _address(q), _address(k), _address(v), _address(out), _address(lse), _address(cu_seqlens), q.stride(0),
+            k.stride(0), v.stride(0), tokens, cu_seqlens.numel() - 1, heads, head_dim, left, right, scale, t,
+            _seed(seed), DTYPES[q.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+        return out, lse
+
+    @staticmethod
+    def attention_backward(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+        scale: float, t: int, seed: Tensor | None, causal: bool, window: list[int] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        q, k, v, cu_seqlens = _heads(q), _heads(k), _heads(v), cu_seqlens.contiguous()
+        dout, out = dout.contiguous(), out.contiguous()
+        tokens, heads, head_dim = q.shape
+        dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
+        left, right = _window(causal, window)
+        module.attention_backward(
+            _address(dout), _address(q), _address(k), _address(v), _address(out), _address(lse), _address(dq),
+            _address(dk), _address(dv), _address(cu_seqlens), q.stride(0), k.stride(0), v.stride(0), tokens,
+            cu_seqlens.numel() - 1, heads, head_dim, left, right, scale, t, _seed(seed), DTYPES[q.dtype],
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return dq, dk, dv
+
+
+def _window(causal: bool, window: list[int] | None) -> tuple[int, int]:
+    """(left, right): key j is visible to query i where i - left <= j <= i + right."""
+    left, right = (_UNLIMITED, _UNLIMITED) if window is None else window
+    return left, min(right, 0) if causal else right

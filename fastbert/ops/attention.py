@@ -1,0 +1,277 @@
+"""Multi-head attention over packed sequences, with dropout, forward and backward.
+
+For a query i and a key j of the same sequence and head, where j is visible from i:
+
+    s_ij = scale * q_i . k_j        lse_i = log(sum_j exp(s_ij))        P_ij = exp(s_ij - lse_i)
+    out_i = sum_j dropout(P_ij) v_j
+
+q, k, v, out are [T, N, D]: tokens of all sequences one after the other, heads, head size; sequence b holds the tokens
+`cu_seqlens[b]` to `cu_seqlens[b + 1]`. lse is [T, N], -inf where a query sees no key: such a query gives 0 and passes
+no gradient. Scores, P and sums are float32 (float64 for float64 inputs). Backward saves q, k, v, out and lse, computes P
+and draws the mask again:
+
+    delta_i = dout_i . out_i
+    dS_ij = P_ij * (dropout'(dout_i . v_j) - delta_i)
+    dq_i = scale * sum_j dS_ij k_j,   dk_j = scale * sum_i dS_ij q_i,   dv_j = sum_i dropout(P_ij) dout_i
+
+P_ij is dropped by counter `(key // 8, query, head, 1)`, lane `key % 8` (see `philox`), with `query` the token's place in
+the packed batch and `key` the key's place in its own sequence.
+Sources: Vaswani et al., "Attention is all you need" (2017); Dao, "FlashAttention-2" (2023) for what backward saves.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastbert.backend import pick, requested
+from fastbert.ops import philox
+from fastbert.ops.checks import autocast, check_activation, wide
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention within each sequence of a packed batch.
+
+    Args:
+        q, k, v: [T, N, D] (tokens, heads, head size), float32, bfloat16 or float16 (float64 on the reference backend);
+            views of one packed projection are taken as they are. Under autocast float32 is cast to the autocast dtype.
+        cu_seqlens: int32 [B + 1] on q's device, the sequences' first tokens and T: 0, ..., T, never decreasing.
+        max_seqlen: tokens of the longest sequence, or more.
+        dropout_p: probability that an attention weight is dropped; rounded to a multiple of 1/65536.
+        seed: int64 [1] on q's device; None draws one from torch's default generator.
+        scale: of the scores; None is `1 / sqrt(D)`.
+        causal: a query sees no key behind it.
+        window: (left, right): a query at place i of its sequence sees keys i - left to i + right; None sees all.
+        backend: runs on this backend or raises; None chooses by the tensor's device.
+
+    Returns:
+        [T, N, D] in q's dtype; 0 for a query that sees no key.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or probability that does not fit; sequence boundaries that do not
+            hold (looked at on the CPU only: elsewhere it would wait for the device).
+        RuntimeError: an explicit backend that cannot run here.
+    """
+    q, k, v = autocast(q), autocast(k), autocast(v)
+    _check(q, k, v, cu_seqlens, max_seqlen)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    t = philox.threshold(dropout_p)
+    seed = philox.resolve_seed(seed, t, q.device)
+    if window is not None and len(window) != 2:
+        raise ValueError(f"window must be (left, right), two ints, or None, got {window!r}")
+    options = max_seqlen, scale, t, seed, causal, None if window is None else list(window), requested(backend)
+    return _Attention.apply(q, k, v, cu_seqlens, *options)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
+    check_activation("attention", q)
+    if q.dim() != 3:
+        raise ValueError(f"q must be [tokens, heads, head size], got shape {list(q.shape)}")
+    for name, x in (("k", k), ("v", v)):
+        if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{name} must be like q, {q.dtype} {list(q.shape)} on {q.device}, got {x.dtype} {list(x.shape)} on "
+                f"{x.device}"
+            )
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(
+            f"cu_seqlens must be int32 [sequences + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}; make it with "
+            "torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()"
+        )
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"cu_seqlens must be on q's device {q.device}, got {cu_seqlens.device}")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        bounds = cu_seqlens.tolist()
+        lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+        if bounds[0] != 0 or bounds[-1] != q.shape[0] or any(length < 0 for length in lengths):
+            raise ValueError(
+                f"cu_seqlens must start at 0, never decrease and end at the number of tokens, {q.shape[0]}; got "
+                f"{bounds[:3]} ... {bounds[-1]}"
+            )
+        if max(lengths, default=0) > max_seqlen:
+            raise ValueError(f"max_seqlen is {max_seqlen}, but the longest sequence has {max(lengths)} tokens")
+
+
+class reference:  # a namespace, spelled as the backend is
+    """The twin in plain PyTorch: any device, and float64, which is the truth of the tests.
+
+    It pads to [B, N, S, D] by index arithmetic, never waiting for the device, and holds all scores in memory.
+    """
+
+    @staticmethod
+    def attention_forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        scale: float,
+        t: int,
+        seed: Tensor | None,
+        causal: bool,
+        window: list[int] | None,
+    ) -> tuple[Tensor, Tensor]:
+        layout = _Padding(cu_seqlens, max_seqlen, q.shape[0])
+        scores = scale * layout.pad(q) @ layout.pad(k).transpose(-1, -2)
+        scores = scores.masked_fill(~layout.visible(causal, window), -torch.inf)  # [B, N, S, S]
+        lse = scores.logsumexp(-1)
+        weights = _weights(scores, lse)
+        if t > 0:
+            weights = layout.dropout(weights, t, seed)
+        return layout.unpad(weights @ layout.pad(v)).to(q.dtype), layout.unpad(lse.unsqueeze(-1)).squeeze(-1)
+
+    @staticmethod
+    def attention_backward(
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        scale: float,
+        t: int,
+        seed: Tensor | None,
+        causal: bool,
+        window: list[int] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        layout = _Padding(cu_seqlens, max_seqlen, q.shape[0])
+        dout, out, q, k, v = (layout.pad(x) for x in (dout, out, q, k, v))
+        scores = scale * q @ k.transpose(-1, -2)
+        scores = scores.masked_fill(~layout.visible(causal, window), -torch.inf)
+        weights = _weights(scores, layout.pad(lse.unsqueeze(-1)).squeeze(-1))
+        dweights = dout @ v.transpose(-1, -2)
+        dropped = weights
+        if t > 0:
+            dweights = layout.dropout(dweights, t, seed)
+            dropped = layout.dropout(weights, t, seed)
+        dscores = weights * (dweights - (dout * out).sum(-1, keepdim=True))
+        dq, dk, dv = scale * dscores @ k, scale * dscores.transpose(-1, -2) @ q, dropped.transpose(-1, -2) @ dout
+        return tuple(layout.unpad(x).to(layout.dtype) for x in (dq, dk, dv))
+
+
+def _weights(scores: Tensor, lse: Tensor) -> Tensor:
+    """exp(scores - lse), and 0 in a row that sees no key, where that would be exp(-inf + inf)."""
+    lse = lse.unsqueeze(-1)
+    return torch.where(lse == -torch.inf, 0.0, torch.exp(scores - lse))
+
+
+class _Padding:
+    """Index arithmetic between packed [T, N, D] and padded [B, N, S, D]."""
+
+    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, tokens: int):
+        start, end = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()  # [B, 1]
+        self.place = torch.arange(max_seqlen, device=cu_seqlens.device)  # [S]
+        self.token = start + self.place  # [B, S]
+        self.real = self.token < end
+        # Where packed token i stands in the padded batch read as [B * S].
+        order = torch.arange(tokens, device=cu_seqlens.device)
+        sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), order.int(), right=True)
+        self.slot = sequence * max_seqlen + order - cu_seqlens[sequence]
+
+    def pad(self, x: Tensor) -> Tensor:
+        self.dtype = x.dtype
+        if x.shape[0] == 0:
+            return wide(x).new_zeros(self.token.shape[0], x.shape[1], self.token.shape[1], x.shape[2])
+        padded = wide(x)[self.token.clamp(max=x.shape[0] - 1)]  # [B, S, N, D]
+        return torch.where(self.real[:, :, None, None], padded, 0.0).transpose(1, 2)
+
+    def unpad(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(0, 1)[self.slot]
+
+    def visible(self, causal: bool, window: list[int] | None) -> Tensor:
+        """[B, 1, S, S]: whether a query (third axis) sees a key."""
+        ahead = self.place - self.place[:, None]  # key - query
+        seen = torch.ones_like(ahead, dtype=torch.bool)
+        if causal:
+            seen = seen & (ahead <= 0)
+        if window is not None:
+            seen = seen & (ahead >= -window[0]) & (ahead <= window[1])
+        return (seen & self.real[:, None, :] & self.real[:, :, None]).unsqueeze(1)
+
+    def dropout(self, weights: Tensor, t: int, seed: Tensor) -> Tensor:
+        head = torch.arange(weights.shape[1], device=weights.device)[:, None, None]  # [N, 1, 1]
+        keep = philox.lanes(weights.shape[-1], self.token[:, None, :, None], head, 1, seed) >= t
+        return torch.where(keep, weights * philox.scale(t), 0.0)
+
+
+@torch.library.custom_op("fastbert::attention_forward", mutates_args=())
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    t: int,
+    seed: Tensor | None,
+    causal: bool,
+    window: list[int] | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    chosen = pick("attention", backend, q, reference)
+    return chosen.attention_forward(q, k, v, cu_seqlens, max_seqlen, scale, t, seed, causal, window)
+
+
+@attention_forward.register_fake
+def _(q, k, v, cu_seqlens, max_seqlen, scale, t, seed, causal, window, backend):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@torch.library.custom_op("fastbert::attention_backward", mutates_args=())
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    t: int,
+    seed: Tensor | None,
+    causal: bool,
+    window: list[int] | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    chosen = pick("attention", backend, q, reference)
+    options = max_seqlen, scale, t, seed, causal, window
+    return chosen.attention_backward(dout, q, k, v, out, lse, cu_seqlens, *options)
+
+
+@attention_backward.register_fake
+def _(dout, q, k, v, out, lse, cu_seqlens, max_seqlen, scale, t, seed, causal, window, backend):
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens, max_seqlen, scale, t, seed, causal, window, backend):
+        out, lse = attention_forward(q, k, v, cu_seqlens, max_seqlen, scale, t, seed, causal, window, backend)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, seed)
+        ctx.options = max_seqlen, scale, t, causal, window, backend
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, out, lse, cu_seqlens, seed = ctx.saved_tensors
+        max_seqlen, scale, t, causal, window, backend = ctx.options
+        dq, dk, dv = attention_backward(
+            dout, q, k, v, out, lse, cu_seqlens, max_seqlen, scale, t, seed, causal, window, backend
+        )
+        return dq, dk, dv, None, None, None, None, None, None, None, None

@@ -1,0 +1,191 @@
+"""LayerNorm with the dropout and the residual before it, forward and backward.
+
+    z = residual + dropout(x)                      rounded to x's dtype
+    y = (z - mean(z)) * rstd(z) * weight + bias    rstd = 1 / sqrt(var(z) + eps), biased variance of the rounded z
+
+x, residual, y, z are [..., N], weight and bias [N], mean and rstd [...]. Statistics and sums are float32 (float64 for
+float64 inputs). Backward saves z (x itself where nothing was added or dropped), mean and rstd, never the mask, which it
+draws again:
+
+    h = (z - mean) * rstd,   g = dy * weight
+    dz = rstd * (g - mean(g) - h * mean(g * h)),   dx = dropout'(dz),   dweight = sum(dy * h),   dbias = sum(dy)
+
+Element (row, column) is dropped by counter `(column // 8, row, 0, 0)`, lane `column % 8` (see `philox`).
+Source: Ba, Kiros and Hinton, "Layer normalization" (2016).
+"""
+
+import torch
+from torch import Tensor
+
+from fastbert.backend import pick, requested
+from fastbert.ops import philox
+from fastbert.ops.checks import autocast, check_activation, check_vector, wide
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12, *, backend: str | None = None) -> Tensor:
+    """LayerNorm over the last axis.
+
+    Args:
+        x: [..., N] float32, bfloat16 or float16 (float64 on the reference backend). Under autocast a float32 x is cast
+            to the autocast dtype first.
+        weight, bias: [N], float32 or x's dtype.
+        eps: added to the variance; BERT's own default.
+        backend: runs on this backend or raises; None chooses by the tensor's device.
+
+    Returns:
+        [..., N] in x's dtype.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or device that does not fit.
+        RuntimeError: an explicit backend that cannot run here.
+    """
+    return dropout_add_layer_norm(x, None, weight, bias, eps, backend=backend)
+
+
+def dropout_add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-12,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`layer_norm(residual + dropout(x))` in one pass over memory: how a post-norm transformer block ends.
+
+    Args:
+        x: [..., N] float32, bfloat16 or float16 (float64 on the reference backend). Under autocast a float32 x is cast
+            to the autocast dtype first.
+        residual: [..., N], cast to x's dtype; None adds nothing.
+        weight, bias: [N], float32 or x's dtype.
+        eps: added to the variance; BERT's own default.
+        dropout_p: probability that an element of x is dropped; the others are scaled by `1 / (1 - dropout_p)`.
+            Rounded to a multiple of 1/65536.
+        seed: int64 [1] on x's device; None draws one from torch's default generator.
+        backend: runs on this backend or raises; None chooses by the tensor's device.
+
+    Returns:
+        [..., N] in x's dtype.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or probability that does not fit.
+        RuntimeError: an explicit backend that cannot run here.
+    """
+    x = autocast(x)
+    check_activation("layer_norm", x)
+    check_vector("weight", weight, x)
+    check_vector("bias", bias, x)
+    if weight.dtype != bias.dtype:
+        raise TypeError(f"weight and bias must have one dtype, got {weight.dtype} and {bias.dtype}")
+    if residual is not None:
+        if residual.shape != x.shape or residual.device != x.device:
+            raise ValueError(
+                f"residual must have x's shape {list(x.shape)} and device {x.device}, got {list(residual.shape)} on "
+                f"{residual.device}"
+            )
+        residual = residual.to(x.dtype)
+    t = philox.threshold(dropout_p)
+    seed = philox.resolve_seed(seed, t, x.device)
+    return _LayerNorm.apply(x, residual, weight, bias, eps, t, seed, requested(backend))
+
+
+class reference:  # a namespace, spelled as the backend is
+    """The twin in plain PyTorch: any device, and float64, which is the truth of the tests."""
+
+    @staticmethod
+    def layer_norm_forward(
+        x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, t: int, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        z = wide(x)
+        if t > 0:
+            z = _dropout(z, t, seed)
+        if residual is not None:
+            z = z + residual
+        stored = z.to(x.dtype)
+        z = wide(stored)
+        # statistics
+        mean = z.mean(-1)
+        centred = z - mean.unsqueeze(-1)
+        rstd = torch.rsqrt(centred.square().mean(-1) + eps)
+        # normalize, affine
+        y = (centred * rstd.unsqueeze(-1) * weight + bias).to(x.dtype)
+        unchanged = residual is None and t == 0
+        return y.contiguous(), x.new_empty(0) if unchanged else stored.contiguous(), mean, rstd
+
+    @staticmethod
+    def layer_norm_backward(
+        dy: Tensor, z: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, t: int, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        # statistics
+        rstd = rstd.unsqueeze(-1)
+        h = (wide(z) - mean.unsqueeze(-1)) * rstd
+        g = wide(dy) * weight
+        # normalize
+        dz = rstd * (g - g.mean(-1, keepdim=True) - h * (g * h).mean(-1, keepdim=True))
+        dx = z.new_empty(0) if t == 0 else _dropout(dz, t, seed).to(z.dtype).contiguous()
+        # affine
+        dweight = (wide(dy) * h).flatten(0, -2).sum(0).to(weight.dtype)
+        dbias = wide(dy).flatten(0, -2).sum(0).to(weight.dtype)
+        return dz.to(z.dtype).contiguous(), dx, dweight, dbias
+
+
+def _dropout(x: Tensor, t: int, seed: Tensor) -> Tensor:
+    """x [..., N] with its dropped elements 0 and the others scaled; the same both ways."""
+    columns = x.shape[-1]
+    row = torch.arange(x.numel() // columns, device=x.device).unsqueeze(-1)  # [M, 1]
+    keep = philox.lanes(columns, row, 0, 0, seed) >= t
+    return torch.where(keep.view(x.shape), x * philox.scale(t), 0.0)
+
+
+@torch.library.custom_op("fastbert::layer_norm_forward", mutates_args=())
+def layer_norm_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    t: int,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    chosen = pick("layer_norm", backend, x, reference)
+    return chosen.layer_norm_forward(x, residual, weight, bias, eps, t, seed)
+
+
+@layer_norm_forward.register_fake
+def _(x, residual, weight, bias, eps, t, seed, backend):
+    z = x.new_empty(0) if residual is None and t == 0 else x.new_empty(x.shape)
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(2))
+    return x.new_empty(x.shape), z, mean, rstd
+
+
+@torch.library.custom_op("fastbert::layer_norm_backward", mutates_args=())
+def layer_norm_backward(
+    dy: Tensor, z: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, t: int, seed: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return pick("layer_norm", backend, z, reference).layer_norm_backward(dy, z, weight, mean, rstd, t, seed)
+
+
+@layer_norm_backward.register_fake
+def _(dy, z, weight, mean, rstd, t, seed, backend):
+    dx = z.new_empty(0) if t == 0 else z.new_empty(z.shape)
+    return z.new_empty(z.shape), dx, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, eps, t, seed, backend):
+        y, z, mean, rstd = layer_norm_forward(x, residual, weight, bias, eps, t, seed, backend)
+        ctx.has_residual = residual is not None
+        ctx.save_for_backward(z if ctx.has_residual or t > 0 else x, weight, mean, rstd, seed)
+        ctx.options = t, backend
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        z, weight, mean, rstd, seed = ctx.saved_tensors
+        t, backend = ctx.options
+        dz, dx, dweight, dbias = layer_norm_backward(dy, z, weight, mean, rstd, t, seed, backend)
+        return dx if t > 0 else dz, dz if ctx.has_residual else None, dweight, dbias, None, None, None, None

@@ -1,0 +1,1 @@
+"""Triton kernels, installed as `fastbert.kernels`. There are none yet."""
