@@ -32,9 +32,9 @@ class BuildKernels(build_ext):
         compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
         if compiler is None:
             sys.exit(
-                "fastbert-kernels needs a C++17 compiler and found neither $CXX nor g++ nor clang++. Install one (Debian "
-                "and Ubuntu: apt-get install g++), or set FASTBERT_BUILD=0 to install without the C++ kernels: then "
-                "everything runs on the pure PyTorch backend, slower."
+                "fastbert-kernels needs a C++17 compiler and found neither $CXX nor g++ nor clang++. Install one "
+                "(Debian and Ubuntu: apt-get install g++), or set FASTBERT_BUILD=0 to install without the C++ kernels: "
+                "then everything runs on the pure PyTorch backend, slower."
             )
         import ninja
 

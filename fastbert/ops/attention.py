@@ -5,20 +5,21 @@ For a query i and a key j of the same sequence and head, where j is visible from
     s_ij = scale * q_i . k_j        lse_i = log(sum_j exp(s_ij))        P_ij = exp(s_ij - lse_i)
     out_i = sum_j dropout(P_ij) v_j
 
-q, k, v, out are [T, N, D]: tokens of all sequences one after the other, heads, head size; sequence b holds the tokens
-`cu_seqlens[b]` to `cu_seqlens[b + 1]`. lse is [T, N], -inf where a query sees no key: such a query gives 0 and passes
-no gradient. Scores, P and sums are float32 (float64 for float64 inputs). Backward saves q, k, v, out and lse, computes P
-and draws the mask again:
+q, k, v, out are [T, N, D]: tokens of all sequences one after the other, heads, head size; sequence b holds the
+tokens `cu_seqlens[b]` to `cu_seqlens[b + 1]`. lse is [T, N], -inf where a query sees no key: such a query gives 0 and
+passes no gradient. Scores, P and sums are float32 (float64 for float64 inputs). Backward saves q, k, v, out and lse,
+computes P and draws the mask again:
 
     delta_i = dout_i . out_i
     dS_ij = P_ij * (dropout'(dout_i . v_j) - delta_i)
     dq_i = scale * sum_j dS_ij k_j,   dk_j = scale * sum_i dS_ij q_i,   dv_j = sum_i dropout(P_ij) dout_i
 
-P_ij is dropped by counter `(key // 8, query, head, 1)`, lane `key % 8` (see `philox`), with `query` the token's place in
-the packed batch and `key` the key's place in its own sequence.
+P_ij is dropped by counter `(key // 8, query, head, 1)`, lane `key % 8` (see `philox`), with `query` the token's place
+in the packed batch and `key` the key's place in its own sequence.
 Sources: Vaswani et al., "Attention is all you need" (2017); Dao, "FlashAttention-2" (2023) for what backward saves.
 """
 
+import itertools
 import math
 
 import torch
@@ -95,7 +96,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int)
         raise ValueError(f"cu_seqlens must be on q's device {q.device}, got {cu_seqlens.device}")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         bounds = cu_seqlens.tolist()
-        lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+        lengths = [b - a for a, b in itertools.pairwise(bounds)]
         if bounds[0] != 0 or bounds[-1] != q.shape[0] or any(length < 0 for length in lengths):
             raise ValueError(
                 f"cu_seqlens must start at 0, never decrease and end at the number of tokens, {q.shape[0]}; got "

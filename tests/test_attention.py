@@ -1,0 +1,216 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastbert
+from fastbert.ops import attention as op
+from fastbert.ops import philox
+from fastbert.testing import assert_close, run
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SEED = torch.tensor([0x123456789ABCDEF])
+
+# (lengths, heads, head size), one per path: below, at and above a vector, a block and a row of blocks.
+CASES = {
+    "nothing": ([], 2, 8),
+    "empty sequences": ([0, 0], 2, 8),
+    "one token": ([1], 1, 1),
+    "odd": ([5, 0, 1, 17], 3, 24),
+    "head size 7": ([9, 33], 2, 7),
+    "bert": ([64, 77, 31], 2, 64),
+    "a block and more": ([129, 65], 2, 64),
+    "wide heads": ([40, 12], 1, 128),
+    "widest heads": ([19], 1, 256),
+    "long": ([700], 1, 32),
+}
+MASKS = {
+    "all": {},
+    "causal": {"causal": True},
+    "window": {"window": (3, 2)},
+    "causal window": {"window": (20, 5), "causal": True},
+    "behind only": {"window": (4, -2)},  # the first tokens of a sequence see nothing
+    "nothing visible": {"window": (0, -1)},
+}
+
+
+def pack(lengths, heads, head_dim, dtype):
+    """qkv [T, 3, N, D] and cu_seqlens."""
+    qkv = torch.randn(sum(lengths), 3, heads, head_dim).mul(1.5).to(dtype)
+    return qkv, torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+
+
+def torch_attention(q, k, v, lengths, causal=False, window=None):
+    """PyTorch's own attention, one sequence at a time. A query that sees nothing gives 0, as ours does."""
+    outputs = []
+    for a, b, c in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+        ahead = torch.arange(len(a)) - torch.arange(len(a)).unsqueeze(1)
+        left, right = window or (len(a), len(a))
+        seen = (ahead >= -left) & (ahead <= (min(right, 0) if causal else right))
+        out = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (a, b, c)), attn_mask=seen)
+        outputs.append(torch.where(seen.any(1)[:, None, None], out.transpose(0, 1), 0.0))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_close_to_truth(backend, nan_filled, case, dtype, mask):
+    lengths, heads, head_dim = CASES[case]
+    qkv, cu_seqlens = pack(lengths, heads, head_dim, dtype)
+    dout = torch.randn(sum(lengths), heads, head_dim).to(dtype)
+    longest = max(lengths, default=0)
+
+    def ours(qkv, p):
+        return fastbert.attention(*qkv.unbind(1), cu_seqlens, longest, dropout_p=p, seed=SEED, **MASKS[mask])
+
+    for p in (0.0, 0.1):
+        results = run(lambda x, p=p: ours(x, p), (qkv,), dout)
+        with fastbert.use_backend("reference"):
+            truth = run(lambda x, p=p: ours(x, p), (qkv.double(),), dout.double())
+            same_dtype = run(lambda x, p=p: ours(x, p), (qkv,), dout)
+        if sum(lengths) == 0:
+            assert [x.shape for x in results] == [x.shape for x in truth]
+            continue
+        # torch has no dropout with our mask and gives NaN to a query that sees nothing.
+        baseline = same_dtype
+        if p == 0 and mask in ("all", "causal", "window", "causal window"):
+            baseline = run(lambda x: torch_attention(*x.unbind(1), lengths, **MASKS[mask]), (qkv,), dout)
+        for name, *each in zip(("out", "dqkv"), results, baseline, truth, strict=True):
+            assert_close(*each, what=f"{name} p={p}")
+
+
+@pytest.mark.parametrize("mask", ["all", "causal", "window"])
+def test_truth_is_torchs(mask):
+    lengths = [5, 1, 12]
+    qkv, cu_seqlens = pack(lengths, 2, 8, torch.float64)
+    ours = fastbert.attention(*qkv.unbind(1), cu_seqlens, 12, **MASKS[mask])
+    torch.testing.assert_close(ours, torch_attention(*qkv.unbind(1), lengths, **MASKS[mask]))
+
+
+def test_by_hand(backend):
+    # Scores 0 and ln 3: weights 1/4 and 3/4.
+    q = torch.ones(2, 1, 1)
+    k = torch.tensor([0.0, math.log(3.0)]).view(2, 1, 1)
+    v = torch.tensor([4.0, 8.0]).view(2, 1, 1)
+    out = fastbert.attention(q, k, v, torch.tensor([0, 2], dtype=torch.int32), 2)
+    torch.testing.assert_close(out.flatten(), torch.tensor([7.0, 7.0]))
+
+
+def test_reference_gradients():
+    qkv, cu_seqlens = pack([4, 0, 5], 2, 3, torch.float64)
+    for mask in MASKS.values():
+        assert torch.autograd.gradcheck(
+            lambda x, mask=mask: fastbert.attention(*x.unbind(1), cu_seqlens, 5, dropout_p=0.3, seed=SEED, **mask),
+            (qkv.requires_grad_(),),
+        )
+
+
+@pytest.mark.parametrize("lengths", [[3, 12], [100, 29]], ids=str)
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+def test_mask_is_the_contracts(backend, lengths, p):
+    """With equal scores and one-hot values `out` is the dropped weights themselves."""
+    heads, longest = 2, max(lengths)
+    total = sum(lengths)
+    q = torch.zeros(total, heads, longest)
+    place = torch.cat([torch.arange(n) for n in lengths])
+    v = F.one_hot(place, longest).float().unsqueeze(1).expand(total, heads, longest)
+    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    out = fastbert.attention(q, q, v, cu_seqlens, longest, dropout_p=p, seed=SEED)
+    t = philox.threshold(p)
+    query, head = torch.arange(total).view(-1, 1, 1), torch.arange(heads).view(1, -1, 1)
+    keep = philox.lanes(longest, query, head, 1, SEED) >= t
+    length = torch.repeat_interleave(torch.tensor(lengths), torch.tensor(lengths)).view(-1, 1, 1)
+    expected = torch.where(keep & (torch.arange(longest) < length), philox.scale(t) / length, 0.0)
+    torch.testing.assert_close(out, expected)
+
+
+def test_a_sequence_alone_gives_the_same(backend):
+    """What stands beside a sequence in the batch changes nothing (without dropout, whose counters are the batch's)."""
+    lengths = [37, 70, 5]
+    qkv, cu_seqlens = pack(lengths, 2, 32, torch.float32)
+    whole = fastbert.attention(*qkv.unbind(1), cu_seqlens, 70)
+    alone = fastbert.attention(*qkv[37:107].unbind(1), torch.tensor([0, 70], dtype=torch.int32), 70)
+    torch.testing.assert_close(whole[37:107], alone, rtol=1e-6, atol=1e-6)
+
+
+def test_extreme_scores(backend):
+    qkv, cu_seqlens = pack([50], 2, 16, torch.float32)
+    q, k, v = qkv.unbind(1)
+    out = fastbert.attention(q * 100, k * 100, v, cu_seqlens, 50)
+    truth = fastbert.attention(q.double() * 100, k.double() * 100, v.double(), cu_seqlens, 50, backend="reference")
+    # Scores reach tens of thousands, and an exponent carries their rounding: a few ulp of the largest.
+    largest = 1e4 * (q.norm(dim=-1).max() * k.norm(dim=-1).max() / 4).item()
+    assert (out.double() - truth).abs().max() < largest * 2**-21
+
+
+def test_nan_stays_in_its_sequence_and_head(backend):
+    qkv, cu_seqlens = pack([20, 20], 2, 16, torch.float32)
+    qkv[3, 0, 0, 5] = torch.nan
+    out = fastbert.attention(*qkv.unbind(1), cu_seqlens, 20)
+    assert out[3, 0].isnan().all()
+    out[3, 0] = 0
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_do_not_depend_on_threads(backend, threads, dtype):
+    qkv, cu_seqlens = pack([128, 40, 200, 1], 3, 64, dtype)
+    dout = torch.randn(369, 3, 64)
+
+    def ours():
+        return run(lambda x: fastbert.attention(*x.unbind(1), cu_seqlens, 200, dropout_p=0.1, seed=SEED), (qkv,), dout)
+
+    first, again = ours(), ours()
+    torch.set_num_threads(1)
+    for a, b, c in zip(first, again, ours(), strict=True):
+        assert torch.equal(a, b)
+        assert backend == "reference" or torch.equal(a, c)
+
+
+def test_any_layout(backend):
+    qkv, cu_seqlens = pack([11, 30], 3, 16, torch.float32)
+    expected = fastbert.attention(*(x.contiguous() for x in qkv.unbind(1)), cu_seqlens, 30)
+    assert torch.equal(fastbert.attention(*qkv.unbind(1), cu_seqlens, 30), expected)
+    heads_first = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in qkv.unbind(1)]
+    assert torch.equal(fastbert.attention(*heads_first, cu_seqlens, 30), expected)
+
+
+def test_custom_op_is_sound(backend):
+    qkv, cu_seqlens = pack([5, 9], 2, 8, torch.float32)
+    q, k, v = qkv.unbind(1)
+    for t, seed, causal, window in ((0, None, False, None), (6554, SEED, True, [2, 3])):
+        options = cu_seqlens, 9, 0.3, t, seed, causal, window, ""
+        torch.library.opcheck(op.attention_forward, (q, k, v, *options))
+        out, lse = op.attention_forward(q, k, v, *options)
+        torch.library.opcheck(op.attention_backward, (torch.randn_like(out), q, k, v, out, lse, *options))
+
+
+def test_autocast_computes_in_its_dtype():
+    qkv, cu_seqlens = pack([5], 2, 8, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fastbert.attention(*qkv.requires_grad_().unbind(1), cu_seqlens, 5)
+    out.sum().backward()
+    assert out.dtype == torch.bfloat16 and qkv.grad.dtype == torch.float32
+
+
+def test_bad_input():
+    qkv, cu_seqlens = pack([5, 4], 2, 8, torch.float32)
+    q, k, v = qkv.unbind(1)
+    with pytest.raises(ValueError, match=r"q must be \[tokens, heads, head size\]"):
+        fastbert.attention(q[0], k[0], v[0], cu_seqlens, 5)
+    with pytest.raises(ValueError, match="k must be like q"):
+        fastbert.attention(q, k[:3], v, cu_seqlens, 5)
+    with pytest.raises(ValueError, match="v must be like q"):
+        fastbert.attention(q, k, v.double(), cu_seqlens, 5)
+    with pytest.raises(ValueError, match="cu_seqlens must be int32"):
+        fastbert.attention(q, k, v, cu_seqlens.long(), 5)
+    with pytest.raises(ValueError, match="end at the number of tokens, 9"):
+        fastbert.attention(q, k, v, torch.tensor([0, 5, 8], dtype=torch.int32), 5)
+    with pytest.raises(ValueError, match="never decrease"):
+        fastbert.attention(q, k, v, torch.tensor([0, 10, 9], dtype=torch.int32), 10)
+    with pytest.raises(ValueError, match="longest sequence has 5"):
+        fastbert.attention(q, k, v, cu_seqlens, 4)
+    with pytest.raises(ValueError, match="window must be"):
+        fastbert.attention(q, k, v, cu_seqlens, 5, window=(1, 2, 3))

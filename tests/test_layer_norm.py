@@ -1,0 +1,169 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastbert
+from fastbert.ops import layer_norm as op
+from fastbert.ops import philox
+from fastbert.testing import assert_close, run
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(0, 8), (1, 1), (3, 5), (7, 16), (2, 33), (65, 64), (4, 3, 768), (300, 1024), (2, 20000)]
+EPS = 1e-5
+SEED = torch.tensor([0x123456789ABCDEF])
+
+
+def torch_layer_norm(x, residual, weight, bias, p):
+    """PyTorch's own ops in x's dtype, with our mask."""
+    if p:
+        row = torch.arange(x.numel() // x.shape[-1]).unsqueeze(-1)
+        keep = philox.lanes(x.shape[-1], row, 0, 0, SEED) >= philox.threshold(p)
+        x = x * keep.view(x.shape) * philox.scale(philox.threshold(p))
+    if residual is not None:
+        x = x + residual
+    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), EPS)
+
+
+def ours_layer_norm(x, residual, weight, bias, p):
+    return fastbert.dropout_add_layer_norm(x, residual, weight, bias, EPS, p, SEED)
+
+
+# Without a residual p = 1 would normalise zeros, where any rounding is blown up by 1/sqrt(eps).
+@pytest.mark.parametrize(("with_residual", "p"), [(False, 0.0), (False, 0.1), (True, 0.0), (True, 0.1), (True, 1.0)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_close_to_truth(backend, nan_filled, shape, dtype, with_residual, p):
+    x, residual, dy = (torch.randn(shape).mul(2).to(dtype) for _ in range(3))
+    residual = residual if with_residual else None
+    for weight_dtype in {torch.float32, dtype}:
+        weight, bias = (torch.randn(shape[-1]).to(weight_dtype) for _ in range(2))
+        inputs = x, residual, weight, bias
+        ours = run(lambda *a: ours_layer_norm(*a, p), inputs, dy)
+        theirs = run(lambda *a: torch_layer_norm(*a, p), inputs, dy)
+        wide = [None if a is None else a.double() for a in inputs]
+        with fastbert.use_backend("reference"):
+            truth = run(lambda *a: ours_layer_norm(*a, p), wide, dy.double())
+        names = ["y", "dx", *(["dresidual"] if with_residual else []), "dweight", "dbias"]
+        for name, *results in zip(names, ours, theirs, truth, strict=True):
+            if results[0].numel():
+                assert_close(*results, what=name)
+        assert ours[0].dtype == ours[1].dtype == dtype
+        assert ours[-1].dtype == ours[-2].dtype == weight_dtype
+
+
+def test_by_hand(backend):
+    # Mean 2, variance 1 (population), so the row becomes -1, 1, -1, 1; then * 2 + 1.
+    x = torch.tensor([[1.0, 3.0, 1.0, 3.0]])
+    y = fastbert.layer_norm(x, torch.full((4,), 2.0), torch.ones(4), eps=0.0)
+    assert y.tolist() == [[-1.0, 3.0, -1.0, 3.0]]
+
+
+def test_reference_gradients():
+    x, residual = (torch.randn(3, 9, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight, bias = (torch.randn(9, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda *a: ours_layer_norm(*a, 0.3), (x, residual, weight, bias))
+    assert torch.autograd.gradcheck(lambda x, w, b: fastbert.layer_norm(x, w, b, EPS), (x, weight, bias))
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (130, 64), (4, 769)], ids=str)
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_mask_is_the_contracts(backend, shape, p):
+    """z shows the mask: every backend drops the elements whose lane lies below t, the same in backward."""
+    x, weight, bias = torch.ones(shape), torch.ones(shape[-1]), torch.zeros(shape[-1])
+    t = philox.threshold(p)
+    keep = philox.lanes(shape[-1], torch.arange(shape[0]).unsqueeze(-1), 0, 0, SEED) >= t
+    _, z, mean, rstd = op.layer_norm_forward(x, None, weight, bias, EPS, t, SEED, "")
+    torch.testing.assert_close(z, keep * philox.scale(t))
+    _, dx, _, _ = op.layer_norm_backward(torch.randn(shape), z, weight, mean, rstd, t, SEED, "")
+    assert torch.equal(dx != 0, keep)
+    assert abs(keep.double().mean().item() - (1 - p)) < 5 * (p * (1 - p) / keep.numel()) ** 0.5
+
+
+def test_dropped_elements_may_hold_anything(backend):
+    x = torch.full((8, 64), torch.nan)
+    residual = torch.randn(8, 64)
+    y, dx, dresidual, *_ = run(
+        lambda *a: ours_layer_norm(*a, 1.0), (x, residual, torch.ones(64), torch.zeros(64)), torch.randn(8, 64)
+    )
+    torch.testing.assert_close(y, F.layer_norm(residual, (64,), eps=EPS))
+    assert torch.equal(dx, torch.zeros_like(dx)) and dresidual.isfinite().all()
+
+
+def test_extreme_values(backend):
+    row = torch.randn(4, 40)
+    row[1, 3] = torch.nan
+    row[2, 5] = torch.inf
+    row[3] *= 1e-42  # subnormal
+    y = fastbert.layer_norm(row, torch.ones(40), torch.zeros(40))
+    assert y[0].isfinite().all() and y[1].isnan().all() and y[2].isnan().all() and y[3].isfinite().all()
+    large = torch.full((1, 40), 1e15) + torch.arange(40) * 1e9  # a large mean must not swallow the variance
+    truth = F.layer_norm(large.double(), (40,), eps=1e-12)
+    theirs = F.layer_norm(large, (40,), eps=1e-12)
+    assert_close(fastbert.layer_norm(large, torch.ones(40), torch.zeros(40)), theirs, truth)
+
+
+def test_not_contiguous(backend):
+    weight, bias = torch.randn(48), torch.randn(48)
+    x, residual, dy = torch.randn(48, 64).T, torch.randn(64, 96)[:, ::2], torch.randn(48, 64).T
+    a = run(lambda *a: ours_layer_norm(*a, 0.1), (x, residual, weight, bias), dy)
+    b = run(lambda *a: ours_layer_norm(*a, 0.1), (x.contiguous(), residual.contiguous(), weight, bias), dy.contiguous())
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_do_not_depend_on_threads(backend, threads, dtype):
+    inputs = torch.randn(200, 768).to(dtype), torch.randn(200, 768).to(dtype), torch.randn(768), torch.randn(768)
+    dy = torch.randn(200, 768)
+    ours = run(lambda *a: ours_layer_norm(*a, 0.1), inputs, dy)
+    again = run(lambda *a: ours_layer_norm(*a, 0.1), inputs, dy)
+    torch.set_num_threads(1)
+    alone = run(lambda *a: ours_layer_norm(*a, 0.1), inputs, dy)
+    for a, b, c in zip(ours, again, alone, strict=True):
+        assert torch.equal(a, b)
+        assert backend == "reference" or torch.equal(a, c)
+
+
+def test_custom_op_is_sound(backend):
+    x, weight, bias, dy = torch.randn(4, 24), torch.randn(24), torch.randn(24), torch.randn(4, 24)
+    for residual, t, seed in ((None, 0, None), (x + 1, 0, None), (x + 1, 6554, SEED)):
+        torch.library.opcheck(op.layer_norm_forward, (x, residual, weight, bias, EPS, t, seed, ""))
+        _, z, mean, rstd = op.layer_norm_forward(x, residual, weight, bias, EPS, t, seed, "")
+        saved = z if z.numel() else x
+        torch.library.opcheck(op.layer_norm_backward, (dy, saved, weight, mean, rstd, t, seed, ""))
+
+
+def test_a_drawn_seed_follows_manual_seed():
+    x, weight, bias = torch.randn(8, 32), torch.ones(32), torch.zeros(32)
+
+    def draw():
+        return fastbert.dropout_add_layer_norm(x, None, weight, bias, dropout_p=0.5)
+
+    torch.manual_seed(1)
+    first, second = draw(), draw()
+    torch.manual_seed(1)
+    assert torch.equal(first, draw()) and not torch.equal(first, second)
+
+
+def test_autocast_computes_in_its_dtype():
+    x = torch.randn(4, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = fastbert.dropout_add_layer_norm(x, torch.randn(4, 8), torch.ones(8), torch.zeros(8))
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16 and x.grad.dtype == torch.float32
+
+
+def test_bad_input():
+    x, weight = torch.randn(4, 8), torch.ones(8)
+    with pytest.raises(ValueError, match=r"weight must have shape \[8\]"):
+        fastbert.layer_norm(x, torch.ones(4), weight)
+    with pytest.raises(TypeError, match="one dtype"):
+        fastbert.layer_norm(x.bfloat16(), weight, weight.bfloat16())
+    with pytest.raises(ValueError, match=r"residual must have x's shape \[4, 8\]"):
+        fastbert.dropout_add_layer_norm(x, torch.randn(1, 8), weight, weight)
+    with pytest.raises(ValueError, match="0 <= dropout_p <= 1"):
+        fastbert.dropout_add_layer_norm(x, None, weight, weight, dropout_p=2)
+    with pytest.raises(ValueError, match="seed must be an int64"):
+        fastbert.dropout_add_layer_norm(
+            x, None, weight, weight, dropout_p=0.5, seed=torch.tensor([1], dtype=torch.int32)
+        )

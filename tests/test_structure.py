@@ -1,0 +1,65 @@
+"""What holds the package together: imports run one way, and objects of different instruction sets share no symbol."""
+
+import ast
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import fastbert
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(fastbert.__file__).parent
+
+# A module may import only from layers below its own.
+LAYERS = [
+    {"version", "allocator", "_cpu", "testing"},
+    {"native"},
+    {"backend"},
+    {"ops"},
+    {"nn", "optim"},
+    {"bert", "checkpoint", "data"},
+    {"pretrain"},
+    {"cli", "__init__"},
+]
+LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def imported(path):
+    """First names under `fastbert` that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fastbert":
+            parts = node.module.split(".")
+            yield from [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("fastbert."))
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_one_way(path):
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for name in imported(path):
+        assert name in LAYER, f"{name} has no layer: add it to LAYERS"
+        assert name == own or LAYER[name] < LAYER[own] or {name, own} == {"bert", "checkpoint"}, f"{own} imports {name}"
+
+
+def test_kernels_know_nothing_of_torch():
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    assert sources
+    for path in sources:
+        assert "<torch" not in path.read_text() and "ATen" not in path.read_text(), path
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("stem", ["gelu", "layer_norm", "attention", "lazy_adam", "table"])
+def test_kernels_share_no_symbol_between_instruction_sets(stem, tmp_path):
+    """A weak symbol compiled for AVX-512 could be linked into the code for an older processor and crash it there."""
+    source, target = ROOT / f"csrc/cpu/{stem}.cpp", tmp_path / "kernel.o"
+    flags = "-O1 -std=c++17 -fPIC -fopenmp -fno-exceptions -fno-rtti -mavx2 -mfma -mf16c -DFASTBERT_ISA=avx2"
+    subprocess.run(["g++", *flags.split(), "-c", source, "-o", target], check=True)
+    symbols = subprocess.run(["nm", "-C", target], capture_output=True, text=True, check=True).stdout.splitlines()
+    weak = [line for line in symbols if line[17:18] in "VWvwu" and line[17:18]]
+    assert not weak, weak
+    defined = [line for line in symbols if line[17:18] in "TDBR"]
+    assert defined and all("fastbert::avx2::" in line for line in defined), defined
