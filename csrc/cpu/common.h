@@ -12,7 +12,7 @@
 #include "kernels.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include <immintrin.h>  // maskz forms with a full mask: the plain ones make GCC 12 warn of uninitialised values
 #endif
 
 #ifndef FASTBERT_ISA
@@ -57,8 +57,7 @@ FASTBERT_INLINE vuint as_uint(vfloat x) { return (vuint)x; }
 FASTBERT_INLINE vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }  // b where either is NaN
 FASTBERT_INLINE vfloat min(vfloat a, vfloat b) { return a < b ? a : b; }  // b where either is NaN
 
-// ---- loads and stores: T is float, bf16 or f16; registers hold float32
-// -------------------------------------------
+// ---- loads and stores: T is float, bf16 or f16; registers hold float32 -------------------
 
 FASTBERT_INLINE vfloat load(const float* p) {
   vfloat v;
@@ -74,7 +73,7 @@ FASTBERT_INLINE vfloat load(const bf16* p) {
 
 FASTBERT_INLINE vfloat load(const f16* p) {
 #if defined(__AVX512F__)
-  return (vfloat)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return (vfloat)_mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__F16C__)
   return (vfloat)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
@@ -106,8 +105,9 @@ FASTBERT_INLINE void store(bf16* p, vfloat v) {
 
 FASTBERT_INLINE void store(f16* p, vfloat v) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256(
+      reinterpret_cast<__m256i*>(p),
+      _mm512_maskz_cvtps_ph(0xFFFF, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -138,7 +138,7 @@ FASTBERT_INLINE void store_n(T* p, vfloat v, int64_t n) {
 }
 
 // ---- arithmetic
-// ---------------------------------------------------------------------------------------------------
+// --------------------------------------------------------------------------------------------
 
 // Halves added pairwise: the same order on every run.
 FASTBERT_INLINE float reduce_add(vfloat v) {
@@ -157,17 +157,24 @@ FASTBERT_INLINE float reduce_max(vfloat v) {
   return x[0];
 }
 
-// e^x within 1 ULP or so over the whole range: 0 below -104, inf above 88.73, NaN stays NaN. x = n ln 2 + r,
-// a polynomial in r, and 2^n applied in two factors so that subnormal and largest results come out right.
-FASTBERT_INLINE vfloat exp(vfloat x) {
-  x = x < -104.f ? splat(-104.f) : x;
-  x = x > 89.f ? splat(89.f) : x;
+// p * 2^n for whole n; |n| up to 250.
+FASTBERT_INLINE vfloat scale_exponent(vfloat p, vfloat n) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_maskz_scalef_ps(0xFFFF, (__m512)p, (__m512)n);
+#else
+  const vint whole = __builtin_convertvector(n, vint), half = whole >> 1;
+  return p * (vfloat)((half + 127) << 23) * (vfloat)((whole - half + 127) << 23);
+#endif
+}
+
+// e^(high + low) for -170 < high <= 89 and small `low`, which enters after high's reduction and so keeps its
+// own digits: high + low = n ln 2 + r, a polynomial in r, and 2^n applied so that subnormal and largest
+// results come out right.
+FASTBERT_INLINE vfloat exp(vfloat high, vfloat low) {
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
-  vfloat n = x * 1.44269504f + magic;
-  const vint whole = (vint)n - 0x4B400000;
-  n -= magic;
-  vfloat r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
+  const vfloat n = high * 1.44269504f + magic - magic;
+  vfloat r = high - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f + low;
   vfloat p = splat(1.3814539e-3f);
   p = p * r + 8.3687454e-3f;
   p = p * r + 4.1668389e-2f;
@@ -175,12 +182,44 @@ FASTBERT_INLINE vfloat exp(vfloat x) {
   p = p * r + 0.49999994f;
   p = p * r + 1.f;
   p = p * r + 1.f;
-  const vint half = whole >> 1;
-  return p * (vfloat)((half + 127) << 23) * (vfloat)((whole - half + 127) << 23);
+  return scale_exponent(p, n);
+}
+
+// e^x within 1 ULP or so over the whole range: 0 below -104, inf above 88.73, NaN stays NaN.
+FASTBERT_INLINE vfloat exp(vfloat x) {
+  x = x < -104.f ? splat(-104.f) : x;
+  x = x > 89.f ? splat(89.f) : x;
+  return exp(x, vfloat{});
+}
+
+// out[j] = the sum of scratch[chunk, j], [chunks, columns], in the order of the chunks. Every thread of a
+// parallel region calls it; they share the columns.
+FASTBERT_INLINE void add_chunks(const float* scratch, int64_t chunks, int64_t columns, void* out,
+                                DType dtype) {
+#pragma omp for schedule(static)
+  for (int64_t j = 0; j < columns; j += kLanes) {
+    const int64_t n = min(kLanes, columns - j);
+    vfloat sum = {};
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const float* part = scratch + chunk * columns + j;
+      sum += n == kLanes ? load(part) : load_n(part, n);
+    }
+    switch (dtype) {
+      case DType::f32:
+        store_n(static_cast<float*>(out) + j, sum, n);
+        break;
+      case DType::bf16:
+        store_n(static_cast<bf16*>(out) + j, sum, n);
+        break;
+      case DType::f16:
+        store_n(static_cast<f16*>(out) + j, sum, n);
+        break;
+    }
+  }
 }
 
 // ---- dropout
-// ------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------
 
 FASTBERT_INLINE vulong multiply_wide(vulong a, uint32_t b) {  // low words of a, times b, in full
 #if defined(__AVX512F__)
