@@ -1,0 +1,322 @@
+"""From raw text to a BERT that `transformers` loads: what `fastbert pretrain` runs, in the order it happens.
+
+A run's folder holds everything: `config.json`, `tokenizer/`, `data/{train,held_out}/`, `snapshots/`, `metrics.jsonl`,
+`tensorboard/`, `loss.png` and, at the end, `model/` in Hugging Face's format.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from fastbert import allocator, snapshot
+from fastbert.bert import BertConfig, BertForPreTraining
+from fastbert.data.batches import Batch, PretrainBatches
+from fastbert.data.corpus import iter_documents
+from fastbert.data.store import TokenStore, write_stores
+from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, train_tokenizer
+from fastbert.evaluate import Frequencies, evaluate, guesses
+from fastbert.optim import LazyAdam, clip_grad_norm_
+from fastbert.report import Metrics, plot_loss, read_metrics
+from fastbert.run import (
+    PretrainConfig,
+    environment,
+    name_differences,
+    open_run,
+    random_state,
+    set_random_state,
+    write_config,
+)
+
+
+def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
+    """Trains a BERT on a corpus and exports it.
+
+    Args:
+        config: the run's settings.
+        resume: continues the run in `config.output` from its newest snapshot.
+
+    Returns:
+        The folder with the exported model; None where Ctrl-C or SIGTERM stopped the run, its state saved.
+
+    Raises:
+        ValueError, OSError: settings, corpus, data or snapshot that do not hold; the message says what to do.
+    """
+    allocator.keep_memory()
+    config = open_run(config, resume)
+    folder = config.output
+
+    # data
+    tokenizer = prepare_tokenizer(config)
+    train_store, held_out_store = prepare_stores(config, tokenizer)
+    special = special_ids(tokenizer)
+
+    def batches(store: TokenStore, epoch: int) -> PretrainBatches:
+        return PretrainBatches(
+            store, special, tokenizer.get_vocab_size(), seq_len=config.seq_len, batch_tokens=config.batch_tokens,
+            seed=config.seed, epoch=epoch, nsp=config.nsp,
+        )  # fmt: skip
+
+    held_out = batches(held_out_store, 0)
+    frequencies = Frequencies(train_store.token_counts())
+
+    # model and optimizer
+    torch.manual_seed(config.seed)
+    model = BertForPreTraining(
+        BertConfig.preset(
+            config.preset, vocab_size=tokenizer.get_vocab_size(), hidden_dropout_prob=config.dropout,
+            attention_probs_dropout_prob=config.dropout, max_position_embeddings=config.max_position_embeddings,
+            pad_token_id=special.pad,
+        )
+    ).to(config.device)  # fmt: skip
+    optimizer = make_optimizer(model, config)
+    stream = Stream(lambda epoch: batches(train_store, epoch), config.workers)
+
+    def held_out_scores() -> dict[str, float]:
+        with autocast(config):
+            return evaluate(model, held_out, config.evaluation_batches, frequencies, config.device)
+
+    # where the run stands
+    step = tokens = 0
+    state = snapshot.load(folder / "snapshots")
+    if state is not None:
+        name_differences(state["environment"])
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        stream.epoch, stream.index = state["epoch"], state["index"]
+        step, tokens = state["step"], state["tokens"]
+        set_random_state(state["random"], config.device)
+    if config.steps is None:
+        config = dataclasses.replace(
+            config, steps=steps_within(config, model, batches(train_store, 0), held_out_scores)
+        )
+        write_config(config)
+    evaluate_at = {round(config.steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
+
+    def take_snapshot() -> None:
+        state = {
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": stream.epoch,
+            "index": stream.index, "step": step, "tokens": tokens, "random": random_state(config.device),
+            "environment": environment(),
+        }  # fmt: skip
+        snapshot.save(folder / "snapshots", step, state, config.keep)
+
+    # the loop
+    metrics = Metrics(folder, step)
+    bar = tqdm(total=config.steps, initial=step, unit="step", desc="training", dynamic_ncols=True)
+    scores: dict[str, float] = {}
+    clock, tokens_then = time.perf_counter(), tokens
+    batch = iter(stream)
+    with stop_signals() as stopped, contextlib.closing(metrics), bar:
+        while step < config.steps and not stopped:
+            micro = [next(batch) for _ in range(config.accumulate)]
+            record = train_step(model, optimizer, micro, learning_rate(step, config), config)
+            step += 1
+            tokens += sum(len(each.input_ids) for each in micro)
+            bar.update()
+            if step % config.log_every == 0 or step == config.steps:
+                seconds = time.perf_counter() - clock
+                record = {name: float(value) for name, value in record.items()}
+                speed = (tokens - tokens_then) / seconds
+                metrics.write({"step": step, **record, "tokens": tokens, "tokens_per_second": round(speed)})
+                shown = {"loss": f"{record['loss']:.3f}", "tokens/s": f"{speed:,.0f}"}
+                if scores:
+                    shown["held-out"] = f"{scores['mlm_loss']:.3f}"
+                bar.set_postfix(shown, refresh=False)
+                clock, tokens_then = time.perf_counter(), tokens
+            if step in evaluate_at:
+                scores = held_out_scores()
+                metrics.write({"step": step, **{f"held_out/{name}": value for name, value in scores.items()}})
+                clock, tokens_then = time.perf_counter(), tokens
+            if step % config.snapshot_every == 0 or step == config.steps or stopped:
+                take_snapshot()
+                clock, tokens_then = time.perf_counter(), tokens
+    if step < config.steps:
+        take_snapshot()
+        print(f"stopped by {stopped[0]} after step {step} of {config.steps}; go on with: {resume_command(config)}")
+        return None
+
+    # what came of it
+    model.save_pretrained(folder / "model", tokenizer=tokenizer)
+    records = read_metrics(folder / "metrics.jsonl")
+    title = f"{config.preset}, {config.embedding_update} rows, {tokens / 1e6:.1f} M tokens"
+    plot_loss(records, folder / "loss.png", title)
+    print(summary(config, scores or last_scores(records)))
+    print(guesses(model, held_out, tokenizer, config.device))
+    print(f"\nmodel     {folder / 'model'}  (transformers.BertForPreTraining.from_pretrained loads it)")
+    print(f"curve     {folder / 'loss.png'}\nmetrics   {folder / 'metrics.jsonl'}, tensorboard --logdir {folder}")
+    return folder / "model"
+
+
+# ---- one step ------------------------------------------------------------------------------------------------------
+
+
+def train_step(
+    model: BertForPreTraining, optimizer: LazyAdam, micro: list[Batch], lr: float, config: PretrainConfig
+) -> dict[str, Tensor | float]:
+    """Forward and backward over the micro-batches, one step of the optimizer; losses as device scalars.
+
+    The MLM loss is the mean over all masked tokens of the step, the NSP loss over all its sequences, however they are
+    spread over micro-batches.
+    """
+    model.train()
+    masked = sum(len(batch.labels) for batch in micro)
+    pairs = sum(len(batch.cu_seqlens) - 1 for batch in micro)
+    mlm_loss = nsp_loss = torch.zeros((), device=config.device)
+    touched = []
+    for batch in micro:
+        batch = batch.to(config.device)
+        with autocast(config):
+            out = model(
+                batch.input_ids, token_type_ids=batch.token_type_ids, position_ids=batch.position_ids,
+                cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, masked_positions=batch.masked_positions,
+                labels=batch.labels, next_sentence_label=batch.next_sentence_label,
+            )  # fmt: skip
+        loss = out.mlm_loss * (len(batch.labels) / masked)
+        mlm_loss = mlm_loss + loss.detach()
+        if config.nsp:
+            nsp = out.nsp_loss * ((len(batch.cu_seqlens) - 1) / pairs)
+            nsp_loss = nsp_loss + nsp.detach()
+            loss = loss + nsp
+        loss.backward()
+        touched += [batch.input_ids, batch.labels]
+    rows = {model.word_embeddings: torch.cat(touched)} if config.embedding_update == "touched" else None
+    norm = clip_grad_norm_(model.parameters(), config.clip, rows=rows)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step(rows=rows)
+    optimizer.zero_grad()
+    record = {"loss": mlm_loss + nsp_loss, "mlm_loss": mlm_loss, "lr": lr, "gradient_norm": norm}
+    return record | ({"nsp_loss": nsp_loss} if config.nsp else {})
+
+
+def make_optimizer(model: BertForPreTraining, config: PretrainConfig) -> LazyAdam:
+    """BERT's own: weight decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return LazyAdam(groups, lr=config.lr, betas=(0.9, 0.999), eps=1e-6)
+
+
+def learning_rate(step: int, config: PretrainConfig) -> float:
+    """Of step `step` (from 0): rises linearly over the warm-up, falls linearly to 0 at the end."""
+    rising = math.ceil(config.warmup * config.steps)
+    if step < rising:
+        return config.lr * (step + 1) / rising
+    return config.lr * (config.steps - step) / max(1, config.steps - rising)
+
+
+def autocast(config: PretrainConfig) -> torch.autocast:
+    return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.bf16)
+
+
+class Stream:
+    """Batches of epoch after epoch, and where it stands: the next batch is number `index` of `epoch`."""
+
+    def __init__(self, epoch_batches: Callable[[int], PretrainBatches], workers: int):
+        self.epoch_batches, self.workers = epoch_batches, workers
+        self.epoch = self.index = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            batches = self.epoch_batches(self.epoch)
+            # A generator of its own: the loader draws from it, and torch's default one is part of what resumes.
+            loader = DataLoader(
+                batches, batch_size=None, sampler=range(self.index, len(batches)), num_workers=self.workers,
+                generator=torch.Generator(),
+            )  # fmt: skip
+            for batch in loader:
+                self.index += 1
+                yield batch
+            self.epoch, self.index = self.epoch + 1, 0
+
+
+def steps_within(
+    config: PretrainConfig, model: BertForPreTraining, batches: PretrainBatches, scores: Callable[[], object]
+) -> int:
+    """Steps that fit into `config.minutes` with their evaluations, measured on copies of model and optimizer."""
+    trial = copy.deepcopy(model)
+    optimizer = make_optimizer(trial, config)
+    stream = iter(Stream(lambda epoch: batches, 0))
+    times = []
+    with torch.random.fork_rng():
+        while len(times) < 5 or (sum(times) < 5 and len(times) < 100):
+            start = time.perf_counter()
+            train_step(trial, optimizer, [next(stream) for _ in range(config.accumulate)], config.lr, config)
+            times.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        scores()
+        evaluation = time.perf_counter() - start
+    usual = sum(times[2:]) / len(times[2:])  # the first steps also warm up
+    steps = max(1, int((60 * config.minutes - config.evaluations * evaluation) / usual))
+    print(f"{config.minutes:g} minutes: {steps} steps of {1000 * usual:.0f} ms, {config.evaluations} evaluations")
+    return steps
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+
+def prepare_tokenizer(config: PretrainConfig):
+    folder = config.output / "tokenizer"
+    if not (folder / "tokenizer.json").exists():
+        texts = (sentence for document in iter_documents(config.corpus, config.column) for sentence in document)
+        save_tokenizer(train_tokenizer(texts, config.vocab_size, config.lowercase), folder)
+    return load_tokenizer(folder)
+
+
+def prepare_stores(config: PretrainConfig, tokenizer) -> tuple[TokenStore, TokenStore]:
+    folder = config.output / "data"
+    if not folder.exists():
+        documents = iter_documents(config.corpus, config.column)
+        write_stores(folder, documents, tokenizer, held_out_fraction=config.held_out, seed=config.seed)
+    return TokenStore.open(folder / "train"), TokenStore.open(folder / "held_out")
+
+
+# ---- beginning, end, interruption ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[str]]:
+    """A list that Ctrl-C and SIGTERM put their name into, for the loop to see; a second one acts at once."""
+    stopped: list[str] = []
+
+    def note(number: int, frame: object) -> None:
+        stopped.append(signal.Signals(number).name)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def resume_command(config: PretrainConfig) -> str:
+    return f"fastbert pretrain --output {config.output} --resume"
+
+
+def last_scores(records: list[dict[str, float]]) -> dict[str, float]:
+    held_out = [r for r in records if "held_out/mlm_loss" in r][-1]
+    return {name.removeprefix("held_out/"): value for name, value in held_out.items() if name != "step"}
+
+
+def summary(config: PretrainConfig, scores: dict[str, float]) -> str:
+    lines = [
+        f"\nheld-out, masked tokens       {'all':>8} {'rare':>8}",
+        f"loss, always the frequencies  {scores['frequency_loss']:8.3f} {scores['rare_frequency_loss']:8.3f}",
+        f"loss, this model              {scores['mlm_loss']:8.3f} {scores['rare_mlm_loss']:8.3f}",
+        f"accuracy, this model          {scores['mlm_accuracy']:8.1%} {scores['rare_mlm_accuracy']:8.1%}",
+    ]
+    if config.nsp:
+        lines.append(f"next sentence: accuracy       {scores['nsp_accuracy']:8.1%}")
+    return "\n".join(lines)

@@ -1,0 +1,181 @@
+"""A pretraining run: its settings, its folder, and what must agree for it to resume bit for bit."""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastbert import backend, native
+from fastbert.bert import BertConfig
+from fastbert.data.corpus import iter_documents
+from fastbert.version import __version__
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """Settings of a run; `fastbert pretrain --help` shows them."""
+
+    output: Path
+    """The run's folder; made by a new run, continued with --resume."""
+    corpus: Path | None = None
+    """A text file (one sentence or more per line, blank lines between documents), a folder of such, or a CSV file."""
+    column: str | None = None
+    """The CSV file's column that holds the text; every row is a document."""
+
+    preset: str = "tiny"
+    """Size of the model: tiny, mini, small, base or large."""
+    vocab_size: int = 8192
+    """Entries of the WordPiece vocabulary that is trained on the corpus."""
+    lowercase: bool = True
+    """Lower-case the text and strip accents, as uncased BERT does."""
+    max_position_embeddings: int = 512
+    """Rows of the position table: the longest sequence the model will ever take."""
+    dropout: float = 0.1
+    """Probability of dropout, in hidden layers and in attention."""
+
+    seq_len: int = 128
+    """Longest sequence in tokens, [CLS] and [SEP] included."""
+    batch_tokens: int = 4096
+    """Tokens of a batch; sequences are packed without padding."""
+    accumulate: int = 1
+    """Batches whose gradients are added up for one step."""
+    nsp: bool = True
+    """Train next-sentence prediction beside the masked language model."""
+    held_out: float = 0.02
+    """Share of the documents kept for evaluation."""
+
+    steps: int | None = None
+    """Optimizer steps; either this or --minutes."""
+    minutes: float | None = None
+    """Training time: turned into a number of steps once, after a short measurement, before the schedule starts."""
+    lr: float = 1e-3
+    """Highest learning rate."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises; then it falls linearly to 0."""
+    weight_decay: float = 0.01
+    """Decoupled; none on biases and LayerNorm."""
+    clip: float = 1.0
+    """Largest norm of the gradient that is applied."""
+    embedding_update: Literal["touched", "all"] = "touched"
+    """Rows of the word embeddings that a step moves: those whose word stands in its input or labels, or all."""
+    bf16: bool = False
+    """Compute in bfloat16 (autocast); weights stay float32."""
+    seed: int = 0
+    """Of everything random."""
+
+    evaluations: int = 8
+    """Evaluations on the held-out part, evenly over the run."""
+    evaluation_batches: int = 32
+    """Batches of one evaluation."""
+    snapshot_every: int = 1000
+    """Steps between snapshots, from which a run can be resumed; Ctrl-C and SIGTERM take one too."""
+    keep: int = 2
+    """Snapshots kept."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    workers: int = 0
+    """Processes that prepare batches; 0 prepares them in the training process. The batches are the same."""
+    device: str = "cpu"
+    """Where to train, as torch names it."""
+
+    def check(self) -> None:
+        """Raises ValueError with the rule, where a setting does not hold."""
+        BertConfig.preset(self.preset)
+        if self.steps is None and self.minutes is None:
+            raise ValueError("a run ends after so many steps or minutes: give one of them")
+        for name in ("batch_tokens", "accumulate", "evaluations", "evaluation_batches", "snapshot_every", "keep"):
+            _expect(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _expect(self.log_every >= 1, "log_every", "at least 1", self.log_every)
+        _expect(self.workers >= 0, "workers", "0 or more", self.workers)
+        _expect(self.steps is None or self.steps >= 1, "steps", "at least 1", self.steps)
+        _expect(self.minutes is None or self.minutes > 0, "minutes", "more than 0", self.minutes)
+        _expect(self.lr > 0 and math.isfinite(self.lr), "lr", "a positive number", self.lr)
+        _expect(0 <= self.warmup <= 1, "warmup", "a share from 0 to 1", self.warmup)
+        _expect(0 < self.held_out < 1, "held_out", "a share between 0 and 1", self.held_out)
+        _expect(self.clip > 0, "clip", "more than 0", self.clip)
+        _expect(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
+        _expect(0 <= self.dropout < 1, "dropout", "a probability below 1", self.dropout)
+        _expect(
+            8 <= self.seq_len <= self.max_position_embeddings,
+            "seq_len",
+            f"from 8 to the rows of the position table, max_position_embeddings={self.max_position_embeddings}",
+            self.seq_len,
+        )
+
+
+def _expect(holds: bool, name: str, rule: str, value: object) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {rule}, got {value}")
+
+
+def open_run(config: PretrainConfig, resume: bool) -> PretrainConfig:
+    """Makes the run's folder, or finds the one to resume; the run's settings."""
+    path = config.output / "config.json"
+    if resume:
+        return read_config(config.output)
+    if path.exists():
+        raise ValueError(f"{config.output} already holds a run: pass --resume to continue it, or another --output")
+    config.check()
+    if config.steps is not None and config.minutes is not None:
+        raise ValueError(f"a run ends after steps or minutes, not both: got {config.steps} and {config.minutes:g}")
+    if config.corpus is None:
+        raise ValueError("a new run needs a corpus: a text file, a folder of text files, or a CSV file with --column")
+    next(iter_documents(config.corpus, config.column))
+    config.output.mkdir(parents=True, exist_ok=True)
+    write_config(config)
+    return config
+
+
+def read_config(folder: Path) -> PretrainConfig:
+    """The settings of the run in `folder`; FileNotFoundError where there is none."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no run to resume: there is no {path}")
+    stored = json.loads(path.read_text())
+    corpus = None if stored["corpus"] is None else Path(stored["corpus"])
+    config = PretrainConfig(**stored | {"output": folder, "corpus": corpus})
+    config.check()
+    return config
+
+
+def write_config(config: PretrainConfig) -> None:
+    path = config.output / "config.json"
+    fresh = path.with_suffix(".writing")
+    fresh.write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    os.replace(fresh, path)
+
+
+def random_state(device: str) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.startswith("cuda") else {})
+
+
+def set_random_state(states: dict[str, Tensor], device: str) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and device.startswith("cuda"):
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def environment() -> dict[str, Any]:
+    """What a resumed run must share with the run before it to continue bit for bit."""
+    return {
+        "fastbert": __version__,
+        "torch": str(torch.__version__),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "instruction set": native.isa or "none",
+        "backend": backend.requested() or "by device",
+    }
+
+
+def name_differences(then: dict[str, Any]) -> None:
+    now = environment()
+    different = [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]
+    if different:
+        print(f"resumed elsewhere than it was stopped, so not bit for bit the unbroken run: {', '.join(different)}")
