@@ -233,36 +233,63 @@ FASTBERT_INLINE vulong multiply_wide(vulong a, uint32_t b) {  // low words of a,
 #endif
 }
 
+// a and b hold two 64-bit halves of each of kLanes / 2 counters; writes the counters' 16 bytes one after
+// another, the even places' first.
+FASTBERT_INLINE void store_pairs(uint16_t* lanes, vulong a, vulong b) {
+#if defined(__AVX512F__)
+  const __m512i even = _mm512_maskz_unpacklo_epi64(0xFF, (__m512i)a, (__m512i)b);
+  const __m512i odd = _mm512_maskz_unpackhi_epi64(0xFF, (__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  const __m256i even = _mm256_unpacklo_epi64((__m256i)a, (__m256i)b);
+  const __m256i odd = _mm256_unpackhi_epi64((__m256i)a, (__m256i)b);
+#else
+  const vulong even = {a[0], b[0]}, odd = {a[1], b[1]};
+#endif
+  memcpy(lanes, &even, sizeof even);
+  memcpy(lanes + 2 * kLanes, &odd, sizeof odd);
+}
+
 constexpr int kDropoutBlock = kLanes * 4;  // lanes written at a time: kLanes / 2 counters of eight lanes
+
+// kChains blocks of lanes, interleaved because one chain of multiplications leaves the multiplier idle.
+template <int kChains>
+FASTBERT_INLINE void dropout_blocks(uint64_t seed, uint32_t first, uint32_t c1, uint32_t c2, uint32_t c3,
+                                    uint16_t* lanes) {
+  constexpr int width = kLanes / 2;
+  vulong place;  // store_pairs' order
+  for (int i = 0; i < width; ++i) place[i] = i / 2 + i % 2 * (width / 2);
+  vulong a[kChains], b[kChains], c[kChains], d[kChains];
+  for (int i = 0; i < kChains; ++i) {
+    a[i] = place + (static_cast<uint64_t>(first) + i * width);
+    b[i] = c1 - vulong{}, c[i] = c2 - vulong{}, d[i] = c3 - vulong{};
+  }
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    for (int i = 0; i < kChains; ++i) {  // upper halves hold rubbish, which multiply_wide never reads
+      const vulong p0 = multiply_wide(a[i], kPhiloxM0), p1 = multiply_wide(c[i], kPhiloxM1);
+      a[i] = (p1 >> 32) ^ b[i] ^ static_cast<uint64_t>(k0);
+      c[i] = (p0 >> 32) ^ d[i] ^ static_cast<uint64_t>(k1);
+      b[i] = p1;
+      d[i] = p0;
+    }
+    k0 += kPhiloxW0;
+    k1 += kPhiloxW1;
+  }
+  const vulong low = 0xFFFFFFFFull - vulong{};
+  for (int i = 0; i < kChains; ++i)
+    store_pairs(lanes + i * kDropoutBlock, (a[i] & low) | (b[i] << 32), (c[i] & low) | (d[i] << 32));
+}
 
 // Random 16-bit lanes for counters (first, c1, c2, c3), (first + 1, c1, c2, c3), ...: eight per counter, in
 // order. Writes `counters * 8` lanes rounded up to a multiple of kDropoutBlock.
 FASTBERT_INLINE void dropout_lanes(uint64_t seed, uint32_t first, uint32_t c1, uint32_t c2, uint32_t c3,
                                    int64_t counters, uint16_t* lanes) {
-  constexpr int width = kLanes / 2;
-  vulong step;
-  for (int i = 0; i < width; ++i) step[i] = i;
-  for (int64_t done = 0; done < counters; done += width, lanes += 8 * width) {
-    vulong a = step + (first + static_cast<uint64_t>(done)), b = c1 - vulong{}, c = c2 - vulong{},
-           d = c3 - vulong{};
-    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < kPhiloxRounds; ++round) {
-      const vulong p0 = multiply_wide(a, kPhiloxM0), p1 = multiply_wide(c, kPhiloxM1);
-      a = (p1 >> 32) ^ b ^
-          static_cast<uint64_t>(k0);  // upper halves hold rubbish that multiply_wide never reads
-      c = (p0 >> 32) ^ d ^ static_cast<uint64_t>(k1);
-      b = p1;
-      d = p0;
-      k0 += kPhiloxW0;
-      k1 += kPhiloxW1;
-    }
-    const vulong low = 0xFFFFFFFFull - vulong{};
-    const vulong words01 = (a & low) | (b << 32), words23 = (c & low) | (d << 32);
-    for (int i = 0; i < width; ++i) {
-      const uint64_t pair[2] = {words01[i], words23[i]};
-      memcpy(lanes + 8 * i, pair, sizeof pair);
-    }
-  }
+  constexpr int chains = 2, width = kLanes / 2;
+  int64_t done = 0;
+  for (; done + (chains - 1) * width < counters; done += chains * width)
+    dropout_blocks<chains>(seed, first + static_cast<uint32_t>(done), c1, c2, c3, lanes + 8 * done);
+  for (; done < counters; done += width)
+    dropout_blocks<1>(seed, first + static_cast<uint32_t>(done), c1, c2, c3, lanes + 8 * done);
 }
 
 // 1 where the element is kept, 0 where it is dropped, as a mask for blends: kept where lane >= t.
