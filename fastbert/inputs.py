@@ -1,0 +1,126 @@
+"""What a BERT-like encoder asks of its inputs, and index arithmetic on packed sequences.
+
+Values are looked at on the CPU only, where it costs nothing; elsewhere it would wait for the device, and under
+torch.compile it would break the graph. Shapes and dtypes are always checked.
+"""
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # a label that no loss counts
+
+
+def check_ids(name: str, ids: Tensor, shape: torch.Size, limit: int, limit_name: str) -> None:
+    """Raises unless `ids` is int64 or int32 of this shape, and (where looked at) in [0, limit)."""
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be int64 or int32, got {ids.dtype}")
+    if ids.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(ids.shape)}")
+    if _looked_at(ids) and ids.numel():
+        low, high = (x.item() for x in ids.aminmax())
+        if low < 0 or high >= limit:
+            raise ValueError(
+                f"{name} must lie in [0, {limit}), {limit_name} being {limit}; got values from {low} to {high}: make "
+                "them with the tokenizer and configuration this model was made with"
+            )
+
+
+def check_labels(name: str, labels: Tensor, shape: torch.Size, classes: int) -> None:
+    """Raises unless `labels` is int64 of this shape, and (where looked at) in [0, classes) or -100."""
+    if labels.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {labels.dtype}")
+    if labels.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(labels.shape)}")
+    if _looked_at(labels) and labels.numel():
+        wrong = (labels != IGNORED) & ((labels < 0) | (labels >= classes))
+        if wrong.any():
+            raise ValueError(
+                f"{name} must lie in [0, {classes}), or be {IGNORED} to be ignored; got {labels[wrong][0].item()}"
+            )
+
+
+def check_padded(shape: torch.Size, attention_mask: Tensor | None, longest: int) -> None:
+    """Raises unless this is [B, S] with S <= longest, and the mask is bool or integer [B, S]."""
+    if len(shape) != 2:
+        raise ValueError(
+            f"input_ids must be [B, S], or packed [T] together with cu_seqlens; got shape {list(shape)} without it"
+        )
+    _check_length(shape[1], longest)
+    if attention_mask is None:
+        return
+    if attention_mask.is_floating_point() or attention_mask.is_complex():
+        raise TypeError(
+            f"attention_mask must be bool or integer, 0 at padding, got {attention_mask.dtype}; an additive mask "
+            "(0 and -inf) becomes one by `mask == 0`"
+        )
+    if attention_mask.shape != shape:
+        raise ValueError(f"attention_mask must have input_ids' shape {list(shape)}, got {list(attention_mask.shape)}")
+
+
+def check_packed(shape: torch.Size, cu_seqlens: Tensor, max_seqlen: int | None, longest: int) -> int:
+    """Raises unless ids of this shape and `cu_seqlens` are a packed batch; returns the longest sequence's tokens."""
+    if len(shape) != 1:
+        raise ValueError(f"with cu_seqlens, input_ids must be packed [T], got shape {list(shape)}")
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(
+            f"cu_seqlens must be int32 [B + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}; make it with "
+            "torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()"
+        )
+    if _looked_at(cu_seqlens):
+        lengths = cu_seqlens.diff()
+        first, last = cu_seqlens[0].item(), cu_seqlens[-1].item()
+        if first != 0 or last != shape[0] or (lengths < 0).any():
+            raise ValueError(
+                f"cu_seqlens must start at 0, never decrease and end at the number of tokens, {shape[0]}; got "
+                f"{cu_seqlens.tolist()[:3]} ... {last}"
+            )
+        longest_here = lengths.max().item() if len(lengths) else 0
+        if max_seqlen is not None and longest_here > max_seqlen:
+            raise ValueError(f"max_seqlen is {max_seqlen}, but the longest sequence has {longest_here} tokens")
+    if max_seqlen is None:
+        max_seqlen = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
+    _check_length(max_seqlen, longest)
+    return max_seqlen
+
+
+def check_positions(masked_positions: Tensor, tokens: int) -> None:
+    """Raises unless `masked_positions` is int64 [M], and (where looked at) in [0, tokens)."""
+    if masked_positions.dtype != torch.int64 or masked_positions.dim() != 1:
+        raise ValueError(
+            f"masked_positions must be int64 [M], got {masked_positions.dtype} {list(masked_positions.shape)}"
+        )
+    if _looked_at(masked_positions) and masked_positions.numel():
+        low, high = (x.item() for x in masked_positions.aminmax())
+        if low < 0 or high >= tokens:
+            raise ValueError(
+                f"masked_positions must lie in [0, {tokens}), places in the packed tokens or in the padded batch read "
+                f"as [B * S]; got values from {low} to {high}"
+            )
+
+
+def places(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """Each packed token's place in its own sequence, int64 [T], without waiting for the device."""
+    order = torch.arange(tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), order, right=True)
+    return (order - cu_seqlens[sequence]).long()
+
+
+def first_tokens(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """[B, H]: each sequence's first row of packed x [T, H], zeros for an empty sequence."""
+    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
+    if x.shape[0] == 0:
+        return x.new_zeros(starts.shape[0], x.shape[1])
+    first = x.index_select(0, starts.clamp(max=x.shape[0] - 1))
+    return torch.where((starts == ends).unsqueeze(1), 0.0, first)
+
+
+def _check_length(tokens: int, longest: int) -> None:
+    if tokens > longest:
+        raise ValueError(
+            f"a sequence has {tokens} tokens, but the position table (max_position_embeddings) holds {longest}: "
+            "truncate or split it, or train a model with a longer table"
+        )
+
+
+def _looked_at(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
