@@ -40,10 +40,11 @@ def check_labels(name: str, labels: Tensor, shape: torch.Size, classes: int) -> 
 
 
 def check_padded(shape: torch.Size, attention_mask: Tensor | None, longest: int) -> None:
-    """Raises unless this is [B, S] with S <= longest, and the mask is bool or integer [B, S]."""
-    if len(shape) != 2:
+    """Raises unless this is [B, S] with 1 <= S <= longest, and the mask is bool or integer [B, S]."""
+    if len(shape) != 2 or shape[1] == 0:
         raise ValueError(
-            f"input_ids must be [B, S], or packed [T] together with cu_seqlens; got shape {list(shape)} without it"
+            "input_ids must be [B, S] with S >= 1, or packed [T] together with cu_seqlens; got shape "
+            f"{list(shape)} without it"
         )
     _check_length(shape[1], longest)
     if attention_mask is None:

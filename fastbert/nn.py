@@ -99,7 +99,7 @@ class MultiHeadAttention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)  # rows: all of query, then key, then value
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        q, k, v = self.qkv(x).view(x.shape[0], 3, self.heads, -1).unbind(1)  # [T, N, D] each
+        q, k, v = self.qkv(x).view(x.shape[0], 3, self.heads, x.shape[1] // self.heads).unbind(1)  # [T, N, D] each
         dropout_p = self.dropout_p if self.training else 0.0
         return attention(q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p).flatten(1)
 

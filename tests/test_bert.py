@@ -1,0 +1,487 @@
+"""BERT: configuration, padded and packed forms, losses, compile, bad input, training beside a plain PyTorch BERT."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
+
+import fastbert
+from fastbert.bert import BertConfig, BertForPreTraining, BertModel
+from fastbert.checkpoint import to_hugging_face
+from fastbert.testing import assert_close
+
+BACKENDS = fastbert.backends()
+B, S, V = 4, 12, 50
+LENGTHS = [12, 7, 3, 1]
+SMALL = BertConfig(
+    vocab_size=V,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=64,
+    max_position_embeddings=16,
+    initializer_range=0.2,
+)
+
+
+def batch(seed: int = 0, lengths: list[int] = LENGTHS) -> dict[str, Tensor]:
+    """A padded batch with labels at every third token."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = (torch.arange(S) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(1, V, (len(lengths), S), generator=generator) * mask
+    labels = torch.where((torch.arange(S) % 3 == 0) & (mask == 1), ids, -100)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "token_type_ids": (torch.arange(S) > 4).long().expand_as(ids) * mask,
+        "labels": labels,
+        "next_sentence_label": torch.arange(len(lengths)) % 2,
+    }
+
+
+def packed(padded: dict[str, Tensor]) -> dict[str, Tensor | int]:
+    """The same batch without padding, with its labelled positions."""
+    real = padded["attention_mask"].bool()
+    labels = padded["labels"][real]
+    positions = (labels != -100).nonzero().squeeze(1)
+    return {
+        "input_ids": padded["input_ids"][real],
+        "token_type_ids": padded["token_type_ids"][real],
+        "cu_seqlens": F.pad(real.sum(1).cumsum(0), (1, 0)).int(),
+        "max_seqlen": S,
+        "masked_positions": positions,
+        "labels": labels[positions],
+        "next_sentence_label": padded["next_sentence_label"],
+    }
+
+
+def encoder_inputs(inputs: dict) -> dict:
+    return {k: v for k, v in inputs.items() if k not in ("labels", "next_sentence_label", "masked_positions")}
+
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "hidden", "heads", "inner"),
+    [
+        ("tiny", 2, 128, 2, 512),
+        ("mini", 4, 256, 4, 1024),
+        ("small", 4, 512, 8, 2048),
+        ("base", 12, 768, 12, 3072),
+        ("large", 24, 1024, 16, 4096),
+    ],
+)
+def test_presets(name, layers, hidden, heads, inner):
+    config = BertConfig.preset(name, vocab_size=7)
+    sizes = config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.intermediate_size
+    assert (*sizes, config.vocab_size) == (layers, hidden, heads, inner, 7)
+
+
+def test_an_unknown_preset_lists_those_there_are():
+    with pytest.raises(ValueError, match=r"'huge'.*tiny, mini, small, base, large"):
+        BertConfig.preset("huge")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("hidden_size", 30, "multiple of num_attention_heads"),
+        ("vocab_size", 0, "vocab_size must be an int of at least 1"),
+        ("num_hidden_layers", 2.0, "num_hidden_layers must be an int"),
+        ("hidden_dropout_prob", 1.5, "probability"),
+        ("layer_norm_eps", math.nan, "finite"),
+        ("hidden_act", "relu", "gelu, gelu_new"),
+        ("pad_token_id", V, "pad_token_id"),
+    ],
+)
+def test_a_configuration_no_bert_can_have_is_refused(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        BertConfig(**{"hidden_size": 32, "num_attention_heads": 4, "vocab_size": V, field: value})
+
+
+def test_base_has_110_million_parameters():
+    with torch.device("meta"):
+        model = BertForPreTraining(BertConfig())
+    assert sum(p.numel() for p in model.parameters()) == 110_106_428  # what transformers counts, the decoder tied
+
+
+def test_initial_weights():
+    model = BertForPreTraining(BertConfig.preset("tiny", vocab_size=3000, initializer_range=0.02))
+    words = model.bert.embeddings.word_embeddings.weight
+    assert words[0].abs().max() == 0
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert parameter.abs().max() == 0, name
+        elif "LayerNorm" in name:
+            assert (parameter == 1).all(), name
+        elif parameter.numel() > 10_000:
+            assert abs(parameter.std().item() / 0.02 - 1) < 0.03, name
+
+
+# --- forms of input --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padded_packed_and_single_sequences_agree(backend):
+    model, inputs = BertModel(SMALL).eval(), encoder_inputs(batch())
+    with fastbert.use_backend(backend), torch.no_grad():
+        padded, ragged = model(**inputs), model(**encoder_inputs(packed(batch())))
+        torch.testing.assert_close(padded.sequence_output[inputs["attention_mask"].bool()], ragged.sequence_output)
+        torch.testing.assert_close(padded.pooled_output, ragged.pooled_output)
+        for row, length in enumerate(LENGTHS):
+            single = model(inputs["input_ids"][row : row + 1, :length],
+                           token_type_ids=inputs["token_type_ids"][row : row + 1, :length])  # fmt: skip
+            torch.testing.assert_close(padded.sequence_output[row, :length], single.sequence_output[0])
+            torch.testing.assert_close(padded.pooled_output[row], single.pooled_output[0])
+    assert padded.sequence_output[inputs["attention_mask"] == 0].abs().max() == 0
+    assert padded.last_hidden_state is padded.sequence_output and padded.pooler_output is padded.pooled_output
+
+
+def test_defaults_are_type_zero_counted_positions_and_no_padding():
+    model, ids = BertModel(SMALL).eval(), batch()["input_ids"]
+    explicit = model(ids, torch.ones_like(ids), torch.zeros_like(ids), torch.arange(S).expand_as(ids))
+    for ours, theirs in zip(model(ids), explicit, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    shifted = model(ids, position_ids=torch.arange(S)[None] + 1)
+    assert not torch.allclose(shifted.sequence_output, explicit.sequence_output, atol=1e-3)
+
+
+def test_max_seqlen_is_found_where_it_is_not_given():
+    model, inputs = BertModel(SMALL).eval(), encoder_inputs(packed(batch()))
+    found = model(**(inputs | {"max_seqlen": None}))
+    assert torch.equal(found.sequence_output, model(**inputs).sequence_output)
+
+
+def test_padding_may_stand_anywhere():
+    """Padding in front moves a sequence to other places; with its positions given it is computed the same."""
+    model, ids = BertModel(SMALL).eval(), torch.tensor([[5, 6, 7]])
+    right = model(F.pad(ids, (0, 2)), torch.tensor([[1, 1, 1, 0, 0]]))
+    left = model(F.pad(ids, (2, 0)), torch.tensor([[0, 0, 1, 1, 1]]), position_ids=torch.tensor([[0, 0, 0, 1, 2]]))
+    torch.testing.assert_close(left.sequence_output[:, 2:], right.sequence_output[:, :3])
+    torch.testing.assert_close(left.pooled_output, right.pooled_output)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lengths", [[5, 0, 3], [4, 0], [0, 0]])
+def test_a_fully_padded_sequence_is_harmless(backend, lengths):
+    model, inputs = BertForPreTraining(SMALL), batch(lengths=lengths)
+    with fastbert.use_backend(backend):
+        out = model(**inputs)
+        out.loss.backward()
+    assert out.loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    empty = torch.tensor(lengths) == 0
+    encoder = model.bert
+    torch.testing.assert_close(
+        encoder(**encoder_inputs(inputs)).pooled_output[empty],
+        torch.tanh(encoder.pooler["dense"].bias).expand(int(empty.sum()), -1),
+    )
+
+
+def test_evaluation_is_deterministic_and_training_is_not():
+    model, inputs = BertForPreTraining(SMALL), batch()
+    assert not torch.equal(model(**inputs).loss, model(**inputs).loss)
+    model.eval()
+    assert torch.equal(model(**inputs).loss, model(**inputs).loss)
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------
+
+
+def test_losses_are_means_over_labels_that_count():
+    model, inputs = BertForPreTraining(SMALL).eval(), batch()
+    out = model(**inputs)
+    every = model(**{k: v for k, v in inputs.items() if k != "labels"})
+    assert every.prediction_logits.shape == (B, S, V) and every.mlm_loss is None
+    expected = F.cross_entropy(every.prediction_logits.view(-1, V), inputs["labels"].view(-1))
+    torch.testing.assert_close(out.mlm_loss, expected)
+    torch.testing.assert_close(
+        out.nsp_loss, F.cross_entropy(out.seq_relationship_logits, inputs["next_sentence_label"])
+    )
+    torch.testing.assert_close(out.loss, out.mlm_loss + out.nsp_loss)
+    torch.testing.assert_close(out.prediction_logits, every.prediction_logits[inputs["labels"] != -100])
+
+
+def test_every_form_of_labels_gives_the_same_losses():
+    model, padded = BertForPreTraining(SMALL).eval(), batch()
+    ragged = packed(padded)
+    everywhere = padded["labels"][padded["attention_mask"].bool()]
+    positions = (padded["labels"].flatten() != -100).nonzero().squeeze(1)
+    flat = {"masked_positions": positions, "labels": padded["labels"].flatten()[positions]}
+    # A fixed number of positions, the last ones unused.
+    filled = {"masked_positions": F.pad(positions, (0, 3)), "labels": F.pad(flat["labels"], (0, 3), value=-100)}
+    expected = model(**padded)
+    for inputs in (ragged, ragged | {"labels": everywhere, "masked_positions": None}, padded | flat, padded | filled):
+        out = model(**inputs)
+        torch.testing.assert_close(out.mlm_loss, expected.mlm_loss)
+        torch.testing.assert_close(out.nsp_loss, expected.nsp_loss)
+        torch.testing.assert_close(out.prediction_logits[: len(positions)], expected.prediction_logits)
+
+
+def test_labels_at_padding_are_ignored():
+    model, inputs = BertForPreTraining(SMALL).eval(), batch()
+    spoiled = torch.where(inputs["attention_mask"] == 0, 7, inputs["labels"])
+    torch.testing.assert_close(model(**inputs | {"labels": spoiled}).mlm_loss, model(**inputs).mlm_loss)
+
+
+def test_without_labels_masked_positions_choose_the_logits():
+    model, inputs = BertForPreTraining(SMALL).eval(), packed(batch())
+    del inputs["labels"], inputs["next_sentence_label"]
+    some = model(**inputs)
+    every = model(**inputs | {"masked_positions": None})
+    assert every.prediction_logits.shape == (sum(LENGTHS), V) and some.loss is None
+    torch.testing.assert_close(some.prediction_logits, every.prediction_logits[inputs["masked_positions"]])
+
+
+@pytest.mark.parametrize(
+    "empty", [{"labels": torch.full((B, S), -100)}, {"next_sentence_label": torch.full((B,), -100)}]
+)
+def test_a_batch_without_labels_to_count_has_loss_zero(empty):
+    model = BertForPreTraining(SMALL).eval()
+    out = model(**batch() | empty)
+    loss = out.mlm_loss if "labels" in empty else out.nsp_loss
+    assert loss == 0
+    loss.backward()
+    assert all(p.grad.abs().max() == 0 for p in model.parameters() if p.grad is not None)
+
+
+def test_micro_batches_weighted_by_their_labels_add_up_to_the_batch():
+    model, inputs = BertForPreTraining(SMALL).eval(), batch()
+    whole = model(**inputs).mlm_loss
+    counts = (inputs["labels"] != -100).sum(1)
+    parts = [model(**{k: v[row : row + 1] for k, v in inputs.items()}).mlm_loss for row in range(B)]
+    torch.testing.assert_close(sum(p * n for p, n in zip(parts, counts, strict=True)) / counts.sum(), whole)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_parameter_gets_a_gradient(backend):
+    model = BertForPreTraining(SMALL)
+    with fastbert.use_backend(backend):
+        model(**packed(batch())).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+# --- dtypes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["autocast", "whole"])
+def test_bfloat16_computes_in_bfloat16_with_losses_in_float32(backend, form):
+    model, inputs = BertForPreTraining(SMALL).eval(), packed(batch())
+    truth = model(**inputs)
+    dtypes = set()
+    if form == "whole":
+        model.bfloat16()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+    with fastbert.use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=form == "autocast"):
+        out = model(**inputs)
+    out.loss.backward()
+    assert dtypes == {torch.bfloat16} and out.prediction_logits.dtype == torch.bfloat16
+    assert out.loss.dtype == out.mlm_loss.dtype == torch.float32
+    torch.testing.assert_close(out.loss, truth.loss, atol=0.05, rtol=0)
+    expected = torch.float32 if form == "autocast" else torch.bfloat16
+    assert {p.grad.dtype for p in model.parameters()} == {expected}
+
+
+# --- no waiting, compile ---------------------------------------------------------------------------------------------
+
+
+def test_the_packed_form_never_waits_for_the_device(monkeypatch):
+    """On meta tensors, which have no values, whatever needs one raises: `.item()`, boolean indexing, nonzero."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # knows no device type "meta"
+    with torch.device("meta"):
+        model = BertForPreTraining(SMALL)
+        inputs = {
+            "input_ids": torch.zeros(23, dtype=torch.long),
+            "token_type_ids": torch.zeros(23, dtype=torch.long),
+            "cu_seqlens": torch.zeros(5, dtype=torch.int32),
+            "max_seqlen": S,
+            "masked_positions": torch.zeros(6, dtype=torch.long),
+            "labels": torch.zeros(6, dtype=torch.long),
+            "next_sentence_label": torch.zeros(4, dtype=torch.long),
+        }
+        out = model(**inputs)
+        out.loss.backward()
+        assert out.prediction_logits.shape == (6, V) and out.loss.device.type == "meta"
+        with pytest.raises(NotImplementedError, match="nonzero"):
+            model(**inputs | {"masked_positions": None, "labels": torch.zeros(23, dtype=torch.long)})
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_packed_form_compiles_whole(backend):
+    """Losses and gradients as in eager mode, in two graphs at most for any number of tokens."""
+    torch.compiler.reset()
+    model = BertForPreTraining(SMALL).eval()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with fastbert.use_backend(backend):
+        for seed, lengths in enumerate([[12, 7, 3, 1], [9, 8, 7, 6], [11, 2, 4, 5], [3, 10, 6, 12]]):
+            inputs = packed(batch(seed, lengths))
+            results = []
+            for run in (model, compiled):
+                model.zero_grad()
+                loss = run(**inputs).loss
+                loss.backward()
+                results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+            torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
+def test_dropout_compiles_too():
+    torch.compiler.reset()
+    model, inputs = BertForPreTraining(SMALL).train(), packed(batch())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    losses = {compiled(**inputs).loss.item() for _ in range(3)}
+    assert len(losses) == 3, "the mask was drawn once, while compiling"
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"input_ids": torch.full((B, S), V)}, ValueError, rf"input_ids must lie in \[0, {V}\).*vocab_size"),
+        ({"input_ids": torch.full((B, S), -1)}, ValueError, "from -1 to -1"),
+        ({"input_ids": torch.zeros(B, S)}, TypeError, "input_ids must be int64 or int32, got torch.float32"),
+        ({"token_type_ids": torch.full((B, S), 2)}, ValueError, "token_type_ids.*type_vocab_size"),
+        (
+            {"token_type_ids": torch.zeros(B, 1, dtype=torch.long)},
+            ValueError,
+            r"token_type_ids must have shape \[4, 12",
+        ),
+        ({"position_ids": torch.full((B, S), 16)}, ValueError, "position_ids.*max_position_embeddings"),
+        ({"attention_mask": torch.zeros(B, S)}, TypeError, "bool or integer.*mask == 0"),
+        (
+            {"attention_mask": torch.ones(B, 3, dtype=torch.long)},
+            ValueError,
+            "attention_mask must have input_ids' shape",
+        ),
+        ({"labels": torch.full((B, S), V)}, ValueError, "labels must lie in"),
+        ({"labels": torch.full((B, S), -1)}, ValueError, "or be -100 to be ignored; got -1"),
+        ({"labels": torch.zeros(B, 2, dtype=torch.long)}, ValueError, "labels must have shape"),
+        ({"labels": torch.zeros(B, S)}, TypeError, "labels must be int64"),
+        ({"next_sentence_label": torch.full((B,), 2)}, ValueError, r"next_sentence_label must lie in \[0, 2\)"),
+        ({"next_sentence_label": torch.zeros(3, dtype=torch.long)}, ValueError, r"must have shape \[4\]"),
+        ({"masked_positions": torch.zeros(2)}, ValueError, "masked_positions must be int64"),
+        ({"masked_positions": torch.tensor([B * S])}, ValueError, r"masked_positions must lie in \[0, 48\)"),
+    ],
+)
+def test_bad_padded_input_gets_a_sentence(change, error, message):
+    with pytest.raises(error, match=message):
+        BertForPreTraining(SMALL)(**batch() | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cu_seqlens": torch.tensor([0, 12, 19, 22, 23])}, r"cu_seqlens must be int32 \[B \+ 1\]"),
+        ({"cu_seqlens": torch.tensor([0, 12, 19, 22, 24], dtype=torch.int32)}, "end at the number of tokens, 23"),
+        ({"cu_seqlens": torch.tensor([0, 12, 7, 22, 23], dtype=torch.int32)}, "never decrease"),
+        ({"max_seqlen": 11}, "longest sequence has 12"),
+        ({"max_seqlen": 17}, "17 tokens, but the position table"),
+        ({"input_ids": torch.zeros(1, 23, dtype=torch.long)}, r"packed \[T\]"),
+        ({"attention_mask": torch.ones(23, dtype=torch.long)}, "leave attention_mask out"),
+        ({"masked_positions": torch.tensor([23] * 9)}, r"must lie in \[0, 23\)"),
+    ],
+)
+def test_bad_packed_input_gets_a_sentence(change, message):
+    with pytest.raises(ValueError, match=message):
+        BertForPreTraining(SMALL)(**packed(batch()) | change)
+
+
+@pytest.mark.parametrize("shape", [(S,), (2, 2, 2), (2, 0)])
+def test_ids_of_another_rank_without_cu_seqlens(shape):
+    with pytest.raises(ValueError, match=r"\[B, S\] with S >= 1, or packed \[T\] together with cu_seqlens"):
+        BertModel(SMALL)(torch.zeros(shape, dtype=torch.long))
+
+
+def test_a_sequence_longer_than_the_position_table_says_what_to_do():
+    with pytest.raises(ValueError, match=r"17 tokens.*max_position_embeddings.* holds 16: truncate"):
+        BertModel(SMALL)(torch.zeros(2, 17, dtype=torch.long))
+
+
+# --- training beside a plain PyTorch BERT ----------------------------------------------------------------------------
+
+
+def plain_loss(p: dict[str, Tensor], config: BertConfig, inputs: dict[str, Tensor]) -> Tensor:
+    """BERT without dropout in torch's own functions, padded, from weights under Hugging Face's names."""
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return F.linear(x, p[name + ".weight"], p[name + ".bias"])
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], p[name + ".weight"], p[name + ".bias"], config.layer_norm_eps)
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2)
+
+    ids, table = inputs["input_ids"], "bert.embeddings.{}_embeddings.weight"
+    x = F.embedding(ids, p[table.format("word")], padding_idx=0) + p[table.format("position")][: ids.shape[1]]
+    x = norm(x + F.embedding(inputs["token_type_ids"], p[table.format("token_type")]), "bert.embeddings.LayerNorm")
+    visible = inputs["attention_mask"].bool()[:, None, None, :]
+    for i in range(config.num_hidden_layers):
+        layer = f"bert.encoder.layer.{i}."
+        q, k, v = (heads(linear(x, f"{layer}attention.self.{part}")) for part in ("query", "key", "value"))
+        context = F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2).flatten(2)
+        x = norm(x + linear(context, layer + "attention.output.dense"), layer + "attention.output.LayerNorm")
+        inner = linear(F.gelu(linear(x, layer + "intermediate.dense")), layer + "output.dense")
+        x = norm(x + inner, layer + "output.LayerNorm")
+    hidden = norm(F.gelu(linear(x, "cls.predictions.transform.dense")), "cls.predictions.transform.LayerNorm")
+    logits = F.linear(hidden, p[table.format("word")], p["cls.predictions.bias"])
+    next_sentence = linear(torch.tanh(linear(x[:, 0], "bert.pooler.dense")), "cls.seq_relationship")
+    mlm_loss = F.cross_entropy(logits.flatten(0, 1), inputs["labels"].flatten(), ignore_index=-100)
+    return mlm_loss + F.cross_entropy(next_sentence, inputs["next_sentence_label"])
+
+
+def train(loss_of, parameters, steps: int = 20) -> Tensor:
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3)
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = loss_of(batch(step, lengths=[12, 1 + step % 11, 5, 1]))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def plain_curve(model: BertForPreTraining, dtype: torch.dtype) -> Tensor:
+    weights = to_hugging_face(model.state_dict())
+    p = {name: x.detach().clone().to(dtype).requires_grad_() for name, x in weights.items()}
+    return train(lambda inputs: plain_loss(p, model.config, inputs), p.values())
+
+
+@pytest.mark.parametrize("form", [dict, packed])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_20_steps_give_the_loss_curve_of_a_plain_pytorch_bert(backend, form):
+    model = BertForPreTraining(SMALL).eval()
+    baseline, truth = plain_curve(model, torch.float32), plain_curve(model, torch.float64)
+    with fastbert.use_backend(backend):
+        ours = train(lambda inputs: model(**form(inputs)).loss, model.parameters())
+    assert truth[-1] < truth[0] - 0.5, "it does not learn, so equal curves would prove little"
+    assert_close(ours, baseline, truth, "loss curve")
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+def test_with_dropout_every_backend_has_the_loss_curve_of_the_reference(backend):
+    def curve(name: str, seed: int) -> Tensor:
+        torch.manual_seed(0)
+        model = BertForPreTraining(SMALL)
+        torch.manual_seed(seed)
+        with fastbert.use_backend(name):
+            return train(lambda inputs: model(**packed(inputs)).loss, model.parameters())
+
+    reference = curve("reference", 1)
+    torch.testing.assert_close(curve(backend, 1), reference, atol=1e-4, rtol=1e-5)
+    assert (curve(backend, 2) - reference).abs().max() > 0.05, "other masks must show in the curve"
