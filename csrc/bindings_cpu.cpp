@@ -160,20 +160,20 @@ void attention_backward(uintptr_t dout, uintptr_t q, uintptr_t k, uintptr_t v, u
   selected->kernels->attention_backward(a);
 }
 
-void lazy_adam_step(uintptr_t param, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t max_exp_avg_sq,
-                    uintptr_t row_steps, uintptr_t rows, uintptr_t grad, int64_t table_rows, int64_t touched,
-                    int64_t columns, int dtype, int grad_dtype, double lr, double step, double beta1,
-                    double beta2, double eps, double weight_decay, uint64_t seed, int64_t flags,
-                    int threads) {
+int64_t lazy_adam_step(uintptr_t param, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t max_exp_avg_sq,
+                       uintptr_t row_steps, uintptr_t rows, uintptr_t grad, uintptr_t scratch,
+                       int64_t table_rows, int64_t touched, int64_t columns, int dtype, int grad_dtype,
+                       double lr, double step, double beta1, double beta2, double eps, double weight_decay,
+                       int64_t flags, int threads) {
   LazyAdam a{};
   a.param = at<void>(param), a.exp_avg = at<float>(exp_avg), a.exp_avg_sq = at<float>(exp_avg_sq);
   a.max_exp_avg_sq = at<float>(max_exp_avg_sq), a.row_steps = at<int32_t>(row_steps);
-  a.rows = at<const int64_t>(rows), a.grad = at<void>(grad);
+  a.rows = at<const int64_t>(rows), a.grad = at<void>(grad), a.scratch = at<int32_t>(scratch);
   a.table_rows = table_rows, a.touched = touched, a.columns = columns;
   a.dtype = DType(dtype), a.grad_dtype = DType(grad_dtype);
   a.lr = lr, a.step = step, a.beta1 = beta1, a.beta2 = beta2, a.eps = eps, a.weight_decay = weight_decay;
-  a.seed = seed, a.flags = flags, a.threads = threads;
-  selected->kernels->lazy_adam_step(a);
+  a.flags = flags, a.threads = threads;
+  return selected->kernels->lazy_adam_step(a);
 }
 
 std::array<uint32_t, 4> philox(uint64_t seed, std::array<uint32_t, 4> counter) {
@@ -193,6 +193,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("selected", [] { return std::string(selected->name); }, "The instruction set in use.");
   m.def("use", use, "Use this instruction set from now on; ValueError where it cannot run.");
   m.def("reduction_chunks", reduction_chunks, "Rows of scratch that column sums over so many rows need.");
+  m.def("lazy_adam_scratch", lazy_adam_scratch, "Numbers of int32 scratch for so many gradient rows.");
   m.def("philox", philox, "Four words of one counter, through the vectors that dropout uses.");
   m.def("gelu_forward", gelu_forward, no_gil);
   m.def("gelu_backward", gelu_backward, no_gil);

@@ -149,6 +149,33 @@ class cpu:  # a namespace, spelled as the backend is
         )  # fmt: skip
         return dq, dk, dv
 
+    @staticmethod
+    def lazy_adam_step(
+        param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor | None, row_steps: Tensor | None,
+        rows: Tensor | None, grad: Tensor, lr: Tensor, step: Tensor, seed: Tensor | None, beta1: float, beta2: float,
+        eps: float, weight_decay: float, flags: int,
+    ) -> None:  # fmt: skip
+        grad = grad.contiguous()
+        if rows is None and row_steps is None:
+            table_rows, columns, touched = 1, param.numel(), 0
+        else:
+            table_rows, touched = param.shape[0], 0 if rows is None else rows.numel()
+            columns = param.numel() // max(table_rows, 1)
+        if touched >= 2**31:
+            raise ValueError(f"a step takes fewer than 2**31 gradient rows, got {touched}: split the batch")
+        rows = None if rows is None else rows.contiguous()
+        scratch = None if rows is None else torch.empty(module.lazy_adam_scratch(touched), dtype=torch.int32)
+        elements = param.numel() if rows is None else touched * columns
+        bad = module.lazy_adam_step(
+            _address(param), _address(exp_avg), _address(exp_avg_sq), _address(max_exp_avg_sq), _address(row_steps),
+            _address(rows), _address(grad), _address(scratch), table_rows, touched, columns, DTYPES[param.dtype],
+            DTYPES[grad.dtype], float(lr), float(step), beta1, beta2, eps, weight_decay, flags, _threads(elements),
+        )  # fmt: skip
+        if bad >= 0:
+            raise ValueError(
+                f"row ids must lie in [0, {table_rows}), got {int(rows[bad])} at position {bad}; nothing was changed"
+            )
+
 
 def _window(causal: bool, window: list[int] | None) -> tuple[int, int]:
     """(left, right): key j is visible to query i where i - left <= j <= i + right."""

@@ -73,17 +73,27 @@ struct Attention {            // packed sequences; element strides of the token 
   int threads;
 };
 
+constexpr int64_t kLazyAdamGradByRow = 1;  // flags: grad is [V, D], indexed by row
+constexpr int64_t kLazyAdamMaximize = 2;   // steps uphill
+constexpr int kLazyAdamDigit = 11;         // bits of a row id sorted at a time, at most
+constexpr int kLazyAdamSorters = 16;       // threads that sort, at most
+
+// Numbers of scratch that a step over so many gradient rows needs.
+static inline int64_t lazy_adam_scratch(int64_t touched) {
+  return 2 * (touched + 1) + (kLazyAdamSorters << kLazyAdamDigit);
+}
+
 struct LazyAdam {               // see lazy_adam.cpp for the formula
   void* param;                  // [V, D] dtype
   float *exp_avg, *exp_avg_sq;  // [V, D]
-  float* max_exp_avg_sq;        // [V, D], or null
+  float* max_exp_avg_sq;        // [V, D], or null: no amsgrad
   int32_t* row_steps;           // [V], or null: bias correction counts this parameter's steps
   const int64_t* rows;          // [R], duplicates allowed; null: every row once
-  const void* grad;             // [R, D] grad_dtype where rows index it by position, else [V, D]
-  int64_t table_rows, touched, columns;
+  const void* grad;             // [V, D] grad_dtype where rows is null or kLazyAdamGradByRow, else [R, D]
+  int32_t* scratch;             // [lazy_adam_scratch(R)]; null without rows
+  int64_t table_rows, touched, columns;  // V, R < 2^31, D
   DType dtype, grad_dtype;
   double lr, step, beta1, beta2, eps, weight_decay;
-  uint64_t seed;
   int64_t flags;
   int threads;
 };
@@ -95,7 +105,8 @@ struct Kernels {
   void (*layer_norm_backward)(const LayerNorm&);
   void (*attention_forward)(const Attention&);
   void (*attention_backward)(const Attention&);
-  void (*lazy_adam_step)(const LazyAdam&);
+  int64_t (*lazy_adam_step)(
+      const LazyAdam&);  // -1, or the position of a row id outside the table: nothing done
   void (*philox)(uint64_t seed, const uint32_t counter[4], uint32_t words[4]);
 };
 

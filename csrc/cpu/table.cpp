@@ -10,7 +10,7 @@ void layer_norm_forward(const LayerNorm&);
 void layer_norm_backward(const LayerNorm&);
 void attention_forward(const Attention&);
 void attention_backward(const Attention&);
-void lazy_adam_step(const LazyAdam&);
+int64_t lazy_adam_step(const LazyAdam&);
 
 // One counter through the same vectors that dropout uses, for the known-answer test.
 static void philox(uint64_t seed, const uint32_t counter[4], uint32_t words[4]) {

@@ -1,0 +1,281 @@
+// One Adam step with decoupled weight decay, on the rows of a table [V, D] that a gradient touches or on all:
+//
+//   w -= lr * weight_decay * w
+//   m += (1 - beta1) * (g - m),   v = beta2 * v + (1 - beta2) * g * g,   u = max(u, v)     u: amsgrad alone
+//   w -= lr / (1 - beta1^t) * m / (sqrt(v or u) / sqrt(1 - beta2^t) + eps)
+//
+// Kingma and Ba, "Adam" (2015); Loshchilov and Hutter, "Decoupled weight decay regularization" (2019); Reddi,
+// Kale and Kumar, "On the convergence of Adam and beyond" (2018). t counts the steps of the parameter, or of
+// the row where row_steps are given.
+//
+// State and arithmetic are float32 for every dtype; w is rounded once. A sparse gradient is taken as it
+// comes, R rows with their ids; rows of one id are added up in the order they stand in. To bring them
+// together the positions 0..R-1 are sorted by id (a stable radix sort): no time and no memory that grows with
+// V, and the table is then walked in the order of memory. Everything moves once: sums stay in L1.
+#include <math.h>
+
+#include "common.h"
+
+namespace fastbert {
+namespace FASTBERT_ISA {
+namespace {
+
+constexpr int64_t kColumns = 1024;    // columns of a task; the sum of its gradients stays in L1
+constexpr int64_t kLong = 4096;       // gradients of one row beyond which threads share its columns,
+constexpr int64_t kLongColumns = 32;  // so many each
+
+// ---- touched rows: positions sorted by id, and where each id begins -------------------------------------
+
+struct Groups {
+  const int32_t* order;  // [R] positions; null: row g is touched by gradient g alone
+  const int32_t* start;  // [count + 1]: group g is order[start[g]..start[g + 1])
+  int64_t count;
+};
+
+FASTBERT_INLINE int32_t* counters(const LazyAdam& p) { return p.scratch + 2 * (p.touched + 1); }
+
+// Sorts the positions by id, first the lowest digit. Every thread of a parallel region calls it. Each counts
+// the digits of its own stretch and later places it, so that equal ids stay in order for any number of
+// threads.
+FASTBERT_INLINE int32_t* sort_positions(const LazyAdam& p, int thread, int threads) {
+  const int bits = p.table_rows > 1 ? 64 - __builtin_clzll(p.table_rows - 1) : 1;
+  const int passes = ceil_div(bits, kLazyAdamDigit), digit = ceil_div(bits, passes), digits = 1 << digit;
+  const int64_t begin = p.touched * thread / threads, end = p.touched * (thread + 1) / threads;
+  int32_t *from = p.scratch, *to = from + p.touched + 1;
+  int32_t* mine = counters(p) + thread * digits;
+  for (int pass = 0; pass < passes; ++pass) {
+    const int shift = pass * digit;
+    if (thread < threads) {
+      memset(mine, 0, digits * sizeof(int32_t));
+      for (int64_t i = begin; i < end; ++i) ++mine[p.rows[pass == 0 ? i : from[i]] >> shift & (digits - 1)];
+    }
+#pragma omp barrier
+#pragma omp single
+    for (int32_t d = 0, sum = 0; d < digits; ++d) {
+      for (int t = 0; t < threads; ++t) {
+        int32_t* place = counters(p) + t * digits + d;
+        const int32_t count = *place;
+        *place = sum;
+        sum += count;
+      }
+    }
+    if (thread < threads) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int32_t position = pass == 0 ? static_cast<int32_t>(i) : from[i];
+        to[mine[p.rows[position] >> shift & (digits - 1)]++] = position;
+      }
+    }
+#pragma omp barrier
+    int32_t* swap = from;
+    from = to;
+    to = swap;
+  }
+  return from;
+}
+
+// Every thread of a parallel region calls it and gets the same answer.
+FASTBERT_INLINE Groups group(const LazyAdam& p) {
+  const int thread = omp_get_thread_num(), threads = min(omp_get_num_threads(), kLazyAdamSorters);
+  const int32_t* order = sort_positions(p, thread, threads);
+  int32_t* start = order == p.scratch ? p.scratch + p.touched + 1 : p.scratch;
+  const int64_t begin = p.touched * thread / threads, end = p.touched * (thread + 1) / threads;
+  const auto opens = [&](int64_t i) { return i == 0 || p.rows[order[i]] != p.rows[order[i - 1]]; };
+  if (thread < threads) {
+    int32_t count = 0;
+    for (int64_t i = begin; i < end; ++i) count += opens(i);
+    counters(p)[thread] = count;
+  }
+#pragma omp barrier
+  int64_t before = 0, count = 0;
+  for (int t = 0; t < threads; ++t) {
+    before += t < thread ? counters(p)[t] : 0;
+    count += counters(p)[t];
+  }
+  if (thread < threads) {
+    for (int64_t i = begin; i < end; ++i)
+      if (opens(i)) start[before++] = static_cast<int32_t>(i);
+    if (thread == 0) start[count] = static_cast<int32_t>(p.touched);
+  }
+#pragma omp barrier
+  return {order, start, count};
+}
+
+// The position of the first id outside the table, -1 if there is none.
+int64_t outside(const LazyAdam& p) {
+  const auto rows = static_cast<uint64_t>(p.table_rows);
+  int64_t many = 0;
+  for (int64_t i = 0; i < p.touched; ++i) many += static_cast<uint64_t>(p.rows[i]) >= rows;
+  for (int64_t i = 0; many > 0; ++i)
+    if (static_cast<uint64_t>(p.rows[i]) >= rows) return i;
+  return -1;
+}
+
+// ---- gradient -------------------------------------------------------------------------------------------
+
+// The sum over `count` positions, in order, of n columns of the gradient, `grad` being the first of them at
+// position 0. Returns `sum`, or the gradient itself where there is nothing to add or to convert.
+template <typename G>
+FASTBERT_INLINE const float* add_up(const G* grad, const int32_t* positions, int64_t count, int64_t columns,
+                                    int64_t n, float* sum) {
+  if (sizeof(G) == sizeof(float) && count == 1)
+    return reinterpret_cast<const float*>(grad + positions[0] * columns);
+  for (int64_t k = 0; k < count; ++k) {
+    const G* g = grad + positions[k] * columns;
+    int64_t j = 0;
+    for (; j + kLanes <= n; j += kLanes) store(sum + j, k == 0 ? load(g + j) : load(sum + j) + load(g + j));
+    if (j < n) store(sum + j, k == 0 ? load_n(g + j, n - j) : load(sum + j) + load_n(g + j, n - j));
+  }
+  return sum;
+}
+
+// ---- update ---------------------------------------------------------------------------------------------
+
+struct Coefficients {
+  float sign, decay, beta1, rest1, beta2, rest2, root, eps, size;
+};
+
+FASTBERT_INLINE Coefficients coefficients(const LazyAdam& p, double t) {
+  Coefficients c;
+  c.sign = p.flags & kLazyAdamMaximize ? -1.f : 1.f;
+  c.decay = static_cast<float>(1. - p.lr * p.weight_decay);
+  c.beta1 = static_cast<float>(p.beta1), c.rest1 = static_cast<float>(1. - p.beta1);
+  c.beta2 = static_cast<float>(p.beta2), c.rest2 = static_cast<float>(1. - p.beta2);
+  c.root = static_cast<float>(1. / ::sqrt(1. - ::pow(p.beta2, t))), c.eps = static_cast<float>(p.eps);
+  c.size = static_cast<float>(p.lr / (1. - ::pow(p.beta1, t)));
+  return c;
+}
+
+FASTBERT_INLINE vfloat square_root(vfloat x) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_maskz_sqrt_ps(0xFFFF, (__m512)x);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_sqrt_ps((__m256)x);
+#elif defined(__x86_64__)
+  return (vfloat)_mm_sqrt_ps((__m128)x);
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = sqrtf(x[i]);
+  return x;
+#endif
+}
+
+struct Row {
+  vfloat w, m, v, u;
+};
+
+template <bool kAmsgrad>
+FASTBERT_INLINE void update(Row& r, vfloat g, const Coefficients& c) {
+  g *= c.sign;
+  r.w *= c.decay;
+  // torch's lerp: the form whose factor is below 1/2
+  r.m = c.rest1 < 0.5f ? r.m + c.rest1 * (g - r.m) : g - c.beta1 * (g - r.m);
+  r.v = c.beta2 * r.v + c.rest2 * g * g;
+  if (kAmsgrad) r.u = max(r.u, r.v);
+  r.w -= c.size * r.m / (square_root(kAmsgrad ? r.u : r.v) * c.root + c.eps);
+}
+
+template <typename T, bool kAmsgrad>
+FASTBERT_INLINE void update(T* w, float* m, float* v, float* u, const float* g, int64_t n,
+                            const Coefficients& c) {
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    Row r = {load(w + j), load(m + j), load(v + j), kAmsgrad ? load(u + j) : vfloat{}};
+    update<kAmsgrad>(r, load(g + j), c);
+    store(w + j, r.w), store(m + j, r.m), store(v + j, r.v);
+    if (kAmsgrad) store(u + j, r.u);
+  }
+  if (j < n) {
+    n -= j;
+    Row r = {load_n(w + j, n), load_n(m + j, n), load_n(v + j, n), kAmsgrad ? load_n(u + j, n) : vfloat{}};
+    update<kAmsgrad>(r, load_n(g + j, n), c);
+    store_n(w + j, r.w, n), store_n(m + j, r.m, n), store_n(v + j, r.v, n);
+    if (kAmsgrad) store_n(u + j, r.u, n);
+  }
+}
+
+// Columns first..first + n of group g.
+template <typename T, bool kAmsgrad>
+FASTBERT_INLINE void step_group(const LazyAdam& p, const Groups& groups, const Coefficients& same, int64_t g,
+                                int64_t first, int64_t n) {
+  const int32_t none = 0;
+  const int32_t* positions = groups.order ? groups.order + groups.start[g] : &none;
+  int64_t count = groups.order ? groups.start[g + 1] - groups.start[g] : 1;
+  const int64_t row = groups.order ? p.rows[positions[0]] : g;
+  const int64_t at = row * p.columns + first;
+  int64_t grad_at = first;
+  if (!groups.order || p.flags & kLazyAdamGradByRow) positions = &none, count = 1, grad_at = at;
+
+  float sum[kColumns + kLanes];  // a last vector is stored whole
+  const float* grad;
+  switch (p.grad_dtype) {
+    case DType::f32:
+      grad = add_up(static_cast<const float*>(p.grad) + grad_at, positions, count, p.columns, n, sum);
+      break;
+    case DType::bf16:
+      grad = add_up(static_cast<const bf16*>(p.grad) + grad_at, positions, count, p.columns, n, sum);
+      break;
+    default:
+      grad = add_up(static_cast<const f16*>(p.grad) + grad_at, positions, count, p.columns, n, sum);
+  }
+  update<T, kAmsgrad>(static_cast<T*>(p.param) + at, p.exp_avg + at, p.exp_avg_sq + at,
+                      kAmsgrad ? p.max_exp_avg_sq + at : nullptr, grad, n,
+                      p.row_steps ? coefficients(p, p.row_steps[row] + 1.) : same);
+}
+
+template <typename T, bool kAmsgrad>
+void step(const LazyAdam& p) {
+  const int64_t blocks = ceil_div(p.columns, kColumns);
+  const Coefficients c = coefficients(p, p.step);
+#pragma omp parallel num_threads(p.threads)
+  {
+    const Groups groups = p.rows ? group(p) : Groups{nullptr, nullptr, p.table_rows};
+    const auto is_long = [&](int64_t g) {
+      return groups.order && groups.start[g + 1] - groups.start[g] > kLong;
+    };
+    const int64_t tasks = groups.count * blocks, chunk = max(1, tasks / (16 * omp_get_num_threads()));
+#pragma omp for schedule(dynamic, chunk)
+    for (int64_t task = 0; task < tasks; ++task) {
+      const int64_t g = task / blocks, first = task % blocks * kColumns;
+      if (!is_long(g)) step_group<T, kAmsgrad>(p, groups, c, g, first, min(kColumns, p.columns - first));
+    }
+    if (p.touched > kLong) {
+      for (int64_t g = 0; g < groups.count; ++g) {
+        if (!is_long(g)) continue;
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < p.columns; first += kLongColumns)
+          step_group<T, kAmsgrad>(p, groups, c, g, first, min(kLongColumns, p.columns - first));
+      }
+    }
+    if (p.row_steps) {
+#pragma omp for schedule(static)
+      for (int64_t g = 0; g < groups.count; ++g)
+        ++p.row_steps[groups.order ? p.rows[groups.order[groups.start[g]]] : g];
+    }
+  }
+}
+
+template <typename T>
+void step(const LazyAdam& p) {
+  p.max_exp_avg_sq ? step<T, true>(p) : step<T, false>(p);
+}
+
+}  // namespace
+
+int64_t lazy_adam_step(const LazyAdam& p) {
+  const int64_t bad = p.rows ? outside(p) : -1;
+  if (bad >= 0) return bad;
+  switch (p.dtype) {
+    case DType::f32:
+      step<float>(p);
+      break;
+    case DType::bf16:
+      step<bf16>(p);
+      break;
+    case DType::f16:
+      step<f16>(p);
+      break;
+  }
+  return -1;
+}
+
+}  // namespace FASTBERT_ISA
+}  // namespace fastbert
