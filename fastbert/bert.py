@@ -316,6 +316,11 @@ class BertForPreTraining(BertPreTrainedModel):
         self.cls = nn.ModuleDict(heads)
         self.cls.apply(self._init_weights)
 
+    @property
+    def word_embeddings(self) -> nn.Parameter:
+        """[V, H], the table that the input is looked up in and that decodes predictions."""
+        return self.bert.embeddings.word_embeddings.weight
+
     def forward(
         self,
         input_ids: Tensor,
@@ -371,7 +376,7 @@ class BertForPreTraining(BertPreTrainedModel):
 
         hidden = sequence.view(tokens, self.config.hidden_size)
         hidden = hidden if masked_positions is None else hidden.index_select(0, masked_positions)
-        logits = self.cls["predictions"](hidden, self.bert.embeddings.word_embeddings.weight)
+        logits = self.cls["predictions"](hidden, self.word_embeddings)
         seq_relationship_logits = self.cls["seq_relationship"](pooled)
 
         mlm_loss = None if labels is None else _mean_loss(logits, labels)

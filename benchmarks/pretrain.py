@@ -1,0 +1,198 @@
+"""Tokens per second of one pretraining step: ours against transformers' BERT, eager and compiled.
+
+    python benchmarks/pretrain.py [--quick] [--layers 4] [--batch 8] [--seq-len 128] [--repeats 20] ...
+
+A step is forward, backward, clipping of the gradient norm and the optimizer's step, with dropout 0.1, in float32 and in
+bfloat16 autocast. Half of every batch is padding: the lengths of its sequences are evenly spaced from 1 to `seq_len`,
+and only real tokens are counted. transformers gets them padded to [B, S], which is what it takes; its shapes never
+change, so torch.compile specialises it fully. We get the same tokens packed. Both sides have the same weights, data,
+labels (15 % of the real tokens, and next-sentence labels) and memory allocator setting, and their losses without
+dropout are compared before anything is timed. Variants run in turn in one process.
+"""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import transformers
+from timing import Stats, interleaved, machine, results_path, write_csv
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastbert
+from fastbert.bert import BertConfig, BertForPreTraining
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-4, 0.01, 1.0
+
+
+@dataclass
+class Batch:
+    """The same tokens twice: padded for transformers, packed for us."""
+
+    padded: dict[str, Tensor]
+    packed: dict[str, Tensor | int]
+    tokens: int
+
+
+def make_batch(size: int, seq_len: int, vocab_size: int, generator: torch.Generator) -> Batch:
+    """Random words; 15 % of each sequence's tokens, one at least, are to be predicted."""
+    lengths = torch.linspace(1, seq_len, size).round().long()[torch.randperm(size, generator=generator)]
+    real = torch.arange(seq_len) < lengths[:, None]  # [B, S]
+    ids = torch.randint(1, vocab_size, real.shape, generator=generator) * real
+    types = (torch.arange(seq_len) >= lengths[:, None] // 2).long() * real
+    order = torch.rand(real.shape, generator=generator).masked_fill(~real, 2.0).argsort(1).argsort(1)
+    masked = order < (0.15 * lengths).round().clamp(min=1)[:, None]
+    next_sentence = torch.randint(2, (size,), generator=generator)
+    padded = {
+        "input_ids": ids,
+        "attention_mask": real.long(),
+        "token_type_ids": types,
+        "labels": torch.where(masked, ids, -100),
+        "next_sentence_label": next_sentence,
+    }
+    packed = {
+        "input_ids": ids[real],
+        "token_type_ids": types[real],
+        "cu_seqlens": F.pad(lengths.cumsum(0), (1, 0)).int(),
+        "max_seqlen": int(lengths.max()),
+        "masked_positions": masked[real].nonzero().squeeze(1),
+        "labels": ids[masked],
+        "next_sentence_label": next_sentence,
+    }
+    return Batch(padded, packed, int(lengths.sum()))
+
+
+def models(config: BertConfig, attention: str) -> tuple[BertForPreTraining, nn.Module]:
+    """Ours and theirs with the same random weights."""
+    ours = BertForPreTraining(config)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        ours.save_pretrained(folder)
+        theirs = transformers.BertForPreTraining.from_pretrained(folder, attn_implementation=attention)
+    return ours, theirs
+
+
+def verify(ours: nn.Module, theirs: nn.Module, batch: Batch, dtype: torch.dtype) -> None:
+    """Stops the benchmark where the two losses differ without dropout."""
+    allowed = 1e-4 if dtype == torch.float32 else 2e-2
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        a = ours.eval()(**batch.packed).loss.item()
+        b = theirs.eval()(**batch.padded).loss.item()
+    if not abs(a - b) < allowed:
+        raise SystemExit(
+            f"{dtype}: our loss is {a:.6f} and theirs {b:.6f}, more than {allowed} apart: nothing is timed"
+        )
+    print(f"{dtype}: losses without dropout {a:.6f} (ours) and {b:.6f} (theirs)")
+
+
+def step(model: nn.Module, run: Callable, inputs: list[dict], dtype: torch.dtype) -> Callable[[], None]:
+    """One training step per call, on the next batch in turn."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+    taken = 0
+
+    def call() -> None:
+        nonlocal taken
+        model.train()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = run(**inputs[taken % len(inputs)]).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        taken += 1
+
+    return call
+
+
+def variants(config: BertConfig, batches: list[Batch], dtype: torch.dtype, options: argparse.Namespace) -> dict:
+    """Name -> one training step; every variant trains a model of its own."""
+    padded, packed = [batch.padded for batch in batches], [batch.packed for batch in batches]
+    chosen = {}
+    for name in options.variants:
+        ours, theirs = models(config, options.attention)
+        verify(ours, theirs, batches[0], dtype)
+        model, inputs = (ours, packed) if name.startswith("fastbert") else (theirs, padded)
+        run = torch.compile(model, mode=options.compile_mode) if name.endswith("compiled") else model
+        chosen[name] = step(model, run, inputs, dtype)
+    return chosen
+
+
+VARIANTS = ("fastbert", "fastbert compiled", "transformers eager", "transformers compiled")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--preset", default="base", help="width, heads and feed-forward size of this BERT")
+    parser.add_argument("--vocab-size", type=int, default=30522)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=8, help="sequences per step")
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
+    parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="of transformers")
+    parser.add_argument("--compile-mode", default="default", help="of torch.compile")
+    parser.add_argument("--no-keep-memory", action="store_true", help="leave the allocator as glibc has it")
+    parser.add_argument("--quick", action="store_true", help="tiny model, three repeats, no CSV: does it run?")
+    options = parser.parse_args()
+    if options.quick:
+        options.preset, options.layers, options.vocab_size, options.repeats = "tiny", 2, 1000, 3
+    return options
+
+
+def main() -> None:
+    options = parse()
+    kept = not options.no_keep_memory and fastbert.keep_memory()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    config = BertConfig.preset(
+        options.preset,
+        num_hidden_layers=options.layers,
+        vocab_size=options.vocab_size,
+        max_position_embeddings=max(512, options.seq_len),
+        hidden_dropout_prob=options.dropout,
+        attention_probs_dropout_prob=options.dropout,
+    )
+    generator = torch.Generator().manual_seed(0)
+    batches = [make_batch(options.batch, options.seq_len, options.vocab_size, generator) for _ in range(4)]
+    tokens = batches[0].tokens
+    share = tokens / (options.batch * options.seq_len)
+    print(f"{', '.join(f'{k} {v}' for k, v in machine().items())}, memory kept: {kept}")
+    print(
+        f"BERT {options.preset}, {options.layers} layers; {options.batch} x {options.seq_len}, {share:.0%} real tokens"
+    )
+
+    rows = []
+    for name in options.dtype:
+        stats: dict[str, Stats] = interleaved(variants(config, batches, DTYPES[name], options), options.repeats)
+        slowest = stats.get("transformers eager", next(iter(stats.values())))
+        print(f"\n{name:<24}{'p20':>9}{'median':>9}{'p80':>9} ms{'tokens/s':>12}{'x eager':>9}")
+        for variant, s in stats.items():
+            speed, ratio = tokens / s.median, slowest.median / s.median
+            times = "".join(f"{1e3 * x:>9.1f}" for x in (s.p20, s.median, s.p80))
+            print(f"{variant:<24}{times}   {speed:>12,.0f}{ratio:>9.2f}")
+            rows.append({
+                "variant": variant, "dtype": name, "p20_s": s.p20, "median_s": s.median, "p80_s": s.p80,
+                "tokens": tokens, "tokens_per_s": speed, "times_transformers_eager": ratio, "preset": options.preset,
+                "layers": options.layers, "batch": options.batch, "seq_len": options.seq_len,
+                "vocab_size": options.vocab_size, "dropout": options.dropout, "repeats": options.repeats,
+                "attention": options.attention, "backend": fastbert.backends()[-1], "memory_kept": kept,
+                "transformers": transformers.__version__,
+            })  # fmt: skip
+        torch.compiler.reset()
+    if not options.quick:
+        write_csv(results_path("pretrain"), rows)
+
+
+if __name__ == "__main__":
+    main()
