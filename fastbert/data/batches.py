@@ -1,0 +1,188 @@
+"""Packed batches for pretraining: random access by (epoch, batch), no padding, no state.
+
+Iterate with `DataLoader(batches, batch_size=None, sampler=range(first, len(batches)), num_workers=w)`: batch i of
+an epoch is the same with any number of workers and wherever the iteration starts.
+"""
+
+import copy
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastbert.data.draws import Purpose, draw
+from fastbert.data.masking import mask_tokens
+from fastbert.data.samples import cut_greedily, draw_pairs, find_spans
+from fastbert.data.store import TokenStore
+from fastbert.data.tokenizer import SpecialIds
+
+LONGEST = 1 << 16
+
+
+class Batch(NamedTuple):
+    """B samples with T tokens in all, packed one after another; the arguments of `BertForPreTraining.forward`.
+
+    Attributes:
+        input_ids: int64 [T], after masking.
+        token_type_ids: int64 [T], 0 up to the first [SEP], 1 after it.
+        position_ids: int64 [T], the place in the sample.
+        cu_seqlens: int32 [B + 1], sample b is tokens cu_seqlens[b] to cu_seqlens[b + 1].
+        max_seqlen: length of the longest sample.
+        masked_positions: int64 [M], places in the packed tokens, ascending.
+        labels: int64 [M], the original ids there.
+        next_sentence_label: int64 [B], 0 next and 1 random; None without next-sentence prediction.
+    """
+
+    input_ids: Tensor
+    token_type_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    masked_positions: Tensor
+    labels: Tensor
+    next_sentence_label: Tensor | None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The batch with its tensors on `device`."""
+        return Batch(*(x.to(device, non_blocking=non_blocking) if isinstance(x, Tensor) else x for x in self))
+
+
+class PretrainBatches(Dataset[Batch]):
+    """The batches of one epoch over a token store, a map-style dataset.
+
+    A sample is `[CLS] A [SEP] B [SEP]` with next-sentence prediction and `[CLS] A [SEP]` without: sentences of one
+    document, as many as fit in `seq_len`. Every epoch has all samples once, in an order given by (seed, epoch); a batch
+    takes the next ones until `batch_tokens` would be exceeded. All other choices depend on (seed, epoch, sample) only.
+
+    Args:
+        store: the tokens. special: the special ids of the tokenizer that wrote it.
+        seq_len: longest sample, special tokens included; at least 8. The model's position table must be as long.
+        batch_tokens: most tokens of a batch, special tokens included; at least seq_len.
+        seed: 64-bit; epoch: 0, 1, ...; for evaluation fix it.
+        nsp: with next-sentence prediction.
+        mask_prob, mask_share, random_share: see `mask_tokens`.
+
+    Raises:
+        ValueError: numbers outside these ranges, special ids outside the vocabulary, nsp with a single document.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        special: SpecialIds,
+        *,
+        seq_len: int,
+        batch_tokens: int,
+        seed: int,
+        epoch: int = 0,
+        nsp: bool = True,
+        mask_prob: float = 0.15,
+        mask_share: float = 0.8,
+        random_share: float = 0.1,
+    ):
+        if not 8 <= seq_len <= LONGEST:
+            raise ValueError(
+                f"seq_len is a sample's length in tokens: expected 8 <= seq_len <= {LONGEST}, got {seq_len}"
+            )
+        if batch_tokens < seq_len:
+            raise ValueError(
+                f"batch_tokens must hold at least one sample: expected >= seq_len = {seq_len}, got {batch_tokens}"
+            )
+        if not 0.0 < mask_prob < 1.0:
+            raise ValueError(f"mask_prob is the share of tokens to mask: expected 0 < mask_prob < 1, got {mask_prob}")
+        if min(mask_share, random_share) < 0.0 or mask_share + random_share > 1.0:
+            raise ValueError(
+                "mask_share and random_share are parts of a whole, the rest stays: expected both >= 0 and a sum <= 1, "
+                f"got {mask_share} and {random_share}"
+            )
+        if max(special) >= store.vocab_size:
+            raise ValueError(
+                f"special id {max(special)} is outside the store's vocabulary of {store.vocab_size}: use the tokenizer "
+                "that wrote the store"
+            )
+        if nsp and len(store.documents) < 3:
+            raise ValueError(
+                "next-sentence prediction takes random sentences from other documents, and this store has only one: "
+                "separate the documents by blank lines, or turn nsp off"
+            )
+        self.store, self.special, self.nsp = store, special, nsp
+        self.seed, self.batch_tokens = seed, batch_tokens
+        self.masking = {"mask_prob": mask_prob, "mask_share": mask_share, "random_share": random_share}
+        self.extra = 3 if nsp else 2  # [CLS] and [SEP]s
+        self.spans = find_spans(store, seq_len - self.extra, shortest=2 if nsp else 1)
+        if not len(self.spans.starts):
+            raise ValueError("no document has the two tokens that next-sentence prediction needs: turn nsp off")
+        self._shuffle(epoch)
+
+    def at_epoch(self, epoch: int) -> "PretrainBatches":
+        """The batches of another epoch; the samples, found once, are shared."""
+        other = copy.copy(self)
+        other._shuffle(epoch)
+        return other
+
+    def _shuffle(self, epoch: int) -> None:
+        if not 0 <= epoch < 1 << 32:
+            raise ValueError(f"epochs are counted from 0 to 2**32 - 1, got {epoch}")
+        self.epoch = epoch
+        high, low, *_ = draw(Purpose.ORDER, self.seed, epoch, np.arange(len(self.spans.starts)))
+        self.order = np.argsort((high << 31) | (low >> 1), kind="stable")
+        lengths = (self.spans.ends - self.spans.starts + self.extra)[self.order]
+        self.cuts = cut_greedily(np.append(0, np.cumsum(lengths)), self.batch_tokens)
+
+    def __len__(self) -> int:
+        """Batches in the epoch."""
+        return len(self.cuts) - 1
+
+    def __getitem__(self, i: int) -> Batch:
+        if not 0 <= i < len(self):
+            raise IndexError(f"batch {i} of epoch {self.epoch}: expected 0 <= i < {len(self)}")
+        samples = self.order[self.cuts[i] : self.cuts[i + 1]]
+        if self.nsp:
+            starts, lengths, labels = draw_pairs(self.store, self.spans, samples, self.seed, self.epoch)
+        else:
+            starts = self.spans.starts[samples, None]
+            lengths = self.spans.ends[samples, None] - starts
+            labels = None
+
+        # [CLS] A [SEP] B [SEP]: a segment is followed by a [SEP], the first one preceded by [CLS].
+        sizes = lengths + 1
+        sizes[:, 0] += 1
+        ends = np.cumsum(sizes.ravel())
+        cu_seqlens = np.append(0, ends[sizes.shape[1] - 1 :: sizes.shape[1]])
+        input_ids = np.full(ends[-1], self.special.sep, np.int64)
+        input_ids[cu_seqlens[:-1]] = self.special.cls
+        source, target = starts.ravel(), ends - 1 - lengths.ravel()
+        within = _ranges(lengths.ravel())
+        input_ids[np.repeat(target, lengths.ravel()) + within] = self.store.tokens[
+            np.repeat(source, lengths.ravel()) + within
+        ]
+        token_types = np.repeat(np.tile(np.arange(sizes.shape[1]), len(samples)), sizes.ravel())
+        seqlens = np.diff(cu_seqlens)
+        masked, positions, originals = mask_tokens(
+            input_ids,
+            cu_seqlens,
+            samples,
+            self.special,
+            self.store.vocab_size,
+            seed=self.seed,
+            epoch=self.epoch,
+            **self.masking,
+        )
+        return Batch(
+            input_ids=torch.from_numpy(masked),
+            token_type_ids=torch.from_numpy(token_types),
+            position_ids=torch.from_numpy(_ranges(seqlens)),
+            cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+            max_seqlen=int(seqlens.max()),
+            masked_positions=torch.from_numpy(positions),
+            labels=torch.from_numpy(originals),
+            next_sentence_label=None if labels is None else torch.from_numpy(labels),
+        )
+
+
+def _ranges(lengths: np.ndarray) -> np.ndarray:
+    """0..lengths[0]-1, 0..lengths[1]-1, ... in one array."""
+    starts = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) - np.repeat(starts, lengths)

@@ -1,0 +1,122 @@
+"""Samples: spans of a document's sentences, and the pairs of next-sentence prediction made of them.
+
+A sample is a range of the store's tokens. How a document is cut into samples does not change from epoch to epoch; where
+a sample is cut in two, and whether its second half is replaced, does.
+"""
+
+from array import array
+from typing import NamedTuple
+
+import numpy as np
+
+from fastbert.data.draws import Purpose, below, draw
+from fastbert.data.store import TokenStore
+
+_WINDOW = 1 << 20  # items looked at together
+
+
+def cut_greedily(offsets: np.ndarray, limit: int, barriers: np.ndarray | None = None) -> np.ndarray:
+    """Cuts items in a row into spans, each as many as fit in `limit`, and at least one.
+
+    Args:
+        offsets: int64 [N + 1], ascending; item i covers offsets[i] to offsets[i + 1].
+        limit: largest offsets[end] - offsets[start] of a span of several items.
+        barriers: offsets, ascending, the last one offsets[-1], that no span crosses; None for none.
+
+    Returns:
+        int64 [spans + 1], indices into offsets where the spans begin and end.
+    """
+    n, i = len(offsets) - 1, 0
+    cuts = array("q", [0])
+    while i < n:
+        first, last = i, min(i + _WINDOW, n)
+        start = offsets[first:last]
+        end = start + limit
+        if barriers is not None:
+            end = np.minimum(end, barriers[np.searchsorted(barriers, start, "right")])
+        # Where a span ends that starts at an item, for all items; then only the chain of starts is walked.
+        following = np.maximum(np.searchsorted(offsets, end, "right") - 1, np.arange(first, last) + 1).tolist()
+        while i < last:
+            i = following[i - first]
+            cuts.append(i)
+    return np.frombuffer(cuts, np.int64)
+
+
+class Spans(NamedTuple):
+    """Samples as token ranges: int64 [samples] each."""
+
+    starts: np.ndarray
+    ends: np.ndarray
+
+
+def find_spans(store: TokenStore, limit: int, shortest: int = 1) -> Spans:
+    """All samples of a store: sentences of one document, as many as fit in `limit` tokens.
+
+    A sentence longer than `limit` is cut, and its last part goes on with the sentences that follow. Spans of fewer than
+    `shortest` tokens are left out.
+    """
+    offsets, barriers = store.sentences, store.sentences[store.documents]
+    lengths = np.diff(offsets)
+    if lengths.max() > limit:
+        parts = -(-lengths // limit)
+        first = np.cumsum(parts) - parts
+        part = np.arange(parts.sum()) - np.repeat(first, parts)
+        offsets = np.append(np.repeat(offsets[:-1], parts) + part * limit, offsets[-1])
+    cuts = offsets[cut_greedily(offsets, limit, barriers)]
+    starts, ends = cuts[:-1], cuts[1:]
+    kept = ends - starts >= shortest
+    return Spans(starts[kept], ends[kept])
+
+
+class Pairs(NamedTuple):
+    """Two segments per sample: int64 [B, 2] starts and lengths in the store's tokens, and labels int64 [B]."""
+
+    starts: np.ndarray
+    lengths: np.ndarray
+    labels: np.ndarray
+
+
+def draw_pairs(store: TokenStore, spans: Spans, samples: np.ndarray, seed: int, epoch: int) -> Pairs:
+    """Cuts samples into A and B and replaces half of the Bs: label 0 where B follows A, 1 where it is random.
+
+    The cut is at a random sentence boundary, or at a random token where the sample is a single sentence. (BERT's own
+    program makes these always random pairs, so that the label could be told from the number of sentences.) A random B
+    starts at a random sentence of another document and takes whole sentences, no longer together than the B it
+    replaces; a first sentence longer than that is cut. Documents are drawn in proportion to their length, as they occur
+    among the Bs that are kept, so that the kind of document does not tell the label.
+
+    Source: Devlin et al., "BERT" (2019). The store must hold two documents; spans must have two tokens.
+    """
+    start, end = spans.starts[samples], spans.ends[samples]
+    cut_word, coin, high, low = draw(Purpose.PAIR, seed, epoch, samples)
+
+    first = np.searchsorted(store.sentences, start, "right")
+    boundaries = np.searchsorted(store.sentences, end, "left") - first
+    cut = np.where(
+        boundaries > 0,
+        store.sentences[first + below(cut_word, boundaries)],
+        start + 1 + below(cut_word, end - start - 1),
+    )
+    length = end - cut
+
+    # A random token of another document, and the sentence around it.
+    own = np.searchsorted(store.sentences, start, "right") - 1
+    own = np.searchsorted(store.documents, own, "right") - 1
+    own_start, own_end = (store.sentences[store.documents[own + i]] for i in (0, 1))
+    others = store.sentences[-1] - (own_end - own_start)
+    token = ((high + low / 2.0**32) / 2.0**32 * others).astype(np.int64).clip(max=others - 1)
+    token += np.where(token >= own_start, own_end - own_start, 0)
+    sentence = np.searchsorted(store.sentences, token, "right") - 1
+    document = np.searchsorted(store.documents, sentence, "right") - 1
+    document_end = store.sentences[store.documents[document + 1]]
+    # Moved forward in its document until the rest is long enough.
+    latest = np.searchsorted(store.sentences, document_end - length, "right") - 1
+    sentence = np.minimum(sentence, np.maximum(latest, store.documents[document]))
+    random_start = store.sentences[sentence]
+    last = np.searchsorted(store.sentences, np.minimum(random_start + length, document_end), "right") - 1
+    random_end = np.where(last > sentence, store.sentences[last], random_start + length)
+
+    labels = (coin >= 1 << 31).astype(np.int64)
+    starts = np.stack((start, np.where(labels, random_start, cut)), 1)
+    lengths = np.stack((cut - start, np.where(labels, random_end - random_start, length)), 1)
+    return Pairs(starts, lengths, labels)

@@ -1,0 +1,289 @@
+"""Samples, next-sentence pairs and packed batches: by hand on small stores, and held together on real text."""
+
+from itertools import pairwise
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from fastbert.data import (
+    PretrainBatches,
+    SpecialIds,
+    TokenStore,
+    special_ids,
+    split_sentences,
+    train_tokenizer,
+    write_store,
+)
+from fastbert.data.samples import Spans, cut_greedily, draw_pairs, find_spans
+
+SPECIAL = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
+V = 60_000
+
+
+def make_store(documents):
+    """A store in memory of documents given as lists of sentence lengths; token i has id 5 + i."""
+    lengths = [n for document in documents for n in document]
+    return TokenStore(
+        Path("memory"),
+        np.arange(5, 5 + sum(lengths)).astype(np.uint16),
+        np.cumsum([0, *lengths]),
+        np.cumsum([0] + [len(document) for document in documents]),
+        V,
+        "",
+    )
+
+
+def spans(store, limit, **options):
+    return [list(s) for s in zip(*(x.tolist() for x in find_spans(store, limit, **options)), strict=True)]
+
+
+def test_cut_greedily():
+    offsets = np.array([0, 3, 5, 9, 20, 21])
+    assert cut_greedily(offsets, 5).tolist() == [0, 2, 3, 4, 5]  # 3 + 2, 4, 11 alone though too long, 1
+    assert cut_greedily(offsets, 9).tolist() == [0, 3, 4, 5]
+    assert cut_greedily(offsets, 100).tolist() == [0, 5]
+    assert cut_greedily(offsets, 100, np.array([0, 5, 21])).tolist() == [0, 2, 5]
+
+
+def test_cut_greedily_over_many_windows(monkeypatch):
+    offsets = np.append(0, np.cumsum(np.random.default_rng(0).integers(1, 9, 1000)))
+    whole = cut_greedily(offsets, 20)
+    monkeypatch.setattr("fastbert.data.samples._WINDOW", 7)
+    assert np.array_equal(cut_greedily(offsets, 20), whole)
+
+
+def test_spans_by_hand():
+    store = make_store([[4, 5, 3], [2], [25, 3], [1]])
+    assert spans(store, 10) == [
+        [0, 9], [9, 12],  # 4 + 5, then 3 alone: 12 is too much
+        [12, 14],
+        [14, 24], [24, 34], [34, 42],  # 25 is cut in 10, 10, 5, and the 5 goes on with 3
+        [42, 43],
+    ]  # fmt: skip
+    assert spans(store, 10, shortest=2) == spans(store, 10)[:-1]
+    assert spans(store, 100) == [[0, 12], [12, 14], [14, 42], [42, 43]]
+
+
+def pairs(store, a_spans, seeds):
+    """Pairs of every span under many seeds: (A start, cut, B start, B length, label)."""
+    starts, ends = np.array(a_spans).T
+    for seed in seeds:
+        p = draw_pairs(store, Spans(starts, ends), np.arange(len(starts)), seed, 0)
+        assert p.labels.dtype == np.int64
+        for (a, b), (n, m), label in zip(p.starts.tolist(), p.lengths.tolist(), p.labels.tolist(), strict=True):
+            yield a, a + n, b, m, label
+
+
+def test_pairs_by_hand():
+    """Document 0 is tokens 0..11 in sentences of 4, 5, 3; document 1 has 2 + 2 + 8, tokens 12..23."""
+    store = make_store([[4, 5, 3], [2, 2, 8]])
+    following, random = set(), set()
+    for a, cut, b, m, label in pairs(store, [[0, 12]], range(400)):
+        assert a == 0
+        (random if label else following).add((cut, b, m))
+    assert following == {(4, 4, 8), (9, 9, 3)}
+    # Room for 8: from the first sentence 2 + 2 fit, from the second (moved not at all, 10 are left) 2, the third has 8.
+    # Room for 3: 2 of 2 + 2, 2, or 3 of the sentence of 8.
+    assert random == {(4, 12, 4), (4, 14, 2), (4, 16, 8), (9, 12, 2), (9, 14, 2), (9, 16, 3)}
+
+
+def test_random_segment_moves_forward_to_fill_its_room():
+    """Another document of ten sentences of 2 tokens: room for 8 leaves starts 0, 2, ... 12, never the last three."""
+    store = make_store([[4, 8], [2] * 10])
+    found = {(b - 12, m) for _, _, b, m, label in pairs(store, [[0, 12]], range(400)) if label}
+    assert found == {(start, 8) for start in range(0, 14, 2)}
+
+
+def test_single_sentence_is_cut_at_any_token():
+    store = make_store([[4], [1]])
+    found = {pair[1:] for pair in pairs(store, [[0, 4]], range(200))}
+    assert {p[:3] for p in found if p[3] == 0} == {(1, 1, 3), (2, 2, 2), (3, 3, 1)}
+    assert {p[1:] for p in found if p[3] == 1} == {(4, 1, 1)}
+
+
+def test_random_segments_come_from_other_documents_by_length():
+    store = make_store([[2] * 10, [2] * 30, [2] * 60, [2] * 20])
+    drawn = np.zeros(4)
+    labels = []
+    for _, _, b, _, label in pairs(store, [[20, 40]] * 100, range(40)):
+        labels.append(label)
+        drawn[np.searchsorted([20, 80, 200], b, "right")] += label
+    assert abs(np.mean(labels) - 0.5) < 5 * 0.5 / np.sqrt(4000)
+    assert drawn[1] == 0
+    shares = np.array([10, 60, 20]) / 90
+    deviation = np.sqrt(shares * (1 - shares) / drawn.sum())
+    assert (np.abs(drawn[[0, 2, 3]] / drawn.sum() - shares) < 5 * deviation).all()
+
+
+# ---- batches on real text ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(topics.values(), 1024)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("data") / "store"
+    write_store(folder, [split_sentences(text) for _, text in sorted(topics.items())], tokenizer, progress=False)
+    return TokenStore.open(folder)
+
+
+def make(store, tokenizer, **options):
+    options = {"seq_len": 64, "batch_tokens": 1024, "seed": 5, **options}
+    return PretrainBatches(store, special_ids(tokenizer), **options)
+
+
+def unmasked(batch):
+    ids = batch.input_ids.clone()
+    ids[batch.masked_positions] = batch.labels
+    return ids
+
+
+def same(a, b):
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("nsp", [True, False])
+def test_form_of_a_batch(store, tokenizer, nsp):
+    batches = make(store, tokenizer, nsp=nsp)
+    total = 0
+    for batch in map(batches.__getitem__, range(len(batches))):
+        cu = batch.cu_seqlens.long()
+        lengths = cu.diff()
+        assert batch.cu_seqlens.dtype == torch.int32 and cu[0] == 0 and cu[-1] == len(batch.input_ids) <= 1024
+        assert batch.max_seqlen == lengths.max() <= 64
+        ids = unmasked(batch)
+        assert (ids[cu[:-1]] == 2).all() and (ids[cu[1:] - 1] == 3).all()
+        assert (ids == 2).sum() == len(lengths) and (ids == 3).sum() == len(lengths) * (2 if nsp else 1)
+        for a, b in pairwise(cu.tolist()):
+            assert batch.position_ids[a:b].tolist() == list(range(b - a))
+            # The second segment begins after the first [SEP].
+            after = (ids[a:b] == 3).cumsum(0) - (ids[a:b] == 3).long()
+            assert torch.equal(batch.token_type_ids[a:b], after)
+        assert (batch.next_sentence_label is None) is not nsp
+        if nsp:
+            assert batch.next_sentence_label.shape == lengths.shape
+        for x in (batch.input_ids, batch.token_type_ids, batch.position_ids, batch.masked_positions, batch.labels):
+            assert x.dtype == torch.int64
+        total += len(lengths)
+    assert total == len(batches.spans.starts)
+
+
+def test_an_epoch_without_pairs_is_the_corpus(store, tokenizer):
+    """Every token exactly once, beside the special ones; and batches as full as they can be."""
+    batches = make(store, tokenizer, nsp=False)
+    counts = torch.zeros(store.vocab_size, dtype=torch.int64)
+    sizes, firsts = [], []
+    for batch in map(batches.__getitem__, range(len(batches))):
+        counts += torch.bincount(unmasked(batch), minlength=store.vocab_size)
+        sizes.append(len(batch.input_ids))
+        firsts.append(int(batch.cu_seqlens[1]))
+    counts[[2, 3]] = 0
+    assert torch.equal(counts, store.token_counts())
+    assert all(size + following > 1024 for size, following in zip(sizes, firsts[1:], strict=False))
+
+
+def test_pairs_in_batches_are_text(store, tokenizer):
+    """Without [CLS] and [SEP] a kept pair stands in the store as it is, a replaced one does not."""
+    text = store.tokens.astype(np.uint16).tobytes()
+    found = [[], []]
+    batches = make(store, tokenizer)
+    for batch in map(batches.__getitem__, range(20)):
+        ids, cu = unmasked(batch), batch.cu_seqlens.tolist()
+        for b, label in enumerate(batch.next_sentence_label.tolist()):
+            sample = ids[cu[b] : cu[b + 1]].numpy()
+            found[label].append(sample[(sample != 2) & (sample != 3)].astype(np.uint16).tobytes() in text)
+    assert len(found[0]) > 100 and all(found[0])
+    assert len(found[1]) > 100 and np.mean(found[1]) < 0.05
+
+
+def test_epochs_differ_and_repeat(store, tokenizer):
+    first = make(store, tokenizer)
+    second = first.at_epoch(1)
+    assert not torch.equal(first[0].input_ids, second[0].input_ids)
+    assert sorted(first.order) == sorted(second.order) == list(range(len(first.order)))
+    assert same(second[3], make(store, tokenizer, epoch=1)[3])
+    assert same(second.at_epoch(0)[3], first[3])
+    assert not same(make(store, tokenizer, seed=6)[0], first[0])
+
+
+def test_a_sample_is_the_same_in_any_batch(store, tokenizer):
+    def samples(batch_tokens):
+        batches = make(store, tokenizer, batch_tokens=batch_tokens)
+        for batch in map(batches.__getitem__, range(len(batches))):
+            lengths = batch.cu_seqlens.diff().tolist()
+            yield from zip(batch.input_ids.split(lengths), batch.next_sentence_label.tolist(), strict=True)
+
+    alone, together = list(samples(64)), list(samples(1024))
+    assert len(alone) == len(together) > 1000
+    assert all(torch.equal(a, b) and m == n for (a, m), (b, n) in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_and_starting_point_change_nothing(store, tokenizer, workers):
+    batches = make(store, tokenizer)
+    loader = DataLoader(batches, batch_size=None, sampler=range(3, 12), num_workers=workers)
+    loaded = list(loader)
+    assert len(loaded) == 9
+    for i, batch in enumerate(loaded, 3):
+        assert type(batch) is type(batches[i])
+        assert same(batch, batches[i])
+
+
+def test_to_device(store, tokenizer):
+    batch = make(store, tokenizer, nsp=False)[0].to("meta")
+    assert batch.input_ids.device.type == batch.cu_seqlens.device.type == "meta"
+    assert isinstance(batch.max_seqlen, int) and batch.next_sentence_label is None
+
+
+@pytest.mark.parametrize("nsp", [True, False])
+@pytest.mark.parametrize("seq_len", [8, 9, 512])
+def test_extreme_lengths(store, tokenizer, nsp, seq_len):
+    batches = make(store, tokenizer, seq_len=seq_len, batch_tokens=seq_len, nsp=nsp)
+    assert max(batches[i].max_seqlen for i in range(50)) <= seq_len
+
+
+def test_one_sentence_documents():
+    batches = PretrainBatches(make_store([[3], [2], [1], [1]]), SPECIAL, seq_len=8, batch_tokens=64, seed=0)
+    assert len(batches) == 1
+    batch = batches[0]
+    assert batch.cu_seqlens.diff().sort().values.tolist()[-1] <= 6 and len(batch.next_sentence_label) == 2
+    without = PretrainBatches(make_store([[1]]), SPECIAL, seq_len=8, batch_tokens=8, seed=0, nsp=False)
+    assert unmasked(without[0]).tolist() == [2, 5, 3] and without[0].labels.tolist() == [5]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"seq_len": 7}, "expected 8 <= seq_len <= 65536, got 7"),
+        ({"seq_len": 100_000}, "got 100000"),
+        ({"batch_tokens": 63}, "expected >= seq_len = 64, got 63"),
+        ({"mask_prob": 0.0}, "0 < mask_prob < 1, got 0.0"),
+        ({"mask_prob": float("nan")}, "got nan"),
+        ({"mask_share": 0.95}, "sum <= 1, got 0.95 and 0.1"),
+        ({"random_share": -0.1}, "got 0.8 and -0.1"),
+        ({"epoch": -1}, "counted from 0 .* got -1"),
+    ],
+)
+def test_bad_settings(store, tokenizer, options, says):
+    with pytest.raises(ValueError, match=says):
+        make(store, tokenizer, **options)
+
+
+def test_bad_stores(store, tokenizer):
+    settings = {"seq_len": 64, "batch_tokens": 64, "seed": 0}
+    with pytest.raises(ValueError, match="only one: separate the documents by blank lines, or turn nsp off"):
+        PretrainBatches(make_store([[5, 5]]), SPECIAL, **settings)
+    with pytest.raises(ValueError, match=r"two tokens .* turn nsp off"):
+        PretrainBatches(make_store([[1], [1]]), SPECIAL, **settings)
+    with pytest.raises(ValueError, match=rf"special id 1024 is outside the store's vocabulary of {store.vocab_size}"):
+        PretrainBatches(store, SpecialIds(0, 1, 2, 3, 1024), **settings)
+    batches = make(store, tokenizer)
+    with pytest.raises(IndexError, match="expected 0 <= i"):
+        batches[len(batches)]
