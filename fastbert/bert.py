@@ -269,8 +269,10 @@ class BertModel(BertPreTrainedModel):
             else:
                 real = attention_mask.flatten().nonzero().squeeze(1)
                 cu_seqlens = F.pad(attention_mask.bool().sum(1).cumsum(0), (1, 0)).int()
-            position_ids = torch.arange(shape[1], device=input_ids.device) if position_ids is None else position_ids
-            position_ids = position_ids.expand(shape)
+            if position_ids is None:
+                position_ids = torch.arange(shape[1], device=input_ids.device).unsqueeze(0)
+            if position_ids.shape == (1, shape[1]):
+                position_ids = position_ids.expand(shape)
         for name, ids, limit, limit_name in (
             ("input_ids", input_ids, self.config.vocab_size, "vocab_size"),
             ("token_type_ids", token_type_ids, self.config.type_vocab_size, "type_vocab_size"),

@@ -361,6 +361,7 @@ def test_dropout_compiles_too():
             r"token_type_ids must have shape \[4, 12",
         ),
         ({"position_ids": torch.full((B, S), 16)}, ValueError, "position_ids.*max_position_embeddings"),
+        ({"position_ids": torch.zeros(3, S, dtype=torch.long)}, ValueError, r"position_ids must have shape \[4, 12\]"),
         ({"attention_mask": torch.zeros(B, S)}, TypeError, "bool or integer.*mask == 0"),
         (
             {"attention_mask": torch.ones(B, 3, dtype=torch.long)},
