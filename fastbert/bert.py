@@ -254,43 +254,15 @@ class BertModel(BertPreTrainedModel):
             ValueError, TypeError: shapes or dtypes that do not fit, a sequence longer than the position table, and, on
                 a CPU outside torch.compile, ids outside their tables or boundaries that do not hold.
         """
-        shape, longest = input_ids.shape, self.config.max_position_embeddings
-        real = None  # int64 [T], where the packed tokens stand in the batch read as [B * S]; None where all are real
-        if cu_seqlens is not None:
-            if attention_mask is not None:
-                raise ValueError("a packed batch (cu_seqlens) has no padding: leave attention_mask out")
-            max_seqlen = inputs.check_packed(shape, cu_seqlens, max_seqlen, longest)
-            position_ids = inputs.places(cu_seqlens, shape[0]) if position_ids is None else position_ids
-        else:
-            inputs.check_padded(shape, attention_mask, longest)
-            max_seqlen = shape[1]
-            if attention_mask is None:
-                cu_seqlens = torch.arange(0, shape.numel() + 1, shape[1], dtype=torch.int32, device=input_ids.device)
-            else:
-                real = attention_mask.flatten().nonzero().squeeze(1)
-                cu_seqlens = F.pad(attention_mask.bool().sum(1).cumsum(0), (1, 0)).int()
-            if position_ids is None:
-                position_ids = torch.arange(shape[1], device=input_ids.device).unsqueeze(0)
-            if position_ids.shape == (1, shape[1]):
-                position_ids = position_ids.expand(shape)
-        for name, ids, limit, limit_name in (
-            ("input_ids", input_ids, self.config.vocab_size, "vocab_size"),
-            ("token_type_ids", token_type_ids, self.config.type_vocab_size, "type_vocab_size"),
-            ("position_ids", position_ids, longest, "max_position_embeddings"),
-        ):
-            if ids is not None:
-                inputs.check_ids(name, ids, shape, limit, limit_name)
-
-        def pack(ids: Tensor | None) -> Tensor | None:
-            return ids if ids is None else ids.flatten() if real is None else ids.flatten().index_select(0, real)
-
-        x = self.embeddings(pack(input_ids), pack(token_type_ids), pack(position_ids))  # [T, H]
+        packing, position_ids = inputs.pack(
+            self.config, input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen
+        )
+        ids = (packing.remove_padding(x) for x in (input_ids, token_type_ids, position_ids))
+        x = self.embeddings(*ids)  # [T, H]
         for layer in self.encoder["layer"]:
-            x = layer(x, cu_seqlens, max_seqlen)
-        pooled = torch.tanh(self.pooler["dense"](inputs.first_tokens(x, cu_seqlens)))
-        if real is not None:
-            x = x.new_zeros(shape.numel(), x.shape[1]).index_copy(0, real, x)
-        return BertModelOutput(x.view(*shape, x.shape[1]), pooled)
+            x = layer(x, packing.cu_seqlens, packing.max_seqlen)
+        pooled = torch.tanh(self.pooler["dense"](packing.first_tokens(x)))
+        return BertModelOutput(packing.put_padding_back(x), pooled)
 
 
 class BertPredictions(nn.Module):
@@ -356,16 +328,7 @@ class BertForPreTraining(BertPreTrainedModel):
         Raises:
             ValueError, TypeError: as `BertModel.forward`; and labels or positions of the wrong shape, dtype or range.
         """
-        vocabulary, tokens = self.config.vocab_size, input_ids.numel()
-        sequences = input_ids.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        if masked_positions is not None:
-            inputs.check_positions(masked_positions, tokens)
-        if labels is not None:
-            shape = input_ids.shape if masked_positions is None else masked_positions.shape
-            inputs.check_labels("labels", labels, shape, vocabulary)
-        if next_sentence_label is not None:
-            inputs.check_labels("next_sentence_label", next_sentence_label, torch.Size([sequences]), 2)
-
+        inputs.check_targets(self.config, input_ids, cu_seqlens, labels, next_sentence_label, masked_positions)
         sequence, pooled = self.bert(
             input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
         )
@@ -376,7 +339,7 @@ class BertForPreTraining(BertPreTrainedModel):
             padding = attention_mask.flatten().index_select(0, masked_positions) == 0
             labels = labels.masked_fill(padding, inputs.IGNORED)
 
-        hidden = sequence.view(tokens, self.config.hidden_size)
+        hidden = sequence.view(input_ids.numel(), self.config.hidden_size)
         hidden = hidden if masked_positions is None else hidden.index_select(0, masked_positions)
         logits = self.cls["predictions"](hidden, self.word_embeddings)
         seq_relationship_logits = self.cls["seq_relationship"](pooled)
@@ -388,7 +351,9 @@ class BertForPreTraining(BertPreTrainedModel):
             loss=sum(losses) if losses else None,
             mlm_loss=mlm_loss,
             nsp_loss=nsp_loss,
-            prediction_logits=logits if masked_positions is not None else logits.view(*input_ids.shape, vocabulary),
+            prediction_logits=logits
+            if masked_positions is not None
+            else logits.view(*input_ids.shape, logits.shape[1]),
             seq_relationship_logits=seq_relationship_logits,
         )
 

@@ -1,16 +1,109 @@
-"""What a BERT-like encoder asks of its inputs, and index arithmetic on packed sequences.
+"""From a batch as users have it to packed tokens: what an encoder asks of its inputs, and the index arithmetic.
 
 Values are looked at on the CPU only, where it costs nothing; elsewhere it would wait for the device, and under
 torch.compile it would break the graph. Shapes and dtypes are always checked.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 IGNORED = -100  # a label that no loss counts
 
 
-def check_ids(name: str, ids: Tensor, shape: torch.Size, limit: int, limit_name: str) -> None:
+class Packing(NamedTuple):
+    """Where the packed tokens of a batch stand.
+
+    Attributes:
+        shape: [B, S] of a padded batch, [T] of one that came packed.
+        cu_seqlens: int32 [B + 1], where each sequence starts, and T.
+        max_seqlen: tokens of the longest sequence, or more.
+        real: int64 [T], the packed tokens' places in the batch read as [B * S]; None where all are real.
+    """
+
+    shape: torch.Size
+    cu_seqlens: Tensor
+    max_seqlen: int
+    real: Tensor | None
+
+    def remove_padding(self, ids: Tensor | None) -> Tensor | None:
+        """ids of the batch's shape -> [T]; None stays None."""
+        if ids is None:
+            return None
+        return ids.flatten() if self.real is None else ids.flatten().index_select(0, self.real)
+
+    def put_padding_back(self, x: Tensor) -> Tensor:
+        """x [T, H] -> [B, S, H] with zeros at padding; [T, H] where the batch came packed."""
+        if self.real is not None:
+            x = x.new_zeros(self.shape.numel(), x.shape[1]).index_copy(0, self.real, x)
+        return x.view(*self.shape, x.shape[1])
+
+    def first_tokens(self, x: Tensor) -> Tensor:
+        """[B, H]: each sequence's first row of x [T, H], zeros for an empty sequence."""
+        starts, ends = self.cu_seqlens[:-1], self.cu_seqlens[1:]
+        if x.shape[0] == 0:
+            return x.new_zeros(starts.shape[0], x.shape[1])
+        first = x.index_select(0, starts.clamp(max=x.shape[0] - 1))
+        return torch.where((starts == ends).unsqueeze(1), 0.0, first)
+
+
+def pack(
+    config: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+) -> tuple[Packing, Tensor]:
+    """Checks the arguments of an encoder's `forward`; returns the packing, and position ids of input_ids' shape."""
+    shape, longest, real = input_ids.shape, config.max_position_embeddings, None
+    if cu_seqlens is not None:
+        if attention_mask is not None:
+            raise ValueError("a packed batch (cu_seqlens) has no padding: leave attention_mask out")
+        max_seqlen = _check_packed(shape, cu_seqlens, max_seqlen, longest)
+        position_ids = _places(cu_seqlens, shape[0]) if position_ids is None else position_ids
+    else:
+        _check_padded(shape, attention_mask, longest)
+        max_seqlen = shape[1]
+        if attention_mask is None:
+            cu_seqlens = torch.arange(0, shape.numel() + 1, shape[1], dtype=torch.int32, device=input_ids.device)
+        else:
+            real = attention_mask.flatten().nonzero().squeeze(1)
+            cu_seqlens = F.pad(attention_mask.bool().sum(1).cumsum(0), (1, 0)).int()
+        if position_ids is None:
+            position_ids = torch.arange(shape[1], device=input_ids.device).unsqueeze(0)
+        if position_ids.shape == (1, shape[1]):
+            position_ids = position_ids.expand(shape)
+    _check_ids("input_ids", input_ids, shape, config.vocab_size, "vocab_size")
+    if token_type_ids is not None:
+        _check_ids("token_type_ids", token_type_ids, shape, config.type_vocab_size, "type_vocab_size")
+    _check_ids("position_ids", position_ids, shape, longest, "max_position_embeddings")
+    return Packing(shape, cu_seqlens, max_seqlen, real), position_ids
+
+
+def check_targets(
+    config: Any,
+    input_ids: Tensor,
+    cu_seqlens: Tensor | None,
+    labels: Tensor | None,
+    next_sentence_label: Tensor | None,
+    masked_positions: Tensor | None,
+) -> None:
+    """Checks what the pretraining heads are to predict, and where."""
+    if masked_positions is not None:
+        _check_positions(masked_positions, input_ids.numel())
+    if labels is not None:
+        shape = input_ids.shape if masked_positions is None else masked_positions.shape
+        _check_labels("labels", labels, shape, config.vocab_size)
+    if next_sentence_label is not None:
+        sequences = input_ids.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        _check_labels("next_sentence_label", next_sentence_label, torch.Size([sequences]), 2)
+
+
+def _check_ids(name: str, ids: Tensor, shape: torch.Size, limit: int, limit_name: str) -> None:
     """Raises unless `ids` is int64 or int32 of this shape, and (where looked at) in [0, limit)."""
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be int64 or int32, got {ids.dtype}")
@@ -25,7 +118,7 @@ def check_ids(name: str, ids: Tensor, shape: torch.Size, limit: int, limit_name:
             )
 
 
-def check_labels(name: str, labels: Tensor, shape: torch.Size, classes: int) -> None:
+def _check_labels(name: str, labels: Tensor, shape: torch.Size, classes: int) -> None:
     """Raises unless `labels` is int64 of this shape, and (where looked at) in [0, classes) or -100."""
     if labels.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {labels.dtype}")
@@ -39,7 +132,7 @@ def check_labels(name: str, labels: Tensor, shape: torch.Size, classes: int) -> 
             )
 
 
-def check_padded(shape: torch.Size, attention_mask: Tensor | None, longest: int) -> None:
+def _check_padded(shape: torch.Size, attention_mask: Tensor | None, longest: int) -> None:
     """Raises unless this is [B, S] with 1 <= S <= longest, and the mask is bool or integer [B, S]."""
     if len(shape) != 2 or shape[1] == 0:
         raise ValueError(
@@ -58,7 +151,7 @@ def check_padded(shape: torch.Size, attention_mask: Tensor | None, longest: int)
         raise ValueError(f"attention_mask must have input_ids' shape {list(shape)}, got {list(attention_mask.shape)}")
 
 
-def check_packed(shape: torch.Size, cu_seqlens: Tensor, max_seqlen: int | None, longest: int) -> int:
+def _check_packed(shape: torch.Size, cu_seqlens: Tensor, max_seqlen: int | None, longest: int) -> int:
     """Raises unless ids of this shape and `cu_seqlens` are a packed batch; returns the longest sequence's tokens."""
     if len(shape) != 1:
         raise ValueError(f"with cu_seqlens, input_ids must be packed [T], got shape {list(shape)}")
@@ -84,7 +177,7 @@ def check_packed(shape: torch.Size, cu_seqlens: Tensor, max_seqlen: int | None, 
     return max_seqlen
 
 
-def check_positions(masked_positions: Tensor, tokens: int) -> None:
+def _check_positions(masked_positions: Tensor, tokens: int) -> None:
     """Raises unless `masked_positions` is int64 [M], and (where looked at) in [0, tokens)."""
     if masked_positions.dtype != torch.int64 or masked_positions.dim() != 1:
         raise ValueError(
@@ -99,20 +192,11 @@ def check_positions(masked_positions: Tensor, tokens: int) -> None:
             )
 
 
-def places(cu_seqlens: Tensor, tokens: int) -> Tensor:
+def _places(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """Each packed token's place in its own sequence, int64 [T], without waiting for the device."""
     order = torch.arange(tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), order, right=True)
     return (order - cu_seqlens[sequence]).long()
-
-
-def first_tokens(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """[B, H]: each sequence's first row of packed x [T, H], zeros for an empty sequence."""
-    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
-    if x.shape[0] == 0:
-        return x.new_zeros(starts.shape[0], x.shape[1])
-    first = x.index_select(0, starts.clamp(max=x.shape[0] - 1))
-    return torch.where((starts == ends).unsqueeze(1), 0.0, first)
 
 
 def _check_length(tokens: int, longest: int) -> None:
