@@ -20,6 +20,8 @@
 #endif
 
 #define FASTBERT_INLINE static inline __attribute__((always_inline))
+#define FASTBERT_MEMBER inline __attribute__((always_inline))
+#define FASTBERT_LAMBDA __attribute__((always_inline))
 
 namespace fastbert {
 namespace FASTBERT_ISA {
@@ -54,8 +56,58 @@ FASTBERT_INLINE vint splat(int32_t x) { return x - vint{}; }
 FASTBERT_INLINE vuint splat(uint32_t x) { return x - vuint{}; }
 FASTBERT_INLINE vfloat as_float(vuint x) { return (vfloat)x; }
 FASTBERT_INLINE vuint as_uint(vfloat x) { return (vuint)x; }
-FASTBERT_INLINE vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }  // b where either is NaN
-FASTBERT_INLINE vfloat min(vfloat a, vfloat b) { return a < b ? a : b; }  // b where either is NaN
+
+// b where either is NaN; one instruction, which GCC does not make of the comparison.
+FASTBERT_INLINE vfloat max(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_maskz_max_ps(0xFFFF, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__x86_64__)
+  return (vfloat)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+FASTBERT_INLINE vfloat min(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_maskz_min_ps(0xFFFF, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__x86_64__)
+  return (vfloat)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+FASTBERT_INLINE vfloat absolute(vfloat x) { return as_float(as_uint(x) & 0x7FFFFFFFu); }
+
+// Between 16 and 32 bits; GCC makes several instructions of the conversions where there is one.
+FASTBERT_INLINE vuint widen(const void* p) {
+#if defined(__AVX512F__)
+  return (vuint)_mm512_maskz_cvtepu16_epi32(0xFFFF, _mm256_loadu_si256(static_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return (vuint)_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+#else
+  vushort half;
+  memcpy(&half, p, sizeof half);
+  return __builtin_convertvector(half, vuint);
+#endif
+}
+
+FASTBERT_INLINE void narrow(void* p, vuint v) {  // v < 65536
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_maskz_cvtepi32_epi16(0xFFFF, (__m512i)v));
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 8)));
+#else
+  const vushort half = __builtin_convertvector(v, vushort);
+  memcpy(p, &half, sizeof half);
+#endif
+}
 
 // ---- loads and stores: T is float, bf16 or f16; registers hold float32 -------------------
 
@@ -65,11 +117,7 @@ FASTBERT_INLINE vfloat load(const float* p) {
   return v;
 }
 
-FASTBERT_INLINE vfloat load(const bf16* p) {
-  vushort half;
-  memcpy(&half, p, sizeof half);
-  return as_float(__builtin_convertvector(half, vuint) << 16);
-}
+FASTBERT_INLINE vfloat load(const bf16* p) { return as_float(widen(p) << 16); }
 
 FASTBERT_INLINE vfloat load(const f16* p) {
 #if defined(__AVX512F__)
@@ -98,8 +146,7 @@ FASTBERT_INLINE void store(bf16* p, vfloat v) {
   const vuint bits = as_uint(v);
   const vuint rounded = bits + 0x7FFF + ((bits >> 16) & 1);
   const vuint quiet = bits | 0x00400000;
-  const vushort half = __builtin_convertvector((v == v ? rounded : quiet) >> 16, vushort);
-  memcpy(p, &half, sizeof half);
+  narrow(p, (v == v ? rounded : quiet) >> 16);
 #endif
 }
 
@@ -137,16 +184,77 @@ FASTBERT_INLINE void store_n(T* p, vfloat v, int64_t n) {
   memcpy(p, part, n * sizeof(T));
 }
 
+// What a vector covers: all of its lanes, or the first n, n < kLanes, at the end of a row. load gives 0 in
+// the other lanes, store leaves their places alone.
+struct AllLanes {
+  template <typename T>
+  FASTBERT_MEMBER vfloat load(const T* p) const {
+    return FASTBERT_ISA::load(p);
+  }
+  template <typename T>
+  FASTBERT_MEMBER void store(T* p, vfloat v) const {
+    FASTBERT_ISA::store(p, v);
+  }
+  FASTBERT_MEMBER vfloat keep(vfloat v) const { return v; }  // 0 in the lanes not covered
+};
+
+struct FirstLanes {
+  int64_t n;
+
+  template <typename T>
+  FASTBERT_MEMBER vfloat load(const T* p) const {
+    return load_n(p, n);
+  }
+  template <typename T>
+  FASTBERT_MEMBER void store(T* p, vfloat v) const {
+    store_n(p, v, n);
+  }
+  FASTBERT_MEMBER vfloat keep(vfloat v) const {
+    vint index;
+    for (int i = 0; i < kLanes; ++i) index[i] = i;
+    return index < static_cast<int32_t>(n) ? v : vfloat{};
+  }
+};
+
+// body(j, i, lanes) for the vectors at j = 0, kLanes, ... of n elements; i < kUnroll numbers independent
+// accumulators, without which a sum waits for one addition after another.
+template <int kUnroll, typename Body>
+FASTBERT_INLINE void sweep(int64_t n, Body body) {
+  int64_t j = 0;
+  for (; j + kUnroll * kLanes <= n; j += kUnroll * kLanes)
+    for (int i = 0; i < kUnroll; ++i) body(j + i * kLanes, i, AllLanes{});
+  if (kUnroll > 1)
+    for (; j + kLanes <= n; j += kLanes) body(j, 0, AllLanes{});
+  if (j < n) body(j, 0, FirstLanes{n - j});
+}
+
 // ---- arithmetic
 // --------------------------------------------------------------------------------------------
 
 // Halves added pairwise: the same order on every run.
 FASTBERT_INLINE float reduce_add(vfloat v) {
+#if defined(__AVX512F__)
+  const __m512i bits = (__m512i)v;
+  const __m256 eight = (__m256)_mm512_maskz_extracti64x4_epi64(0xF, bits, 0) +
+                       (__m256)_mm512_maskz_extracti64x4_epi64(0xF, bits, 1);
+#elif defined(__AVX2__)
+  const __m256 eight = (__m256)v;
+#endif
+#if defined(__AVX2__)
+  __m128 four = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
+#elif defined(__x86_64__)
+  __m128 four = (__m128)v;
+#endif
+#if defined(__x86_64__)
+  four += _mm_movehl_ps(four, four);
+  return four[0] + four[1];
+#else
   float x[kLanes];
   store(x, v);
   for (int width = kLanes / 2; width >= 1; width /= 2)
     for (int i = 0; i < width; ++i) x[i] += x[i + width];
   return x[0];
+#endif
 }
 
 FASTBERT_INLINE float reduce_max(vfloat v) {
@@ -186,36 +294,27 @@ FASTBERT_INLINE vfloat exp(vfloat high, vfloat low) {
 }
 
 // e^x within 1 ULP or so over the whole range: 0 below -104, inf above 88.73, NaN stays NaN.
-FASTBERT_INLINE vfloat exp(vfloat x) {
-  x = x < -104.f ? splat(-104.f) : x;
-  x = x > 89.f ? splat(89.f) : x;
-  return exp(x, vfloat{});
-}
+FASTBERT_INLINE vfloat exp(vfloat x) { return exp(min(splat(89.f), max(splat(-104.f), x)), vfloat{}); }
 
 // out[j] = the sum of scratch[chunk, j], [chunks, columns], in the order of the chunks. Every thread of a
 // parallel region calls it; they share the columns.
 FASTBERT_INLINE void add_chunks(const float* scratch, int64_t chunks, int64_t columns, void* out,
                                 DType dtype) {
 #pragma omp for schedule(static)
-  for (int64_t j = 0; j < columns; j += kLanes) {
-    const int64_t n = min(kLanes, columns - j);
-    vfloat sum = {};
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const float* part = scratch + chunk * columns + j;
-      sum += n == kLanes ? load(part) : load_n(part, n);
-    }
-    switch (dtype) {
-      case DType::f32:
-        store_n(static_cast<float*>(out) + j, sum, n);
-        break;
-      case DType::bf16:
-        store_n(static_cast<bf16*>(out) + j, sum, n);
-        break;
-      case DType::f16:
-        store_n(static_cast<f16*>(out) + j, sum, n);
-        break;
-    }
-  }
+  for (int64_t first = 0; first < columns; first += 64)
+    sweep<1>(min(64, columns - first), [=](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
+      vfloat sum = {};
+      for (int64_t chunk = 0; chunk < chunks; ++chunk)
+        sum += lanes.load(scratch + chunk * columns + first + j);
+      switch (dtype) {
+        case DType::f32:
+          return lanes.store(static_cast<float*>(out) + first + j, sum);
+        case DType::bf16:
+          return lanes.store(static_cast<bf16*>(out) + first + j, sum);
+        case DType::f16:
+          return lanes.store(static_cast<f16*>(out) + first + j, sum);
+      }
+    });
 }
 
 // ---- dropout
@@ -294,9 +393,7 @@ FASTBERT_INLINE void dropout_lanes(uint64_t seed, uint32_t first, uint32_t c1, u
 
 // 1 where the element is kept, 0 where it is dropped, as a mask for blends: kept where lane >= t.
 FASTBERT_INLINE vint kept(const uint16_t* lanes, uint32_t t) {
-  vushort v;
-  memcpy(&v, lanes, sizeof v);
-  return __builtin_convertvector(v, vint) >= static_cast<int32_t>(t);
+  return (vint)widen(lanes) >= static_cast<int32_t>(t);
 }
 
 // What a kept element is multiplied by; 0 where everything is dropped.

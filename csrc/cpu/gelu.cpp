@@ -17,64 +17,98 @@ namespace FASTBERT_ISA {
 namespace {
 
 constexpr int64_t kColumns = 1024;  // columns of a tile: its bias and dbias stay in L1
-constexpr float kTailEnd = 15.f;    // tail(a) and c(a) are 0 in float32 from here on
-constexpr float kSqrt2OverPi = 0.79788456f;
+constexpr float kTailEnd = 15.f;    // tail and its derivative are 0 in float32 from here on
 
 struct Tail {
-  vfloat value, slope;  // tail(a), c(a)
+  vfloat value, slope;  // tail(a), tail'(a)
 };
 
-// exp(-a*a/2) for 0 <= a <= kTailEnd to about 1 ULP. The square needs more than float32's digits, so it comes
-// in two parts: `high`, the square of a's upper 12 bits, is exact, and the rest enters where exp's argument
-// has been reduced.
+// 1 / x: to 2^-14 is enough for the 16-bit types.
+template <bool kShort>
+FASTBERT_INLINE vfloat reciprocal(vfloat x) {
+#if defined(__AVX512F__)
+  if (kShort) return (vfloat)_mm512_maskz_rcp14_ps(0xFFFF, (__m512)x);
+#endif
+  return 1.f / x;
+}
+
+// 2^x for -250 < x <= 0 to 3e-6 (minimax fit), for the 16-bit types.
+FASTBERT_INLINE vfloat exp2_short(vfloat x) {
+  const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+  const vfloat n = x + magic - magic, r = x - n;
+  vfloat p = splat(0.009570103f);
+  p = p * r + 0.05591786f;
+  p = p * r + 0.24024744f;
+  p = p * r + 0.6931218f;
+  p = p * r + 0.9999993f;
+  return scale_exponent(p, n);
+}
+
+// exp(-a*a/2) for 0 <= a <= kTailEnd. In float32 the square needs more than its own digits, so it comes in
+// two parts: `high`, the square of a's upper 12 bits, is exact, and the rest enters where exp's argument has
+// been reduced. That gives about 1 ULP.
+template <bool kShort>
 FASTBERT_INLINE vfloat gauss(vfloat a) {
+  if (kShort) return exp2_short(a * a * -0.72134752f);
   const vfloat head = as_float(as_uint(a) & 0xFFFFF000u);
   const vfloat high = -0.5f * (head * head), low = -0.5f * ((a - head) * (a + head));
   return exp(high, low);
 }
 
-// Phi(-a) = exp(-a*a/2) * s * Q(s), s = 1 / (a + 2 sqrt 2). The polynomial is the minimax fit (Remez) of
-// exp(a*a/2) * Phi(-a) / s in relative error over 0 <= a <= 15.1: 4.4e-8.
+// Phi(-a) = exp(-a*a/2) * s * Q(s), s = 1 / (a + k). Q is the minimax fit (Remez) of exp(a*a/2) * Phi(-a) / s
+// in relative error over 0 <= a <= 15.1: 4.4e-8 with degree 8 and k = 2 sqrt 2, 4.5e-5 with degree 4 and k
+// = 2.6.
+template <bool kShort>
 FASTBERT_INLINE Tail tail_exact(vfloat a) {
-  const vfloat density = gauss(a);  // without its factor 1 / sqrt(2 pi)
-  const vfloat s = 1.f / (a + 2.8284271f);
-  vfloat q = splat(-343.10312f);
-  q = q * s + 584.4319f;
-  q = q * s - 353.95984f;
-  q = q * s + 71.667015f;
-  q = q * s - 2.5274062f;
-  q = q * s + 6.503586f;
-  q = q * s + 2.7488298f;
-  q = q * s + 1.1295779f;
-  q = q * s + 0.39892888f;
+  const vfloat density = gauss<kShort>(a);  // without its factor 1 / sqrt(2 pi)
+  const vfloat s = reciprocal<kShort>(a + (kShort ? 2.6f : 2.8284271f));
+  vfloat q;
+  if (kShort) {
+    q = s * -10.529969f + 8.111355f;
+    q = q * s + 1.756674f;
+    q = q * s + 1.06771f;
+    q = q * s + 0.3983456f;
+  } else {
+    q = s * -343.10312f + 584.4319f;
+    q = q * s - 353.95984f;
+    q = q * s + 71.667015f;
+    q = q * s - 2.5274062f;
+    q = q * s + 6.503586f;
+    q = q * s + 2.7488298f;
+    q = q * s + 1.1295779f;
+    q = q * s + 0.39892888f;
+  }
   q *= s;
-  return {a * q * density, (a * 0.39894228f - q) * density};  // a first: density alone may be subnormal
+  return {a * q * density, (q - a * 0.39894228f) * density};  // a first: density alone may be subnormal
 }
 
+template <bool kShort>
 FASTBERT_INLINE Tail tail_tanh(vfloat a) {
+  constexpr float k = 2.f * 0.79788456f;  // 2 sqrt(2/pi): 2w = k * (a + 0.044715 a^3)
   const vfloat square = a * a;
-  const vfloat e = exp((-2.f * kSqrt2OverPi) * a * (square * 0.044715f + 1.f));
-  const vfloat s = 1.f / (e + 1.f);
-  const vfloat slope = (2.f * kSqrt2OverPi) * a * (square * (3.f * 0.044715f) + 1.f);  // a * d(2w)/da
-  return {a * e * s, e * s * (slope * s - 1.f)};
+  const vfloat e = kShort ? exp2_short(a * (square * (k * 0.044715f * -1.442695f) + k * -1.442695f))
+                          : exp(a * (square * (k * -0.044715f) - k));
+  const vfloat s = reciprocal<kShort>(e + 1.f), q = e * s;
+  const vfloat turn = a * (square * (k * 3.f * 0.044715f) + k);  // a * d(2w)/da
+  return {a * q, q - q * (turn * s)};
 }
 
-template <bool kTanh>
+template <typename T, bool kTanh>
 FASTBERT_INLINE Tail tail(vfloat u) {
-  vfloat a = u < 0.f ? -u : u;
-  a = a > kTailEnd ? splat(kTailEnd) : a;  // NaN stays
-  return kTanh ? tail_tanh(a) : tail_exact(a);
+  constexpr bool is_short = sizeof(T) == 2;
+  const vfloat a = min(splat(kTailEnd), absolute(u));  // NaN stays
+  return kTanh ? tail_tanh<is_short>(a) : tail_exact<is_short>(a);
 }
 
-template <bool kTanh>
+template <typename T, bool kTanh>
 FASTBERT_INLINE vfloat gelu(vfloat u) {
-  return (u > 0.f ? u : vfloat{}) - tail<kTanh>(u).value;
+  return max(u, vfloat{}) - tail<T, kTanh>(u).value;
 }
 
-template <bool kTanh>
+template <typename T, bool kTanh>
 FASTBERT_INLINE vfloat gelu_slope(vfloat u) {
-  const vfloat c = tail<kTanh>(u).slope;
-  return u > 0.f ? 1.f + c : -c;
+  const vfloat slope = tail<T, kTanh>(u).slope;
+  return u > 0.f ? 1.f - slope : slope;
 }
 
 // A tile: kColumns columns of one run of rows. Without bias x is one long row.
@@ -88,16 +122,17 @@ FASTBERT_INLINE Tiles tiles(const Gelu& p) {
 }
 
 FASTBERT_INLINE void read_bias(const Gelu& p, int64_t first, int64_t n, float* bias) {
-  for (int64_t j = 0; j < n; ++j) {
-    if (!p.bias)
-      bias[j] = 0.f;
-    else if (p.bias_dtype == DType::f32)
-      bias[j] = static_cast<const float*>(p.bias)[first + j];
-    else if (p.bias_dtype == DType::bf16)
-      bias[j] = load_n(static_cast<const bf16*>(p.bias) + first + j, 1)[0];
-    else
-      bias[j] = load_n(static_cast<const f16*>(p.bias) + first + j, 1)[0];
-  }
+  if (!p.bias) return static_cast<void>(memset(bias, 0, kColumns * sizeof(float)));
+  sweep<1>(n, [=](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
+    switch (p.bias_dtype) {
+      case DType::f32:
+        return lanes.store(bias + j, lanes.load(static_cast<const float*>(p.bias) + first + j));
+      case DType::bf16:
+        return lanes.store(bias + j, lanes.load(static_cast<const bf16*>(p.bias) + first + j));
+      case DType::f16:
+        return lanes.store(bias + j, lanes.load(static_cast<const f16*>(p.bias) + first + j));
+    }
+  });
 }
 
 template <typename T, bool kTanh>
@@ -106,16 +141,15 @@ void forward(const Gelu& p) {
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t tile = 0; tile < grid.chunks * grid.blocks; ++tile) {
     const int64_t chunk = tile / grid.blocks, first = tile % grid.blocks * kColumns;
-    const int64_t n = min(kColumns, grid.columns - first), whole = n - n % kLanes;
+    const int64_t n = min(kColumns, grid.columns - first);
     float bias[kColumns];
     read_bias(p, first, n, bias);
     for (int64_t r = chunk * grid.rows / grid.chunks; r < (chunk + 1) * grid.rows / grid.chunks; ++r) {
       const T* x = static_cast<const T*>(p.x) + r * grid.columns + first;
       T* y = static_cast<T*>(p.out) + r * grid.columns + first;
-      for (int64_t j = 0; j < whole; j += kLanes) store(y + j, gelu<kTanh>(load(x + j) + load(bias + j)));
-      if (whole < n)
-        store_n(y + whole, gelu<kTanh>(load_n(x + whole, n - whole) + load_n(bias + whole, n - whole)),
-                n - whole);
+      sweep<1>(n, [&](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
+        lanes.store(y + j, gelu<T, kTanh>(lanes.load(x + j) + lanes.load(bias + j)));
+      });
     }
   }
 }
@@ -128,25 +162,19 @@ void backward(const Gelu& p) {
 #pragma omp for schedule(static)
     for (int64_t tile = 0; tile < grid.chunks * grid.blocks; ++tile) {
       const int64_t chunk = tile / grid.blocks, first = tile % grid.blocks * kColumns;
-      const int64_t n = min(kColumns, grid.columns - first), whole = n - n % kLanes;
-      float bias[kColumns], dbias[kColumns];
+      const int64_t n = min(kColumns, grid.columns - first);
+      float bias[kColumns], dbias[kColumns] = {};
       read_bias(p, first, n, bias);
-      memset(dbias, 0, sizeof dbias);
       for (int64_t r = chunk * grid.rows / grid.chunks; r < (chunk + 1) * grid.rows / grid.chunks; ++r) {
         const T* x = static_cast<const T*>(p.x) + r * grid.columns + first;
         const T* dy = static_cast<const T*>(p.dy) + r * grid.columns + first;
         T* dx = static_cast<T*>(p.out) + r * grid.columns + first;
-        for (int64_t j = 0; j < whole; j += kLanes) {
-          const vfloat d = load(dy + j) * gelu_slope<kTanh>(load(x + j) + load(bias + j));
-          store(dx + j, d);
-          store(dbias + j, load(dbias + j) + d);
-        }
-        if (whole < n) {
-          const vfloat u = load_n(x + whole, n - whole) + load_n(bias + whole, n - whole);
-          const vfloat d = load_n(dy + whole, n - whole) * gelu_slope<kTanh>(u);
-          store_n(dx + whole, d, n - whole);
-          store_n(dbias + whole, load_n(dbias + whole, n - whole) + d, n - whole);
-        }
+        sweep<1>(n, [&](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
+          const vfloat d =
+              lanes.load(dy + j) * gelu_slope<T, kTanh>(lanes.load(x + j) + lanes.load(bias + j));
+          lanes.store(dx + j, d);
+          lanes.store(dbias + j, lanes.load(dbias + j) + d);
+        });
       }
       if (p.dbias) memcpy(p.scratch + chunk * grid.columns + first, dbias, n * sizeof(float));
     }

@@ -8,56 +8,39 @@
 //   dz = rstd * (g - mean(g) - h * mean(g * h)),  dx = dropout'(dz),  dweight = sum(dy * h),  dbias = sum(dy)
 //
 // Arithmetic is float32 for every dtype. A row is read from memory once and swept again from L1. The variance
-// is the mean of squared deviations. The dropout mask is drawn again in backward, not stored. Ba, Kiros and
-// Hinton, "Layer normalization" (2016).
+// is the mean of squared deviations; sums run over blocks of a row, so that long rows lose no digits. The
+// dropout mask is drawn again in backward, not stored. Ba, Kiros and Hinton, "Layer normalization" (2016).
 #include "common.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {
 namespace {
 
-constexpr int64_t kColumns = 1024;  // columns whose dropout lanes are drawn at a time
+constexpr int64_t kColumns = 1024;  // a block: sums within it, and dropout lanes drawn at a time
+constexpr int kSums = 4;
 
-// The lanes of columns first to first + kColumns of a row.
-FASTBERT_INLINE void draw(const LayerNorm& p, int64_t row, int64_t first, uint16_t* lanes) {
-  dropout_lanes(p.seed, static_cast<uint32_t>(first / 8), static_cast<uint32_t>(row), 0, 0,
-                ceil_div(min(kColumns, p.columns - first), 8), lanes);
+FASTBERT_INLINE vfloat add_up(const vfloat* sums) { return (sums[0] + sums[1]) + (sums[2] + sums[3]); }
+
+// Random lanes of a block of a row.
+FASTBERT_INLINE void draw(const LayerNorm& p, int64_t row, int64_t first, int64_t n, uint16_t* lanes) {
+  dropout_lanes(p.seed, static_cast<uint32_t>(first / 8), static_cast<uint32_t>(row), 0, 0, ceil_div(n, 8),
+                lanes);
 }
 
+// z = residual + dropout(x) for a block at x, residual and z.
 template <typename T>
-FASTBERT_INLINE vfloat load_some(const T* p, int64_t n) {
-  return n >= kLanes ? load(p) : load_n(p, n);
-}
-
-template <typename T>
-FASTBERT_INLINE void store_some(T* p, vfloat v, int64_t n) {
-  n >= kLanes ? store(p, v) : store_n(p, v, n);
-}
-
-// Lanes from n on become 0.
-FASTBERT_INLINE vfloat first_n(vfloat v, int64_t n) {
-  vint index;
-  for (int i = 0; i < kLanes; ++i) index[i] = i;
-  return index < static_cast<int32_t>(min(n, kLanes)) ? v : vfloat{};
-}
-
-// z = residual + dropout(x)
-template <typename T>
-FASTBERT_INLINE void add_dropped(const LayerNorm& p, int64_t row, T* z) {
-  const T* x = static_cast<const T*>(p.x) + row * p.columns;
-  const T* residual = static_cast<const T*>(p.residual) + (p.residual ? row * p.columns : 0);
+FASTBERT_INLINE void add_dropped(const LayerNorm& p, int64_t row, int64_t first, int64_t n, T* z) {
+  const T* x = static_cast<const T*>(p.x) + row * p.columns + first;
+  const T* residual = p.residual ? static_cast<const T*>(p.residual) + row * p.columns + first : nullptr;
   const vfloat scale = splat(dropout_scale(p.drop_below));
-  uint16_t lanes[kColumns];
-  for (int64_t first = 0; first < p.columns; first += kColumns) {
-    if (p.drop_below) draw(p, row, first, lanes);
-    for (int64_t j = first; j < min(first + kColumns, p.columns); j += kLanes) {
-      const int64_t n = p.columns - j;
-      vfloat v = load_some(x + j, n);
-      if (p.drop_below) v = kept(lanes + (j - first), p.drop_below) ? v * scale : vfloat{};
-      if (p.residual) v += load_some(residual + j, n);
-      store_some(z + j, v, n);
-    }
-  }
+  uint16_t random[kColumns];
+  if (p.drop_below) draw(p, row, first, n, random);
+  sweep<1>(n, [&](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
+    vfloat v = lanes.load(x + j);
+    if (p.drop_below) v = kept(random + j, p.drop_below) ? v * scale : vfloat{};
+    if (residual) v += lanes.load(residual + j);
+    lanes.store(z + j, v);
+  });
 }
 
 template <typename T, typename W>
@@ -68,33 +51,38 @@ void forward(const LayerNorm& p) {
   const W* bias = static_cast<const W*>(p.bias);
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t row = 0; row < p.rows; ++row) {
-    const T* z = static_cast<const T*>(p.x) + row * columns;
+    const T* z = static_cast<const T*>(p.z ? p.z : p.x) + row * columns;
     T* y = static_cast<T*>(p.y) + row * columns;
-    if (p.z) {
-      T* sum = static_cast<T*>(p.z) + row * columns;
-      add_dropped(p, row, sum);
-      z = sum;
-    }
 
     // statistics
     vfloat total = {};
-    for (int64_t j = 0; j < columns; j += kLanes) total += load_some(z + j, columns - j);
-    const float mean = reduce_add(total) * share;
-    vfloat squares = {};
-    for (int64_t j = 0; j < columns; j += kLanes) {
-      const vfloat d = first_n(load_some(z + j, columns - j) - mean, columns - j);
-      squares += d * d;
+    for (int64_t first = 0; first < columns; first += kColumns) {
+      const int64_t n = min(kColumns, columns - first);
+      if (p.z) add_dropped(p, row, first, n, static_cast<T*>(p.z) + row * columns + first);
+      vfloat sums[kSums] = {};
+      sweep<kSums>(
+          n, [&](int64_t j, int i, auto lanes) FASTBERT_LAMBDA { sums[i] += lanes.load(z + first + j); });
+      total += add_up(sums);
     }
-    const float rstd = 1.f / __builtin_sqrtf(reduce_add(squares) * share + p.eps);
+    const float mean = reduce_add(total) * share;
+    total = vfloat{};
+    for (int64_t first = 0; first < columns; first += kColumns) {
+      vfloat sums[kSums] = {};
+      sweep<kSums>(min(kColumns, columns - first), [&](int64_t j, int i, auto lanes) FASTBERT_LAMBDA {
+        const vfloat d = lanes.keep(lanes.load(z + first + j) - mean);
+        sums[i] += d * d;
+      });
+      total += add_up(sums);
+    }
+    const float rstd = 1.f / __builtin_sqrtf(reduce_add(total) * share + p.eps);
     p.mean[row] = mean;
     p.rstd[row] = rstd;
 
     // normalize, affine
-    for (int64_t j = 0; j < columns; j += kLanes) {
-      const int64_t n = columns - j;
-      const vfloat h = (load_some(z + j, n) - mean) * rstd;
-      store_some(y + j, h * load_some(weight + j, n) + load_some(bias + j, n), n);
-    }
+    sweep<2>(columns, [&](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
+      const vfloat h = (lanes.load(z + j) - mean) * rstd;
+      lanes.store(y + j, h * lanes.load(weight + j) + lanes.load(bias + j));
+    });
   }
 }
 
@@ -102,6 +90,7 @@ template <typename T, typename W>
 void backward(const LayerNorm& p) {
   const int64_t columns = p.columns, chunks = reduction_chunks(p.rows);
   const float share = 1.f / static_cast<float>(columns);
+  const vfloat scale = splat(dropout_scale(p.drop_below));
   const W* weight = static_cast<const W*>(p.weight);
 #pragma omp parallel num_threads(p.threads)
   {
@@ -115,36 +104,40 @@ void backward(const LayerNorm& p) {
         const T* dy = static_cast<const T*>(p.dy) + row * columns;
         const T* z = static_cast<const T*>(p.x) + row * columns;
         T* dz = static_cast<T*>(p.y) + row * columns;
+        T* dx = static_cast<T*>(p.z) + (p.drop_below ? row * columns : 0);
         const float mean = p.mean[row], rstd = p.rstd[row];
 
         // sums over the row, and over the rows
-        vfloat sum_g = {}, sum_gh = {};
-        for (int64_t j = 0; j < columns; j += kLanes) {
-          const int64_t n = columns - j;
-          const vfloat d = load_some(dy + j, n), h = first_n((load_some(z + j, n) - mean) * rstd, n);
-          const vfloat g = d * load_some(weight + j, n);
-          sum_g += g;
-          sum_gh += g * h;
-          store_some(dweight + j, load_some(dweight + j, n) + d * h, n);
-          store_some(dbias + j, load_some(dbias + j, n) + d, n);
+        vfloat total_g = {}, total_gh = {};
+        for (int64_t first = 0; first < columns; first += kColumns) {
+          vfloat sum_g[kSums] = {}, sum_gh[kSums] = {};
+          sweep<kSums>(min(kColumns, columns - first), [&](int64_t k, int i, auto lanes) FASTBERT_LAMBDA {
+            const int64_t j = first + k;
+            const vfloat d = lanes.load(dy + j), h = (lanes.load(z + j) - mean) * rstd;
+            const vfloat g = d * lanes.load(weight + j);
+            sum_g[i] += g;
+            sum_gh[i] += lanes.keep(g * h);
+            lanes.store(dweight + j, lanes.load(dweight + j) + d * h);
+            lanes.store(dbias + j, lanes.load(dbias + j) + d);
+          });
+          total_g += add_up(sum_g);
+          total_gh += add_up(sum_gh);
         }
-        const float mean_g = reduce_add(sum_g) * share, mean_gh = reduce_add(sum_gh) * share;
+        const float mean_g = reduce_add(total_g) * share, mean_gh = reduce_add(total_gh) * share;
 
         // gradients of the row
-        const vfloat scale = splat(dropout_scale(p.drop_below));
-        uint16_t lanes[kColumns];
         for (int64_t first = 0; first < columns; first += kColumns) {
-          if (p.drop_below) draw(p, row, first, lanes);
-          for (int64_t j = first; j < min(first + kColumns, columns); j += kLanes) {
-            const int64_t n = columns - j;
-            const vfloat h = (load_some(z + j, n) - mean) * rstd;
-            const vfloat g = load_some(dy + j, n) * load_some(weight + j, n);
+          const int64_t n = min(kColumns, columns - first);
+          uint16_t random[kColumns];
+          if (p.drop_below) draw(p, row, first, n, random);
+          sweep<2>(n, [&](int64_t k, int, auto lanes) FASTBERT_LAMBDA {
+            const int64_t j = first + k;
+            const vfloat h = (lanes.load(z + j) - mean) * rstd,
+                         g = lanes.load(dy + j) * lanes.load(weight + j);
             const vfloat d = rstd * (g - mean_g - h * mean_gh);
-            store_some(dz + j, d, n);
-            if (p.drop_below)
-              store_some(static_cast<T*>(p.z) + row * columns + j,
-                         kept(lanes + (j - first), p.drop_below) ? d * scale : vfloat{}, n);
-          }
+            lanes.store(dz + j, d);
+            if (p.drop_below) lanes.store(dx + j, kept(random + k, p.drop_below) ? d * scale : vfloat{});
+          });
         }
       }
     }
