@@ -1,0 +1,183 @@
+"""One Adam step with decoupled weight decay, on the rows of a table that a gradient touches or on all.
+
+    w -= lr * weight_decay * w
+    m += (1 - beta1) * (g - m),   v = beta2 * v + (1 - beta2) * g * g,   u = max(u, v)     u: amsgrad alone
+    w -= lr / (1 - beta1^t) * m / (sqrt(v or u) / sqrt(1 - beta2^t) + eps)
+
+w is [V, D]; m, v and u are float32 (float64 for a float64 w), w's dtype is rounded to once. Rows that are not touched
+keep their bits in all four. Gradient rows of one id are added up in that same dtype, in the order they stand in. t
+counts the steps of the parameter, or of the row where `row_steps` are given.
+Sources: Kingma and Ba, "Adam: a method for stochastic optimization" (2015); Loshchilov and Hutter, "Decoupled weight
+decay regularization" (2019); Reddi, Kale and Kumar, "On the convergence of Adam and beyond" (2018).
+"""
+
+import torch
+from torch import Tensor
+
+from fastbert.backend import pick
+from fastbert.ops.checks import wide
+
+GRAD_BY_ROW = 1  # flag: grad is [V, D], indexed by row id; `rows` says which of its rows step, each once
+MAXIMIZE = 2  # flag: steps uphill
+
+
+@torch.library.custom_op(
+    "fastbert::lazy_adam_step", mutates_args=("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "row_steps")
+)
+def lazy_adam_step(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    row_steps: Tensor | None,
+    rows: Tensor | None,
+    grad: Tensor,
+    lr: Tensor,
+    step: Tensor,
+    seed: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    flags: int,
+    backend: str,
+) -> None:
+    """Changes the first five arguments in place.
+
+    Args:
+        param: [V, ...] float32, bfloat16 or float16 (float64 on the reference backend), contiguous; any shape where
+            `rows` is None.
+        exp_avg, exp_avg_sq: m and v, param's shape, contiguous, float32 (float64 for a float64 param).
+        max_exp_avg_sq: u, likewise; None is Adam without amsgrad.
+        row_steps: int32 [V], each row's own t before this step, counted up where it is touched; None takes `step`.
+        rows: int64 [n], the id of each gradient row, in any order, duplicates allowed; None steps every row once.
+        grad: [n, ...], one per id; [V, ...], param's shape, where `rows` is None or with the flag GRAD_BY_ROW.
+        lr: one number.
+        step: one number, t of this step, 1 the first time.
+        seed: the key of stochastic rounding, which this version does not have: None.
+        flags: GRAD_BY_ROW, MAXIMIZE or their sum.
+        backend: runs on this backend or raises; "" chooses by the tensor's device.
+
+    Raises:
+        ValueError: a shape, layout or flag that does not fit, or a row id outside the table.
+        TypeError: a dtype that does not fit.
+        RuntimeError: an explicit backend that cannot run here.
+    """
+    _check(param, (exp_avg, exp_avg_sq, max_exp_avg_sq), row_steps, rows, grad, seed, flags)
+    pick("lazy_adam", backend, param, reference).lazy_adam_step(
+        param, exp_avg, exp_avg_sq, max_exp_avg_sq, row_steps, rows, grad, lr, step, seed, beta1, beta2, eps,
+        weight_decay, flags,
+    )  # fmt: skip
+
+
+@lazy_adam_step.register_fake
+def _(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    row_steps: Tensor | None,
+    rows: Tensor | None,
+    grad: Tensor,
+    lr: Tensor,
+    step: Tensor,
+    seed: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    flags: int,
+    backend: str,
+) -> None:
+    return None
+
+
+class reference:  # a namespace, spelled as the backend is
+    """The twin in plain PyTorch: any device, and float64, which is the truth of the tests."""
+
+    @staticmethod
+    def lazy_adam_step(
+        param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor | None, row_steps: Tensor | None,
+        rows: Tensor | None, grad: Tensor, lr: Tensor, step: Tensor, seed: Tensor | None, beta1: float, beta2: float,
+        eps: float, weight_decay: float, flags: int,
+    ) -> None:  # fmt: skip
+        lazy = rows is not None
+        if lazy:
+            check_rows(rows, param.shape[0])
+        table_rows = param.shape[0] if lazy or row_steps is not None else 1
+        tables = [None if x is None else x.view(table_rows, -1) for x in (param, exp_avg, exp_avg_sq, max_exp_avg_sq)]
+        # touched rows
+        ids, group = rows.unique(return_inverse=True) if lazy else (torch.arange(table_rows, device=param.device), None)
+        w, m, v, u = (None if x is None else wide(x[ids]) for x in tables)
+        # gradient
+        if not lazy or flags & GRAD_BY_ROW:
+            g = wide(grad.reshape(table_rows, -1)[ids])
+        else:
+            g = torch.zeros_like(w).index_add_(0, group, wide(grad.reshape(-1, w.shape[1])))
+        if flags & MAXIMIZE:
+            g = -g
+        # update
+        t = step.double() if row_steps is None else row_steps[ids].double().unsqueeze(1) + 1
+        size = (lr.double() / (1 - beta1**t)).to(w.dtype)
+        root = (1 - beta2**t).sqrt().to(w.dtype)
+        w = w * (1 - lr.double() * weight_decay).to(w.dtype)
+        m = m.lerp(g, 1 - beta1)
+        v = v * beta2 + (1 - beta2) * g * g
+        if u is not None:
+            u = torch.maximum(u, v)
+        w = w - size * m / ((v if u is None else u).sqrt() / root + eps)
+        for table, new in zip(tables, (w, m, v, u), strict=True):
+            if table is not None:
+                table[ids] = new.to(table.dtype)
+        if row_steps is not None:
+            row_steps[ids] += 1
+
+
+def check_rows(rows: Tensor, table_rows: int) -> None:
+    """Raises unless every id lies in [0, table_rows). Ids on a device other than the CPU are not waited for."""
+    if rows.device.type != "cpu" or rows.numel() == 0:
+        return
+    low, high = (int(x) for x in rows.aminmax())
+    if low < 0 or high >= table_rows:
+        raise ValueError(
+            f"row ids must lie in [0, {table_rows}), got {low if low < 0 else high}; nothing was changed. Ids of "
+            "padding or ignored positions have to be left out"
+        )
+
+
+def _check(
+    param: Tensor,
+    state: tuple[Tensor, Tensor, Tensor | None],
+    row_steps: Tensor | None,
+    rows: Tensor | None,
+    grad: Tensor,
+    seed: Tensor | None,
+    flags: int,
+) -> None:
+    if not param.is_floating_point() or not grad.is_floating_point():
+        raise TypeError(f"param and grad must be floating tensors, got {param.dtype} and {grad.dtype}")
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    for x in state:
+        if x is not None and (x.dtype != dtype or x.shape != param.shape):
+            raise ValueError(
+                f"the state of a {param.dtype} param must be {dtype} of its shape {list(param.shape)}, got {x.dtype} "
+                f"{list(x.shape)}"
+            )
+    if not all(x is None or x.is_contiguous() for x in (param, *state)):
+        raise ValueError("param and its state must be contiguous: they are changed in place")
+    if (rows is not None or row_steps is not None) and param.dim() == 0:
+        raise ValueError("a parameter without dimensions has no rows")
+    if row_steps is not None and (row_steps.dtype != torch.int32 or row_steps.shape != param.shape[:1]):
+        raise ValueError(f"row_steps must be int32 [{param.shape[0]}], got {row_steps.dtype} {list(row_steps.shape)}")
+    if rows is not None and (rows.dtype != torch.int64 or rows.dim() != 1):
+        raise ValueError(f"rows must be int64 [n], got {rows.dtype} {list(rows.shape)}")
+    by_row = rows is None or flags & GRAD_BY_ROW
+    shape = param.shape if by_row else (rows.numel(), *param.shape[1:])
+    if grad.shape != shape:
+        raise ValueError(f"grad must have shape {list(shape)}, got {list(grad.shape)}")
+    if any(x is not None and x.device != param.device for x in (*state, row_steps, rows, grad)):
+        raise ValueError(f"param, state, rows and grad must be on one device, param is on {param.device}")
+    if flags & ~(GRAD_BY_ROW | MAXIMIZE):
+        raise ValueError(f"flags must be a sum of GRAD_BY_ROW (1) and MAXIMIZE (2), got {flags}")
+    if seed is not None:
+        raise ValueError("stochastic rounding is not there yet: seed must be None")
