@@ -342,6 +342,8 @@ class BertForPreTraining(BertPreTrainedModel):
         hidden = sequence.view(input_ids.numel(), self.config.hidden_size)
         hidden = hidden if masked_positions is None else hidden.index_select(0, masked_positions)
         logits = self.cls["predictions"](hidden, self.word_embeddings)
+        if masked_positions is None:
+            logits = logits.view(*input_ids.shape, logits.shape[1])
         seq_relationship_logits = self.cls["seq_relationship"](pooled)
 
         mlm_loss = None if labels is None else _mean_loss(logits, labels)
@@ -351,9 +353,7 @@ class BertForPreTraining(BertPreTrainedModel):
             loss=sum(losses) if losses else None,
             mlm_loss=mlm_loss,
             nsp_loss=nsp_loss,
-            prediction_logits=logits
-            if masked_positions is not None
-            else logits.view(*input_ids.shape, logits.shape[1]),
+            prediction_logits=logits,
             seq_relationship_logits=seq_relationship_logits,
         )
 
