@@ -16,8 +16,9 @@ namespace fastbert {
 namespace FASTBERT_ISA {
 namespace {
 
-constexpr int64_t kColumns = 1024;  // columns of a tile: its bias and dbias stay in L1
-constexpr float kTailEnd = 15.f;    // tail and its derivative are 0 in float32 from here on
+constexpr int64_t kColumns =
+    4096;  // of a tile: a whole row of BERT, as memory likes it, while bias and dbias stay in cache
+constexpr float kTailEnd = 15.f;  // tail and its derivative are 0 in float32 from here on
 
 struct Tail {
   vfloat value, slope;  // tail(a), tail'(a)
