@@ -16,8 +16,8 @@ namespace fastbert {
 namespace FASTBERT_ISA {
 namespace {
 
-constexpr int64_t kColumns =
-    4096;  // of a tile: a whole row of BERT, as memory likes it, while bias and dbias stay in cache
+// Columns of a tile: whole rows of BERT base, as memory likes it, while bias and dbias stay in cache.
+constexpr int64_t kColumns = 4096;
 constexpr float kTailEnd = 15.f;  // tail and its derivative are 0 in float32 from here on
 
 struct Tail {
