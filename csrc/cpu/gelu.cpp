@@ -18,7 +18,9 @@ namespace {
 
 // Columns of a tile: whole rows of BERT base, as memory likes it, while bias and dbias stay in cache.
 constexpr int64_t kColumns = 4096;
-constexpr float kTailEnd = 15.f;  // tail and its derivative are 0 in float32 from here on
+
+// From here on tail and its derivative are 0 in float32, and up to here the exponents stay within range.
+constexpr float kExactEnd = 15.f, kTanhEnd = 10.8f;
 
 struct Tail {
   vfloat value, slope;  // tail(a), tail'(a)
@@ -45,7 +47,7 @@ FASTBERT_INLINE vfloat exp2_short(vfloat x) {
   return scale_exponent(p, n);
 }
 
-// exp(-a*a/2) for 0 <= a <= kTailEnd. In float32 the square needs more than its own digits, so it comes in
+// exp(-a*a/2) for 0 <= a <= kExactEnd. In float32 the square needs more than its own digits, so it comes in
 // two parts: `high`, the square of a's upper 12 bits, is exact, and the rest enters where exp's argument has
 // been reduced. That gives about 1 ULP.
 template <bool kShort>
@@ -88,7 +90,7 @@ FASTBERT_INLINE Tail tail_tanh(vfloat a) {
   constexpr float k = 2.f * 0.79788456f;  // 2 sqrt(2/pi): 2w = k * (a + 0.044715 a^3)
   const vfloat square = a * a;
   const vfloat e = kShort ? exp2_short(a * (square * (k * 0.044715f * -1.442695f) + k * -1.442695f))
-                          : exp(a * (square * (k * -0.044715f) - k));
+                          : exp(a * (square * (k * -0.044715f) - k), vfloat{});
   const vfloat s = reciprocal<kShort>(e + 1.f), q = e * s;
   const vfloat turn = a * (square * (k * 3.f * 0.044715f) + k);  // a * d(2w)/da
   return {a * q, q - q * (turn * s)};
@@ -97,7 +99,7 @@ FASTBERT_INLINE Tail tail_tanh(vfloat a) {
 template <typename T, bool kTanh>
 FASTBERT_INLINE Tail tail(vfloat u) {
   constexpr bool is_short = sizeof(T) == 2;
-  const vfloat a = min(splat(kTailEnd), absolute(u));  // NaN stays
+  const vfloat a = min(splat(kTanh ? kTanhEnd : kExactEnd), absolute(u));  // NaN stays
   return kTanh ? tail_tanh<is_short>(a) : tail_exact<is_short>(a);
 }
 
