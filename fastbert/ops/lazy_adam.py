@@ -12,6 +12,7 @@ decay regularization" (2019); Reddi, Kale and Kumar, "On the convergence of Adam
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.backend import pick
@@ -101,22 +102,21 @@ class reference:  # a namespace, spelled as the backend is
         rows: Tensor | None, grad: Tensor, lr: Tensor, step: Tensor, seed: Tensor | None, beta1: float, beta2: float,
         eps: float, weight_decay: float, flags: int,
     ) -> None:  # fmt: skip
-        lazy = rows is not None
-        if lazy:
+        if rows is not None:
             check_rows(rows, param.shape[0])
-        table_rows = param.shape[0] if lazy or row_steps is not None else 1
+        table_rows = 1 if rows is None and row_steps is None else param.shape[0]
         tables = [None if x is None else x.view(table_rows, -1) for x in (param, exp_avg, exp_avg_sq, max_exp_avg_sq)]
-        # touched rows
-        ids, group = rows.unique(return_inverse=True) if lazy else (torch.arange(table_rows, device=param.device), None)
-        w, m, v, u = (None if x is None else wide(x[ids]) for x in tables)
         # gradient
-        if not lazy or flags & GRAD_BY_ROW:
+        ids = torch.arange(table_rows, device=param.device) if rows is None else rows.unique()
+        if rows is None or flags & GRAD_BY_ROW:
             g = wide(grad.reshape(table_rows, -1)[ids])
         else:
-            g = torch.zeros_like(w).index_add_(0, group, wide(grad.reshape(-1, w.shape[1])))
+            ids, g = sum_duplicates(rows, grad)
+            g = g.view(ids.numel(), -1)
         if flags & MAXIMIZE:
             g = -g
         # update
+        w, m, v, u = (None if x is None else wide(x[ids]) for x in tables)
         t = step.double() if row_steps is None else row_steps[ids].double().unsqueeze(1) + 1
         size = (lr.double() / (1 - beta1**t)).to(w.dtype)
         root = (1 - beta2**t).sqrt().to(w.dtype)
@@ -131,6 +131,26 @@ class reference:  # a namespace, spelled as the backend is
                 table[ids] = new.to(table.dtype)
         if row_steps is not None:
             row_steps[ids] += 1
+
+
+def sum_duplicates(rows: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Adds up the gradient rows of each id in the order they stand in.
+
+    Args:
+        rows: int64 [n].
+        grad: [n, ...].
+
+    Returns:
+        ids int64 [R], ascending, and their sums [R, ...], float32 (float64 for float64).
+    """
+    grad = wide(grad)
+    if rows.numel() == 0:
+        return rows, grad
+    ordered, order = rows.sort(stable=True)
+    ids, counts = ordered.unique_consecutive(return_counts=True)
+    # A bag is summed by one thread in the order of its indices; index_add_ and segment_reduce are many times slower.
+    sums = F.embedding_bag(order, grad.reshape(rows.numel(), -1), counts.cumsum(0) - counts, mode="sum")
+    return ids, sums.view(ids.numel(), *grad.shape[1:])
 
 
 def check_rows(rows: Tensor, table_rows: int) -> None:
