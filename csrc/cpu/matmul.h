@@ -1,0 +1,136 @@
+// Small matrix products out of L1 and L2, for kernels that keep their operands packed.
+//
+// Operands are 32-bit words: a float, or two bf16 that are neighbours along the summed index and go through
+// the dot product instruction of AVX-512-BF16. C[m, n] (+)= sum over k of A[m, k] * B[k, n], A read word by
+// word and broadcast, B in vectors along n.
+#pragma once
+#include "common.h"
+
+namespace fastbert {
+namespace FASTBERT_ISA {
+
+struct Floats {
+  static constexpr int kDepth = 1;  // summed elements in a word
+  FASTBERT_INLINE vfloat fma(vfloat c, vuint a, vuint b) { return c + as_float(a) * as_float(b); }
+};
+
+#if defined(__AVX512BF16__)
+struct Pairs {
+  static constexpr int kDepth = 2;
+  FASTBERT_INLINE vfloat fma(vfloat c, vuint a, vuint b) {
+    return (vfloat)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
+constexpr int kPanel = kLanes == 16 ? 4 : 2;  // vectors of C beside each other: 32 or 16 registers
+
+// A[m, k] stands at words[m * row + k * step].
+struct Left {
+  const uint32_t* words;
+  int64_t row, step;
+};
+
+// B[k, n] and C[m, n] stand at their row, contiguous along n.
+struct Right {
+  const uint32_t* words;
+  int64_t row;
+};
+
+struct Result {
+  float* values;
+  int64_t row;
+};
+
+// One tile of C, kept in registers over the whole sum.
+template <typename Words, int rows, int vectors>
+static __attribute__((noinline)) void multiply_tile(int64_t depth, Left a, Right b, Result c, bool add) {
+  vfloat sum[rows][vectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) sum[i][j] = add ? load(c.values + i * c.row + j * kLanes) : vfloat{};
+  for (int64_t k = 0; k < depth; ++k) {
+    vuint right[vectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) memcpy(&right[j], b.words + k * b.row + j * kLanes, sizeof(vuint));
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) {
+      const vuint left = splat(a.words[i * a.row + k * a.step]);
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; ++j) sum[i][j] = Words::fma(sum[i][j], left, right[j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) store(c.values + i * c.row + j * kLanes, sum[i][j]);
+}
+
+template <typename Words, int vectors>
+static void multiply_panel(int64_t m, int64_t depth, Left a, Right b, Result c, bool add) {
+  constexpr int most = vectors == 4 ? 6 : vectors == 3 ? 8 : kLanes == 16 ? 12 : vectors == 2 ? 6 : 8;
+  int64_t i = 0;
+  const auto step = [&](auto tile, int rows) {
+    tile(depth, Left{a.words + i * a.row, a.row, a.step}, b, Result{c.values + i * c.row, c.row}, add);
+    i += rows;
+  };
+  while (m - i >= most) step(multiply_tile<Words, most, vectors>, most);
+  while (m - i >= 4) step(multiply_tile<Words, 4, vectors>, 4);
+  if (m - i >= 2) step(multiply_tile<Words, 2, vectors>, 2);
+  if (m - i >= 1) step(multiply_tile<Words, 1, vectors>, 1);
+}
+
+// n is a multiple of kLanes; depth counts words. Panels of at most kPanel vectors, as even as can be.
+template <typename Words>
+static void multiply(int64_t m, int64_t n, int64_t depth, Left a, Right b, Result c, bool add) {
+  const int64_t vectors = n / kLanes, panels = ceil_div(vectors, kPanel);
+  for (int64_t panel = 0, j = 0; panel < panels; ++panel) {
+    const int64_t width = (vectors - j) / (panels - panel) + ((vectors - j) % (panels - panel) != 0);
+    const Right right{b.words + j * kLanes, b.row};
+    const Result result{c.values + j * kLanes, c.row};
+    switch (width) {
+      case 1:
+        multiply_panel<Words, 1>(m, depth, a, right, result, add);
+        break;
+      case 2:
+        multiply_panel<Words, 2>(m, depth, a, right, result, add);
+        break;
+#if defined(__AVX512F__)
+      case 3:
+        multiply_panel<Words, 3>(m, depth, a, right, result, add);
+        break;
+      case 4:
+        multiply_panel<Words, 4>(m, depth, a, right, result, add);
+        break;
+#endif
+    }
+    j += width;
+  }
+}
+
+// A square of kLanes x kLanes words: source[i * from + j] -> target[j * to + i]. Halves are zipped
+// log2(kLanes) times.
+FASTBERT_INLINE void transpose(const uint32_t* source, int64_t from, uint32_t* target, int64_t to) {
+  vint low, high;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) low[i] = i / 2 + (i % 2) * kLanes, high[i] = low[i] + kLanes / 2;
+  vuint rows[kLanes], zipped[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) memcpy(&rows[i], source + i * from, sizeof(vuint));
+#pragma GCC unroll 4
+  for (int width = 1; width < kLanes; width *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      zipped[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
+      zipped[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rows[i] = zipped[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) memcpy(target + i * to, &rows[i], sizeof(vuint));
+}
+
+}  // namespace FASTBERT_ISA
+}  // namespace fastbert
