@@ -2,17 +2,24 @@
 
 from fastbert.allocator import keep_memory
 from fastbert.backend import backends, use_backend
+from fastbert.bert import BertConfig, BertForPreTraining, BertModel
 from fastbert.ops.attention import attention
 from fastbert.ops.gelu import gelu
 from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
 from fastbert.optim import LazyAdam, clip_grad_norm_
+from fastbert.optim import LazyAdam, clip_grad_norm_
 from fastbert.version import __version__
 
 __all__ = [
+    "BertConfig",
+    "BertForPreTraining",
+    "BertModel",
+    "LazyAdam",
     "LazyAdam",
     "__version__",
     "attention",
     "backends",
+    "clip_grad_norm_",
     "clip_grad_norm_",
     "dropout_add_layer_norm",
     "gelu",

@@ -58,15 +58,14 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
     # data
     tokenizer = prepare_tokenizer(config)
     train_store, held_out_store = prepare_stores(config, tokenizer)
-    special = special_ids(tokenizer)
 
-    def batches(store: TokenStore, epoch: int) -> PretrainBatches:
+    def batches(store: TokenStore) -> PretrainBatches:
         return PretrainBatches(
-            store, special, tokenizer.get_vocab_size(), seq_len=config.seq_len, batch_tokens=config.batch_tokens,
-            seed=config.seed, epoch=epoch, nsp=config.nsp,
+            store, special_ids(tokenizer), seq_len=config.seq_len, batch_tokens=config.batch_tokens, seed=config.seed,
+            nsp=config.nsp,
         )  # fmt: skip
 
-    held_out = batches(held_out_store, 0)
+    train, held_out = batches(train_store), batches(held_out_store)
     frequencies = Frequencies(train_store.token_counts())
 
     # model and optimizer
@@ -75,11 +74,11 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
         BertConfig.preset(
             config.preset, vocab_size=tokenizer.get_vocab_size(), hidden_dropout_prob=config.dropout,
             attention_probs_dropout_prob=config.dropout, max_position_embeddings=config.max_position_embeddings,
-            pad_token_id=special.pad,
+            pad_token_id=special_ids(tokenizer).pad,
         )
     ).to(config.device)  # fmt: skip
     optimizer = make_optimizer(model, config)
-    stream = Stream(lambda epoch: batches(train_store, epoch), config.workers)
+    stream = Stream(train, config.workers)
 
     def held_out_scores() -> dict[str, float]:
         with autocast(config):
@@ -96,9 +95,7 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
         step, tokens = state["step"], state["tokens"]
         set_random_state(state["random"], config.device)
     if config.steps is None:
-        config = dataclasses.replace(
-            config, steps=steps_within(config, model, batches(train_store, 0), held_out_scores)
-        )
+        config = dataclasses.replace(config, steps=steps_within(config, model, train, held_out_scores))
         write_config(config)
     evaluate_at = {round(config.steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
 
@@ -189,7 +186,11 @@ def train_step(
             loss = loss + nsp
         loss.backward()
         touched += [batch.input_ids, batch.labels]
-    rows = {model.word_embeddings: torch.cat(touched)} if config.embedding_update == "touched" else None
+    rows = (
+        {model.bert.embeddings.word_embeddings.weight: torch.cat(touched)}
+        if config.embedding_update == "touched"
+        else None
+    )
     norm = clip_grad_norm_(model.parameters(), config.clip, rows=rows)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -222,13 +223,13 @@ def autocast(config: PretrainConfig) -> torch.autocast:
 class Stream:
     """Batches of epoch after epoch, and where it stands: the next batch is number `index` of `epoch`."""
 
-    def __init__(self, epoch_batches: Callable[[int], PretrainBatches], workers: int):
-        self.epoch_batches, self.workers = epoch_batches, workers
+    def __init__(self, batches: PretrainBatches, workers: int):
+        self.batches, self.workers = batches, workers
         self.epoch = self.index = 0
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
-            batches = self.epoch_batches(self.epoch)
+            batches = self.batches.at_epoch(self.epoch)
             # A generator of its own: the loader draws from it, and torch's default one is part of what resumes.
             loader = DataLoader(
                 batches, batch_size=None, sampler=range(self.index, len(batches)), num_workers=self.workers,
@@ -246,7 +247,7 @@ def steps_within(
     """Steps that fit into `config.minutes` with their evaluations, measured on copies of model and optimizer."""
     trial = copy.deepcopy(model)
     optimizer = make_optimizer(trial, config)
-    stream = iter(Stream(lambda epoch: batches, 0))
+    stream = iter(Stream(batches, 0))
     times = []
     with torch.random.fork_rng():
         while len(times) < 5 or (sum(times) < 5 and len(times) < 100):

@@ -1,7 +1,7 @@
 """The state of a training run on disk: written whole or not at all, checked before it is trusted.
 
 A snapshot is a folder `step-00001000` with `state.pt` (what `torch.save` writes) and `manifest.json` (its size and
-SHA-256). It is written under a hidden name, flushed to the disk and renamed, so that a kill or a full disk at any moment
+SHA-256). It is written under a hidden name, flushed to the disk and renamed, so that a kill or a full disk at any time
 leaves the snapshots before it as they were.
 """
 

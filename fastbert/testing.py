@@ -10,7 +10,9 @@ from torch import Tensor
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
-def assert_close(ours: Tensor, baseline: Tensor | None, truth: Tensor, what: str = "result") -> None:
+def assert_close(
+    ours: Tensor, baseline: Tensor | None, truth: Tensor, what: str = "result", scale: float = 1e-30
+) -> None:
     """Asserts `max|ours - truth| <= 2 * max|baseline - truth| + tolerance`, and NaN and inf in the same places.
 
     Args:
@@ -18,6 +20,8 @@ def assert_close(ours: Tensor, baseline: Tensor | None, truth: Tensor, what: str
         baseline: the same computed by PyTorch in the same dtype; None allows the tolerance alone.
         truth: the same in float64.
         what: names the result in the message.
+        scale: size of the terms, where the result is a difference of larger ones; the tolerance is per unit of the
+            largest true value or of this.
     """
     assert ours.shape == truth.shape, f"{what} has shape {list(ours.shape)}, expected {list(truth.shape)}"
     finite = truth.isfinite()
@@ -29,7 +33,7 @@ def assert_close(ours: Tensor, baseline: Tensor | None, truth: Tensor, what: str
         return
     true = truth[finite].double()
     error = _worst(ours[finite], true)
-    allowed = TOLERANCES[ours.dtype] * max(true.abs().max().item(), 1e-30)
+    allowed = TOLERANCES[ours.dtype] * max(true.abs().max().item(), scale)
     if baseline is not None:
         allowed += 2 * _worst(baseline[finite], true)
     assert error <= allowed, f"{what} is off by {error:.3e}, allowed {allowed:.3e}"

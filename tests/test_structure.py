@@ -14,12 +14,13 @@ PACKAGE = Path(fastbert.__file__).parent
 
 # A module may import only from layers below its own.
 LAYERS = [
-    {"version", "allocator", "_cpu", "testing"},
+    {"version", "allocator", "_cpu", "testing", "snapshot", "report"},
     {"native"},
     {"backend"},
     {"ops"},
-    {"nn", "optim"},
+    {"nn", "optim", "inputs"},
     {"bert", "checkpoint", "data"},
+    {"evaluate", "run"},
     {"pretrain"},
     {"cli", "__init__"},
 ]

@@ -1,0 +1,36 @@
+# make demo    virtual environment, install, film reviews, a small BERT trained on them for about four minutes
+# make test    virtual environment, install, all tests
+# make lint    style of Python and C++
+# make bench   every benchmark; results go to benchmarks/results/
+PYTHON ?= python3
+VENV = .venv
+BIN = $(VENV)/bin
+SOURCES = $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml constraints.txt
+
+.PHONY: demo test lint bench clean
+
+# Editable, so that Python files take effect at once; C++ is compiled anew when a source changes.
+$(VENV)/.installed: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/fastbert info
+	$(BIN)/fastbert pretrain --output runs/demo --column text --corpus "$$($(BIN)/python benchmarks/reviews.py)" \
+		--preset tiny --vocab-size 8192 --seq-len 64 --batch-tokens 2048 --minutes 4 --lr 3e-3 --bf16
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+
+bench: $(VENV)/.installed
+	for stem in gelu layer_norm attention lazy_adam pretrain; do $(BIN)/python benchmarks/$$stem.py || exit 1; done
+
+clean:
+	rm -rf build $(VENV) fastbert/*.so *.egg-info

@@ -1,0 +1,324 @@
+"""The whole path on a small corpus: Python's own manual, which comes with the standard library."""
+
+import dataclasses
+import math
+import os
+import pydoc_data.topics
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastbert import pretrain as loop
+from fastbert import run as runs
+from fastbert import snapshot
+from fastbert.bert import BertConfig, BertForPreTraining
+from fastbert.pretrain import pretrain
+from fastbert.report import read_metrics
+from fastbert.run import PretrainConfig
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "manual.txt"
+    path.write_text("\n\n".join(pydoc_data.topics.topics.values()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def settings(corpus):
+    return PretrainConfig(
+        output=corpus, corpus=corpus, vocab_size=1000, seq_len=32, batch_tokens=512, steps=40, lr=3e-3, held_out=0.1,
+        evaluations=2, evaluation_batches=4, snapshot_every=7, log_every=1,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory):
+    """An unbroken run."""
+    config = dataclasses.replace(settings, output=tmp_path_factory.mktemp("run") / "whole")
+    pretrain(config)
+    return config.output
+
+
+def start(config, *extra, code="from fastbert.cli import main; main()"):
+    """The run as a process of its own, so that it can be killed."""
+    arguments = ["pretrain", *extra]
+    for name, value in dataclasses.asdict(config).items():
+        if "--resume" not in extra and isinstance(value, bool):
+            arguments.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
+        elif value is not None and (name == "output" or "--resume" not in extra):
+            arguments += [f"--{name.replace('_', '-')}", str(value)]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], env=os.environ | threads, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def losses(folder):
+    return {r["step"]: r["loss"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r}
+
+
+def assert_same_run(folder, finished):
+    """Bit for bit: losses of every step, held-out scores, and the exported weights."""
+    assert losses(folder) == losses(finished)
+    ours, theirs = (load_file(path / "model/model.safetensors") for path in (folder, finished))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_run_leaves_everything_and_learns(finished, settings):
+    names = {"config.json", "tokenizer", "data", "snapshots", "metrics.jsonl", "tensorboard", "loss.png", "model"}
+    assert names <= {path.name for path in finished.iterdir()}
+    curve = losses(finished)
+    assert list(curve) == list(range(1, 41))
+    assert sum(curve[step] for step in range(36, 41)) / 5 < sum(curve[step] for step in range(1, 6)) / 5 - 0.5
+    scores = [r for r in read_metrics(finished / "metrics.jsonl") if "held_out/mlm_loss" in r]
+    assert [r["step"] for r in scores] == [20, 40]
+    assert scores[1]["held_out/mlm_loss"] < math.log(1000)
+    assert snapshot.steps(finished / "snapshots") == [35, 40]
+    assert any((finished / "tensorboard").iterdir())
+    assert (finished / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_export_is_the_trained_model(finished):
+    exported = BertForPreTraining.from_pretrained(finished / "model")
+    trained = snapshot.load(finished / "snapshots")["model"]
+    assert all(torch.equal(value, trained[name]) for name, value in exported.state_dict().items())
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(finished / "model")
+    batch = tokenizer(["The yield expression is used when defining a generator.", "A class."], padding=True)
+    batch = {name: torch.tensor(value) for name, value in batch.items()}
+    theirs = transformers.BertForPreTraining.from_pretrained(finished / "model").eval()(**batch).prediction_logits
+    ours = exported.eval()(**batch).prediction_logits
+    seen = batch["attention_mask"].bool()
+    assert (ours - theirs)[seen].abs().max() < 1e-4
+
+
+INSIDE_WRITING = """
+import os, signal, sys, torch
+from fastbert.cli import main
+save, count = torch.save, 0
+
+def save_half(state, path):
+    global count
+    count += 1
+    if count == 2:
+        path.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(state, path)
+
+torch.save = save_half
+main()
+"""
+
+
+def test_killed_five_times_it_ends_in_the_same_bits(settings, finished, tmp_path):
+    config = dataclasses.replace(settings, output=tmp_path / "killed")
+    draw = random.Random(1)
+    for attempt in range(5):
+        process = start(
+            config, *(["--resume"] if attempt else []),
+            **({"code": INSIDE_WRITING} if attempt in (1, 3) else {}),
+        )  # fmt: skip
+        if attempt not in (1, 3):
+            until = draw.randrange(6 * attempt + 1, 6 * attempt + 6)
+            while process.poll() is None and max(losses(config.output), default=0) < until:
+                time.sleep(0.002)
+            process.kill()
+        output = process.communicate()[0]
+        assert process.returncode == -signal.SIGKILL, output
+    process = start(config, "--resume")
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert_same_run(config.output, finished)
+    assert not list((config.output / "snapshots").glob(".writing*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends_cleanly(settings, finished, tmp_path, number):
+    config = dataclasses.replace(settings, output=tmp_path / "stopped", snapshot_every=1000)
+    process = start(config)
+    while process.poll() is None and max(losses(config.output), default=0) < 5:
+        time.sleep(0.002)
+    process.send_signal(number)
+    output = process.communicate()[0]
+    assert process.returncode == 130, output
+    step = snapshot.steps(config.output / "snapshots")[-1]
+    assert f"stopped by {number.name} after step {step} of 40; go on with: fastbert pretrain --output" in output
+    assert "Traceback" not in output
+    pretrain(config, resume=True)
+    assert_same_run(config.output, finished)
+
+
+def test_batches_do_not_depend_on_workers(settings, finished, tmp_path):
+    config = dataclasses.replace(settings, output=tmp_path / "workers", workers=2, steps=40)
+    pretrain(config)
+    assert losses(config.output) == losses(finished)
+
+
+def test_minutes_become_steps_once(settings, tmp_path, capsys):
+    config = dataclasses.replace(settings, output=tmp_path / "timed", steps=None, minutes=0.05)
+    began = time.perf_counter()
+    pretrain(config)
+    steps = runs.read_config(config.output).steps
+    assert steps is not None and f"{steps} steps of" in capsys.readouterr().out
+    assert max(losses(config.output)) == steps
+    assert time.perf_counter() - began < 60
+    # A fixed number of steps gives the same run: the measurement left no trace.
+    fixed = dataclasses.replace(settings, output=tmp_path / "fixed", steps=steps)
+    pretrain(fixed)
+    assert losses(fixed.output) == losses(config.output)
+
+
+def test_elsewhere_is_named(finished, capsys):
+    state = snapshot.load(finished / "snapshots")
+    runs.name_differences(state["environment"])
+    assert capsys.readouterr().out == ""
+    runs.name_differences(state["environment"] | {"threads": 77, "torch": "1.0"})
+    said = capsys.readouterr().out
+    assert f"threads 77 -> {torch.get_num_threads()}" in said and "torch 1.0 ->" in said and "fastbert" not in said
+
+
+def small(config, **overrides):
+    torch.manual_seed(0)
+    model = BertForPreTraining(BertConfig.preset("tiny", vocab_size=1000, hidden_dropout_prob=0.0, **overrides))
+    return model, loop.make_optimizer(model, config)
+
+
+def batches(finished, config, nsp=True):
+    from fastbert.data.batches import PretrainBatches
+    from fastbert.data.store import TokenStore
+    from fastbert.data.tokenizer import load_tokenizer, special_ids
+
+    special = special_ids(load_tokenizer(finished / "tokenizer"))
+    store = TokenStore.open(finished / "data/train")
+    return PretrainBatches(store, special, seq_len=32, batch_tokens=config.batch_tokens, seed=0, nsp=nsp)
+
+
+def test_accumulated_is_one_large_batch(settings, finished):
+    """Gradients over two micro-batches are those of the mean over all their masked tokens and pairs."""
+    config = dataclasses.replace(settings, steps=10, clip=1e9, embedding_update="all")
+    micro = [batches(finished, config)[i] for i in (0, 1)]
+    model, optimizer = small(config, attention_probs_dropout_prob=0.0)
+    optimizer.step = optimizer.zero_grad = lambda **_: None
+    record = loop.train_step(model, optimizer, micro, 0.0, config)
+    gradients = [p.grad.clone() for p in model.parameters()]
+
+    model.zero_grad()
+    outputs = [
+        model(
+            b.input_ids, token_type_ids=b.token_type_ids, cu_seqlens=b.cu_seqlens, max_seqlen=b.max_seqlen,
+            masked_positions=b.masked_positions,
+        )
+        for b in micro
+    ]  # fmt: skip
+    words = torch.nn.functional.cross_entropy(
+        torch.cat([o.prediction_logits for o in outputs]), torch.cat([b.labels for b in micro])
+    )
+    pairs = torch.nn.functional.cross_entropy(
+        torch.cat([o.seq_relationship_logits for o in outputs]), torch.cat([b.next_sentence_label for b in micro])
+    )
+    (words + pairs).backward()
+    assert record["loss"].item() == pytest.approx((words + pairs).item(), rel=1e-5)
+    for ours, parameter in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_touched_moves_the_words_of_the_step_and_no_other(settings, finished):
+    config = dataclasses.replace(settings, steps=10)
+    micro = [batches(finished, config)[i] for i in (0, 1)]
+    model, optimizer = small(config)
+    words = model.bert.embeddings.word_embeddings.weight
+    before = words.detach().clone()
+    loop.train_step(model, optimizer, micro, 1e-3, config)
+    touched = torch.zeros(len(words), dtype=torch.bool)
+    for batch in micro:
+        touched[batch.input_ids] = touched[batch.labels] = True
+    assert 0 < touched.sum() < len(words)
+    moved = (words != before).any(1)
+    assert not moved[~touched].any() and moved[touched].float().mean() > 0.9
+
+    all_rows = dataclasses.replace(config, embedding_update="all")
+    model, optimizer = small(all_rows)
+    loop.train_step(model, optimizer, micro, 1e-3, all_rows)
+    assert (model.bert.embeddings.word_embeddings.weight != before).any(1).float().mean() > 0.99
+
+
+def test_learning_rate_by_hand(settings):
+    config = dataclasses.replace(settings, steps=10, warmup=0.2, lr=1.0)
+    assert [loop.learning_rate(step, config) for step in range(10)] == [
+        0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125,
+    ]  # fmt: skip
+    no_warmup = dataclasses.replace(config, warmup=0.0, steps=4)
+    assert [loop.learning_rate(step, no_warmup) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
+
+
+def fastbert(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", "from fastbert.cli import main; main()", *map(str, arguments)],
+        env=os.environ | environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def bad(capsys, monkeypatch, *arguments):
+    """What the program says when it refuses; it must not be a traceback."""
+    from fastbert.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["fastbert", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return str(ended.value)
+
+
+def test_bad_input_gets_a_sentence(tmp_path, corpus, finished, capsys, monkeypatch):
+    def said(*arguments, output=tmp_path / "new"):
+        text = bad(capsys, monkeypatch, "pretrain", "--output", output, *arguments)
+        assert not (tmp_path / "new").exists(), "something was written before the input was checked"
+        return text
+
+    empty, folder = tmp_path / "empty.txt", tmp_path / "folder"
+    empty.touch()
+    folder.mkdir()
+    assert "needs a corpus" in said("--steps", 5)
+    assert "missing.txt" in said("--steps", 5, "--corpus", tmp_path / "missing.txt")
+    assert "empty.txt" in said("--steps", 5, "--corpus", empty)
+    assert "folder" in said("--steps", 5, "--corpus", folder)
+    assert "so many steps or minutes: give one" in said("--corpus", corpus)
+    assert "not both" in said("--corpus", corpus, "--steps", 5, "--minutes", 1)
+    assert "preset is called 'huge'" in said("--corpus", corpus, "--steps", 5, "--preset", "huge")
+    assert "position table, max_position_embeddings=512, got 600" in said(
+        "--corpus", corpus, "--steps", 5, "--seq-len", 600, "--batch-tokens", 6000
+    )
+    assert "lr must be a positive number, got nan" in said("--corpus", corpus, "--steps", 5, "--lr", "nan")
+    assert "holds no run to resume" in said("--resume")
+    assert "already holds a run: pass --resume" in said("--corpus", corpus, "--steps", 5, output=finished)
+    changed = said("--resume", "--lr", 0.5, output=finished)
+    assert "a resumed run keeps its settings; lr was 0.003, now 0.5" in changed
+    assert "there is no command 'train'" in bad(capsys, monkeypatch, "train")
+
+
+def test_a_damaged_store_is_named(settings, finished, tmp_path, capsys, monkeypatch):
+    config = dataclasses.replace(settings, output=tmp_path / "damaged", steps=3)
+    pretrain(config)
+    tokens = config.output / "data/train/tokens.bin"
+    tokens.write_bytes(tokens.read_bytes()[:-10])
+    text = bad(capsys, monkeypatch, "pretrain", "--output", config.output, "--resume")
+    assert "tokens.bin" in text
+
+
+def test_info():
+    ended = fastbert("info")
+    assert ended.returncode == 0 and "instruction set" in ended.stdout and "attention" in ended.stdout
+
+
+def test_help_names_every_setting():
+    text = fastbert("pretrain", "--help", COLUMNS="200").stdout
+    for field in dataclasses.fields(PretrainConfig):
+        assert field.name.replace("_", "-") in text
+    assert "resume" in text
