@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import math
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -257,7 +258,7 @@ def steps_within(
         start = time.perf_counter()
         scores()
         evaluation = time.perf_counter() - start
-    usual = sum(times[2:]) / len(times[2:])  # the first steps also warm up
+    usual = statistics.median(times[2:])  # the first steps also warm up; a busy moment must not cut the run short
     steps = max(1, int((60 * config.minutes - config.evaluations * evaluation) / usual))
     print(f"{config.minutes:g} minutes: {steps} steps of {1000 * usual:.0f} ms, {config.evaluations} evaluations")
     return steps
