@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastbert.backend import requested
-from fastbert.ops.lazy_adam import GRAD_BY_ROW, MAXIMIZE, check_rows, lazy_adam_step, sum_duplicates
+from fastbert.ops.lazy_adam import GRAD_BY_ROW, MAXIMIZE, check_rows, sum_duplicates, update
 
 Rows = Mapping[Tensor, Tensor]  # parameter -> ids of its touched rows
 
@@ -140,7 +140,7 @@ class LazyAdam(Optimizer):
         step += 1
         table = param.contiguous()
         beta1, beta2 = group["betas"]
-        lazy_adam_step(
+        update(
             table, state["exp_avg"], state["exp_avg_sq"], state["max_exp_avg_sq"] if group["amsgrad"] else None, None,
             gradient.rows, gradient.values, lr, step, None, float(beta1), float(beta2), group["eps"],
             group["weight_decay"], gradient.by_row * GRAD_BY_ROW + bool(group["maximize"]) * MAXIMIZE, requested(),

@@ -21,6 +21,9 @@ namespace FASTBERT_ISA {
 namespace {
 
 constexpr int64_t kColumns = 1024;    // columns of a task; the sum of its gradients stays in L1
+constexpr int64_t kAhead = 2;         // rows asked for in advance, so many groups ahead,
+constexpr int64_t kAheadLines = 8;    // so many cache lines each: the processor foresees the rest
+constexpr int64_t kSorted = 16384;    // positions that one thread sorts before another is worth starting
 constexpr int64_t kLong = 4096;       // gradients of one row beyond which threads share its columns,
 constexpr int64_t kLongColumns = 32;  // so many each
 
@@ -74,8 +77,7 @@ FASTBERT_INLINE int32_t* sort_positions(const LazyAdam& p, int thread, int threa
 }
 
 // Every thread of a parallel region calls it and gets the same answer.
-FASTBERT_INLINE Groups group(const LazyAdam& p) {
-  const int thread = omp_get_thread_num(), threads = min(omp_get_num_threads(), kLazyAdamSorters);
+FASTBERT_INLINE Groups group(const LazyAdam& p, int thread, int threads) {
   const int32_t* order = sort_positions(p, thread, threads);
   int32_t* start = order == p.scratch ? p.scratch + p.touched + 1 : p.scratch;
   const int64_t begin = p.touched * thread / threads, end = p.touched * (thread + 1) / threads;
@@ -100,6 +102,17 @@ FASTBERT_INLINE Groups group(const LazyAdam& p) {
   return {order, start, count};
 }
 
+Groups group(const LazyAdam& p) {
+  if (!p.rows) return {nullptr, nullptr, p.table_rows};
+  Groups groups = {};
+#pragma omp parallel num_threads(min(min(p.threads, kLazyAdamSorters), max(1, p.touched / kSorted)))
+  {
+    const Groups same = group(p, omp_get_thread_num(), omp_get_num_threads());
+    if (omp_get_thread_num() == 0) groups = same;
+  }
+  return groups;
+}
+
 // The position of the first id outside the table, -1 if there is none.
 int64_t outside(const LazyAdam& p) {
   const auto rows = static_cast<uint64_t>(p.table_rows);
@@ -112,6 +125,20 @@ int64_t outside(const LazyAdam& p) {
 
 // ---- gradient -------------------------------------------------------------------------------------------
 
+// sum[j] += the gradient at kRows positions, in order, n columns each. Several rows at a time are several
+// streams from memory.
+template <int kRows, bool kFirst, typename G>
+FASTBERT_INLINE void add_rows(const G* grad, const int32_t* positions, int64_t columns, int64_t n,
+                              float* sum) {
+  const G* row[kRows];
+  for (int k = 0; k < kRows; ++k) row[k] = grad + positions[k] * columns;
+  sweep<1>(n, [&](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
+    vfloat s = kFirst ? lanes.load(row[0] + j) : lanes.load(sum + j) + lanes.load(row[0] + j);
+    for (int k = 1; k < kRows; ++k) s += lanes.load(row[k] + j);
+    lanes.store(sum + j, s);
+  });
+}
+
 // The sum over `count` positions, in order, of n columns of the gradient, `grad` being the first of them at
 // position 0. Returns `sum`, or the gradient itself where there is nothing to add or to convert.
 template <typename G>
@@ -119,12 +146,15 @@ FASTBERT_INLINE const float* add_up(const G* grad, const int32_t* positions, int
                                     int64_t n, float* sum) {
   if (sizeof(G) == sizeof(float) && count == 1)
     return reinterpret_cast<const float*>(grad + positions[0] * columns);
-  for (int64_t k = 0; k < count; ++k) {
-    const G* g = grad + positions[k] * columns;
-    int64_t j = 0;
-    for (; j + kLanes <= n; j += kLanes) store(sum + j, k == 0 ? load(g + j) : load(sum + j) + load(g + j));
-    if (j < n) store(sum + j, k == 0 ? load_n(g + j, n - j) : load(sum + j) + load_n(g + j, n - j));
-  }
+  int64_t k;
+  if (count >= 4)
+    add_rows<4, true>(grad, positions, columns, n, sum), k = 4;
+  else if (count >= 2)
+    add_rows<2, true>(grad, positions, columns, n, sum), k = 2;
+  else
+    add_rows<1, true>(grad, positions, columns, n, sum), k = 1;
+  for (; k + 4 <= count; k += 4) add_rows<4, false>(grad, positions + k, columns, n, sum);
+  for (; k < count; ++k) add_rows<1, false>(grad, positions + k, columns, n, sum);
   return sum;
 }
 
@@ -158,97 +188,104 @@ FASTBERT_INLINE vfloat square_root(vfloat x) {
 #endif
 }
 
+template <typename T, bool kAmsgrad>
+FASTBERT_INLINE void update(T* w, float* m, float* v, float* u, const float* grad, int64_t n,
+                            const Coefficients& c) {
+  sweep<1>(n, [&](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
+    const vfloat g = lanes.load(grad + j) * c.sign, m0 = lanes.load(m + j);
+    // torch's lerp: the form whose factor is below 1/2
+    const vfloat m1 = c.rest1 < 0.5f ? m0 + c.rest1 * (g - m0) : g - c.beta1 * (g - m0);
+    const vfloat v1 = c.beta2 * lanes.load(v + j) + c.rest2 * g * g;
+    const vfloat u1 = kAmsgrad ? max(lanes.load(u + j), v1) : v1;
+    const vfloat w0 = lanes.load(w + j) * c.decay;
+    lanes.store(w + j, w0 - c.size * m1 / (square_root(u1) * c.root + c.eps));
+    lanes.store(m + j, m1);
+    lanes.store(v + j, v1);
+    if (kAmsgrad) lanes.store(u + j, u1);
+  });
+}
+
+// ---- rows -----------------------------------------------------------------------------------------------
+
+// Where columns first.. of one row stand: in the tables and, `count` times, in the gradient.
 struct Row {
-  vfloat w, m, v, u;
+  int64_t row, at, grad_at;
+  const int32_t* positions;
+  int64_t count;
 };
 
-template <bool kAmsgrad>
-FASTBERT_INLINE void update(Row& r, vfloat g, const Coefficients& c) {
-  g *= c.sign;
-  r.w *= c.decay;
-  // torch's lerp: the form whose factor is below 1/2
-  r.m = c.rest1 < 0.5f ? r.m + c.rest1 * (g - r.m) : g - c.beta1 * (g - r.m);
-  r.v = c.beta2 * r.v + c.rest2 * g * g;
-  if (kAmsgrad) r.u = max(r.u, r.v);
-  r.w -= c.size * r.m / (square_root(kAmsgrad ? r.u : r.v) * c.root + c.eps);
+FASTBERT_INLINE Row find(const LazyAdam& p, const Groups& groups, int64_t g, int64_t first) {
+  static const int32_t none = 0;
+  if (!groups.order) return {g, g * p.columns + first, g * p.columns + first, &none, 1};
+  const int32_t* positions = groups.order + groups.start[g];
+  const int64_t row = p.rows[positions[0]], at = row * p.columns + first;
+  if (p.flags & kLazyAdamGradByRow) return {row, at, at, &none, 1};
+  return {row, at, first, positions, groups.start[g + 1] - groups.start[g]};
+}
+
+template <typename T>
+FASTBERT_INLINE void prefetch(const T* p, int64_t n) {
+  for (int64_t j = 0; j < min(n, kAheadLines * 64 / sizeof(T)); j += 64 / sizeof(T))
+    __builtin_prefetch(p + j);
 }
 
 template <typename T, bool kAmsgrad>
-FASTBERT_INLINE void update(T* w, float* m, float* v, float* u, const float* g, int64_t n,
-                            const Coefficients& c) {
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) {
-    Row r = {load(w + j), load(m + j), load(v + j), kAmsgrad ? load(u + j) : vfloat{}};
-    update<kAmsgrad>(r, load(g + j), c);
-    store(w + j, r.w), store(m + j, r.m), store(v + j, r.v);
-    if (kAmsgrad) store(u + j, r.u);
-  }
-  if (j < n) {
-    n -= j;
-    Row r = {load_n(w + j, n), load_n(m + j, n), load_n(v + j, n), kAmsgrad ? load_n(u + j, n) : vfloat{}};
-    update<kAmsgrad>(r, load_n(g + j, n), c);
-    store_n(w + j, r.w, n), store_n(m + j, r.m, n), store_n(v + j, r.v, n);
-    if (kAmsgrad) store_n(u + j, r.u, n);
-  }
+FASTBERT_INLINE void prefetch(const LazyAdam& p, const Row& r, int64_t n) {
+  prefetch(static_cast<const T*>(p.param) + r.at, n);
+  prefetch(p.exp_avg + r.at, n);
+  prefetch(p.exp_avg_sq + r.at, n);
+  if (kAmsgrad) prefetch(p.max_exp_avg_sq + r.at, n);
+  const int64_t bytes = p.grad_dtype == DType::f32 ? 4 : 2;
+  for (int64_t k = 0; k < min(r.count, 4); ++k)
+    prefetch(static_cast<const char*>(p.grad) + bytes * (r.grad_at + r.positions[k] * p.columns), bytes * n);
 }
 
-// Columns first..first + n of group g.
 template <typename T, bool kAmsgrad>
-FASTBERT_INLINE void step_group(const LazyAdam& p, const Groups& groups, const Coefficients& same, int64_t g,
-                                int64_t first, int64_t n) {
-  const int32_t none = 0;
-  const int32_t* positions = groups.order ? groups.order + groups.start[g] : &none;
-  int64_t count = groups.order ? groups.start[g + 1] - groups.start[g] : 1;
-  const int64_t row = groups.order ? p.rows[positions[0]] : g;
-  const int64_t at = row * p.columns + first;
-  int64_t grad_at = first;
-  if (!groups.order || p.flags & kLazyAdamGradByRow) positions = &none, count = 1, grad_at = at;
-
-  float sum[kColumns + kLanes];  // a last vector is stored whole
+FASTBERT_INLINE void step(const LazyAdam& p, const Row& r, int64_t n, const Coefficients& same) {
+  float sum[kColumns];
   const float* grad;
   switch (p.grad_dtype) {
     case DType::f32:
-      grad = add_up(static_cast<const float*>(p.grad) + grad_at, positions, count, p.columns, n, sum);
+      grad = add_up(static_cast<const float*>(p.grad) + r.grad_at, r.positions, r.count, p.columns, n, sum);
       break;
     case DType::bf16:
-      grad = add_up(static_cast<const bf16*>(p.grad) + grad_at, positions, count, p.columns, n, sum);
+      grad = add_up(static_cast<const bf16*>(p.grad) + r.grad_at, r.positions, r.count, p.columns, n, sum);
       break;
     default:
-      grad = add_up(static_cast<const f16*>(p.grad) + grad_at, positions, count, p.columns, n, sum);
+      grad = add_up(static_cast<const f16*>(p.grad) + r.grad_at, r.positions, r.count, p.columns, n, sum);
   }
-  update<T, kAmsgrad>(static_cast<T*>(p.param) + at, p.exp_avg + at, p.exp_avg_sq + at,
-                      kAmsgrad ? p.max_exp_avg_sq + at : nullptr, grad, n,
-                      p.row_steps ? coefficients(p, p.row_steps[row] + 1.) : same);
+  update<T, kAmsgrad>(static_cast<T*>(p.param) + r.at, p.exp_avg + r.at, p.exp_avg_sq + r.at,
+                      kAmsgrad ? p.max_exp_avg_sq + r.at : nullptr, grad, n,
+                      p.row_steps ? coefficients(p, p.row_steps[r.row] + 1.) : same);
 }
 
 template <typename T, bool kAmsgrad>
 void step(const LazyAdam& p) {
   const int64_t blocks = ceil_div(p.columns, kColumns);
   const Coefficients c = coefficients(p, p.step);
+  const Groups groups = group(p);
+  const int64_t tasks = groups.count * blocks, chunk = max(1, tasks / (16 * p.threads));
 #pragma omp parallel num_threads(p.threads)
   {
-    const Groups groups = p.rows ? group(p) : Groups{nullptr, nullptr, p.table_rows};
-    const auto is_long = [&](int64_t g) {
-      return groups.order && groups.start[g + 1] - groups.start[g] > kLong;
-    };
-    const int64_t tasks = groups.count * blocks, chunk = max(1, tasks / (16 * omp_get_num_threads()));
 #pragma omp for schedule(dynamic, chunk)
     for (int64_t task = 0; task < tasks; ++task) {
-      const int64_t g = task / blocks, first = task % blocks * kColumns;
-      if (!is_long(g)) step_group<T, kAmsgrad>(p, groups, c, g, first, min(kColumns, p.columns - first));
+      const int64_t g = task / blocks, first = task % blocks * kColumns, n = min(kColumns, p.columns - first);
+      if (groups.order && g + kAhead < groups.count)
+        prefetch<T, kAmsgrad>(p, find(p, groups, g + kAhead, first), n);
+      const Row row = find(p, groups, g, first);
+      if (row.count <= kLong) step<T, kAmsgrad>(p, row, n, c);
     }
     if (p.touched > kLong) {
       for (int64_t g = 0; g < groups.count; ++g) {
-        if (!is_long(g)) continue;
+        if (find(p, groups, g, 0).count <= kLong) continue;
 #pragma omp for schedule(static)
         for (int64_t first = 0; first < p.columns; first += kLongColumns)
-          step_group<T, kAmsgrad>(p, groups, c, g, first, min(kLongColumns, p.columns - first));
+          step<T, kAmsgrad>(p, find(p, groups, g, first), min(kLongColumns, p.columns - first), c);
       }
     }
     if (p.row_steps) {
 #pragma omp for schedule(static)
-      for (int64_t g = 0; g < groups.count; ++g)
-        ++p.row_steps[groups.order ? p.rows[groups.order[groups.start[g]]] : g];
+      for (int64_t g = 0; g < groups.count; ++g) ++p.row_steps[find(p, groups, g, 0).row];
     }
   }
 }

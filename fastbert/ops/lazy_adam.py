@@ -11,6 +11,8 @@ Sources: Kingma and Ba, "Adam: a method for stochastic optimization" (2015); Los
 decay regularization" (2019); Reddi, Kale and Kumar, "On the convergence of Adam and beyond" (2018).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -69,6 +71,21 @@ def lazy_adam_step(
         param, exp_avg, exp_avg_sq, max_exp_avg_sq, row_steps, rows, grad, lr, step, seed, beta1, beta2, eps,
         weight_decay, flags,
     )  # fmt: skip
+
+
+def update(
+    param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor | None, row_steps: Tensor | None,
+    *arguments: Any,
+) -> None:  # fmt: skip
+    """`lazy_adam_step` as the optimizer calls it: in eager mode straight to the backend.
+
+    Passing a mutating custom op costs 85 microseconds, ten times the update of a small parameter.
+    """
+    changed = param, exp_avg, exp_avg_sq, max_exp_avg_sq, row_steps
+    if torch.compiler.is_compiling():
+        return lazy_adam_step(*changed, *arguments)
+    pick("lazy_adam", arguments[-1], param, reference).lazy_adam_step(*changed, *arguments[:-1])
+    torch.autograd.graph.increment_version([tensor for tensor in changed if tensor is not None])
 
 
 @lazy_adam_step.register_fake
