@@ -7,7 +7,6 @@ from fastbert.ops.attention import attention
 from fastbert.ops.gelu import gelu
 from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
 from fastbert.optim import LazyAdam, clip_grad_norm_
-from fastbert.optim import LazyAdam, clip_grad_norm_
 from fastbert.version import __version__
 
 __all__ = [
@@ -15,11 +14,9 @@ __all__ = [
     "BertForPreTraining",
     "BertModel",
     "LazyAdam",
-    "LazyAdam",
     "__version__",
     "attention",
     "backends",
-    "clip_grad_norm_",
     "clip_grad_norm_",
     "dropout_add_layer_norm",
     "gelu",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastbert.bert import BertForPreTraining
+from fastbert.bert import BertForPreTraining, BertForPreTrainingOutput
 from fastbert.data.batches import Batch, PretrainBatches
 
 RARE_SHARE = 0.1  # the rarest words that together make up this share of the training text
@@ -28,6 +28,16 @@ class Frequencies:
         self.rare[ascending[rare]] = True
 
 
+def forward(model: BertForPreTraining, batch: Batch) -> BertForPreTrainingOutput:
+    """The model's output for a packed batch, logits and losses; logits are for the batch's own places first."""
+    filled = batch.filled(model.config.pad_token_id)
+    return model(
+        filled.input_ids, token_type_ids=filled.token_type_ids, position_ids=filled.position_ids,
+        cu_seqlens=filled.cu_seqlens, max_seqlen=filled.max_seqlen, masked_positions=filled.masked_positions,
+        labels=filled.labels, next_sentence_label=filled.next_sentence_label,
+    )  # fmt: skip
+
+
 @torch.no_grad()
 def evaluate(
     model: BertForPreTraining, batches: PretrainBatches, count: int, frequencies: Frequencies, device: str
@@ -43,18 +53,17 @@ def evaluate(
     tokens, pairs = [], []  # per masked token: loss, frequency loss, hit, rare; per pair: loss, hit
     for batch in itertools.islice((batches[i] for i in range(len(batches))), count):
         batch = batch.to(device)
-        out = model(
-            batch.input_ids, token_type_ids=batch.token_type_ids, position_ids=batch.position_ids,
-            cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, masked_positions=batch.masked_positions,
-            labels=batch.labels, next_sentence_label=batch.next_sentence_label,
-        )  # fmt: skip
-        loss = F.cross_entropy(out.prediction_logits.float(), batch.labels, reduction="none").double().cpu()
-        hit = (out.prediction_logits.argmax(-1) == batch.labels).double().cpu()
+        out = forward(model, batch)
+        masked, sequences = len(batch.labels), len(batch.cu_seqlens) - 1
+        logits = out.prediction_logits[:masked].float()
+        loss = F.cross_entropy(logits, batch.labels, reduction="none").double().cpu()
+        hit = (logits.argmax(-1) == batch.labels).double().cpu()
         label = batch.labels.cpu()
         tokens.append(torch.stack([loss, -frequencies.log_probability[label], hit, frequencies.rare[label]], 1))
         if batch.next_sentence_label is not None:
-            loss = F.cross_entropy(out.seq_relationship_logits.float(), batch.next_sentence_label, reduction="none")
-            hit = out.seq_relationship_logits.argmax(-1) == batch.next_sentence_label
+            logits = out.seq_relationship_logits[:sequences].float()
+            loss = F.cross_entropy(logits, batch.next_sentence_label, reduction="none")
+            hit = logits.argmax(-1) == batch.next_sentence_label
             pairs.append(torch.stack([loss.double().cpu(), hit.double().cpu()], 1))
     table = torch.cat(tokens)
     names = "mlm_loss", "frequency_loss", "mlm_accuracy"

@@ -25,7 +25,7 @@ from fastbert.data.batches import Batch, PretrainBatches
 from fastbert.data.corpus import iter_documents
 from fastbert.data.store import TokenStore, write_stores
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, train_tokenizer
-from fastbert.evaluate import Frequencies, evaluate, guesses
+from fastbert.evaluate import Frequencies, evaluate, forward, guesses
 from fastbert.optim import LazyAdam, clip_grad_norm_
 from fastbert.report import Metrics, plot_loss, read_metrics
 from fastbert.run import (
@@ -174,11 +174,7 @@ def train_step(
     for batch in micro:
         batch = batch.to(config.device)
         with autocast(config):
-            out = model(
-                batch.input_ids, token_type_ids=batch.token_type_ids, position_ids=batch.position_ids,
-                cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, masked_positions=batch.masked_positions,
-                labels=batch.labels, next_sentence_label=batch.next_sentence_label,
-            )  # fmt: skip
+            out = forward(model, batch)
         loss = out.mlm_loss * (len(batch.labels) / masked)
         mlm_loss = mlm_loss + loss.detach()
         if config.nsp:

@@ -48,10 +48,8 @@ FASTBERT_INLINE int32_t* sort_positions(const LazyAdam& p, int thread, int threa
   int32_t* mine = counters(p) + thread * digits;
   for (int pass = 0; pass < passes; ++pass) {
     const int shift = pass * digit;
-    if (thread < threads) {
-      memset(mine, 0, digits * sizeof(int32_t));
-      for (int64_t i = begin; i < end; ++i) ++mine[p.rows[pass == 0 ? i : from[i]] >> shift & (digits - 1)];
-    }
+    memset(mine, 0, digits * sizeof(int32_t));
+    for (int64_t i = begin; i < end; ++i) ++mine[p.rows[pass == 0 ? i : from[i]] >> shift & (digits - 1)];
 #pragma omp barrier
 #pragma omp single
     for (int32_t d = 0, sum = 0; d < digits; ++d) {
@@ -62,11 +60,9 @@ FASTBERT_INLINE int32_t* sort_positions(const LazyAdam& p, int thread, int threa
         sum += count;
       }
     }
-    if (thread < threads) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int32_t position = pass == 0 ? static_cast<int32_t>(i) : from[i];
-        to[mine[p.rows[position] >> shift & (digits - 1)]++] = position;
-      }
+    for (int64_t i = begin; i < end; ++i) {
+      const int32_t position = pass == 0 ? static_cast<int32_t>(i) : from[i];
+      to[mine[p.rows[position] >> shift & (digits - 1)]++] = position;
     }
 #pragma omp barrier
     int32_t* swap = from;
@@ -82,22 +78,18 @@ FASTBERT_INLINE Groups group(const LazyAdam& p, int thread, int threads) {
   int32_t* start = order == p.scratch ? p.scratch + p.touched + 1 : p.scratch;
   const int64_t begin = p.touched * thread / threads, end = p.touched * (thread + 1) / threads;
   const auto opens = [&](int64_t i) { return i == 0 || p.rows[order[i]] != p.rows[order[i - 1]]; };
-  if (thread < threads) {
-    int32_t count = 0;
-    for (int64_t i = begin; i < end; ++i) count += opens(i);
-    counters(p)[thread] = count;
-  }
+  int32_t opened = 0;
+  for (int64_t i = begin; i < end; ++i) opened += opens(i);
+  counters(p)[thread] = opened;
 #pragma omp barrier
   int64_t before = 0, count = 0;
   for (int t = 0; t < threads; ++t) {
     before += t < thread ? counters(p)[t] : 0;
     count += counters(p)[t];
   }
-  if (thread < threads) {
-    for (int64_t i = begin; i < end; ++i)
-      if (opens(i)) start[before++] = static_cast<int32_t>(i);
-    if (thread == 0) start[count] = static_cast<int32_t>(p.touched);
-  }
+  for (int64_t i = begin; i < end; ++i)
+    if (opens(i)) start[before++] = static_cast<int32_t>(i);
+  if (thread == 0) start[count] = static_cast<int32_t>(p.touched);
 #pragma omp barrier
   return {order, start, count};
 }

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from fastbert.data.draws import Purpose, draw
@@ -47,6 +48,33 @@ class Batch(NamedTuple):
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch with its tensors on `device`."""
         return Batch(*(x.to(device, non_blocking=non_blocking) if isinstance(x, Tensor) else x for x in self))
+
+    def filled(self, pad_id: int, tokens: int = 64, masked: int = 32, samples: int = 8) -> "Batch":
+        """The same batch with T, M and B rounded up, so that batches share a few shapes.
+
+        A CPU's product library prepares code for every new shape, which costs more than a small model's step. What is
+        added changes no loss and no gradient: a last sample of padding and empty ones behind it, with labels that are
+        ignored.
+
+        Args:
+            pad_id: the id of the padding.
+            tokens, masked, samples: T, M and B become multiples of these.
+        """
+        total, longest = len(self.input_ids), -len(self.input_ids) % tokens
+        bounds = self.cu_seqlens
+        more = -(len(bounds) - 1 + (longest > 0)) % samples + (longest > 0)  # samples
+        ignored = -len(self.labels) % masked
+        label = self.next_sentence_label
+        return Batch(
+            input_ids=F.pad(self.input_ids, (0, longest), value=pad_id),
+            token_type_ids=F.pad(self.token_type_ids, (0, longest)),
+            position_ids=torch.cat([self.position_ids, torch.arange(longest, device=bounds.device)]),
+            cu_seqlens=F.pad(bounds, (0, more), value=total + longest),
+            max_seqlen=max(self.max_seqlen, longest),
+            masked_positions=F.pad(self.masked_positions, (0, ignored)),
+            labels=F.pad(self.labels, (0, ignored), value=-100),
+            next_sentence_label=None if label is None else F.pad(label, (0, more), value=-100),
+        )
 
 
 class PretrainBatches(Dataset[Batch]):
