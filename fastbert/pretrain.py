@@ -78,6 +78,8 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
             pad_token_id=special_ids(tokenizer).pad,
         )
     ).to(config.device)  # fmt: skip
+    with torch.no_grad():  # what the first steps would spend on learning
+        model.cls["predictions"].bias.copy_(frequencies.log_probability)
     optimizer = make_optimizer(model, config)
     stream = Stream(train, config.workers)
 
@@ -202,7 +204,7 @@ def make_optimizer(model: BertForPreTraining, config: PretrainConfig) -> LazyAda
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return LazyAdam(groups, lr=config.lr, betas=(0.9, 0.999), eps=1e-6)
+    return LazyAdam(groups, lr=config.lr, betas=(0.9, config.beta2), eps=1e-6)
 
 
 def learning_rate(step: int, config: PretrainConfig) -> float:

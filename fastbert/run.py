@@ -60,6 +60,8 @@ class PretrainConfig:
     """Share of the steps in which the learning rate rises; then it falls linearly to 0."""
     weight_decay: float = 0.01
     """Decoupled; none on biases and LayerNorm."""
+    beta2: float = 0.98
+    """Decay of Adam's second moment; RoBERTa's value, BERT's own 0.999 learns more slowly in short runs."""
     clip: float = 1.0
     """Largest norm of the gradient that is applied."""
     embedding_update: Literal["touched", "all"] = "touched"
@@ -99,6 +101,7 @@ class PretrainConfig:
         _expect(0 <= self.warmup <= 1, "warmup", "a share from 0 to 1", self.warmup)
         _expect(0 < self.held_out < 1, "held_out", "a share between 0 and 1", self.held_out)
         _expect(self.clip > 0, "clip", "more than 0", self.clip)
+        _expect(0 <= self.beta2 < 1, "beta2", "a number from 0 to below 1", self.beta2)
         _expect(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
         _expect(0 <= self.dropout < 1, "dropout", "a probability below 1", self.dropout)
         _expect(
