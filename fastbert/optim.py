@@ -131,12 +131,13 @@ class LazyAdam(Optimizer):
 
     def _step_param(self, param: Tensor, gradient: "_Gradient", lr: Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]
-        dtype = torch.promote_types(param.dtype, torch.float32)
-        names = ["exp_avg", "exp_avg_sq"] + (["max_exp_avg_sq"] if group["amsgrad"] else [])
-        for name in names:
+        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]:
             if name not in state:
+                dtype = torch.promote_types(param.dtype, torch.float32)
                 state[name] = torch.zeros(param.shape, dtype=dtype, device=param.device)
-        step = state.setdefault("step", torch.zeros((), dtype=torch.float32))
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+        step = state["step"]
         step += 1
         table = param.contiguous()
         beta1, beta2 = group["betas"]

@@ -1,0 +1,502 @@
+"""LazyAdam and clip_grad_norm_ on every backend: against torch's optimizers, by hand, and through a program's life."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from fastbert import LazyAdam, clip_grad_norm_
+from fastbert.testing import assert_close
+
+OPTIONS = [
+    {},
+    {"weight_decay": 0.1},
+    {"amsgrad": True, "weight_decay": 0.01},
+    {"maximize": True, "betas": (0.5, 0.9), "eps": 1e-4},
+    {"betas": (0.0, 0.0), "eps": 1e-3},
+    {"lr": torch.tensor(0.02)},
+    {"foreach": True},
+    {"fused": True, "lr": 0.1},
+]
+
+
+def table(rows=10, width=4, sparse=True):
+    return nn.Embedding(rows, width, sparse=sparse)
+
+
+def backward(embedding, ids, seed=0):
+    """A gradient whose rows differ by token."""
+    target = torch.randn(*ids.shape, embedding.embedding_dim, generator=torch.Generator().manual_seed(seed))
+    embedding.weight.grad = None
+    (embedding(ids) * target).sum().backward()
+
+
+def bits(optimizer, param):
+    return [param.detach().clone(), *(x.clone() for x in optimizer.state[param].values())]
+
+
+# ---- dense: AdamW --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_dense_is_adamw(backend, options):
+    shapes = [(5, 7), (33,), (), (2, 3, 4), (0, 3)]
+    ours = [torch.randn(shape).requires_grad_() for shape in shapes]
+    theirs = [p.detach().clone().requires_grad_() for p in ours]
+    truth = [p.detach().double().requires_grad_() for p in ours]
+    plain = {k: v for k, v in options.items() if k not in ("foreach", "fused")}
+    optimizers = [
+        LazyAdam(ours, **options),
+        torch.optim.AdamW(theirs, **{"weight_decay": 0.0, **plain}),
+        torch.optim.AdamW(truth, **{"weight_decay": 0.0, **plain}),
+    ]
+    for _ in range(5):
+        for group in zip(ours, theirs, truth, strict=True):
+            grad = torch.randn(group[0].shape)
+            for p in group:
+                p.grad = grad.to(p.dtype)
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, c in zip(ours, theirs, truth, strict=True):
+        if a.numel():
+            assert_close(a.detach(), b.detach(), c.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_keeps_float32_state(backend, dtype):
+    param = torch.randn(6, 5).to(dtype).requires_grad_()
+    wide = param.detach().float().requires_grad_()
+    optimizer, reference = LazyAdam([param]), torch.optim.AdamW([wide], weight_decay=0.0)
+    param.grad = torch.randn(6, 5).to(dtype)
+    wide.grad = param.grad.float()
+    optimizer.step()
+    reference.step()
+    assert torch.equal(param.detach(), wide.detach().to(dtype))
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert optimizer.state[param][name].dtype == torch.float32
+        torch.testing.assert_close(optimizer.state[param][name], reference.state[wide][name])
+
+
+def test_strided_parameters_are_not_left_behind(backend):
+    base = torch.randn(6, 8)
+    for view in (lambda x: x.T, lambda x: x[:, ::2], lambda x: x[1:4, 2:5]):
+        storage = base.clone()
+        param = nn.Parameter(view(storage))
+        assert not param.is_contiguous()
+        other = nn.Parameter(view(base).clone(memory_format=torch.contiguous_format))
+        param.grad = torch.randn(param.shape)
+        other.grad = param.grad.clone()
+        for p, rows in ((param, {param: torch.tensor([0, 2])}), (other, {other: torch.tensor([0, 2])})):
+            optimizer = LazyAdam([p])
+            optimizer.step()
+            optimizer.step(rows=rows)
+        assert torch.equal(param, other) and torch.equal(view(storage), param)
+
+
+# ---- sparse and named rows -----------------------------------------------------------------------------------------
+
+
+def test_two_steps_of_an_embedding_by_hand(backend):
+    """lr 0.5, betas 1/2 and 3/4, eps 1, decay 0.2: row 1 is looked up twice, row 0 never."""
+    embedding = table(2, 1)
+    with torch.no_grad():
+        embedding.weight.copy_(torch.tensor([[7.0], [1.0]]))
+    optimizer = LazyAdam(embedding.parameters(), lr=0.5, betas=(0.5, 0.75), eps=1.0, weight_decay=0.2)
+    (embedding(torch.tensor([1, 1])) * torch.tensor([[1.0], [3.0]])).sum().backward()
+    optimizer.step()  # g = 4: m = 2, v = 4, m_hat = 4, v_hat = 16; w = 1 * 0.9 - 0.5 * 4 / (4 + 1) = 0.5
+    torch.testing.assert_close(embedding.weight.detach(), torch.tensor([[7.0], [0.5]]))
+    optimizer.zero_grad()
+    (embedding(torch.tensor([1])) * -2.0).sum().backward()
+    optimizer.step()  # g = -2: m = 0, v = 4; w = 0.5 * 0.9
+    torch.testing.assert_close(embedding.weight.detach(), torch.tensor([[7.0], [0.45]]))
+    state = optimizer.state[embedding.weight]
+    assert state["step"] == 2 and state["exp_avg"].tolist() == [[0], [0]] and state["exp_avg_sq"].tolist() == [[0], [4]]
+
+
+def test_equals_sparse_adam_without_eps(backend):
+    """eps apart, SparseAdam is the same: gradients uncoalesced, steps without any row counted."""
+    ours, theirs = table(), table()
+    theirs.load_state_dict(ours.state_dict())
+    optimizers = LazyAdam(ours.parameters(), eps=0.0), torch.optim.SparseAdam(list(theirs.parameters()), eps=1e-30)
+    for seed in range(6):
+        ids = torch.randint(0, 6, (3, 4) if seed != 2 else (0,))
+        for embedding, optimizer in zip((ours, theirs), optimizers, strict=True):
+            backward(embedding, ids, seed)
+            optimizer.step()
+            assert seed == 2 or not embedding.weight.grad.is_coalesced()
+    torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-5, atol=1e-6)
+    assert optimizers[0].state[ours.weight]["step"] == 6
+
+
+@pytest.mark.parametrize("kind", ["sparse", "coalesced", "rows"])
+def test_only_touched_rows_change(backend, kind):
+    embedding = table(sparse=kind != "rows")
+    optimizer = LazyAdam(embedding.parameters(), weight_decay=0.1, amsgrad=True)
+    weight = embedding.weight
+    backward(embedding, torch.arange(10))
+    optimizer.step()  # moments are not zero any more
+    before = bits(optimizer, weight)
+    backward(embedding, torch.tensor([[2, 7], [2, 2]]))
+    if kind == "coalesced":
+        weight.grad = weight.grad.coalesce()
+    if kind == "rows":
+        weight.grad[5] = torch.nan  # of a row that is not named
+    optimizer.step(rows={weight: torch.tensor([2, 7, 7])} if kind == "rows" else None)
+    after = bits(optimizer, weight)
+    others = [0, 1, 3, 4, 5, 6, 8, 9]
+    for a, b in zip(before, after, strict=True):
+        if a.dim() == 2:
+            assert torch.equal(a[others], b[others])
+            assert (a[[2, 7]] != b[[2, 7]]).any(1).all()
+
+
+def test_named_rows_equal_a_sparse_gradient(backend):
+    sparse, dense = table(), table(sparse=False)
+    dense.load_state_dict(sparse.state_dict())
+    optimizers = [LazyAdam(x.parameters(), weight_decay=0.1) for x in (sparse, dense)]
+    for seed, dtype in enumerate((torch.int64, torch.int32, torch.uint8, torch.int16)):
+        ids = torch.randint(0, 10, (2, 3))
+        for embedding in (sparse, dense):
+            backward(embedding, ids, seed)
+        optimizers[0].step()
+        optimizers[1].step(rows={dense.weight: ids.to(dtype)})
+    torch.testing.assert_close(sparse.weight, dense.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_a_named_row_with_zero_gradient_takes_an_ordinary_step(backend):
+    param = nn.Parameter(torch.ones(3, 2))
+    optimizer = LazyAdam([param], lr=0.1, weight_decay=0.5, eps=1.0)
+    param.grad = torch.ones(3, 2)
+    optimizer.step()
+    before = param.detach().clone()
+    param.grad = torch.zeros(3, 2)
+    optimizer.step(rows={param: torch.tensor([1])})
+    state = optimizer.state[param]
+    assert torch.equal(param[[0, 2]], before[[0, 2]]) and (param[1] < before[1]).all()
+    torch.testing.assert_close(state["exp_avg"][1], torch.full((2,), 0.09))
+    assert state["step"] == 2
+
+
+def test_vectors_and_blocks_have_rows_too(backend):
+    for shape in ((7,), (7, 2, 3)):
+        param = nn.Parameter(torch.randn(shape))
+        flat = nn.Parameter(param.detach().clone().view(7, -1))
+        values, ids = torch.randn(4, *shape[1:]), torch.tensor([[1, 5, 1, 0]])
+        param.grad = torch.sparse_coo_tensor(ids, values, shape, check_invariants=True)
+        flat.grad = torch.sparse_coo_tensor(ids, values.view(4, -1), flat.shape, check_invariants=True)
+        LazyAdam([param]).step()
+        LazyAdam([flat]).step()
+        assert torch.equal(param.view(7, -1), flat)
+
+
+def test_no_gradient_no_step(backend):
+    param, named = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = LazyAdam([param, named])
+    optimizer.step(rows={named: torch.tensor([0])})
+    assert param.tolist() == named.tolist() == [1, 1, 1] and not optimizer.state
+    param.grad = torch.ones(3)
+    optimizer.step(rows={param: torch.zeros(0, dtype=torch.int64)})
+    assert param.tolist() == [1, 1, 1] and optimizer.state[param]["step"] == 1
+
+
+def test_bits_do_not_depend_on_threads(backend, threads):
+    def run():
+        torch.manual_seed(0)
+        embedding, linear = table(500, 64), nn.Linear(64, 300)
+        params = [*embedding.parameters(), *linear.parameters()]
+        optimizer = LazyAdam(params, lr=0.01)
+        for seed in range(2):
+            backward(embedding, torch.randint(0, 500, (3000,)), seed)
+            linear.weight.grad = torch.randn(300, 64)
+            norm = clip_grad_norm_(params, 1.0)
+            optimizer.step()
+        return norm, embedding.weight.detach(), linear.weight.detach()
+
+    before = torch.get_num_threads()
+    many = run()
+    torch.set_num_threads(1)
+    one = run()
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(many, one, strict=True))
+
+
+# ---- a program's life ----------------------------------------------------------------------------------------------
+
+
+def training(dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    embedding, linear = table().to(dtype), nn.Linear(4, 3).to(dtype)
+    groups = [{"params": embedding.parameters()}, {"params": linear.parameters(), "lr": 0.1, "weight_decay": 0.1}]
+    return embedding, linear, LazyAdam(groups, lr=0.01, amsgrad=True, **options)
+
+
+def train(embedding, linear, optimizer, seeds):
+    for seed in seeds:
+        ids = torch.randint(0, 10, (6,), generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        linear(embedding(ids)).square().sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("how", ["state_dict", "file", "deepcopy", "pickle"])
+def test_resumed_equals_unbroken(backend, how, dtype):
+    unbroken = training(dtype)
+    train(*unbroken, range(5))
+    first = training(dtype)
+    train(*first, range(3))
+    if how in ("state_dict", "file"):
+        resumed = training(dtype)
+        for ours, saved in zip(resumed, first, strict=True):
+            state = saved.state_dict()
+            if how == "file":
+                file = io.BytesIO()
+                torch.save(state, file)
+                file.seek(0)
+                state = torch.load(file)
+            ours.load_state_dict(state)
+    elif how == "deepcopy":
+        resumed = copy.deepcopy(first)
+    else:
+        resumed = pickle.loads(pickle.dumps(first))
+    train(*first, (99,))  # what is loaded shares nothing with where it came from
+    train(*resumed, (3, 4))
+    for a, b in zip(resumed[:2], unbroken[:2], strict=True):
+        assert torch.equal(a.weight, b.weight)
+    for p, q in zip(resumed[0].parameters(), unbroken[0].parameters(), strict=True):
+        for name, value in unbroken[2].state[q].items():
+            assert resumed[2].state[p][name].dtype == torch.float32
+            assert torch.equal(resumed[2].state[p][name], value), name
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_state_goes_to_adamw_and_back(backend, amsgrad):
+    options = {"lr": 0.01, "weight_decay": 0.1, "amsgrad": amsgrad}
+    ours, theirs = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4, 3))
+    optimizers = [LazyAdam([ours], **options), torch.optim.AdamW([theirs], **options)]
+    for exchange in range(4):
+        grad = torch.randn(4, 3)
+        for p, optimizer in zip((ours, theirs), optimizers, strict=True):
+            p.grad = grad
+            optimizer.step()
+        state = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
+        if exchange == 1:
+            optimizers[0].load_state_dict(state[1])
+            optimizers[1].load_state_dict(state[0])
+    torch.testing.assert_close(ours, theirs)
+    plain = torch.optim.Adam([theirs], lr=0.01)
+    plain.load_state_dict(state[0])
+    plain.step()  # decoupled, as ours was
+    assert plain.param_groups[0]["decoupled_weight_decay"]
+
+
+def test_load_from_sparse_adam_and_refuse_what_does_not_fit(backend):
+    param = nn.Parameter(torch.ones(4, 3))
+    sparse = torch.optim.SparseAdam([param], lr=0.5)
+    param.grad = torch.eye(4, 3).to_sparse(1)
+    sparse.step()
+    optimizer = LazyAdam([param], weight_decay=0.25)
+    optimizer.load_state_dict(sparse.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.5 and optimizer.param_groups[0]["weight_decay"] == 0.25
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 2
+    before = bits(optimizer, param)
+    coupled = torch.optim.Adam([nn.Parameter(torch.ones(4, 3))], weight_decay=0.1).state_dict()
+    with pytest.raises(ValueError, match="coupled weight decay"):
+        optimizer.load_state_dict(coupled)
+    other = nn.Parameter(torch.ones(2, 2))
+    other.grad = torch.ones(2, 2)
+    wrong = LazyAdam([other])
+    wrong.step()
+    with pytest.raises(ValueError, match=r"saved with shape \[2, 2\]"):
+        optimizer.load_state_dict(wrong.state_dict())
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict({"state": {}, "param_groups": []})
+    assert all(torch.equal(a, b) for a, b in zip(before, bits(optimizer, param), strict=True))
+
+
+def test_closures_schedules_groups_and_hooks(backend):
+    embedding, linear, optimizer = training()
+    seen = []
+    optimizer.register_step_post_hook(lambda *_: seen.append(optimizer.param_groups[1]["lr"]))
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.5, total_iters=2)
+    loaded = []
+    optimizer.register_load_state_dict_post_hook(lambda o: loaded.append(o.state[embedding.weight]["exp_avg"].dtype))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = linear(embedding(torch.tensor([1, 2]))).square().sum()
+        loss.backward()
+        return loss
+
+    losses = []
+    for _ in range(3):
+        losses.append(optimizer.step(closure).item())
+        schedule.step()
+    assert losses[0] > losses[1] and seen == pytest.approx([0.05, 0.075, 0.1])
+    extra = nn.Parameter(torch.ones(2))
+    optimizer.add_param_group({"params": [extra], "betas": (0.5, 0.5)})
+    extra.grad = torch.ones(2)
+    optimizer.step()
+    assert (extra < 1).all()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert loaded == [torch.float32]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+def test_compiled_step_equals_eager(backend):
+    def build():
+        torch.manual_seed(0)
+        param, other = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(4))
+        param.grad, other.grad = torch.randn(5, 3), torch.randn(4)
+        return param, other, LazyAdam([param, other], lr=0.1)
+
+    torch.compiler.reset()
+    eager, compiled = build(), build()
+    step = torch.compile(compiled[2].step, backend="aot_eager")
+    for _ in range(3):
+        eager[2].step()
+        step()
+    for a, b in zip(eager[:2], compiled[:2], strict=True):
+        torch.testing.assert_close(a, b)
+    assert compiled[2].state[compiled[0]]["step"] == 3
+
+
+# ---- clipping ------------------------------------------------------------------------------------------------------
+
+
+def test_clips_dense_as_torch(backend):
+    for max_norm in (0.5, 1e6):
+        ours = [nn.Parameter(torch.ones(shape)) for shape in ((3, 4), (70000,), (), (5000,))]
+        theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.clone()
+        norm, expected = clip_grad_norm_(ours, max_norm), nn.utils.clip_grad_norm_(theirs, max_norm)
+        torch.testing.assert_close(norm, expected)
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_norm_is_over_what_is_applied(backend):
+    """Sparse rows 3 + 0 and, twice, (4, 0): norm of (3, 8); dense rows named 1 and 1: 6 alone, not 100."""
+    sparse, dense = nn.Parameter(torch.zeros(4, 1)), nn.Parameter(torch.zeros(3, 1))
+    plain = nn.Parameter(torch.zeros(()))
+    values = torch.tensor([[4.0], [3.0], [4.0]])
+    sparse.grad = torch.sparse_coo_tensor(torch.tensor([[2, 0, 2]]), values, (4, 1), check_invariants=True)
+    dense.grad = torch.tensor([[100.0], [6.0], [100.0]])
+    plain.grad = torch.tensor(-6.0)
+    rows = {dense: torch.tensor([1, 1])}
+    norm = clip_grad_norm_([sparse, dense, plain], 145**0.5 / 2, rows=rows)
+    torch.testing.assert_close(norm, torch.tensor(145.0).sqrt())  # 9 + 64 + 36 + 36
+    torch.testing.assert_close(sparse.grad.to_dense(), torch.tensor([[1.5], [0.0], [4.0], [0.0]]))
+    torch.testing.assert_close(dense.grad, torch.tensor([[100.0], [3.0], [100.0]]))
+    torch.testing.assert_close(plain.grad, torch.tensor(-3.0))
+    torch.testing.assert_close(clip_grad_norm_([sparse, dense, plain], 1e3, rows=rows), norm / 2)
+    assert torch.equal(values, torch.tensor([[4.0], [3.0], [4.0]])), "another tensor's memory was scaled"
+
+
+def test_clip_sums_duplicates_in_float32_and_takes_expanded_values(backend):
+    param = nn.Parameter(torch.zeros(2, 1, dtype=torch.bfloat16))
+    ids, ones = torch.ones(1, 4096, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bfloat16)
+    param.grad = torch.sparse_coo_tensor(ids, ones.expand(4096, 1), (2, 1), check_invariants=True)
+    norm = clip_grad_norm_(param, 1.0)
+    assert norm == 4096 and norm.dtype == torch.float32 and param.grad.dtype == torch.bfloat16
+    assert param.grad._values().unique().tolist() == [2**-12]
+
+
+def test_clip_when_not_finite_or_empty(backend):
+    assert clip_grad_norm_([nn.Parameter(torch.ones(2))], 1.0) == 0
+    param = nn.Parameter(torch.ones(2))
+    param.grad = torch.tensor([torch.nan, 1.0])
+    with pytest.raises(RuntimeError, match="norm of the gradients is nan"):
+        clip_grad_norm_(param, 1.0, error_if_nonfinite=True)
+    assert param.grad[1] == 1
+    assert clip_grad_norm_(param, 1.0).isnan() and param.grad.isnan().all()
+    empty = nn.Parameter(torch.ones(3, 2))
+    empty.grad = torch.sparse_coo_tensor(torch.zeros(1, 0).long(), torch.zeros(0, 2), (3, 2), check_invariants=True)
+    assert clip_grad_norm_(empty, 1.0) == 0
+
+
+# ---- errors, before anything is changed ----------------------------------------------------------------------------
+
+
+def two_sparse_axes(param):
+    param.grad = torch.eye(3, 2).to_sparse()
+
+
+def bad_sparse_ids(param):
+    ids, values = torch.tensor([[0, 3]]), torch.ones(2, 2)
+    param.grad = torch.sparse_coo_tensor(ids, values, (3, 2), check_invariants=False)
+
+
+def sparse_with_rows(param):
+    param.grad = torch.eye(3, 2).to_sparse(1)
+    return torch.tensor([0])
+
+
+WRONG = {
+    "id beyond the table": (ValueError, r"\[0, 3\), got 3", lambda p: torch.tensor([[0], [3]])),
+    "negative id": (ValueError, "got -1", lambda p: torch.tensor([-1])),
+    "float ids": (TypeError, "integer tensor of row ids, got torch.float32", lambda p: torch.tensor([0.0])),
+    "a mask": (TypeError, "got torch.bool", lambda p: torch.tensor([True, False, True])),
+    "a list": (TypeError, "got <class 'list'>", lambda p: [0]),
+    "rows of a sparse gradient": (ValueError, "is sparse and holds them itself", sparse_with_rows),
+    "two sparse axes": (ValueError, "1 sparse axis", two_sparse_axes),
+    "sparse id beyond the table": (ValueError, r"\[0, 3\), got 3", bad_sparse_ids),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_bad_gradients_change_nothing(backend, what):
+    error, message, spoil = WRONG[what]
+    first, last = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(3, 2))
+    optimizer = LazyAdam([first, last])
+    first.grad, last.grad = torch.ones(4), torch.ones(3, 2)
+    optimizer.step()
+    before = bits(optimizer, first) + bits(optimizer, last)
+    ids = spoil(last)
+    rows = None if ids is None else {last: ids}
+    with pytest.raises(error, match=message):
+        optimizer.step(rows=rows)
+    with pytest.raises(error, match=message):
+        clip_grad_norm_([first, last], 1e-3, rows=rows)
+    after = bits(optimizer, first) + bits(optimizer, last)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) and first.grad.tolist() == [1, 1, 1, 1]
+
+
+def test_bad_arguments(backend):
+    param, stranger = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3, 2))
+    param.grad = torch.ones(3, 2)
+    optimizer = LazyAdam([param])
+    for call in (optimizer.step, lambda rows: clip_grad_norm_([param], 1.0, rows=rows)):
+        with pytest.raises(ValueError, match="the keys must be the parameters themselves"):
+            call(rows={stranger: torch.tensor([0])})
+    optimizer.param_groups[0]["lr"] = float("nan")
+    with pytest.raises(ValueError, match="lr must be a finite number, got nan"):
+        optimizer.step()
+    assert param.tolist() == [[1, 1]] * 3 and not optimizer.state
+    with pytest.raises(ValueError, match="max_norm must be"):
+        clip_grad_norm_([param], float("nan"))
+    for options, message in (
+        ({"lr": -1.0}, "lr must be"),
+        ({"lr": float("nan")}, "lr must be"),
+        ({"lr": torch.ones(2)}, "lr must be a float or a tensor of one element"),
+        ({"betas": (1.0, 0.9)}, r"beta1 must lie in \[0, 1\), got 1.0"),
+        ({"betas": (0.9, -0.1)}, "beta2"),
+        ({"eps": -1e-8}, "eps must be"),
+        ({"weight_decay": -0.1}, "weight_decay must be"),
+        ({"capturable": True}, "capturable=False"),
+        ({"differentiable": True}, "differentiable=False"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LazyAdam([param], **options)
+        with pytest.raises(ValueError, match=message):
+            optimizer.add_param_group({"params": [stranger], **options})
+    for bad in (torch.ones(2, dtype=torch.complex64), torch.ones(2, dtype=torch.int64)):
+        with pytest.raises(TypeError, match="dense floating parameters"):
+            optimizer.add_param_group({"params": [nn.Parameter(bad, requires_grad=False)]})
+    assert len(optimizer.param_groups) == 1
