@@ -33,11 +33,6 @@ constexpr int64_t kQueries = 48;  // of them at a time
 constexpr int64_t kBackwardKeys = 128;
 constexpr int64_t kBackwardQueries = 64;
 
-FASTBERT_INLINE int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
-
-// Rows of packed blocks are not a power of two apart, where they would share a few sets of the cache.
-FASTBERT_INLINE int64_t row_of(int64_t n) { return round_up(n, kLanes) + 16; }
-
 static thread_local uint32_t* scratch_memory = nullptr;
 static thread_local int64_t scratch_words = 0;
 
@@ -99,64 +94,6 @@ static Task* make_tasks(const Attention& p, int64_t chunk, int64_t* count) {
   }
   qsort(tasks, *count, sizeof(Task), by_work);
   return tasks;
-}
-
-// ---- packing: rows [n, D] of T at `source`, `stride` elements apart
-// ----------------------------------------------
-
-// n rows of `width` words with D elements in order, the rest 0; width is a multiple of kLanes.
-template <typename Words, typename T>
-FASTBERT_INLINE void pack_rows(const T* source, int64_t stride, int64_t n, int64_t size, uint32_t* target,
-                               int64_t width) {
-  for (int64_t i = 0; i < n; ++i, source += stride, target += width) {
-    if constexpr (Words::kDepth == 2) {
-      memcpy(target, source, size * sizeof(T));
-      memset(reinterpret_cast<char*>(target) + size * sizeof(T), 0, width * 4 - size * sizeof(T));
-    } else {
-      float* row = reinterpret_cast<float*>(target);
-      int64_t d = 0;
-      for (; d + kLanes <= size; d += kLanes) store(row + d, load(source + d));
-      if (d < size) store(row + d, load_n(source + d, size - d));
-    }
-  }
-}
-
-// Words of rows with the row in the lanes: [width, round_up(n, kLanes)], `row` words apart; 0 behind the last
-// row. `part` is room for kLanes rows.
-template <typename Words, typename T>
-FASTBERT_INLINE void pack_columns(const T* source, int64_t stride, int64_t n, int64_t size, uint32_t* target,
-                                  int64_t row, int64_t width, uint32_t* part) {
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int64_t rows = min(kLanes, n - i);
-    pack_rows<Words>(source + i * stride, stride, rows, size, part, width);
-    memset(part + rows * width, 0, (kLanes - rows) * width * 4);
-    for (int64_t d = 0; d < width; d += kLanes) transpose(part + d, width, target + d * row + i, row);
-  }
-}
-
-// Rows as the right operand of a sum over rows: words [ceil(n / depth), columns], columns = D rounded up to
-// lanes.
-template <typename Words, typename T>
-FASTBERT_INLINE void pack_summed(const T* source, int64_t stride, int64_t n, int64_t size, uint32_t* target,
-                                 int64_t columns) {
-  if constexpr (Words::kDepth == 1) {
-    pack_rows<Words>(source, stride, n, size, target, columns);
-  } else {
-    for (int64_t i = 0; i < n; i += 2, source += 2 * stride, target += columns)
-      for (int64_t d = 0; d < columns; d += kLanes) {
-        const int64_t left = size - d;
-        const auto bits = [&](const T* p) { return as_uint(left >= kLanes ? load(p) : load_n(p, left)); };
-        const vuint pair = bits(source + d) >> 16 | (i + 1 < n ? bits(source + stride + d) : vuint{});
-        memcpy(target + d, &pair, sizeof pair);
-      }
-  }
-}
-
-template <typename T>
-FASTBERT_INLINE void store_row(T* target, const float* row, int64_t size, float scale) {
-  int64_t d = 0;
-  for (; d + kLanes <= size; d += kLanes) store(target + d, load(row + d) * scale);
-  if (d < size) store_n(target + d, load(row + d) * scale, size - d);
 }
 
 // ---- what a query sees of a block of keys: lanes first to last of it, none where last < first

@@ -232,20 +232,22 @@ FASTBERT_INLINE void prefetch(const LazyAdam& p, const Row& r, int64_t n) {
     prefetch(static_cast<const char*>(p.grad) + bytes * (r.grad_at + r.positions[k] * p.columns), bytes * n);
 }
 
-template <typename T, bool kAmsgrad>
-FASTBERT_INLINE void step(const LazyAdam& p, const Row& r, int64_t n, const Coefficients& same) {
-  float sum[kColumns];
-  const float* grad;
+const float* gradient(const LazyAdam& p, const Row& r, int64_t n, float* sum) {
   switch (p.grad_dtype) {
     case DType::f32:
-      grad = add_up(static_cast<const float*>(p.grad) + r.grad_at, r.positions, r.count, p.columns, n, sum);
-      break;
+      return add_up(static_cast<const float*>(p.grad) + r.grad_at, r.positions, r.count, p.columns, n, sum);
     case DType::bf16:
-      grad = add_up(static_cast<const bf16*>(p.grad) + r.grad_at, r.positions, r.count, p.columns, n, sum);
-      break;
-    default:
-      grad = add_up(static_cast<const f16*>(p.grad) + r.grad_at, r.positions, r.count, p.columns, n, sum);
+      return add_up(static_cast<const bf16*>(p.grad) + r.grad_at, r.positions, r.count, p.columns, n, sum);
+    case DType::f16:
+      return add_up(static_cast<const f16*>(p.grad) + r.grad_at, r.positions, r.count, p.columns, n, sum);
   }
+  return nullptr;
+}
+
+template <typename T, bool kAmsgrad>
+void step(const LazyAdam& p, const Row& r, int64_t n, const Coefficients& same) {
+  float sum[kColumns];
+  const float* grad = gradient(p, r, n, sum);
   update<T, kAmsgrad>(static_cast<T*>(p.param) + r.at, p.exp_avg + r.at, p.exp_avg_sq + r.at,
                       kAmsgrad ? p.max_exp_avg_sq + r.at : nullptr, grad, n,
                       p.row_steps ? coefficients(p, p.row_steps[r.row] + 1.) : same);

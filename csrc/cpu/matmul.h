@@ -1,4 +1,4 @@
-// Small matrix products out of L1 and L2, for kernels that keep their operands packed.
+// Small matrix products out of L1 and L2, and the packing of their operands.
 //
 // Operands are 32-bit words: a float, or two bf16 that are neighbours along the summed index and go through
 // the dot product instruction of AVX-512-BF16. C[m, n] (+)= sum over k of A[m, k] * B[k, n], A read word by
@@ -130,6 +130,69 @@ FASTBERT_INLINE void transpose(const uint32_t* source, int64_t from, uint32_t* t
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) memcpy(target + i * to, &rows[i], sizeof(vuint));
+}
+
+FASTBERT_INLINE int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
+
+// Rows of packed blocks are not a power of two apart, where they would share a few sets of the cache.
+FASTBERT_INLINE int64_t row_of(int64_t n) { return round_up(n, kLanes) + 16; }
+
+// ---- packing: rows [n, D] of T at `source`, `stride` elements apart
+// ----------------------------------------------
+
+// n rows of `width` words with D elements in order, the rest 0; width is a multiple of kLanes.
+template <typename Words, typename T>
+FASTBERT_INLINE void pack_rows(const T* source, int64_t stride, int64_t n, int64_t size, uint32_t* target,
+                               int64_t width) {
+  for (int64_t i = 0; i < n; ++i, source += stride, target += width) {
+    if constexpr (Words::kDepth == 2) {
+      memcpy(target, source, size * sizeof(T));
+      memset(reinterpret_cast<char*>(target) + size * sizeof(T), 0, width * 4 - size * sizeof(T));
+    } else {
+      float* row = reinterpret_cast<float*>(target);
+      int64_t d = 0;
+      for (; d + kLanes <= size; d += kLanes) store(row + d, load(source + d));
+      if (d < size) store(row + d, load_n(source + d, size - d));
+    }
+  }
+}
+
+// Words of rows with the row in the lanes: [width, round_up(n, kLanes)], `row` words apart; 0 behind the last
+// row. `part` is room for kLanes rows.
+template <typename Words, typename T>
+FASTBERT_INLINE void pack_columns(const T* source, int64_t stride, int64_t n, int64_t size, uint32_t* target,
+                                  int64_t row, int64_t width, uint32_t* part) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t rows = min(kLanes, n - i);
+    pack_rows<Words>(source + i * stride, stride, rows, size, part, width);
+    memset(part + rows * width, 0, (kLanes - rows) * width * 4);
+    for (int64_t d = 0; d < width; d += kLanes) transpose(part + d, width, target + d * row + i, row);
+  }
+}
+
+// Rows as the right operand of a sum over rows: words [ceil(n / depth), columns], columns = D rounded up to
+// lanes.
+template <typename Words, typename T>
+FASTBERT_INLINE void pack_summed(const T* source, int64_t stride, int64_t n, int64_t size, uint32_t* target,
+                                 int64_t columns) {
+  if constexpr (Words::kDepth == 1) {
+    pack_rows<Words>(source, stride, n, size, target, columns);
+  } else {
+    for (int64_t i = 0; i < n; i += 2, source += 2 * stride, target += columns)
+      for (int64_t d = 0; d < columns; d += kLanes) {
+        const int64_t left = size - d;
+        const auto bits = [&](const T* p) { return as_uint(left >= kLanes ? load(p) : load_n(p, left)); };
+        const vuint pair = bits(source + d) >> 16 | (i + 1 < n ? bits(source + stride + d) : vuint{});
+        memcpy(target + d, &pair, sizeof pair);
+      }
+  }
+}
+
+template <typename T>
+FASTBERT_INLINE void store_row(T* target, const float* row, int64_t size, float scale) {
+  int64_t d = 0;
+  for (; d + kLanes <= size; d += kLanes) store(target + d, load(row + d) * scale);
+  if (d < size) store_n(target + d, load(row + d) * scale, size - d);
 }
 
 }  // namespace FASTBERT_ISA
