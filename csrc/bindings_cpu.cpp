@@ -162,15 +162,18 @@ void attention_backward(uintptr_t dout, uintptr_t q, uintptr_t k, uintptr_t v, u
 
 int64_t lazy_adam_step(uintptr_t param, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t max_exp_avg_sq,
                        uintptr_t row_steps, uintptr_t rows, uintptr_t grad, uintptr_t scratch,
-                       int64_t table_rows, int64_t touched, int64_t columns, int dtype, int grad_dtype,
-                       double lr, double step, double beta1, double beta2, double eps, double weight_decay,
-                       int64_t flags, int threads) {
+                       int64_t table_rows, int64_t touched, int64_t columns, int dtype, int exp_avg_dtype,
+                       int grad_dtype, bool row_wise, bool stochastic, uint64_t seed, uint32_t number,
+                       int64_t padding_idx, double lr, double step, double beta1, double beta2, double eps,
+                       double weight_decay, int64_t flags, int threads) {
   LazyAdam a{};
-  a.param = at<void>(param), a.exp_avg = at<float>(exp_avg), a.exp_avg_sq = at<float>(exp_avg_sq);
+  a.param = at<void>(param), a.exp_avg = at<void>(exp_avg), a.exp_avg_sq = at<float>(exp_avg_sq);
   a.max_exp_avg_sq = at<float>(max_exp_avg_sq), a.row_steps = at<int32_t>(row_steps);
   a.rows = at<const int64_t>(rows), a.grad = at<void>(grad), a.scratch = at<int32_t>(scratch);
   a.table_rows = table_rows, a.touched = touched, a.columns = columns;
-  a.dtype = DType(dtype), a.grad_dtype = DType(grad_dtype);
+  a.dtype = DType(dtype), a.exp_avg_dtype = DType(exp_avg_dtype), a.grad_dtype = DType(grad_dtype);
+  a.row_wise = row_wise, a.stochastic = stochastic, a.seed = seed, a.number = number;
+  a.padding_idx = padding_idx;
   a.lr = lr, a.step = step, a.beta1 = beta1, a.beta2 = beta2, a.eps = eps, a.weight_decay = weight_decay;
   a.flags = flags, a.threads = threads;
   return selected->kernels->lazy_adam_step(a);

@@ -153,14 +153,11 @@ class cpu:  # a namespace, spelled as the backend is
     def lazy_adam_step(
         param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor | None, row_steps: Tensor | None,
         rows: Tensor | None, grad: Tensor, lr: Tensor, step: Tensor, seed: Tensor | None, beta1: float, beta2: float,
-        eps: float, weight_decay: float, flags: int,
+        eps: float, weight_decay: float, flags: int, padding_idx: int, number: int,
     ) -> None:  # fmt: skip
         grad = grad.contiguous()
-        if rows is None and row_steps is None:
-            table_rows, columns, touched = 1, param.numel(), 0
-        else:
-            table_rows, touched = param.shape[0], 0 if rows is None else rows.numel()
-            columns = param.numel() // max(table_rows, 1)
+        table_rows, touched = param.shape[0] if param.dim() else 1, 0 if rows is None else rows.numel()
+        columns = param.numel() // max(table_rows, 1)
         if rows is not None and touched == 0:
             return  # its address is null, which the kernel reads as every row
         if touched >= 2**31:
@@ -171,7 +168,9 @@ class cpu:  # a namespace, spelled as the backend is
         bad = module.lazy_adam_step(
             _address(param), _address(exp_avg), _address(exp_avg_sq), _address(max_exp_avg_sq), _address(row_steps),
             _address(rows), _address(grad), _address(scratch), table_rows, touched, columns, DTYPES[param.dtype],
-            DTYPES[grad.dtype], float(lr), float(step), beta1, beta2, eps, weight_decay, flags, _threads(elements),
+            DTYPES[exp_avg.dtype], DTYPES[grad.dtype], exp_avg_sq.numel() != param.numel(), seed is not None,
+            _seed(seed), number, padding_idx, float(lr), float(step), beta1, beta2, eps, weight_decay, flags,
+            _threads(elements),
         )  # fmt: skip
         if bad >= 0:
             raise ValueError(

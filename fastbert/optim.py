@@ -144,7 +144,8 @@ class LazyAdam(Optimizer):
         update(
             table, state["exp_avg"], state["exp_avg_sq"], state["max_exp_avg_sq"] if group["amsgrad"] else None, None,
             gradient.rows, gradient.values, lr, step, None, float(beta1), float(beta2), group["eps"],
-            group["weight_decay"], gradient.by_row * GRAD_BY_ROW + bool(group["maximize"]) * MAXIMIZE, requested(),
+            group["weight_decay"], gradient.by_row * GRAD_BY_ROW + bool(group["maximize"]) * MAXIMIZE, -1, 0,
+            requested(),
         )  # fmt: skip
         if table is not param:
             param.copy_(table)

@@ -5,7 +5,15 @@ import torch
 
 import fastbert
 from fastbert.backend import requested
-from fastbert.ops.lazy_adam import GRAD_BY_ROW, MAXIMIZE, lazy_adam_step
+from fastbert.ops.lazy_adam import (
+    COUPLED_DECAY,
+    EPS_UNCORRECTED,
+    GRAD_BY_ROW,
+    MAXIMIZE,
+    NO_BIAS_CORRECTION,
+    SKIP_ZERO,
+    lazy_adam_step,
+)
 from fastbert.testing import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -27,9 +35,10 @@ def copies(tensors, wide=False):
     return [x if x is None else x.double() if wide and x.is_floating_point() else x.clone() for x in tensors]
 
 
-def step(state, rows, grad, flags=0, backend=None, lr=0.01, t=3.0, seed=None, eps=1e-8):
-    rate = torch.tensor(lr, dtype=torch.float64)
-    lazy_adam_step(*state, rows, grad, rate, torch.tensor(t), seed, 0.9, 0.999, eps, 0.1, flags, requested(backend))
+def step(state, rows, grad, flags=0, backend=None, t=3.0, seed=None, padding_idx=-1, number=0, eps=1e-8):
+    rate = torch.tensor(0.01, dtype=torch.float64)
+    options = (seed, 0.9, 0.999, eps, 0.1, flags, padding_idx, number, requested(backend))
+    lazy_adam_step(*state, rows, grad, rate, torch.tensor(t), *options)
     return state
 
 
@@ -97,7 +106,7 @@ def test_truth_is_adamw():
 def test_two_steps_by_hand(backend):
     """lr 0.5, betas 1/2 and 3/4, eps 1, no decay. Row 1 gets 1 and 3, so g = 4; then -2. Row 0 never moves."""
     w, m, v = torch.tensor([[7.0], [1.0]]), torch.zeros(2, 1), torch.zeros(2, 1)
-    options = (None, 0.5, 0.75, 1.0, 0.0, 0, requested())
+    options = (None, 0.5, 0.75, 1.0, 0.0, 0, -1, 0, requested())
     lr = torch.tensor(0.5)
     lazy_adam_step(
         w, m, v, None, None, torch.tensor([1, 1]), torch.tensor([[1.0], [3.0]]), lr, torch.tensor(1.0), *options
@@ -109,6 +118,103 @@ def test_two_steps_by_hand(backend):
     # m = 0, v = 4: no movement
     assert m.tolist() == [[0], [0]] and v.tolist() == [[0], [4]]
     torch.testing.assert_close(w, torch.tensor([[7.0], [0.6]]))
+
+
+FLAGS = {
+    "eps uncorrected": EPS_UNCORRECTED,
+    "no bias correction": NO_BIAS_CORRECTION,
+    "coupled decay": COUPLED_DECAY | MAXIMIZE,
+    "all three": EPS_UNCORRECTED | NO_BIAS_CORRECTION | COUPLED_DECAY,
+    "zero rows left alone": SKIP_ZERO | GRAD_BY_ROW,
+}
+
+
+@pytest.mark.parametrize("kind", ["sparse", "by_row", "dense"])
+@pytest.mark.parametrize("row_wise", [False, True], ids=["", "row-wise v"])
+@pytest.mark.parametrize("m_dtype", [torch.float32, torch.bfloat16], ids=["", "bfloat16 m"])
+@pytest.mark.parametrize("name", FLAGS)
+def test_flags_and_small_state_are_close_to_truth(backend, name, m_dtype, row_wise, kind):
+    flags = FLAGS[name] | (GRAD_BY_ROW if kind == "by_row" else 0)
+    if kind == "sparse":
+        flags &= ~(SKIP_ZERO | GRAD_BY_ROW)
+    for V, D, n in ((12, 5, 20), (3, 2100, 7), (3, 48, 9000)):
+        for dtype, amsgrad in ((torch.float32, True), (torch.bfloat16, False)):
+            state = tables(V, D, dtype, amsgrad, row_steps=True)
+            state[1] = state[1].to(m_dtype)
+            if row_wise:
+                state[2:4] = [x if x is None else x[:, :1].contiguous() for x in state[2:4]]
+            rows = None if kind == "dense" else torch.randint(0, V, (n,))
+            grad = torch.randint(-3, 4, (n if kind == "sparse" else V, D)).to(dtype)  # sums are exact
+            grad[1] = -0.0
+            truth = step(copies(state, wide=True), rows, grad.double(), flags, "reference", padding_idx=0, eps=1e-3)
+            ours = step(copies(state), rows, grad, flags, padding_idx=0, eps=1e-3)
+            for what, a, b, before in zip(NAMES, ours, truth, state, strict=True):
+                if what == "row_steps":
+                    assert torch.equal(a, b) and not torch.equal(a, before)
+                elif a is not None:
+                    assert_close(a, None, b, what, scale=1.0)
+                if a is not None:
+                    assert torch.equal(a[0], before[0]), "padding moved"
+                    if flags & SKIP_ZERO:
+                        assert torch.equal(a[1], before[1]), "a row without gradient moved"
+
+
+def test_equals_sparse_adam_and_adam(backend):
+    """Two steps of each of torch's optimizers whose formula a flag selects."""
+    for make, flags, dense in (
+        (lambda p: torch.optim.SparseAdam([p], lr=0.01, eps=1e-2), EPS_UNCORRECTED, False),
+        (lambda p: torch.optim.Adam([p], lr=0.01, eps=1e-2, weight_decay=0.1), COUPLED_DECAY, True),
+    ):
+        state = [torch.randn(7, 9), torch.zeros(7, 9), torch.zeros(7, 9), None, None]
+        other = state[0].clone().requires_grad_()
+        optimizer = make(other)
+        for t in (1.0, 2.0):
+            rows, grad = torch.tensor([6, 2, 6]), torch.randn(3, 9)
+            other.grad = torch.sparse_coo_tensor(rows.unsqueeze(0), grad, (7, 9), check_invariants=True)
+            if dense:
+                other.grad = other.grad.to_dense()
+            optimizer.step()
+            lazy_adam_step(
+                *state, None if dense else rows, other.grad if dense else grad, torch.tensor(0.01), torch.tensor(t),
+                None, 0.9, 0.999, 1e-2, 0.1 if dense else 0.0, flags, -1, 0, requested(),
+            )  # fmt: skip
+        torch.testing.assert_close(state[0], other.detach())
+
+
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_stochastic_rounding_is_the_same_everywhere(backend, kind):
+    """The twin's bits: odd widths, several blocks, a row with many gradients."""
+    for V, D, n in ((9, 37, 20), (3, 2100, 7), (2, 70, 9000)):
+        w = torch.randn(V, D).bfloat16()
+        w[1, :3] = torch.tensor([torch.inf, torch.nan, 3.3895e38])
+        rows = torch.randint(0, V, (n,)) if kind == "sparse" else None
+        seed = torch.tensor([-(2**62) + 17])
+        results = []
+        for name in ("reference", backend):
+            state = [w.clone(), torch.ones(V, D), torch.full((V, D), 4.0), None, None]
+            grad = torch.zeros(n if kind == "sparse" else V, D)
+            results.append(step(state, rows, grad, backend=name, t=5.0, seed=seed, number=3, eps=0.0)[0])
+        difference = (results[0] != results[1]) & ~results[0].isnan()
+        # w in float32 may differ in its last bit, which once in 2**16 decides
+        assert difference.float().mean() < 1e-3 and torch.equal(results[0].isnan(), results[1].isnan())
+
+
+def test_stochastic_rounding_is_right_on_average(backend):
+    """w = 1 moves half the way to bfloat16's next number: so half of the elements go there, others for each number."""
+    state = [torch.ones(4, 8192, dtype=torch.bfloat16), torch.ones(4, 8192), torch.ones(4, 8192), None, None]
+    zero, rate = torch.zeros(4, 8192), torch.tensor(2.0**-9)
+    outcomes = []
+    for number in (0, 1):
+        w = copies(state)
+        lazy_adam_step(
+            *w, None, zero, rate, torch.tensor(1.0), torch.tensor([5]), 0.5, 0.25, 0.0, 0.0, NO_BIAS_CORRECTION, -1,
+            number, requested(),
+        )  # fmt: skip
+        outcomes.append(w[0])  # m = 1/2, sqrt(v) = 1/2: the step is lr
+    for w in outcomes:
+        moved = (w != 1).double().mean()
+        assert abs(moved - 0.5) < 0.02 and set(w.unique().tolist()) == {1.0, 1 - 2.0**-8}
+    assert not torch.equal(*outcomes)
 
 
 def test_row_steps_correct_each_row_by_its_own_count(backend):
@@ -198,11 +304,13 @@ BAD = {
     "int32 ids": (ValueError, "rows must be int64", dict(rows=torch.tensor([0, 1], dtype=torch.int32))),
     "a gradient of other rows": (ValueError, r"grad must have shape \[2, 4\]", dict(grad=torch.randn(3, 4))),
     "an integer gradient": (TypeError, "floating", dict(grad=torch.ones(2, 4, dtype=torch.int64))),
-    "state of another shape": (ValueError, r"must be torch.float32 of its shape", dict(m=torch.zeros(6, 5))),
-    "state in bfloat16": (ValueError, "must be torch.float32", dict(m=torch.zeros(6, 4).bfloat16())),
+    "state of another shape": (ValueError, "must be torch.float32 or bfloat16 of its", dict(m=torch.zeros(6, 5))),
+    "state in float16": (ValueError, "must be torch.float32", dict(m=torch.zeros(6, 4).half())),
+    "v of other rows": (ValueError, r"of its shape \[6, 4\] or of \[6, 1\]", dict(v=torch.zeros(6))),
     "strided state": (ValueError, "contiguous", dict(m=torch.zeros(4, 6).T)),
     "an unknown flag": (ValueError, "flags must be", dict(flags=64)),
-    "a seed": (ValueError, "seed must be None", dict(seed=torch.tensor([1]))),
+    "a float32 param to round": (ValueError, "takes a bfloat16 param", dict(seed=torch.tensor([1]))),
+    "zeros of a sparse gradient": (ValueError, "gradient by row", dict(flags=SKIP_ZERO)),
     "row steps of another shape": (ValueError, r"row_steps must be int32 \[6\]", dict(row_steps=torch.zeros(5).int())),
 }
 
@@ -211,7 +319,7 @@ BAD = {
 def test_bad_input_changes_nothing(backend, what):
     error, message, given = BAD[what]
     state = tables(6, 4)
-    state[1], state[4] = given.get("m", state[1]), given.get("row_steps")
+    state[1], state[2], state[4] = given.get("m", state[1]), given.get("v", state[2]), given.get("row_steps")
     before = copies(state)
     with pytest.raises(error, match=message):
         step(state, given.get("rows", torch.tensor([0, 1])), given.get("grad", torch.randn(2, 4)),
@@ -220,15 +328,14 @@ def test_bad_input_changes_nothing(backend, what):
 
 
 def test_custom_op_is_sound(backend):
-    rate, t = torch.tensor(0.01), torch.tensor(2.0)
-    options = (rate, t, None, 0.9, 0.999, 1e-8, 0.1)
     rows = torch.tensor([1, 1, 3])
-    torch.library.opcheck(lazy_adam_step, (*tables(4, 8), rows, torch.randn(3, 8), *options, 0, requested()))
-    torch.library.opcheck(
-        lazy_adam_step,
-        (*tables(4, 8, amsgrad=True, row_steps=True), rows, torch.randn(4, 8), *options, GRAD_BY_ROW, requested()),
-    )
-    torch.library.opcheck(lazy_adam_step, (*tables(4, 8), None, torch.randn(4, 8), *options, MAXIMIZE, requested()))
+    for state, ids, grad, flags in (
+        (tables(4, 8), rows, torch.randn(3, 8), 0),
+        (tables(4, 8, amsgrad=True, row_steps=True), rows, torch.randn(4, 8), GRAD_BY_ROW),
+        (tables(4, 8), None, torch.randn(4, 8), MAXIMIZE),
+    ):
+        numbers = (torch.tensor(0.01), torch.tensor(2.0), None, 0.9, 0.999, 1e-8, 0.1)
+        torch.library.opcheck(lazy_adam_step, (*state, ids, grad, *numbers, flags, -1, 0, requested()))
 
 
 def test_an_explicit_backend_that_cannot_run_raises():

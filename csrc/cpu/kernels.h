@@ -73,26 +73,38 @@ struct Attention {            // packed sequences; element strides of the token 
   int threads;
 };
 
-constexpr int64_t kLazyAdamGradByRow = 1;  // flags: grad is [V, D], indexed by row
-constexpr int64_t kLazyAdamMaximize = 2;   // steps uphill
-constexpr int kLazyAdamDigit = 11;         // bits of a row id sorted at a time, at most
-constexpr int kLazyAdamSorters = 16;       // threads that sort, at most
+enum LazyAdamFlags : int64_t {    // as in fastbert/ops/lazy_adam.py
+  kLazyAdamGradByRow = 1,         // grad is [V, D], indexed by row
+  kLazyAdamMaximize = 2,          // steps uphill
+  kLazyAdamEpsUncorrected = 4,    // eps stands beside sqrt(v), before bias correction
+  kLazyAdamNoBiasCorrection = 8,  // t is infinite
+  kLazyAdamCoupledDecay = 16,     // weight decay joins the gradient
+  kLazyAdamSkipZero = 32,         // a row whose gradient is all zero is left alone
+};
+constexpr int kLazyAdamDigit = 11;    // bits of a row id sorted at a time, at most
+constexpr int kLazyAdamSorters = 16;  // threads that sort, at most
 
 // Numbers of scratch that a step over so many gradient rows needs.
 static inline int64_t lazy_adam_scratch(int64_t touched) {
   return 2 * (touched + 1) + (kLazyAdamSorters << kLazyAdamDigit);
 }
 
-struct LazyAdam {               // see lazy_adam.cpp for the formula
-  void* param;                  // [V, D] dtype
-  float *exp_avg, *exp_avg_sq;  // [V, D]
-  float* max_exp_avg_sq;        // [V, D], or null: no amsgrad
-  int32_t* row_steps;           // [V], or null: bias correction counts this parameter's steps
-  const int64_t* rows;          // [R], duplicates allowed; null: every row once
-  const void* grad;             // [V, D] grad_dtype where rows is null or kLazyAdamGradByRow, else [R, D]
-  int32_t* scratch;             // [lazy_adam_scratch(R)]; null without rows
+struct LazyAdam {         // see lazy_adam.cpp for the formula
+  void* param;            // [V, D] dtype
+  void* exp_avg;          // [V, D] float, or bf16 where exp_avg_dtype says so
+  float* exp_avg_sq;      // [V, D], or [V] where row_wise
+  float* max_exp_avg_sq;  // likewise, or null: no amsgrad
+  int32_t* row_steps;     // [V], or null: bias correction counts this parameter's steps
+  const int64_t* rows;    // [R], duplicates allowed; null: every row once
+  const void* grad;       // [V, D] grad_dtype where rows is null or kLazyAdamGradByRow, else [R, D]
+  int32_t* scratch;       // [lazy_adam_scratch(R)]; null without rows
   int64_t table_rows, touched, columns;  // V, R < 2^31, D
-  DType dtype, grad_dtype;
+  DType dtype, exp_avg_dtype, grad_dtype;
+  bool row_wise;
+  bool stochastic;  // a bf16 param is rounded with the random numbers of seed, number and step
+  uint64_t seed;
+  uint32_t number;
+  int64_t padding_idx;  // a row to leave alone; -1 for none
   double lr, step, beta1, beta2, eps, weight_decay;
   int64_t flags;
   int threads;

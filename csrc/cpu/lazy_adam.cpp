@@ -8,11 +8,14 @@
 // Kale and Kumar, "On the convergence of Adam and beyond" (2018). t counts the steps of the parameter, or of
 // the row where row_steps are given.
 //
-// State and arithmetic are float32 for every dtype; w is rounded once. A sparse gradient is taken as it
-// comes, R rows with their ids; rows of one id are added up in the order they stand in. To bring them
+// Arithmetic is float32 for every dtype; w is rounded once, to nearest or stochastically. State is float32,
+// but m may be bf16, and v and u one number per row, fed by the mean of g * g. A sparse gradient is taken as
+// it comes, R rows with their ids; rows of one id are added up in the order they stand in. To bring them
 // together the positions 0..R-1 are sorted by id (a stable radix sort): no time and no memory that grows with
 // V, and the table is then walked in the order of memory. Everything moves once: sums stay in L1.
 #include <math.h>
+
+#include <type_traits>
 
 #include "common.h"
 
@@ -153,17 +156,21 @@ FASTBERT_INLINE const float* add_up(const G* grad, const int32_t* positions, int
 // ---- update ---------------------------------------------------------------------------------------------
 
 struct Coefficients {
-  float sign, decay, beta1, rest1, beta2, rest2, root, eps, size;
+  float sign, decay, coupled, beta1, rest1, beta2, rest2, root, eps, size;
 };
 
 FASTBERT_INLINE Coefficients coefficients(const LazyAdam& p, double t) {
+  const bool corrected = !(p.flags & kLazyAdamNoBiasCorrection), is_coupled = p.flags & kLazyAdamCoupledDecay;
+  const double root = corrected ? 1. / ::sqrt(1. - ::pow(p.beta2, t)) : 1.;
   Coefficients c;
   c.sign = p.flags & kLazyAdamMaximize ? -1.f : 1.f;
-  c.decay = static_cast<float>(1. - p.lr * p.weight_decay);
+  c.decay = is_coupled ? 1.f : static_cast<float>(1. - p.lr * p.weight_decay);
+  c.coupled = is_coupled ? static_cast<float>(p.weight_decay) : 0.f;
   c.beta1 = static_cast<float>(p.beta1), c.rest1 = static_cast<float>(1. - p.beta1);
   c.beta2 = static_cast<float>(p.beta2), c.rest2 = static_cast<float>(1. - p.beta2);
-  c.root = static_cast<float>(1. / ::sqrt(1. - ::pow(p.beta2, t))), c.eps = static_cast<float>(p.eps);
-  c.size = static_cast<float>(p.lr / (1. - ::pow(p.beta1, t)));
+  c.root = static_cast<float>(root);
+  c.eps = static_cast<float>(p.flags & kLazyAdamEpsUncorrected ? p.eps * root : p.eps);
+  c.size = static_cast<float>(corrected ? p.lr / (1. - ::pow(p.beta1, t)) : p.lr);
   return c;
 }
 
@@ -180,21 +187,52 @@ FASTBERT_INLINE vfloat square_root(vfloat x) {
 #endif
 }
 
-template <typename T, bool kAmsgrad>
-FASTBERT_INLINE void update(T* w, float* m, float* v, float* u, const float* grad, int64_t n,
-                            const Coefficients& c) {
+// What one row's v is worth where all of its columns share it: 1 / (sqrt(v or u) * root + eps).
+FASTBERT_INLINE float shared_root(float* v, float* u, float mean_square, const Coefficients& c) {
+  *v = c.beta2 * *v + c.rest2 * mean_square;
+  if (u) *u = *u > *v || *u != *u ? *u : *v;
+  return 1.f / (sqrtf(u ? *u : *v) * c.root + c.eps);
+}
+
+// n columns of a row. `to` is w, or where the new w is wanted in float32. kShared: v is done, `shared` is
+// what it is worth.
+template <bool kAmsgrad, bool kShared, typename T, typename O, typename M>
+FASTBERT_INLINE void update(const T* w, O* to, M* m, float* v, float* u, float shared, const float* grad,
+                            int64_t n, const Coefficients& c) {
+  const bool is_coupled = c.coupled != 0.f;
   sweep<1>(n, [&](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
-    const vfloat g = lanes.load(grad + j) * c.sign, m0 = lanes.load(m + j);
+    const vfloat w0 = lanes.load(w + j), m0 = lanes.load(m + j);
+    vfloat g = lanes.load(grad + j) * c.sign;
+    if (is_coupled) g += c.coupled * w0;
     // torch's lerp: the form whose factor is below 1/2
     const vfloat m1 = c.rest1 < 0.5f ? m0 + c.rest1 * (g - m0) : g - c.beta1 * (g - m0);
+    lanes.store(m + j, m1);
+    if (kShared) {
+      lanes.store(to + j, w0 * c.decay - c.size * m1 * shared);
+      return;
+    }
     const vfloat v1 = c.beta2 * lanes.load(v + j) + c.rest2 * g * g;
     const vfloat u1 = kAmsgrad ? max(lanes.load(u + j), v1) : v1;
-    const vfloat w0 = lanes.load(w + j) * c.decay;
-    lanes.store(w + j, w0 - c.size * m1 / (square_root(u1) * c.root + c.eps));
-    lanes.store(m + j, m1);
+    lanes.store(to + j, w0 * c.decay - c.size * m1 / (square_root(u1) * c.root + c.eps));
     lanes.store(v + j, v1);
     if (kAmsgrad) lanes.store(u + j, u1);
   });
+}
+
+// n columns from `first` of a row, float32 -> bf16: the upper half of the bits and 16 random ones added up.
+FASTBERT_INLINE void round_stochastically(const LazyAdam& p, int64_t row, int64_t first, int64_t n,
+                                          const float* from, bf16* to) {
+  alignas(64) uint16_t random[kColumns + kDropoutBlock];
+  dropout_lanes(p.seed, static_cast<uint32_t>(first / 8), static_cast<uint32_t>(row),
+                static_cast<uint32_t>(static_cast<int64_t>(p.step)), 2 + 4 * p.number, ceil_div(n, 8),
+                random);
+  for (int64_t j = 0; j < n; ++j) {
+    uint32_t bits;
+    memcpy(&bits, from + j, 4);
+    const bool is_finite = (bits & 0x7F800000u) != 0x7F800000u;
+    const uint32_t quiet = (bits & 0x007FFFFFu) ? bits | 0x00400000u : bits;  // a NaN stays one
+    to[j].bits = static_cast<uint16_t>((is_finite ? bits + random[j] : quiet) >> 16);
+  }
 }
 
 // ---- rows -----------------------------------------------------------------------------------------------
@@ -215,21 +253,19 @@ FASTBERT_INLINE Row find(const LazyAdam& p, const Groups& groups, int64_t g, int
   return {row, at, first, positions, groups.start[g + 1] - groups.start[g]};
 }
 
-template <typename T>
-FASTBERT_INLINE void prefetch(const T* p, int64_t n) {
-  for (int64_t j = 0; j < min(n, kAheadLines * 64 / sizeof(T)); j += 64 / sizeof(T))
-    __builtin_prefetch(p + j);
-}
+FASTBERT_INLINE int64_t bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-template <typename T, bool kAmsgrad>
 FASTBERT_INLINE void prefetch(const LazyAdam& p, const Row& r, int64_t n) {
-  prefetch(static_cast<const T*>(p.param) + r.at, n);
-  prefetch(p.exp_avg + r.at, n);
-  prefetch(p.exp_avg_sq + r.at, n);
-  if (kAmsgrad) prefetch(p.max_exp_avg_sq + r.at, n);
-  const int64_t bytes = p.grad_dtype == DType::f32 ? 4 : 2;
+  const auto ask = [&](const void* table, DType dtype, int64_t at) FASTBERT_LAMBDA {
+    const char* first = static_cast<const char*>(table) + bytes(dtype) * at;
+    for (int64_t j = 0; j < min(bytes(dtype) * n, kAheadLines * 64); j += 64) __builtin_prefetch(first + j);
+  };
+  ask(p.param, p.dtype, r.at);
+  ask(p.exp_avg, p.exp_avg_dtype, r.at);
+  if (!p.row_wise) ask(p.exp_avg_sq, DType::f32, r.at);
+  if (p.max_exp_avg_sq && !p.row_wise) ask(p.max_exp_avg_sq, DType::f32, r.at);
   for (int64_t k = 0; k < min(r.count, 4); ++k)
-    prefetch(static_cast<const char*>(p.grad) + bytes * (r.grad_at + r.positions[k] * p.columns), bytes * n);
+    ask(p.grad, p.grad_dtype, r.grad_at + r.positions[k] * p.columns);
 }
 
 const float* gradient(const LazyAdam& p, const Row& r, int64_t n, float* sum) {
@@ -244,56 +280,129 @@ const float* gradient(const LazyAdam& p, const Row& r, int64_t n, float* sum) {
   return nullptr;
 }
 
-template <typename T, bool kAmsgrad>
-void step(const LazyAdam& p, const Row& r, int64_t n, const Coefficients& same) {
-  float sum[kColumns];
-  const float* grad = gradient(p, r, n, sum);
-  update<T, kAmsgrad>(static_cast<T*>(p.param) + r.at, p.exp_avg + r.at, p.exp_avg_sq + r.at,
-                      kAmsgrad ? p.max_exp_avg_sq + r.at : nullptr, grad, n,
-                      p.row_steps ? coefficients(p, p.row_steps[r.row] + 1.) : same);
+// Whether the row steps at all: padding does not, and with kLazyAdamSkipZero none whose gradient is all zero.
+bool moves(const LazyAdam& p, int64_t row) {
+  if (row == p.padding_idx) return false;
+  if (!(p.flags & kLazyAdamSkipZero)) return true;
+  const int64_t size = bytes(p.grad_dtype), sign = size == 4 ? 0x7FFFFFFF : 0x7FFF;
+  const char* grad = static_cast<const char*>(p.grad) + size * row * p.columns;
+  for (int64_t j = 0; j < p.columns; ++j) {
+    uint32_t bits = 0;
+    memcpy(&bits, grad + size * j, size);
+    if (bits & sign) return true;
+  }
+  return false;
 }
 
-template <typename T, bool kAmsgrad>
+// The mean of g * g over a row, its columns in blocks; g with the decay that joins it.
+template <typename T>
+float mean_square(const LazyAdam& p, Row r, float* sum, const Coefficients& c) {
+  const bool is_coupled = c.coupled != 0.f;
+  double total = 0.;
+  for (int64_t first = 0; first < p.columns; first += kColumns) {
+    const int64_t n = min(kColumns, p.columns - first);
+    const float* grad = gradient(p, r, n, sum);
+    const T* w = static_cast<const T*>(p.param) + r.at;
+    vfloat part[4] = {};
+    sweep<4>(n, [&](int64_t j, int i, auto lanes) FASTBERT_LAMBDA {
+      vfloat g = lanes.load(grad + j) * c.sign;
+      if (is_coupled) g += c.coupled * lanes.load(w + j);
+      part[i] += g * g;
+    });
+    total += reduce_add((part[0] + part[1]) + (part[2] + part[3]));
+    r.at += n, r.grad_at += n;
+  }
+  return static_cast<float>(total / p.columns);
+}
+
+// n columns of one row, from column `first` on.
+template <typename T, typename M, bool kAmsgrad, bool kShared>
+void step(const LazyAdam& p, const Row& r, int64_t first, int64_t n, float shared, const Coefficients& c) {
+  float sum[kColumns], wide[kColumns];
+  const float* grad = gradient(p, r, n, sum);
+  T* w = static_cast<T*>(p.param) + r.at;
+  M* m = static_cast<M*>(p.exp_avg) + r.at;
+  float *v = kShared ? nullptr : p.exp_avg_sq + r.at, *u = kAmsgrad ? p.max_exp_avg_sq + r.at : nullptr;
+  if (std::is_same<T, bf16>::value && p.stochastic) {
+    update<kAmsgrad, kShared>(w, wide, m, v, u, shared, grad, n, c);
+    round_stochastically(p, r.row, first, n, wide, static_cast<bf16*>(p.param) + r.at);
+  } else {
+    update<kAmsgrad, kShared>(w, w, m, v, u, shared, grad, n, c);
+  }
+}
+
+// One number of v for the whole row: it is done first, and the row is one task.
+template <typename T, typename M>
+void step_row_wise(const LazyAdam& p, Row r, const Coefficients& c) {
+  float sum[kColumns];
+  float* u = p.max_exp_avg_sq ? p.max_exp_avg_sq + r.row : nullptr;
+  const float shared = shared_root(p.exp_avg_sq + r.row, u, mean_square<T>(p, r, sum, c), c);
+  for (int64_t first = 0; first < p.columns; first += kColumns) {
+    const int64_t n = min(kColumns, p.columns - first);
+    step<T, M, false, true>(p, r, first, n, shared, c);
+    r.at += n, r.grad_at += n;
+  }
+}
+
+template <typename T, typename M, bool kAmsgrad>
 void step(const LazyAdam& p) {
-  const int64_t blocks = ceil_div(p.columns, kColumns);
-  const Coefficients c = coefficients(p, p.step);
+  const int64_t width = p.row_wise ? p.columns : kColumns, blocks = ceil_div(p.columns, width);
+  const Coefficients same = coefficients(p, p.step);
   const Groups groups = group(p);
   const int64_t tasks = groups.count * blocks, chunk = max(1, tasks / (16 * p.threads));
+  const auto own = [&](int64_t row) { return p.row_steps ? coefficients(p, p.row_steps[row] + 1.) : same; };
 #pragma omp parallel num_threads(p.threads)
   {
 #pragma omp for schedule(dynamic, chunk)
     for (int64_t task = 0; task < tasks; ++task) {
-      const int64_t g = task / blocks, first = task % blocks * kColumns, n = min(kColumns, p.columns - first);
-      if (groups.order && g + kAhead < groups.count)
-        prefetch<T, kAmsgrad>(p, find(p, groups, g + kAhead, first), n);
+      const int64_t g = task / blocks, first = task % blocks * width, n = min(width, p.columns - first);
+      if (groups.order && g + kAhead < groups.count) prefetch(p, find(p, groups, g + kAhead, first), n);
       const Row row = find(p, groups, g, first);
-      if (row.count <= kLong) step<T, kAmsgrad>(p, row, n, c);
+      if (!moves(p, row.row)) continue;
+      if (p.row_wise)
+        step_row_wise<T, M>(p, row, own(row.row));
+      else if (row.count <= kLong)
+        step<T, M, kAmsgrad, false>(p, row, first, n, 0.f, own(row.row));
     }
-    if (p.touched > kLong) {
+    if (p.touched > kLong && !p.row_wise) {
       for (int64_t g = 0; g < groups.count; ++g) {
-        if (find(p, groups, g, 0).count <= kLong) continue;
+        const Row row = find(p, groups, g, 0);
+        if (row.count <= kLong || !moves(p, row.row)) continue;
 #pragma omp for schedule(static)
         for (int64_t first = 0; first < p.columns; first += kLongColumns)
-          step<T, kAmsgrad>(p, find(p, groups, g, first), min(kLongColumns, p.columns - first), c);
+          step<T, M, kAmsgrad, false>(p, find(p, groups, g, first), first,
+                                      min(kLongColumns, p.columns - first), 0.f, own(row.row));
       }
     }
     if (p.row_steps) {
 #pragma omp for schedule(static)
-      for (int64_t g = 0; g < groups.count; ++g) ++p.row_steps[find(p, groups, g, 0).row];
+      for (int64_t g = 0; g < groups.count; ++g) {
+        const int64_t row = find(p, groups, g, 0).row;
+        p.row_steps[row] += moves(p, row);
+      }
     }
   }
 }
 
+template <typename T, typename M>
+void step(const LazyAdam& p) {
+  p.max_exp_avg_sq && !p.row_wise ? step<T, M, true>(p) : step<T, M, false>(p);
+}
+
 template <typename T>
 void step(const LazyAdam& p) {
-  p.max_exp_avg_sq ? step<T, true>(p) : step<T, false>(p);
+  p.exp_avg_dtype == DType::bf16 ? step<T, bf16>(p) : step<T, float>(p);
 }
 
 }  // namespace
 
-int64_t lazy_adam_step(const LazyAdam& p) {
+int64_t lazy_adam_step(const LazyAdam& given) {
+  LazyAdam p = given;
   const int64_t bad = p.rows ? outside(p) : -1;
   if (bad >= 0) return bad;
+  const bool has_rows = p.rows || p.row_steps || p.row_wise || p.stochastic || p.padding_idx >= 0 ||
+                        (p.flags & kLazyAdamSkipZero);
+  if (!has_rows) p.columns *= p.table_rows, p.table_rows = 1;  // one long row, in blocks
   switch (p.dtype) {
     case DType::f32:
       step<float>(p);

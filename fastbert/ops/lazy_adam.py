@@ -4,13 +4,18 @@
     m += (1 - beta1) * (g - m),   v = beta2 * v + (1 - beta2) * g * g,   u = max(u, v)     u: amsgrad alone
     w -= lr / (1 - beta1^t) * m / (sqrt(v or u) / sqrt(1 - beta2^t) + eps)
 
-w is [V, D]; m, v and u are float32 (float64 for a float64 w), w's dtype is rounded to once. Rows that are not touched
-keep their bits in all four. Gradient rows of one id are added up in that same dtype, in the order they stand in. t
-counts the steps of the parameter, or of the row where `row_steps` are given.
+w is [V, D]; arithmetic is float32 (float64 for a float64 w), and so are m, v and u; w's dtype is rounded to once. Rows
+that are not touched keep their bits in all four. Gradient rows of one id are added up in that same dtype, in the order
+they stand in. t counts the steps of the parameter, or of the row where `row_steps` are given.
+
+Flags change single terms (see below). To save memory m may be bfloat16, rounded to nearest, and v and u may be [V, 1],
+one number per row, which the mean of g * g over the row feeds. A bfloat16 w is rounded stochastically where a seed is
+given: up with the probability that makes it right on average.
 Sources: Kingma and Ba, "Adam: a method for stochastic optimization" (2015); Loshchilov and Hutter, "Decoupled weight
 decay regularization" (2019); Reddi, Kale and Kumar, "On the convergence of Adam and beyond" (2018).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -19,9 +24,15 @@ from torch import Tensor
 
 from fastbert.backend import pick
 from fastbert.ops.checks import wide
+from fastbert.ops.philox import lanes
 
 GRAD_BY_ROW = 1  # flag: grad is [V, D], indexed by row id; `rows` says which of its rows step, each once
 MAXIMIZE = 2  # flag: steps uphill
+EPS_UNCORRECTED = 4  # flag: eps stands beside sqrt(v), before bias correction: SparseAdam, TensorFlow's LazyAdam
+NO_BIAS_CORRECTION = 8  # flag: t is infinite: BERT's AdamWeightDecayOptimizer
+COUPLED_DECAY = 16  # flag: weight decay joins the gradient, Adam's L2 penalty, instead of shrinking w
+SKIP_ZERO = 32  # flag: a row whose gradient is all zero is left alone; grad must be [V, D]
+FLAGS = 63  # all of them
 
 
 @torch.library.custom_op(
@@ -43,6 +54,8 @@ def lazy_adam_step(
     eps: float,
     weight_decay: float,
     flags: int,
+    padding_idx: int,
+    number: int,
     backend: str,
 ) -> None:
     """Changes the first five arguments in place.
@@ -50,15 +63,19 @@ def lazy_adam_step(
     Args:
         param: [V, ...] float32, bfloat16 or float16 (float64 on the reference backend), contiguous; any shape where
             `rows` is None.
-        exp_avg, exp_avg_sq: m and v, param's shape, contiguous, float32 (float64 for a float64 param).
-        max_exp_avg_sq: u, likewise; None is Adam without amsgrad.
+        exp_avg: m, param's shape, contiguous, float32 (float64 for a float64 param) or bfloat16.
+        exp_avg_sq: v, contiguous, float32 (float64): param's shape, or [V, 1, ...], one number per row.
+        max_exp_avg_sq: u, like v; None is Adam without amsgrad.
         row_steps: int32 [V], each row's own t before this step, counted up where it is touched; None takes `step`.
         rows: int64 [n], the id of each gradient row, in any order, duplicates allowed; None steps every row once.
         grad: [n, ...], one per id; [V, ...], param's shape, where `rows` is None or with the flag GRAD_BY_ROW.
         lr: one number.
         step: one number, t of this step, 1 the first time.
-        seed: the key of stochastic rounding, which this version does not have: None.
-        flags: GRAD_BY_ROW, MAXIMIZE or their sum.
+        seed: int64 [1], the key of stochastic rounding of a bfloat16 param; None rounds to nearest. Element (row,
+            column) takes lane `column % 8` of Philox at the counter (column // 8, row, step, 2 + 4 * number).
+        flags: sum of the flags above.
+        padding_idx: this row is left alone; -1 for none.
+        number: tells parameters of one seed apart.
         backend: runs on this backend or raises; "" chooses by the tensor's device.
 
     Raises:
@@ -68,7 +85,7 @@ def lazy_adam_step(
     """
     _run(
         param, exp_avg, exp_avg_sq, max_exp_avg_sq, row_steps, rows, grad, lr, step, seed, beta1, beta2, eps,
-        weight_decay, flags, backend,
+        weight_decay, flags, padding_idx, number, backend,
     )  # fmt: skip
 
 
@@ -89,6 +106,8 @@ def _(
     eps: float,
     weight_decay: float,
     flags: int,
+    padding_idx: int,
+    number: int,
     backend: str,
 ) -> None:
     return None
@@ -117,34 +136,47 @@ class reference:  # a namespace, spelled as the backend is
     def lazy_adam_step(
         param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor | None, row_steps: Tensor | None,
         rows: Tensor | None, grad: Tensor, lr: Tensor, step: Tensor, seed: Tensor | None, beta1: float, beta2: float,
-        eps: float, weight_decay: float, flags: int,
+        eps: float, weight_decay: float, flags: int, padding_idx: int, number: int,
     ) -> None:  # fmt: skip
         if rows is not None:
             check_rows(rows, param.shape[0])
-        table_rows = 1 if rows is None and row_steps is None else param.shape[0]
-        columns = param.numel() // max(table_rows, 1)
+        table_rows = param.shape[0] if param.dim() else 1
         tables = [
-            None if x is None else x.view(table_rows, columns) for x in (param, exp_avg, exp_avg_sq, max_exp_avg_sq)
+            None if x is None else x.view(table_rows, x.numel() // max(table_rows, 1))
+            for x in (param, exp_avg, exp_avg_sq, max_exp_avg_sq)
         ]
+        columns = tables[0].shape[1]
         # gradient
-        ids = torch.arange(table_rows, device=param.device) if rows is None else rows.unique()
         if rows is None or flags & GRAD_BY_ROW:
+            ids = torch.arange(table_rows, device=param.device) if rows is None else rows.unique()
             g = wide(grad.reshape(table_rows, columns)[ids])
         else:
             ids, g = sum_duplicates(rows, grad.reshape(rows.numel(), columns))
-        if flags & MAXIMIZE:
-            g = -g
+        moves = ids != padding_idx
+        if flags & SKIP_ZERO:
+            moves &= (g != 0).any(1)
+        ids, g = ids[moves], g[moves]
         # update
         w, m, v, u = (None if x is None else wide(x[ids]) for x in tables)
         t = step.double() if row_steps is None else row_steps[ids].double().unsqueeze(1) + 1
+        if flags & NO_BIAS_CORRECTION:
+            t = t * math.inf
         size = (lr.double() / (1 - beta1**t)).to(w.dtype)
         root = (1 - beta2**t).sqrt().to(w.dtype)
-        w = w * (1 - lr.double() * weight_decay).to(w.dtype)
+        if flags & MAXIMIZE:
+            g = -g
+        if flags & COUPLED_DECAY:
+            g = g + weight_decay * w
+        else:
+            w = w * (1 - lr.double() * weight_decay).to(w.dtype)
         m = m.lerp(g, 1 - beta1)
-        v = v * beta2 + (1 - beta2) * g * g
+        square = g * g if v.shape == g.shape else (g * g).mean(1, keepdim=True)
+        v = v * beta2 + (1 - beta2) * square
         if u is not None:
             u = torch.maximum(u, v)
-        w = w - size * m / ((v if u is None else u).sqrt() / root + eps)
+        w = w - size * m / ((v if u is None else u).sqrt() / root + (eps / root if flags & EPS_UNCORRECTED else eps))
+        if seed is not None:
+            w = _round_stochastically(w, ids, step, number, seed)
         for table, new in zip(tables, (w, m, v, u), strict=True):
             if table is not None:
                 table[ids] = new.to(table.dtype)
@@ -152,15 +184,22 @@ class reference:  # a namespace, spelled as the backend is
             row_steps[ids] += 1
 
 
+def _round_stochastically(w: Tensor, rows: Tensor, step: Tensor, number: int, seed: Tensor) -> Tensor:
+    """w, float32 [R, D], in bfloat16: its bits and 16 random ones added up, of which the upper half is kept."""
+    random = lanes(w.shape[1], rows.unsqueeze(1), step.long(), 2 + 4 * number, seed)
+    bits = w.view(torch.int32) + random.to(torch.int32)
+    return torch.where(w.isfinite(), (bits & -65536).view(torch.float32), w).bfloat16()
+
+
 def _run(
     param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor | None, row_steps: Tensor | None,
     rows: Tensor | None, grad: Tensor, lr: Tensor, step: Tensor, seed: Tensor | None, beta1: float, beta2: float,
-    eps: float, weight_decay: float, flags: int, backend: str,
+    eps: float, weight_decay: float, flags: int, padding_idx: int, number: int, backend: str,
 ) -> None:  # fmt: skip
-    _check(param, (exp_avg, exp_avg_sq, max_exp_avg_sq), row_steps, rows, grad, seed, flags)
+    _check(param, exp_avg, (exp_avg_sq, max_exp_avg_sq), row_steps, rows, grad, seed, flags)
     pick("lazy_adam", backend, param, reference).lazy_adam_step(
         param, exp_avg, exp_avg_sq, max_exp_avg_sq, row_steps, rows, grad, lr, step, seed, beta1, beta2, eps,
-        weight_decay, flags,
+        weight_decay, flags, padding_idx, number,
     )  # fmt: skip
 
 
@@ -200,7 +239,8 @@ def check_rows(rows: Tensor, table_rows: int) -> None:
 
 def _check(
     param: Tensor,
-    state: tuple[Tensor, Tensor, Tensor | None],
+    exp_avg: Tensor,
+    squares: tuple[Tensor, Tensor | None],
     row_steps: Tensor | None,
     rows: Tensor | None,
     grad: Tensor,
@@ -210,13 +250,20 @@ def _check(
     if not param.is_floating_point() or not grad.is_floating_point():
         raise TypeError(f"param and grad must be floating tensors, got {param.dtype} and {grad.dtype}")
     dtype = torch.promote_types(param.dtype, torch.float32)
-    for x in state:
-        if x is not None and (x.dtype != dtype or x.shape != param.shape):
+    if exp_avg.dtype not in (dtype, torch.bfloat16) or exp_avg.shape != param.shape:
+        raise ValueError(
+            f"exp_avg of a {param.dtype} param must be {dtype} or bfloat16 of its shape {list(param.shape)}, got "
+            f"{exp_avg.dtype} {list(exp_avg.shape)}"
+        )
+    for x in squares:
+        if x is not None and (x.dtype != dtype or x.shape not in (param.shape, row_wise_shape(param))):
             raise ValueError(
-                f"the state of a {param.dtype} param must be {dtype} of its shape {list(param.shape)}, got {x.dtype} "
-                f"{list(x.shape)}"
+                f"exp_avg_sq of a {param.dtype} param must be {dtype} of its shape {list(param.shape)} or of "
+                f"{list(row_wise_shape(param))}, got {x.dtype} {list(x.shape)}"
             )
-    if not all(x is None or x.is_contiguous() for x in (param, *state)):
+    if squares[1] is not None and squares[1].shape != squares[0].shape:
+        raise ValueError("exp_avg_sq and max_exp_avg_sq must have one shape")
+    if not all(x is None or x.is_contiguous() for x in (param, exp_avg, *squares)):
         raise ValueError("param and its state must be contiguous: they are changed in place")
     if (rows is not None or row_steps is not None) and param.dim() == 0:
         raise ValueError("a parameter without dimensions has no rows")
@@ -228,9 +275,19 @@ def _check(
     shape = param.shape if by_row else (rows.numel(), *param.shape[1:])
     if grad.shape != shape:
         raise ValueError(f"grad must have shape {list(shape)}, got {list(grad.shape)}")
-    if any(x is not None and x.device != param.device for x in (*state, row_steps, rows, grad)):
+    if any(x is not None and x.device != param.device for x in (exp_avg, *squares, row_steps, rows, grad)):
         raise ValueError(f"param, state, rows and grad must be on one device, param is on {param.device}")
-    if flags & ~(GRAD_BY_ROW | MAXIMIZE):
-        raise ValueError(f"flags must be a sum of GRAD_BY_ROW (1) and MAXIMIZE (2), got {flags}")
-    if seed is not None:
-        raise ValueError("stochastic rounding is not there yet: seed must be None")
+    if flags & ~FLAGS:
+        raise ValueError(f"flags must be a sum of the flags of fastbert.ops.lazy_adam, at most {FLAGS}, got {flags}")
+    if flags & SKIP_ZERO and not by_row:
+        raise ValueError("SKIP_ZERO needs a gradient by row: of a sparse one, leave the zero rows out")
+    if seed is not None and (param.dtype != torch.bfloat16 or seed.dtype != torch.int64 or seed.numel() != 1):
+        raise ValueError(
+            f"stochastic rounding takes a bfloat16 param and an int64 seed of one element, got {param.dtype} and "
+            f"{seed.dtype} {list(seed.shape)}"
+        )
+
+
+def row_wise_shape(param: Tensor) -> tuple[int, ...]:
+    """Of a second moment that has one number per row: [V, 1, ...]."""
+    return (*param.shape[:1], *(1 for _ in param.shape[1:]))
