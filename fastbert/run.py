@@ -64,8 +64,8 @@ class PretrainConfig:
     """Decay of Adam's second moment; RoBERTa's value, BERT's own 0.999 learns more slowly in short runs."""
     clip: float = 1.0
     """Largest norm of the gradient that is applied."""
-    embedding_update: Literal["touched", "all"] = "touched"
-    """Rows of the word embeddings that a step moves: those whose word stands in its input or labels, or all."""
+    embedding_update: Literal["touched", "all"] = "all"
+    """Rows of the word embeddings that a step moves: all, or those whose word stands in its input or labels."""
     bf16: bool = False
     """Compute in bfloat16 (autocast); weights stay float32."""
     seed: int = 0

@@ -245,7 +245,7 @@ def test_accumulated_is_one_large_batch(settings, finished):
 
 
 def test_touched_moves_the_words_of_the_step_and_no_other(settings, finished):
-    config = dataclasses.replace(settings, steps=10)
+    config = dataclasses.replace(settings, steps=10, embedding_update="touched")
     micro = [batches(finished, config)[i] for i in (0, 1)]
     model, optimizer = small(config)
     words = model.bert.embeddings.word_embeddings.weight
