@@ -179,6 +179,20 @@ int64_t lazy_adam_step(uintptr_t param, uintptr_t exp_avg, uintptr_t exp_avg_sq,
   return selected->kernels->lazy_adam_step(a);
 }
 
+int64_t lazy_adam_replay(uintptr_t param, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t last_step,
+                         uintptr_t rows, uintptr_t lr, uintptr_t decay, uintptr_t scratch, int64_t table_rows,
+                         int64_t named, int64_t columns, int64_t steps, int64_t step, int64_t padding_idx,
+                         double beta1, double beta2, double eps, int64_t flags, int threads) {
+  LazyAdamReplay a{};
+  a.param = at<float>(param), a.exp_avg = at<float>(exp_avg), a.exp_avg_sq = at<float>(exp_avg_sq);
+  a.last_step = at<int32_t>(last_step), a.rows = at<const int64_t>(rows);
+  a.lr = at<const double>(lr), a.decay = at<const double>(decay), a.scratch = at<double>(scratch);
+  a.table_rows = table_rows, a.named = named, a.columns = columns, a.steps = steps, a.step = step;
+  a.padding_idx = padding_idx, a.beta1 = beta1, a.beta2 = beta2, a.eps = eps, a.flags = flags;
+  a.threads = threads;
+  return selected->kernels->lazy_adam_replay(a);
+}
+
 std::array<uint32_t, 4> philox(uint64_t seed, std::array<uint32_t, 4> counter) {
   std::array<uint32_t, 4> words;
   selected->kernels->philox(seed, counter.data(), words.data());
@@ -205,4 +219,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("attention_forward", attention_forward, no_gil);
   m.def("attention_backward", attention_backward, no_gil);
   m.def("lazy_adam_step", lazy_adam_step, no_gil);
+  m.def("lazy_adam_replay_scratch", lazy_adam_replay_scratch,
+        "Doubles of scratch for so many recorded steps.");
+  m.def("lazy_adam_replay", lazy_adam_replay, no_gil);
 }

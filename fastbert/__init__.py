@@ -3,10 +3,11 @@
 from fastbert.allocator import keep_memory
 from fastbert.backend import backends, use_backend
 from fastbert.bert import BertConfig, BertForPreTraining, BertModel
+from fastbert.gradients import all_gather_rows, clip_grad_norm_
 from fastbert.ops.attention import attention
 from fastbert.ops.gelu import gelu
 from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
-from fastbert.optim import LazyAdam, clip_grad_norm_
+from fastbert.optim import LazyAdam
 from fastbert.version import __version__
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "BertModel",
     "LazyAdam",
     "__version__",
+    "all_gather_rows",
     "attention",
     "backends",
     "clip_grad_norm_",

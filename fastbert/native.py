@@ -177,6 +177,28 @@ class cpu:  # a namespace, spelled as the backend is
                 f"row ids must lie in [0, {table_rows}), got {int(rows[bad])} at position {bad}; nothing was changed"
             )
 
+    @staticmethod
+    def lazy_adam_replay(
+        param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, last_step: Tensor, rows: Tensor | None, lr: Tensor,
+        decay: Tensor, step: int, beta1: float, beta2: float, eps: float, flags: int, padding_idx: int,
+    ) -> None:  # fmt: skip
+        table_rows, named = param.shape[0], 0 if rows is None else rows.numel()
+        columns = param.numel() // max(table_rows, 1)
+        if param.numel() == 0 or (rows is not None and named == 0):
+            return
+        rows = None if rows is None else rows.contiguous()
+        scratch = torch.empty(module.lazy_adam_replay_scratch(lr.numel()), dtype=torch.float64)
+        lr, decay = lr.contiguous(), decay.contiguous()
+        bad = module.lazy_adam_replay(
+            _address(param), _address(exp_avg), _address(exp_avg_sq), _address(last_step), _address(rows),
+            _address(lr), _address(decay), _address(scratch), table_rows, named, columns, lr.numel(), step,
+            padding_idx, beta1, beta2, eps, flags, _threads((named or table_rows) * columns),
+        )  # fmt: skip
+        if bad >= 0:
+            raise ValueError(
+                f"row ids must lie in [0, {table_rows}), got {int(rows[bad])} at position {bad}; nothing was changed"
+            )
+
 
 def _window(causal: bool, window: list[int] | None) -> tuple[int, int]:
     """(left, right): key j is visible to query i where i - left <= j <= i + right."""

@@ -1,21 +1,45 @@
 """LazyAdam: one optimizer for dense parameters and for tables of which a batch touches a few rows.
 
-The update itself is an op (`fastbert.ops.lazy_adam`); here are state, parameter groups, what counts as touched, and the
-gradient norm that goes with it. Everything is checked before anything is changed.
+The update itself is an op (`fastbert.ops.lazy_adam`); here are state, parameter groups and what counts as touched.
+Everything is checked before anything is changed.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastbert import gradients, replay
 from fastbert.backend import requested
-from fastbert.ops.lazy_adam import GRAD_BY_ROW, MAXIMIZE, check_rows, sum_duplicates, update
+from fastbert.gradients import Gradient, Rows
+from fastbert.ops.lazy_adam import (
+    COUPLED_DECAY,
+    EPS_UNCORRECTED,
+    GRAD_BY_ROW,
+    MAXIMIZE,
+    NO_BIAS_CORRECTION,
+    SKIP_ZERO,
+    row_wise_shape,
+    update,
+)
+from fastbert.ops.lazy_adam_replay import check_betas
 
-Rows = Mapping[Tensor, Tensor]  # parameter -> ids of its touched rows
+_DEFAULTS = {  # options that torch.optim.AdamW does not have
+    "decoupled_weight_decay": True,
+    "lazy": None,
+    "padding_idx": None,
+    "eps_mode": "adam",
+    "bias_correction": "global",
+    "missed": "leave",
+    "stochastic_rounding": False,
+    "seed": 0,
+    "exp_avg_dtype": None,
+    "row_wise": False,
+}
 
 
 class LazyAdam(Optimizer):
@@ -24,7 +48,7 @@ class LazyAdam(Optimizer):
     **`weight_decay` is 0.0 unless given, not AdamW's 0.01.** It is decoupled, as in AdamW, and a row decays when it is
     touched. What a gradient touches:
 
-    - dense: every row, the step of `torch.optim.AdamW`;
+    - dense: every row, the step of `torch.optim.AdamW`; `lazy="nonzero"` leaves rows alone whose gradient is all zero;
     - dense, with `step(rows={param: ids})`: the named rows, the rest of the gradient is ignored;
     - sparse (`nn.Embedding(sparse=True)`): the rows it holds. It is never coalesced; duplicates are added up in
       float32 (float64 for float64), in the order they stand in, whatever the gradient's dtype.
@@ -35,25 +59,47 @@ class LazyAdam(Optimizer):
 
     Parameters may be float32, bfloat16 or float16 (float64 on the reference backend), of any shape; rows are the first
     axis. State is float32 (float64 for float64) under torch's names `step`, `exp_avg`, `exp_avg_sq` and
-    `max_exp_avg_sq`, so that state dicts go to and from `torch.optim.AdamW`; `load_state_dict` copies them and keeps
-    float32 for parameters of any dtype. A parameter that is not contiguous is copied there and back at every step.
+    `max_exp_avg_sq`, so that state dicts go to and from `torch.optim.Adam`, `AdamW` and `SparseAdam`;
+    `load_state_dict` copies them and keeps float32 for parameters of any dtype. A parameter that is not contiguous is
+    copied there and back at every step.
+
+    **As `torch.optim.SparseAdam`**: `eps_mode="sparse_adam"`. **As TensorFlow's LazyAdam**: the same with `eps=1e-7`.
+    **As BERT's own**: `LazyAdam.bert(model)`.
+
+    **Missed steps.** Left alone, a row keeps where it is between its batches. With `missed="replay"` it takes, when it
+    is read next, every step dense AdamW would have taken meanwhile by momentum and weight decay: AdamW's trajectory at
+    lazy cost, any schedule included. `attach(embedding)` has rows brought before they are read and all of them before
+    `state_dict()` of the module. The optimizer's own `state_dict()` changes nothing: it keeps how far each row is, and
+    a resumed run is bitwise the unbroken one, if the model was saved within `with optimizer.raw():`. Call `flush()`
+    before the state goes to another optimizer or the model is copied. For float32 parameters.
 
     Sources: Kingma and Ba, "Adam: a method for stochastic optimization" (2015); Loshchilov and Hutter, "Decoupled
     weight decay regularization" (2019); the lazy form is TensorFlow's LazyAdamOptimizer, with AdamW's eps.
 
-    Args:
+    Args (all but `params` may differ by group):
         params: parameters, named parameters, or group dicts, as for every torch optimizer.
         lr: learning rate, a float or a tensor of one element.
         betas: decay of the first and the second moment, each in [0, 1).
-        eps: added to the root of the bias-corrected second moment, as Adam and AdamW do.
-        weight_decay: decoupled, on touched rows.
+        eps: added to the root of the second moment.
+        weight_decay: on touched rows.
         amsgrad: divide by the largest second moment so far.
         maximize: step uphill.
         foreach, fused: accepted, without effect.
-        capturable, differentiable: must be False.
+        capturable: keep the step count on the parameter's device.
+        differentiable: must be False.
+        decoupled_weight_decay: False is Adam's L2 penalty, for dense steps alone.
+        lazy: "nonzero" as above; "rows": a dense gradient without named rows raises instead of moving every row.
+        padding_idx: this row never moves; `attach` takes it from the embedding.
+        eps_mode: "adam" adds eps after bias correction, "sparse_adam" before it.
+        bias_correction: "global", "row" (by each row's own count of steps) or None.
+        missed: "leave" or "replay".
+        stochastic_rounding: of bfloat16 parameters, so that steps below their resolution count on average.
+        seed: of stochastic rounding; the same seed rounds the same way on every backend.
+        exp_avg_dtype: torch.bfloat16 halves the first moment.
+        row_wise: one number of second moment per row, fed by the row's mean square; for parameters of two or more axes.
 
     Raises:
-        ValueError: an option outside its range or not supported.
+        ValueError: an option outside its range, or options that do not go together.
         TypeError: a parameter that is complex, an integer or sparse itself.
     """
 
@@ -71,30 +117,45 @@ class LazyAdam(Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        decoupled_weight_decay: bool = True,
+        lazy: str | None = None,
+        padding_idx: int | None = None,
+        eps_mode: str = "adam",
+        bias_correction: str | None = "global",
+        missed: str = "leave",
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        exp_avg_dtype: torch.dtype | None = None,
+        row_wise: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-            "decoupled_weight_decay": True,  # for torch.optim.Adam, should it load our state
-        }
+        options = dict(locals())
+        defaults = {name: value for name, value in options.items() if name not in ("self", "params", "__class__")}
+        self._padding: dict[Tensor, int] = {}  # of attached embeddings
+        self.is_raw = False
         super().__init__(params, defaults)
+
+    @classmethod
+    def bert(cls, model: nn.Module, lr: float | Tensor = 1e-4, weight_decay: float = 0.01, **options: Any) -> Self:
+        """BERT's AdamWeightDecayOptimizer: no bias correction, eps 1e-6, no decay on biases and LayerNorm.
+
+        Source: Devlin et al., "BERT" (2019), `optimization.py` of its code, which clips the gradient norm to 1.0.
+        """
+        options = {"eps": 1e-6, "bias_correction": None, **options}
+        return cls(decay_groups(model, weight_decay), lr=lr, **options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters; its options override the constructor's. Raises as the constructor does."""
-        _check_options({**self.defaults, **param_group})
+        options = {**self.defaults, **param_group}
+        _check_options(options)
         super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
-            if not param.is_floating_point() or param.layout != torch.strided:
-                self.param_groups.pop()
-                raise TypeError(f"LazyAdam takes dense floating parameters, got {param.dtype} with {param.layout}")
+        try:
+            for param in self.param_groups[-1]["params"]:
+                _check_param(param, options)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    # ---- the step --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, rows: Rows | None = None) -> Any:
@@ -111,54 +172,181 @@ class LazyAdam(Optimizer):
 
         Raises:
             ValueError: ids outside the table, ids for a parameter that is not this optimizer's or whose gradient is
-                sparse, a gradient with more than one sparse axis, a learning rate that is NaN or infinite.
+                sparse, a gradient with more than one sparse axis, a dense gradient without ids where `lazy="rows"`, L2
+                decay on rows, a learning rate that is NaN or infinite.
             TypeError: ids that are not an integer tensor, a gradient of another layout than strided or COO.
+            RuntimeError: `missed="replay"` and a row that was read before it was brought up to date.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         rows = rows or {}
-        groups = self.param_groups
-        _check_named(rows, {param for group in groups for param in group["params"]}, "this optimizer's")
-        rates = [_learning_rate(group["lr"]) for group in groups]
-        gradients = [[_gradient(param, rows) for param in group["params"]] for group in groups]
-        for group, lr, of_group in zip(groups, rates, gradients, strict=True):
-            for param, gradient in zip(group["params"], of_group, strict=True):
+        gradients.check_named(
+            rows, {param for group in self.param_groups for param in group["params"]}, "this optimizer's"
+        )
+        planned, number = [], 0
+        for group in self.param_groups:
+            lr = _learning_rate(group["lr"])
+            for param in group["params"]:
+                gradient = gradients.read(param, rows)
                 if gradient is not None:
-                    self._step_param(param, gradient, lr, group)
+                    self._check_gradient(param, gradient, group)
+                    planned.append((param, gradient, lr, group, number))
+                number += 1
+        for step in planned:
+            self._step_param(*step)
         return loss
 
-    def _step_param(self, param: Tensor, gradient: "_Gradient", lr: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[param]
-        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]:
-            if name not in state:
-                dtype = torch.promote_types(param.dtype, torch.float32)
-                state[name] = torch.zeros(param.shape, dtype=dtype, device=param.device)
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-        step = state["step"]
-        step += 1
+    def _check_gradient(self, param: Tensor, gradient: Gradient, group: dict[str, Any]) -> None:
+        if gradient.rows is None and group["lazy"] == "rows":
+            raise ValueError(
+                f'lazy="rows": the dense gradient of a parameter of shape {list(param.shape)} came without its rows; '
+                "pass step(rows={param: ids})"
+            )
+        is_lazy = gradient.rows is not None or group["lazy"] == "nonzero"
+        if is_lazy and group["weight_decay"] and not group["decoupled_weight_decay"]:
+            raise ValueError(
+                "an L2 penalty (decoupled_weight_decay=False) gives every row a gradient, and only some step: set "
+                "weight_decay=0, or decouple it"
+            )
+        if group["missed"] == "replay" and gradient.rows is not None:
+            if gradient.by_row:
+                replay.check_rest_is_zero(gradient.values, gradient.rows)
+            replay.check_current(self.state.get(param, {}), gradient.rows)
+
+    def _step_param(self, param: Tensor, gradient: Gradient, lr: Tensor, group: dict[str, Any], number: int) -> None:
+        state = self._state(param, group)
+        padding_idx = self._padding_idx(param, group)
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        formula = (group["eps_mode"] == "sparse_adam") * EPS_UNCORRECTED
+        formula += (group["bias_correction"] is None) * NO_BIAS_CORRECTION
+        if group["missed"] == "replay" and gradient.rows is not None and "last_step" not in state:
+            replay.begin(param, state)
+        keeps_record = "last_step" in state
+        if keeps_record:
+            if gradient.rows is None:
+                replay.catch_up(param, state, None, padding_idx)
+            options = (beta1, beta2, group["eps"], formula)
+            replay.record(param, state, float(lr), group["weight_decay"], options, padding_idx)
+        flags = formula + gradient.by_row * GRAD_BY_ROW + bool(group["maximize"]) * MAXIMIZE
+        flags += (not group["decoupled_weight_decay"]) * COUPLED_DECAY
+        flags += (gradient.rows is None and group["lazy"] == "nonzero") * SKIP_ZERO
+        is_rounded = group["stochastic_rounding"] and param.dtype == torch.bfloat16
+        seed = torch.tensor([group["seed"]], device=param.device) if is_rounded else None
+        state["step"] += 1
         table = param.contiguous()
-        beta1, beta2 = group["betas"]
         update(
-            table, state["exp_avg"], state["exp_avg_sq"], state["max_exp_avg_sq"] if group["amsgrad"] else None, None,
-            gradient.rows, gradient.values, lr, step, None, float(beta1), float(beta2), group["eps"],
-            group["weight_decay"], gradient.by_row * GRAD_BY_ROW + bool(group["maximize"]) * MAXIMIZE, -1, 0,
-            requested(),
+            table, state["exp_avg"], state["exp_avg_sq"], state["max_exp_avg_sq"] if group["amsgrad"] else None,
+            state["row_steps"] if group["bias_correction"] == "row" and param.dim() else None, gradient.rows,
+            gradient.values, lr, state["step"], seed, beta1, beta2, group["eps"], group["weight_decay"], flags,
+            padding_idx, number, requested(),
         )  # fmt: skip
         if table is not param:
             param.copy_(table)
+        if keeps_record and gradient.rows is None:
+            replay.forget(state)
+        elif keeps_record:
+            state["last_step"].index_fill_(0, gradient.rows, int(state["step"]))
+
+    def _state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """The parameter's state, with what its options need and it does not have yet."""
+        state = self.state[param]
+        squares = ("exp_avg_sq", "max_exp_avg_sq")[: 2 if group["amsgrad"] else 1]
+        for name in ("exp_avg", *squares):
+            if name not in state:
+                shape, dtype = _shape_and_dtype(name, param, group)
+                state[name] = torch.zeros(shape, dtype=dtype, device=param.device)
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if group["capturable"] else "cpu")
+        if group["bias_correction"] == "row" and param.dim() and "row_steps" not in state:
+            # rows that stepped before stand at the parameter's count
+            state["row_steps"] = torch.full(param.shape[:1], int(state["step"]), dtype=torch.int32, device=param.device)
+        return state
+
+    def grad_norm(self, *, rows: Rows | None = None, error_if_nonfinite: bool = False) -> Tensor:
+        """The L2 norm over what the gradients of all groups will apply, a scalar; see `fastbert.clip_grad_norm_`."""
+        return gradients.total_norm(self._parameters(), rows, error_if_nonfinite)
+
+    # ---- missed steps ----------------------------------------------------------------------------------------------
+
+    def attach(self, embedding: nn.Module) -> None:
+        """Ties an `nn.Embedding` or `nn.EmbeddingBag` to this optimizer.
+
+        Its `padding_idx` never moves. With `missed="replay"` rows are brought up to date before the module reads them,
+        and all of them before its `state_dict()`, except within `raw()`.
+
+        Raises:
+            ValueError: its weight is not this optimizer's.
+        """
+        group = self._group_of(embedding.weight)
+        if embedding.padding_idx is not None:
+            self._padding[embedding.weight] = embedding.padding_idx
+        if group["missed"] == "replay":
+            hook = replay.Hook(self)
+            embedding.register_forward_pre_hook(hook.before_forward, with_kwargs=True)
+            embedding.register_state_dict_pre_hook(hook.before_state_dict)
+
+    @torch.no_grad()
+    def catch_up(self, param: Tensor, ids: Tensor | None = None) -> None:
+        """Brings rows of a parameter, or all, to the last step; nothing to do unless `missed="replay"`.
+
+        Args:
+            ids: of any shape and integer type.
+
+        Raises:
+            ValueError: ids outside the table, or a parameter that is not this optimizer's.
+        """
+        group = self._group_of(param)
+        rows = None if ids is None else ids.reshape(-1).to(param.device, torch.int64)
+        replay.catch_up(param, self.state.get(param, {}), rows, self._padding_idx(param, group))
+
+    def flush(self) -> None:
+        """Brings all rows of all parameters to the last step."""
+        for param in self._parameters():
+            self.catch_up(param)
+
+    @contextlib.contextmanager
+    def raw(self) -> Iterator[None]:
+        """Within the block, `state_dict()` of an attached module does not bring its rows up to date.
+
+        For checkpoints to resume from, together with this optimizer's state: both are as they stand.
+        """
+        before, self.is_raw = self.is_raw, True
+        try:
+            yield
+        finally:
+            self.is_raw = before
+
+    def _parameters(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _group_of(self, param: Tensor) -> dict[str, Any]:
+        for group in self.param_groups:
+            if any(param is own for own in group["params"]):
+                return group
+        raise ValueError(f"a parameter of shape {list(param.shape)} is not this optimizer's: pass it when you build it")
+
+    def _padding_idx(self, param: Tensor, group: dict[str, Any]) -> int:
+        idx = self._padding.get(param, group["padding_idx"])
+        return -1 if idx is None else idx
+
+    # ---- copies and files ------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_padding": self._padding}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.is_raw = False
         super().__setstate__(state)
-        for group in self.param_groups:  # options that the optimizer which saved it did not know
-            for name, value in self.defaults.items():
+        for group in self.param_groups:
+            for name, value in {**self.defaults, **_DEFAULTS}.items():
                 group.setdefault(name, value)
-            group["decoupled_weight_decay"] = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` of this class, `torch.optim.AdamW` or `Adam` returned; state is copied.
+        """Loads what `state_dict` of this class or of `torch.optim.Adam`, `AdamW` or `SparseAdam` returned; a copy.
+
+        Options that the saved groups do not name stay as they are here.
 
         Raises:
             ValueError: groups or state that do not fit, or options that LazyAdam does not have.
@@ -167,29 +355,30 @@ class LazyAdam(Optimizer):
 
         # torch casts state to the parameter's dtype while it loads, which would cost float32 moments of bfloat16
         # parameters their bits: the state is read again, after the users' hooks before and before those after.
-        def check(_: Optimizer, state_dict: dict[str, Any]) -> None:
-            saved.update(state_dict)
-            for group in saved["param_groups"]:
-                options = {**self.defaults, **group}
-                _check_options(options)
-                if options["weight_decay"] and not options["decoupled_weight_decay"]:
-                    raise ValueError(
-                        "the saved optimizer had coupled weight decay (torch.optim.Adam with weight_decay > 0); "
-                        "LazyAdam's is decoupled: set the saved groups' weight_decay to 0, or load into AdamW first"
-                    )
-            for key, param in self._by_saved_key(saved["param_groups"]):
+        def check(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            groups = [
+                {**{name: value for name, value in own.items() if name not in ("params", "param_names")}, **group}
+                for group, own in zip(state_dict["param_groups"], self.param_groups, strict=False)
+            ]
+            saved.update(state_dict, param_groups=groups + state_dict["param_groups"][len(groups) :])
+            for group in groups:
+                _check_options(group)
+            for key, param, group in self._by_saved_key(saved["param_groups"]):
+                _check_param(param, group)
                 for name, value in saved["state"].get(key, {}).items():
-                    if name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") and value.shape != param.shape:
+                    if name in _TABLES and tuple(value.shape) != _shape_and_dtype(name, param, group)[0]:
                         raise ValueError(
-                            f"{name} of a parameter of shape {list(param.shape)} was saved with shape "
-                            f"{list(value.shape)}: the state belongs to another model"
+                            f"{name} of a parameter of shape {list(param.shape)} must have shape "
+                            f"{list(_shape_and_dtype(name, param, group)[0])}, and was saved with {list(value.shape)}: "
+                            "the state belongs to another model or to other options"
                         )
+            return saved
 
         def restore(_: Optimizer) -> None:
-            for key, param in self._by_saved_key(saved["param_groups"]):
+            for key, param, group in self._by_saved_key(saved["param_groups"]):
                 if key in saved["state"]:
                     self.state[param] = {
-                        name: _restored(name, value, param) for name, value in saved["state"][key].items()
+                        name: _restored(name, value, param, group) for name, value in saved["state"][key].items()
                     }
 
         before = self.register_load_state_dict_pre_hook(check)
@@ -200,163 +389,101 @@ class LazyAdam(Optimizer):
             before.remove()
             after.remove()
 
-    def _by_saved_key(self, saved_groups: list[dict[str, Any]]) -> list[tuple[Any, Tensor]]:
-        pairs = zip(saved_groups, self.param_groups, strict=False)  # torch compares the numbers and says so
-        return [pair for saved, own in pairs for pair in zip(saved["params"], own["params"], strict=False)]
+    def _by_saved_key(self, saved_groups: list[dict[str, Any]]) -> Iterator[tuple[Any, Tensor, dict[str, Any]]]:
+        for saved, own in zip(saved_groups, self.param_groups, strict=False):  # torch compares the numbers and says so
+            for key, param in zip(saved["params"], own["params"], strict=False):
+                yield key, param, saved
 
 
-def clip_grad_norm_(
-    parameters: Tensor | Iterable[Tensor],
-    max_norm: float,
-    *,
-    rows: Rows | None = None,
-    error_if_nonfinite: bool = False,
-) -> Tensor:
-    """Scales gradients so that their common L2 norm is at most `max_norm`; the norm is over what will be applied.
-
-    As `torch.nn.utils.clip_grad_norm_`, with two differences: sparse gradients count with their duplicates added up
-    first, and of a dense gradient with named rows these rows alone count and are scaled, as `LazyAdam.step(rows=rows)`
-    will apply them; the others are left as they are. Does not depend on the number of threads.
-
-    Args:
-        parameters: parameters; those whose `grad` is None are left out.
-        max_norm: the largest norm allowed.
-        rows: the same that `LazyAdam.step` will be given.
-        error_if_nonfinite: raise where the norm is NaN or infinite, which waits for the device; otherwise such a norm
-            makes gradients NaN or 0, as in torch.
-
-    Returns:
-        The norm before scaling, a float32 scalar (float64 where a gradient is float64).
-
-    Dense gradients are scaled in place. A sparse gradient is replaced, because its values may be the very tensor that
-    an earlier layer's backward is still to read.
-
-    Raises:
-        ValueError: max_norm is negative or NaN, or as in `LazyAdam.step`.
-        TypeError: as in `LazyAdam.step`.
-        RuntimeError: `error_if_nonfinite` and the norm is not finite; gradients are as they were.
-    """
-    if not max_norm >= 0:
-        raise ValueError(f"max_norm must be a number >= 0, got {max_norm}")
-    rows = rows or {}
-    params = [parameters] if isinstance(parameters, Tensor) else list(dict.fromkeys(parameters))
-    _check_named(rows, set(params), "among the parameters given")
-    with torch.no_grad():
-        gradients = [(param, gradient) for param in params if (gradient := _gradient(param, rows)) is not None]
-        if not gradients:
-            return torch.zeros(())
-        applied = [_applied(gradient) for _, gradient in gradients]
-        norms = [_norm(values) for _, values in applied]
-        dtype = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
-        total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]))
-        if error_if_nonfinite and not total.isfinite():
-            raise RuntimeError(
-                f"the norm of the gradients is {total.item()}: skip this step or pass error_if_nonfinite=False"
-            )
-        factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-        if factor.device.type == "cpu" and factor == 1:
-            return total.to(dtype)
-        for (param, gradient), (ids, values) in zip(gradients, applied, strict=True):
-            scale = factor.to(param.device)
-            if gradient.rows is None:
-                param.grad.mul_(scale)
-            elif gradient.by_row:
-                param.grad.index_copy_(0, ids, values * scale)
-            else:
-                param.grad = torch.sparse_coo_tensor(
-                    param.grad._indices(), gradient.values * scale, param.shape, check_invariants=False,
-                    is_coalesced=param.grad.is_coalesced(),
-                )  # fmt: skip
-        return total.to(dtype)
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two parameter groups: matrices with weight decay; biases and LayerNorm, all that has one axis, without."""
+    params = list(model.parameters())
+    matrices = [param for param in params if param.dim() > 1]
+    vectors = [param for param in params if param.dim() <= 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-# ---- gradients -----------------------------------------------------------------------------------------------------
+# ---- state -----------------------------------------------------------------------------------------------------------
+
+_TABLES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "row_steps", "last_step")
 
 
-class _Gradient(NamedTuple):
-    rows: Tensor | None  # int64 [n]; None: every row
-    values: Tensor  # [n, ...], or param's shape: without rows or by row
-    by_row: bool
+def _shape_and_dtype(name: str, param: Tensor, group: dict[str, Any]) -> tuple[tuple[int, ...], torch.dtype]:
+    """Of one of `_TABLES`."""
+    if name in ("row_steps", "last_step"):
+        return tuple(param.shape[:1]), torch.int32
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    if name == "exp_avg":
+        return tuple(param.shape), group["exp_avg_dtype"] or dtype
+    return row_wise_shape(param) if group["row_wise"] else tuple(param.shape), dtype
 
 
-def _gradient(param: Tensor, rows: Rows) -> _Gradient | None:
-    """The parameter's gradient and the rows it is for, checked; None where there is none."""
-    grad = param.grad
-    if grad is None:
-        return None
-    if grad.layout == torch.sparse_coo:
-        if param in rows:
-            raise ValueError(
-                "rows name the rows of a dense gradient; this parameter's is sparse and holds them itself: leave it "
-                "out of rows, or make the gradient dense (nn.Embedding(sparse=False))"
-            )
-        if grad.sparse_dim() != 1:
-            raise ValueError(f"a sparse gradient must have 1 sparse axis, the rows, got {grad.sparse_dim()}")
-        gradient = _Gradient(grad._indices()[0], grad._values(), False)
-    elif grad.layout != torch.strided:
-        raise TypeError(f"a gradient must be dense or sparse COO, got {grad.layout}")
-    elif param in rows:
-        ids = rows[param]
-        if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise TypeError(f"rows must be an integer tensor of row ids, got {getattr(ids, 'dtype', type(ids))}")
-        if param.dim() == 0:
-            raise ValueError("a parameter without dimensions has no rows to name")
-        gradient = _Gradient(ids.reshape(-1).to(param.device, torch.int64), grad, True)
-    else:
-        return _Gradient(None, grad, False)
-    check_rows(gradient.rows, param.shape[0])
-    return gradient
+def _restored(name: str, value: Any, param: Tensor, group: dict[str, Any]) -> Any:
+    """A copy of a loaded state value as `step` keeps it."""
+    if name == "step":
+        return torch.tensor(float(value), dtype=torch.float32, device=param.device if group["capturable"] else "cpu")
+    if name in _TABLES:
+        dtype = _shape_and_dtype(name, param, group)[1]
+        return value.to(param.device, dtype, copy=True, memory_format=torch.contiguous_format)
+    return value.clone() if isinstance(value, Tensor) else value
 
 
-def _applied(gradient: _Gradient) -> tuple[Tensor | None, Tensor]:
-    """Ids and gradient rows after duplicates have been added up or, by row, dropped; (None, values) for every row."""
-    if gradient.rows is None:
-        return None, gradient.values
-    if gradient.by_row:
-        ids = gradient.rows.unique()
-        return ids, gradient.values[ids]
-    return sum_duplicates(gradient.rows, gradient.values)
-
-
-def _norm(x: Tensor) -> Tensor:
-    """L2 norm of all elements, in float32 or float64. In fixed blocks: one block is never split between threads."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    x = x.reshape(-1)
-    while x.numel() > 4096:
-        end = x.numel() // 4096 * 4096
-        blocks = torch.linalg.vector_norm(x[:end].view(-1, 4096), dim=1, dtype=dtype)
-        x = torch.cat([blocks, torch.linalg.vector_norm(x[end:], dtype=dtype).view(1)])
-    return torch.linalg.vector_norm(x, dtype=dtype)
-
-
-# ---- checks --------------------------------------------------------------------------------------------------------
+# ---- checks ----------------------------------------------------------------------------------------------------------
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    lr = options["lr"]
+    lr, betas = options["lr"], options["betas"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr must be a float or a tensor of one element, got shape {list(lr.shape)}")
     if not 0 <= float(lr) < math.inf:
         raise ValueError(f"lr must be a finite number >= 0, got {lr}")
-    for number, beta in enumerate(options["betas"], 1):
+    for number, beta in enumerate(betas, 1):
         if not 0 <= float(beta) < 1:
             raise ValueError(f"beta{number} must lie in [0, 1), got {beta}")
     for name in ("eps", "weight_decay"):
         if not 0 <= options[name] < math.inf:
             raise ValueError(f"{name} must be a finite number >= 0, got {options[name]}")
-    if options["capturable"]:
-        raise ValueError("LazyAdam keeps its step count on the CPU and cannot run in a CUDA graph: capturable=False")
     if options["differentiable"]:
         raise ValueError("LazyAdam's step is an opaque op without a gradient: differentiable=False")
+    for name, allowed in (
+        ("lazy", (None, "rows", "nonzero")),
+        ("eps_mode", ("adam", "sparse_adam")),
+        ("bias_correction", ("global", "row", None)),
+        ("missed", ("leave", "replay")),
+        ("exp_avg_dtype", (None, torch.float32, torch.bfloat16)),
+    ):
+        if options[name] not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {options[name]!r}")
+    if options["missed"] == "replay":
+        _check_replay(options)
 
 
-def _check_named(rows: Rows, params: set[Tensor], whose: str) -> None:
-    for param in rows:
-        if param not in params:
-            raise ValueError(
-                f"rows name a tensor of shape {list(getattr(param, 'shape', []))} that is not {whose}: the keys must "
-                "be the parameters themselves"
-            )
+def _check_replay(options: dict[str, Any]) -> None:
+    check_betas(*(float(beta) for beta in options["betas"]))
+    for name, given, why in (
+        ("amsgrad=True", options["amsgrad"], "its maximum does not decay while a row waits"),
+        ('bias_correction="row"', options["bias_correction"] == "row", "dense AdamW has no counts by row"),
+        ('lazy="nonzero"', options["lazy"] == "nonzero", "rows must be known before they are read"),
+        ("row_wise=True", options["row_wise"], "dense AdamW has a second moment for every number"),
+        ("exp_avg_dtype", options["exp_avg_dtype"] == torch.bfloat16, "it follows dense AdamW in float32"),
+        ("coupled weight_decay", options["weight_decay"] and not options["decoupled_weight_decay"], "it joins m and v"),
+    ):
+        if given:
+            raise ValueError(f'missed="replay" does not go with {name}: {why}')
+
+
+def _check_param(param: Tensor, options: dict[str, Any]) -> None:
+    if not param.is_floating_point() or param.layout != torch.strided:
+        raise TypeError(f"LazyAdam takes dense floating parameters, got {param.dtype} with {param.layout}")
+    if options["missed"] == "replay" and param.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f'missed="replay" follows dense AdamW in float32, got a {param.dtype} parameter')
+    if options["stochastic_rounding"] and param.dtype == torch.float16:
+        raise ValueError("stochastic_rounding is for bfloat16 parameters, got torch.float16")
+    padding_idx = options["padding_idx"]
+    if padding_idx is not None and not (param.dim() and 0 <= padding_idx < param.shape[0]):
+        raise ValueError(
+            f"padding_idx must be a row of every parameter of the group, got {padding_idx} for {list(param.shape)}"
+        )
 
 
 def _learning_rate(lr: float | Tensor) -> Tensor:
@@ -366,13 +493,3 @@ def _learning_rate(lr: float | Tensor) -> Tensor:
     if lr.device.type == "cpu" and not lr.isfinite():
         raise ValueError(f"lr must be a finite number, got {lr.item()}")
     return lr
-
-
-def _restored(name: str, value: Any, param: Tensor) -> Any:
-    """A copy of a loaded state value as `step` keeps it."""
-    if name == "step":
-        return torch.tensor(float(value), dtype=torch.float32)
-    if not isinstance(value, Tensor):
-        return value
-    dtype = torch.promote_types(param.dtype, torch.float32) if value.is_floating_point() else value.dtype
-    return value.to(param.device, dtype, copy=True, memory_format=torch.contiguous_format)

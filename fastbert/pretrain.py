@@ -26,7 +26,8 @@ from fastbert.data.corpus import iter_documents
 from fastbert.data.store import TokenStore, write_stores
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, train_tokenizer
 from fastbert.evaluate import Frequencies, evaluate, forward, guesses
-from fastbert.optim import LazyAdam, clip_grad_norm_
+from fastbert.gradients import clip_grad_norm_
+from fastbert.optim import LazyAdam, decay_groups
 from fastbert.report import Metrics, plot_loss, read_metrics
 from fastbert.run import (
     PretrainConfig,
@@ -200,11 +201,8 @@ def train_step(
 
 
 def make_optimizer(model: BertForPreTraining, config: PretrainConfig) -> LazyAdam:
-    """BERT's own: weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return LazyAdam(groups, lr=config.lr, betas=(0.9, config.beta2), eps=1e-6)
+    """BERT's own, with bias correction."""
+    return LazyAdam(decay_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, config.beta2), eps=1e-6)
 
 
 def learning_rate(step: int, config: PretrainConfig) -> float:

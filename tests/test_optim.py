@@ -1,4 +1,4 @@
-"""LazyAdam and clip_grad_norm_ on every backend: against torch's optimizers, by hand, and through a program's life."""
+"""LazyAdam on every backend: against torch's optimizers, by hand, and through a program's life."""
 
 import copy
 import io
@@ -304,14 +304,12 @@ def test_load_from_sparse_adam_and_refuse_what_does_not_fit(backend):
     optimizer.step()
     assert optimizer.state[param]["step"] == 2
     before = bits(optimizer, param)
-    coupled = torch.optim.Adam([nn.Parameter(torch.ones(4, 3))], weight_decay=0.1).state_dict()
-    with pytest.raises(ValueError, match="coupled weight decay"):
-        optimizer.load_state_dict(coupled)
+    assert not LazyAdam([param], decoupled_weight_decay=False).param_groups[0]["decoupled_weight_decay"]
     other = nn.Parameter(torch.ones(2, 2))
     other.grad = torch.ones(2, 2)
     wrong = LazyAdam([other])
     wrong.step()
-    with pytest.raises(ValueError, match=r"saved with shape \[2, 2\]"):
+    with pytest.raises(ValueError, match=r"saved with \[2, 2\]"):
         optimizer.load_state_dict(wrong.state_dict())
     with pytest.raises(ValueError, match="different number of parameter groups"):
         optimizer.load_state_dict({"state": {}, "param_groups": []})
@@ -363,62 +361,6 @@ def test_compiled_step_equals_eager(backend):
     for a, b in zip(eager[:2], compiled[:2], strict=True):
         torch.testing.assert_close(a, b)
     assert compiled[2].state[compiled[0]]["step"] == 3
-
-
-# ---- clipping ------------------------------------------------------------------------------------------------------
-
-
-def test_clips_dense_as_torch(backend):
-    for max_norm in (0.5, 1e6):
-        ours = [nn.Parameter(torch.ones(shape)) for shape in ((3, 4), (70000,), (), (5000,))]
-        theirs = [nn.Parameter(p.detach().clone()) for p in ours]
-        for p, q in zip(ours, theirs, strict=True):
-            p.grad = torch.randn(p.shape)
-            q.grad = p.grad.clone()
-        norm, expected = clip_grad_norm_(ours, max_norm), nn.utils.clip_grad_norm_(theirs, max_norm)
-        torch.testing.assert_close(norm, expected)
-        for p, q in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(p.grad, q.grad)
-
-
-def test_norm_is_over_what_is_applied(backend):
-    """Sparse rows 3 + 0 and, twice, (4, 0): norm of (3, 8); dense rows named 1 and 1: 6 alone, not 100."""
-    sparse, dense = nn.Parameter(torch.zeros(4, 1)), nn.Parameter(torch.zeros(3, 1))
-    plain = nn.Parameter(torch.zeros(()))
-    values = torch.tensor([[4.0], [3.0], [4.0]])
-    sparse.grad = torch.sparse_coo_tensor(torch.tensor([[2, 0, 2]]), values, (4, 1), check_invariants=True)
-    dense.grad = torch.tensor([[100.0], [6.0], [100.0]])
-    plain.grad = torch.tensor(-6.0)
-    rows = {dense: torch.tensor([1, 1])}
-    norm = clip_grad_norm_([sparse, dense, plain], 145**0.5 / 2, rows=rows)
-    torch.testing.assert_close(norm, torch.tensor(145.0).sqrt())  # 9 + 64 + 36 + 36
-    torch.testing.assert_close(sparse.grad.to_dense(), torch.tensor([[1.5], [0.0], [4.0], [0.0]]))
-    torch.testing.assert_close(dense.grad, torch.tensor([[100.0], [3.0], [100.0]]))
-    torch.testing.assert_close(plain.grad, torch.tensor(-3.0))
-    torch.testing.assert_close(clip_grad_norm_([sparse, dense, plain], 1e3, rows=rows), norm / 2)
-    assert torch.equal(values, torch.tensor([[4.0], [3.0], [4.0]])), "another tensor's memory was scaled"
-
-
-def test_clip_sums_duplicates_in_float32_and_takes_expanded_values(backend):
-    param = nn.Parameter(torch.zeros(2, 1, dtype=torch.bfloat16))
-    ids, ones = torch.ones(1, 4096, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bfloat16)
-    param.grad = torch.sparse_coo_tensor(ids, ones.expand(4096, 1), (2, 1), check_invariants=True)
-    norm = clip_grad_norm_(param, 1.0)
-    assert norm == 4096 and norm.dtype == torch.float32 and param.grad.dtype == torch.bfloat16
-    assert param.grad._values().unique().tolist() == [2**-12]
-
-
-def test_clip_when_not_finite_or_empty(backend):
-    assert clip_grad_norm_([nn.Parameter(torch.ones(2))], 1.0) == 0
-    param = nn.Parameter(torch.ones(2))
-    param.grad = torch.tensor([torch.nan, 1.0])
-    with pytest.raises(RuntimeError, match="norm of the gradients is nan"):
-        clip_grad_norm_(param, 1.0, error_if_nonfinite=True)
-    assert param.grad[1] == 1
-    assert clip_grad_norm_(param, 1.0).isnan() and param.grad.isnan().all()
-    empty = nn.Parameter(torch.ones(3, 2))
-    empty.grad = torch.sparse_coo_tensor(torch.zeros(1, 0).long(), torch.zeros(0, 2), (3, 2), check_invariants=True)
-    assert clip_grad_norm_(empty, 1.0) == 0
 
 
 # ---- errors, before anything is changed ----------------------------------------------------------------------------
@@ -489,7 +431,20 @@ def test_bad_arguments(backend):
         ({"betas": (0.9, -0.1)}, "beta2"),
         ({"eps": -1e-8}, "eps must be"),
         ({"weight_decay": -0.1}, "weight_decay must be"),
-        ({"capturable": True}, "capturable=False"),
+        ({"lazy": True}, "lazy must be one of None, 'rows', 'nonzero', got True"),
+        ({"eps_mode": "sparse"}, "eps_mode must be one of"),
+        ({"bias_correction": "none"}, "bias_correction must be one of"),
+        ({"missed": "skip"}, "missed must be one of"),
+        ({"exp_avg_dtype": torch.float16}, "exp_avg_dtype must be one of"),
+        ({"padding_idx": 3}, "padding_idx must be a row"),
+        ({"padding_idx": -1}, "padding_idx must be a row"),
+        ({"missed": "replay", "betas": (0.9, 0.81)}, r"beta1 < sqrt\(beta2\)"),
+        ({"missed": "replay", "amsgrad": True}, "does not go with amsgrad"),
+        ({"missed": "replay", "bias_correction": "row"}, "does not go with bias_correction"),
+        ({"missed": "replay", "lazy": "nonzero"}, "does not go with lazy"),
+        ({"missed": "replay", "row_wise": True}, "does not go with row_wise"),
+        ({"missed": "replay", "exp_avg_dtype": torch.bfloat16}, "does not go with exp_avg_dtype"),
+        ({"missed": "replay", "weight_decay": 0.1, "decoupled_weight_decay": False}, "does not go with coupled"),
         ({"differentiable": True}, "differentiable=False"),
     ):
         with pytest.raises(ValueError, match=message):

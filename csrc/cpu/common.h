@@ -231,6 +231,19 @@ FASTBERT_INLINE void sweep(int64_t n, Body body) {
 // ---- arithmetic
 // --------------------------------------------------------------------------------------------
 
+FASTBERT_INLINE vfloat square_root(vfloat x) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_maskz_sqrt_ps(0xFFFF, (__m512)x);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_sqrt_ps((__m256)x);
+#elif defined(__x86_64__)
+  return (vfloat)_mm_sqrt_ps((__m128)x);
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = sqrtf(x[i]);
+  return x;
+#endif
+}
+
 // Halves added pairwise: the same order on every run.
 FASTBERT_INLINE float reduce_add(vfloat v) {
 #if defined(__AVX512F__)
@@ -315,6 +328,19 @@ FASTBERT_INLINE void add_chunks(const float* scratch, int64_t chunks, int64_t co
           return lanes.store(static_cast<f16*>(out) + first + j, sum);
       }
     });
+}
+
+// ---- rows named by id
+// ------------------------------------------------------------------------------------------
+
+// The position of the first id outside a table of so many rows, -1 if there is none.
+FASTBERT_INLINE int64_t first_outside(const int64_t* ids, int64_t n, int64_t table_rows) {
+  const auto rows = static_cast<uint64_t>(table_rows);
+  int64_t many = 0;
+  for (int64_t i = 0; i < n; ++i) many += static_cast<uint64_t>(ids[i]) >= rows;
+  for (int64_t i = 0; many > 0; ++i)
+    if (static_cast<uint64_t>(ids[i]) >= rows) return i;
+  return -1;
 }
 
 // ---- dropout

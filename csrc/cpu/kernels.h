@@ -110,6 +110,25 @@ struct LazyAdam {         // see lazy_adam.cpp for the formula
   int threads;
 };
 
+constexpr int kReplayMoments = 9;  // of the missed steps' weights; the last bounds the error
+
+// Doubles of scratch that a catch-up over so many recorded steps needs.
+static inline int64_t lazy_adam_replay_scratch(int64_t steps) { return (steps + 1) * (kReplayMoments + 5); }
+
+struct LazyAdamReplay {                 // see lazy_adam_replay.cpp for the formula
+  float *param, *exp_avg, *exp_avg_sq;  // [V, D]
+  int32_t* last_step;                   // [V]: the step to which each row has been brought
+  const int64_t* rows;                  // [R], duplicates allowed; null: every row
+  const double *lr, *decay;  // [steps]: learning rate and weight decay of the steps that may have been missed
+  double* scratch;           // [lazy_adam_replay_scratch(steps)]
+  int64_t table_rows, named, columns;  // V, R, D
+  int64_t steps, step;                 // the recorded steps end with number `step`, to which rows are brought
+  int64_t padding_idx;                 // a row to leave alone; -1 for none
+  double beta1, beta2, eps;
+  int64_t flags;  // kLazyAdamEpsUncorrected, kLazyAdamNoBiasCorrection
+  int threads;
+};
+
 struct Kernels {
   void (*gelu_forward)(const Gelu&);
   void (*gelu_backward)(const Gelu&);
@@ -119,6 +138,7 @@ struct Kernels {
   void (*attention_backward)(const Attention&);
   int64_t (*lazy_adam_step)(
       const LazyAdam&);  // -1, or the position of a row id outside the table: nothing done
+  int64_t (*lazy_adam_replay)(const LazyAdamReplay&);  // likewise
   void (*philox)(uint64_t seed, const uint32_t counter[4], uint32_t words[4]);
 };
 

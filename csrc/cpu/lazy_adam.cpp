@@ -108,16 +108,6 @@ Groups group(const LazyAdam& p) {
   return groups;
 }
 
-// The position of the first id outside the table, -1 if there is none.
-int64_t outside(const LazyAdam& p) {
-  const auto rows = static_cast<uint64_t>(p.table_rows);
-  int64_t many = 0;
-  for (int64_t i = 0; i < p.touched; ++i) many += static_cast<uint64_t>(p.rows[i]) >= rows;
-  for (int64_t i = 0; many > 0; ++i)
-    if (static_cast<uint64_t>(p.rows[i]) >= rows) return i;
-  return -1;
-}
-
 // ---- gradient -------------------------------------------------------------------------------------------
 
 // sum[j] += the gradient at kRows positions, in order, n columns each. Several rows at a time are several
@@ -172,19 +162,6 @@ FASTBERT_INLINE Coefficients coefficients(const LazyAdam& p, double t) {
   c.eps = static_cast<float>(p.flags & kLazyAdamEpsUncorrected ? p.eps * root : p.eps);
   c.size = static_cast<float>(corrected ? p.lr / (1. - ::pow(p.beta1, t)) : p.lr);
   return c;
-}
-
-FASTBERT_INLINE vfloat square_root(vfloat x) {
-#if defined(__AVX512F__)
-  return (vfloat)_mm512_maskz_sqrt_ps(0xFFFF, (__m512)x);
-#elif defined(__AVX2__)
-  return (vfloat)_mm256_sqrt_ps((__m256)x);
-#elif defined(__x86_64__)
-  return (vfloat)_mm_sqrt_ps((__m128)x);
-#else
-  for (int i = 0; i < kLanes; ++i) x[i] = sqrtf(x[i]);
-  return x;
-#endif
 }
 
 // What one row's v is worth where all of its columns share it: 1 / (sqrt(v or u) * root + eps).
@@ -398,7 +375,7 @@ void step(const LazyAdam& p) {
 
 int64_t lazy_adam_step(const LazyAdam& given) {
   LazyAdam p = given;
-  const int64_t bad = p.rows ? outside(p) : -1;
+  const int64_t bad = first_outside(p.rows, p.rows ? p.touched : 0, p.table_rows);
   if (bad >= 0) return bad;
   const bool has_rows = p.rows || p.row_steps || p.row_wise || p.stochastic || p.padding_idx >= 0 ||
                         (p.flags & kLazyAdamSkipZero);

@@ -1,0 +1,208 @@
+"""What a gradient touches: its rows, its norm, its clipping, and its exchange between processes."""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastbert.ops.lazy_adam import check_rows, sum_duplicates
+
+Rows = Mapping[Tensor, Tensor]  # parameter -> ids of its touched rows
+
+
+class Gradient(NamedTuple):
+    """A parameter's gradient as an optimizer applies it."""
+
+    rows: Tensor | None  # int64 [n]; None: every row
+    values: Tensor  # [n, ...], or param's shape: without rows or by row
+    by_row: bool
+
+
+def read(param: Tensor, rows: Rows) -> Gradient | None:
+    """The parameter's gradient and the rows it is for, checked; None where there is none. See `LazyAdam.step`."""
+    grad = param.grad
+    if grad is None:
+        return None
+    if grad.layout == torch.sparse_coo:
+        if param in rows:
+            raise ValueError(
+                "rows name the rows of a dense gradient; this parameter's is sparse and holds them itself: leave it "
+                "out of rows, or make the gradient dense (nn.Embedding(sparse=False))"
+            )
+        if grad.sparse_dim() != 1:
+            raise ValueError(f"a sparse gradient must have 1 sparse axis, the rows, got {grad.sparse_dim()}")
+        gradient = Gradient(grad._indices()[0], grad._values(), False)
+    elif grad.layout != torch.strided:
+        raise TypeError(f"a gradient must be dense or sparse COO, got {grad.layout}")
+    elif param in rows:
+        ids = rows[param]
+        if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise TypeError(f"rows must be an integer tensor of row ids, got {getattr(ids, 'dtype', type(ids))}")
+        if param.dim() == 0:
+            raise ValueError("a parameter without dimensions has no rows to name")
+        gradient = Gradient(ids.reshape(-1).to(param.device, torch.int64), grad, True)
+    else:
+        return Gradient(None, grad, False)
+    check_rows(gradient.rows, param.shape[0])
+    return gradient
+
+
+def check_named(rows: Rows, params: set[Tensor], whose: str) -> None:
+    """Raises unless every key of `rows` is one of `params`."""
+    for param in rows:
+        if param not in params:
+            raise ValueError(
+                f"rows name a tensor of shape {list(getattr(param, 'shape', []))} that is not {whose}: the keys must "
+                "be the parameters themselves"
+            )
+
+
+def total_norm(parameters: Iterable[Tensor], rows: Rows | None = None, error_if_nonfinite: bool = False) -> Tensor:
+    """The L2 norm of all gradients together as they will be applied; see `clip_grad_norm_`, which has the arguments."""
+    params = list(dict.fromkeys(parameters))
+    return _total(_read_all(params, rows or {}), error_if_nonfinite)[0]
+
+
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    *,
+    rows: Rows | None = None,
+    error_if_nonfinite: bool = False,
+) -> Tensor:
+    """Scales gradients so that their common L2 norm is at most `max_norm`; the norm is over what will be applied.
+
+    As `torch.nn.utils.clip_grad_norm_`, with two differences: sparse gradients count with their duplicates added up
+    first, and of a dense gradient with named rows these rows alone count and are scaled, as `LazyAdam.step(rows=rows)`
+    will apply them; the others are left as they are. Does not depend on the number of threads.
+
+    Args:
+        parameters: parameters; those whose `grad` is None are left out.
+        max_norm: the largest norm allowed.
+        rows: the same that `LazyAdam.step` will be given.
+        error_if_nonfinite: raise where the norm is NaN or infinite, which waits for the device; otherwise such a norm
+            makes gradients NaN or 0, as in torch.
+
+    Returns:
+        The norm before scaling, a float32 scalar (float64 where a gradient is float64).
+
+    Dense gradients are scaled in place. A sparse gradient is replaced, because its values may be the very tensor that
+    an earlier layer's backward is still to read.
+
+    Raises:
+        ValueError: max_norm is negative or NaN, or as in `LazyAdam.step`.
+        TypeError: as in `LazyAdam.step`.
+        RuntimeError: `error_if_nonfinite` and the norm is not finite; gradients are as they were.
+    """
+    if not max_norm >= 0:
+        raise ValueError(f"max_norm must be a number >= 0, got {max_norm}")
+    params = [parameters] if isinstance(parameters, Tensor) else list(dict.fromkeys(parameters))
+    with torch.no_grad():
+        gradients = _read_all(params, rows or {})
+        total, applied = _total(gradients, error_if_nonfinite)
+        factor = (max_norm / (total.double() + 1e-6)).clamp(max=1.0)
+        if factor.device.type == "cpu" and factor == 1:
+            return total
+        for (param, gradient), (ids, values) in zip(gradients, applied, strict=True):
+            scale = factor.to(param.device)
+            if gradient.rows is None:
+                param.grad.mul_(scale)
+            elif gradient.by_row:
+                param.grad.index_copy_(0, ids, values * scale)
+            else:
+                param.grad = _sparse(param, param.grad._indices(), gradient.values * scale, param.grad.is_coalesced())
+        return total
+
+
+def all_gather_rows(param: Tensor, *, average: bool = True, group: dist.ProcessGroup | None = None) -> None:
+    """Gives every process the sparse gradient rows of all, instead of the whole table: n * D numbers, not V * D.
+
+    For a parameter outside DDP's own exchange (`DistributedDataParallel._set_params_and_buffers_to_ignore_for_model`),
+    called by every process between backward and the optimizer's step. `param.grad` becomes the rows of all processes in
+    the order of their ranks, not coalesced, so that every process takes the same step, bit for bit. Works on every
+    backend of torch.distributed that has all_gather, which NCCL's sparse all-reduce has not.
+
+    Args:
+        param: its grad is sparse COO with one sparse axis, or None for no rows from this process.
+        average: divide by the number of processes, as DDP does; False: the sum.
+        group: the process group; None for the default one.
+
+    Raises:
+        TypeError: a dense gradient. ValueError: more than one sparse axis.
+    """
+    gradient = None if param.grad is None else read(param, {})
+    if gradient is not None and gradient.rows is None:
+        raise TypeError(
+            "all_gather_rows takes a sparse gradient (nn.Embedding(sparse=True)), got a dense one: let DDP reduce it"
+        )
+    with torch.no_grad():
+        if gradient is None:
+            rows = torch.empty(0, dtype=torch.int64, device=param.device)
+            values = param.new_empty(0, *param.shape[1:])
+        else:
+            rows, values = gradient.rows, gradient.values
+        processes = dist.get_world_size(group)
+        counts = [torch.zeros(1, dtype=torch.int64, device=param.device) for _ in range(processes)]
+        dist.all_gather(counts, torch.tensor([rows.numel()], device=param.device), group=group)
+        sizes = [int(count) for count in counts]
+        largest = max(sizes)
+
+        def gather(x: Tensor) -> Tensor:
+            padded = x.new_zeros(largest, *x.shape[1:])
+            padded[: len(x)] = x
+            parts = [torch.empty_like(padded) for _ in sizes]
+            dist.all_gather(parts, padded, group=group)
+            return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+        rows, values = gather(rows), gather(values)
+        param.grad = _sparse(param, rows.unsqueeze(0), values / processes if average else values, False)
+
+
+def _sparse(param: Tensor, indices: Tensor, values: Tensor, is_coalesced: bool) -> Tensor:
+    return torch.sparse_coo_tensor(indices, values, param.shape, check_invariants=False, is_coalesced=is_coalesced)
+
+
+def _read_all(params: list[Tensor], rows: Rows) -> list[tuple[Tensor, Gradient]]:
+    check_named(rows, set(params), "among the parameters given")
+    return [(param, gradient) for param in params if (gradient := read(param, rows)) is not None]
+
+
+def _total(
+    gradients: list[tuple[Tensor, Gradient]], error_if_nonfinite: bool
+) -> tuple[Tensor, list[tuple[Tensor | None, Tensor]]]:
+    """The common norm, and of each gradient the ids and values that count."""
+    if not gradients:
+        return torch.zeros(()), []
+    with torch.no_grad():
+        applied = [_applied(gradient) for _, gradient in gradients]
+        norms = [_norm(values) for _, values in applied]
+        dtype = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
+        total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]))
+        if error_if_nonfinite and not total.isfinite():
+            raise RuntimeError(
+                f"the norm of the gradients is {total.item()}: skip this step or pass error_if_nonfinite=False"
+            )
+        return total.to(dtype), applied
+
+
+def _applied(gradient: Gradient) -> tuple[Tensor | None, Tensor]:
+    """Ids and gradient rows after duplicates have been added up or, by row, dropped; (None, values) for every row."""
+    if gradient.rows is None:
+        return None, gradient.values
+    if gradient.by_row:
+        ids = gradient.rows.unique()
+        return ids, gradient.values[ids]
+    return sum_duplicates(gradient.rows, gradient.values)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """L2 norm of all elements, in float32 or float64. In fixed blocks: one block is never split between threads."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x = x.reshape(-1)
+    while x.numel() > 4096:
+        end = x.numel() // 4096 * 4096
+        blocks = torch.linalg.vector_norm(x[:end].view(-1, 4096), dim=1, dtype=dtype)
+        x = torch.cat([blocks, torch.linalg.vector_norm(x[end:], dtype=dtype).view(1)])
+    return torch.linalg.vector_norm(x, dtype=dtype)
