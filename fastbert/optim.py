@@ -437,6 +437,8 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"lr must be a float or a tensor of one element, got shape {list(lr.shape)}")
     if not 0 <= float(lr) < math.inf:
         raise ValueError(f"lr must be a finite number >= 0, got {lr}")
+    if len({isinstance(beta, Tensor) for beta in betas}) > 1:
+        raise ValueError(f"betas must be two floats or two tensors, got {betas}")
     for number, beta in enumerate(betas, 1):
         if not 0 <= float(beta) < 1:
             raise ValueError(f"beta{number} must lie in [0, 1), got {beta}")
