@@ -160,23 +160,30 @@ void attention_backward(uintptr_t dout, uintptr_t q, uintptr_t k, uintptr_t v, u
   selected->kernels->attention_backward(a);
 }
 
-int64_t lazy_adam_step(uintptr_t param, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t max_exp_avg_sq,
-                       uintptr_t row_steps, uintptr_t rows, uintptr_t grad, uintptr_t scratch,
-                       int64_t table_rows, int64_t touched, int64_t columns, int dtype, int exp_avg_dtype,
-                       int grad_dtype, bool row_wise, bool stochastic, uint64_t seed, uint32_t number,
-                       int64_t padding_idx, double lr, double step, double beta1, double beta2, double eps,
-                       double weight_decay, int64_t flags, int threads) {
+// Each step is a tuple in the order of this function.
+LazyAdam lazy_adam_step(const py::tuple& step) {
+  size_t i = 0;
+  const auto address = [&] { return step[i++].cast<uintptr_t>(); };
+  const auto integer = [&] { return step[i++].cast<int64_t>(); };
+  const auto real = [&] { return step[i++].cast<double>(); };
   LazyAdam a{};
-  a.param = at<void>(param), a.exp_avg = at<void>(exp_avg), a.exp_avg_sq = at<float>(exp_avg_sq);
-  a.max_exp_avg_sq = at<float>(max_exp_avg_sq), a.row_steps = at<int32_t>(row_steps);
-  a.rows = at<const int64_t>(rows), a.grad = at<void>(grad), a.scratch = at<int32_t>(scratch);
-  a.table_rows = table_rows, a.touched = touched, a.columns = columns;
-  a.dtype = DType(dtype), a.exp_avg_dtype = DType(exp_avg_dtype), a.grad_dtype = DType(grad_dtype);
-  a.row_wise = row_wise, a.stochastic = stochastic, a.seed = seed, a.number = number;
-  a.padding_idx = padding_idx;
-  a.lr = lr, a.step = step, a.beta1 = beta1, a.beta2 = beta2, a.eps = eps, a.weight_decay = weight_decay;
-  a.flags = flags, a.threads = threads;
-  return selected->kernels->lazy_adam_step(a);
+  a.param = at<void>(address()), a.exp_avg = at<void>(address()), a.exp_avg_sq = at<float>(address());
+  a.max_exp_avg_sq = at<float>(address()), a.row_steps = at<int32_t>(address());
+  a.rows = at<const int64_t>(address()), a.grad = at<void>(address()), a.scratch = at<int32_t>(address());
+  a.table_rows = integer(), a.touched = integer(), a.columns = integer();
+  a.dtype = DType(integer()), a.exp_avg_dtype = DType(integer()), a.grad_dtype = DType(integer());
+  a.row_wise = integer(), a.stochastic = integer(), a.seed = address(), a.number = integer();
+  a.padding_idx = integer();
+  a.lr = real(), a.step = real(), a.beta1 = real(), a.beta2 = real(), a.eps = real();
+  a.weight_decay = real(), a.flags = integer();
+  return a;
+}
+
+int64_t lazy_adam_steps(const std::vector<py::tuple>& tuples, int threads) {
+  std::vector<LazyAdam> steps;
+  for (const py::tuple& tuple : tuples) steps.push_back(lazy_adam_step(tuple));
+  py::gil_scoped_release no_gil;
+  return selected->kernels->lazy_adam_steps(steps.data(), steps.size(), threads);
 }
 
 int64_t lazy_adam_replay(uintptr_t param, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t last_step,
@@ -218,7 +225,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("layer_norm_backward", layer_norm_backward, no_gil);
   m.def("attention_forward", attention_forward, no_gil);
   m.def("attention_backward", attention_backward, no_gil);
-  m.def("lazy_adam_step", lazy_adam_step, no_gil);
+  m.def("lazy_adam_steps", lazy_adam_steps);
   m.def("lazy_adam_replay_scratch", lazy_adam_replay_scratch,
         "Doubles of scratch for so many recorded steps.");
   m.def("lazy_adam_replay", lazy_adam_replay, no_gil);

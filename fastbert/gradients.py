@@ -36,7 +36,7 @@ def read(param: Tensor, rows: Rows) -> Gradient | None:
         gradient = Gradient(grad._indices()[0], grad._values(), False)
     elif grad.layout != torch.strided:
         raise TypeError(f"a gradient must be dense or sparse COO, got {grad.layout}")
-    elif param in rows:
+    elif rows and param in rows:
         ids = rows[param]
         if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise TypeError(f"rows must be an integer tensor of row ids, got {getattr(ids, 'dtype', type(ids))}")

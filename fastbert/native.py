@@ -5,6 +5,7 @@ them over, checked; what is checked here is only what the kernels need and the t
 """
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -150,32 +151,35 @@ class cpu:  # a namespace, spelled as the backend is
         return dq, dk, dv
 
     @staticmethod
-    def lazy_adam_step(
-        param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor | None, row_steps: Tensor | None,
-        rows: Tensor | None, grad: Tensor, lr: Tensor, step: Tensor, seed: Tensor | None, beta1: float, beta2: float,
-        eps: float, weight_decay: float, flags: int, padding_idx: int, number: int,
-    ) -> None:  # fmt: skip
-        grad = grad.contiguous()
-        table_rows, touched = param.shape[0] if param.dim() else 1, 0 if rows is None else rows.numel()
-        columns = param.numel() // max(table_rows, 1)
-        if rows is not None and touched == 0:
-            return  # its address is null, which the kernel reads as every row
-        if touched >= 2**31:
-            raise ValueError(f"a step takes fewer than 2**31 gradient rows, got {touched}: split the batch")
-        rows = None if rows is None else rows.contiguous()
-        scratch = None if rows is None else torch.empty(module.lazy_adam_scratch(touched), dtype=torch.int32)
-        elements = param.numel() if rows is None else touched * columns
-        bad = module.lazy_adam_step(
-            _address(param), _address(exp_avg), _address(exp_avg_sq), _address(max_exp_avg_sq), _address(row_steps),
-            _address(rows), _address(grad), _address(scratch), table_rows, touched, columns, DTYPES[param.dtype],
-            DTYPES[exp_avg.dtype], DTYPES[grad.dtype], exp_avg_sq.numel() != param.numel(), seed is not None,
-            _seed(seed), number, padding_idx, float(lr), float(step), beta1, beta2, eps, weight_decay, flags,
-            _threads(elements),
-        )  # fmt: skip
+    def lazy_adam_steps(steps: Sequence[tuple]) -> None:
+        arguments, kept = [], []  # tensors made here live until the kernels are done
+        for (
+            param, exp_avg, exp_avg_sq, max_exp_avg_sq, row_steps, rows, grad, lr, step, seed, beta1, beta2, eps,
+            weight_decay, flags, padding_idx, number,
+        ) in steps:  # fmt: skip
+            table_rows, touched = param.shape[0] if param.dim() else 1, 0
+            scratch, grad = None, grad.contiguous()
+            if rows is not None:
+                touched, rows = rows.numel(), rows.contiguous()
+                if touched == 0:
+                    continue  # its address is null, which the kernel reads as every row
+                if touched >= 2**31:
+                    raise ValueError(f"a step takes fewer than 2**31 gradient rows, got {touched}: split the batch")
+                scratch = torch.empty(module.lazy_adam_scratch(touched), dtype=torch.int32)
+            elements = param.numel()
+            arguments.append((
+                param.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(), _address(max_exp_avg_sq),
+                _address(row_steps), _address(rows), grad.data_ptr(), _address(scratch), table_rows, touched,
+                elements // table_rows if table_rows else 0, DTYPES[param.dtype], DTYPES[exp_avg.dtype],
+                DTYPES[grad.dtype], exp_avg_sq.numel() != elements, seed is not None, _seed(seed), number, padding_idx,
+                float(lr), float(step), beta1, beta2, eps, weight_decay, flags,
+            ))  # fmt: skip
+            kept.append((table_rows, rows, grad, scratch))
+        bad = module.lazy_adam_steps(arguments, torch.get_num_threads())
         if bad >= 0:
-            raise ValueError(
-                f"row ids must lie in [0, {table_rows}), got {int(rows[bad])} at position {bad}; nothing was changed"
-            )
+            table_rows, rows, *_ = kept[bad]
+            row = int(rows[(rows < 0) | (rows >= table_rows)][0])
+            raise ValueError(f"row ids must lie in [0, {table_rows}), got {row}; nothing was changed")
 
     @staticmethod
     def lazy_adam_replay(

@@ -7,7 +7,7 @@ Everything is checked before anything is changed.
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from fastbert.ops.lazy_adam import (
     MAXIMIZE,
     NO_BIAS_CORRECTION,
     SKIP_ZERO,
+    check,
     row_wise_shape,
     update,
 )
@@ -182,20 +183,32 @@ class LazyAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         rows = rows or {}
-        gradients.check_named(
-            rows, {param for group in self.param_groups for param in group["params"]}, "this optimizer's"
-        )
+        if rows:
+            gradients.check_named(rows, set(self._parameters()), "this optimizer's")
         planned, number = [], 0
         for group in self.param_groups:
-            lr = _learning_rate(group["lr"])
+            formula = _formula(group)
             for param in group["params"]:
                 gradient = gradients.read(param, rows)
                 if gradient is not None:
                     self._check_gradient(param, gradient, group)
-                    planned.append((param, gradient, lr, group, number))
+                    planned.append((param, gradient, group, formula, number))
                 number += 1
-        for step in planned:
-            self._step_param(*step)
+        steps = [self._arguments(*plan) for plan in planned]
+        for arguments in steps:
+            check(*arguments)
+        for param, gradient, group, formula, _ in planned:
+            if group["missed"] == "replay" or "last_step" in self.state[param]:
+                self._record(param, gradient, group, formula)
+        counts = [self.state[param]["step"] for param, *_ in planned]
+        if counts:
+            torch._foreach_add_(counts, torch.ones(()), alpha=1.0)
+        update(steps, requested())
+        for (param, gradient, *_), (table, *_) in zip(planned, steps, strict=True):
+            if table is not param:
+                param.copy_(table)
+            if "last_step" in self.state[param]:
+                replay.note(self.state[param], gradient.rows)
         return loss
 
     def _check_gradient(self, param: Tensor, gradient: Gradient, group: dict[str, Any]) -> None:
@@ -215,39 +228,36 @@ class LazyAdam(Optimizer):
                 replay.check_rest_is_zero(gradient.values, gradient.rows)
             replay.check_current(self.state.get(param, {}), gradient.rows)
 
-    def _step_param(self, param: Tensor, gradient: Gradient, lr: Tensor, group: dict[str, Any], number: int) -> None:
+    def _arguments(
+        self, param: Tensor, gradient: Gradient, group: dict[str, Any], formula: "_Formula", number: int
+    ) -> tuple:
+        """Of `lazy_adam_step`, up to `number`; the count of steps is yet to be raised."""
         state = self._state(param, group)
-        padding_idx = self._padding_idx(param, group)
-        beta1, beta2 = (float(beta) for beta in group["betas"])
-        formula = (group["eps_mode"] == "sparse_adam") * EPS_UNCORRECTED
-        formula += (group["bias_correction"] is None) * NO_BIAS_CORRECTION
-        if group["missed"] == "replay" and gradient.rows is not None and "last_step" not in state:
-            replay.begin(param, state)
-        keeps_record = "last_step" in state
-        if keeps_record:
-            if gradient.rows is None:
-                replay.catch_up(param, state, None, padding_idx)
-            options = (beta1, beta2, group["eps"], formula)
-            replay.record(param, state, float(lr), group["weight_decay"], options, padding_idx)
-        flags = formula + gradient.by_row * GRAD_BY_ROW + bool(group["maximize"]) * MAXIMIZE
-        flags += (not group["decoupled_weight_decay"]) * COUPLED_DECAY
-        flags += (gradient.rows is None and group["lazy"] == "nonzero") * SKIP_ZERO
-        is_rounded = group["stochastic_rounding"] and param.dtype == torch.bfloat16
-        seed = torch.tensor([group["seed"]], device=param.device) if is_rounded else None
-        state["step"] += 1
-        table = param.contiguous()
-        update(
-            table, state["exp_avg"], state["exp_avg_sq"], state["max_exp_avg_sq"] if group["amsgrad"] else None,
+        flags, seed = formula.flags, None
+        if gradient.by_row:
+            flags += GRAD_BY_ROW
+        elif gradient.rows is None and group["lazy"] == "nonzero":
+            flags += SKIP_ZERO
+        if group["stochastic_rounding"] and param.dtype == torch.bfloat16:
+            seed = torch.tensor([group["seed"]], device=param.device)
+        return (
+            param.contiguous(), state["exp_avg"], state["exp_avg_sq"],
+            state["max_exp_avg_sq"] if group["amsgrad"] else None,
             state["row_steps"] if group["bias_correction"] == "row" and param.dim() else None, gradient.rows,
-            gradient.values, lr, state["step"], seed, beta1, beta2, group["eps"], group["weight_decay"], flags,
-            padding_idx, number, requested(),
+            gradient.values, formula.lr, state["step"], seed, formula.beta1, formula.beta2, group["eps"],
+            group["weight_decay"], flags, self._padding_idx(param, group), number,
         )  # fmt: skip
-        if table is not param:
-            param.copy_(table)
-        if keeps_record and gradient.rows is None:
-            replay.forget(state)
-        elif keeps_record:
-            state["last_step"].index_fill_(0, gradient.rows, int(state["step"]))
+
+    def _record(self, param: Tensor, gradient: Gradient, group: dict[str, Any], formula: "_Formula") -> None:
+        """Before a step: what rows that it leaves out will have missed."""
+        state, padding_idx = self.state[param], self._padding_idx(param, group)
+        if gradient.rows is None:
+            replay.catch_up(param, state, None, padding_idx)
+        elif "last_step" not in state:
+            replay.begin(param, state)
+        if "last_step" in state:
+            options = (formula.beta1, formula.beta2, group["eps"], formula.flags & replay.FLAGS)
+            replay.record(param, state, float(formula.lr), group["weight_decay"], options, padding_idx)
 
     def _state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """The parameter's state, with what its options need and it does not have yet."""
@@ -328,7 +338,7 @@ class LazyAdam(Optimizer):
         raise ValueError(f"a parameter of shape {list(param.shape)} is not this optimizer's: pass it when you build it")
 
     def _padding_idx(self, param: Tensor, group: dict[str, Any]) -> int:
-        idx = self._padding.get(param, group["padding_idx"])
+        idx = self._padding.get(param, group["padding_idx"]) if self._padding else group["padding_idx"]
         return -1 if idx is None else idx
 
     # ---- copies and files ------------------------------------------------------------------------------------------
@@ -488,10 +498,22 @@ def _check_param(param: Tensor, options: dict[str, Any]) -> None:
         )
 
 
-def _learning_rate(lr: float | Tensor) -> Tensor:
-    """lr as the op takes it. A schedule may have changed it since it was checked; a device tensor is not waited for."""
-    if not isinstance(lr, Tensor):
-        lr = torch.tensor(lr, dtype=torch.float64)
-    if lr.device.type == "cpu" and not lr.isfinite():
-        raise ValueError(f"lr must be a finite number, got {lr.item()}")
-    return lr
+class _Formula(NamedTuple):
+    """What a group's parameters have in common in one step, as the op takes it."""
+
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    flags: int
+
+
+def _formula(group: dict[str, Any]) -> _Formula:
+    lr = group["lr"]  # a schedule may have changed it since it was checked; a device tensor is not waited for
+    if (not isinstance(lr, Tensor) or lr.device.type == "cpu") and not math.isfinite(lr):
+        raise ValueError(f"lr must be a finite number, got {float(lr)}")
+    beta1, beta2 = (float(beta) for beta in group["betas"])
+    flags = (group["eps_mode"] == "sparse_adam") * EPS_UNCORRECTED
+    flags += (group["bias_correction"] is None) * NO_BIAS_CORRECTION
+    flags += bool(group["maximize"]) * MAXIMIZE
+    flags += (not group["decoupled_weight_decay"]) * COUPLED_DECAY
+    return _Formula(lr, beta1, beta2, flags)

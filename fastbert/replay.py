@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastbert.backend import requested
+from fastbert.ops.lazy_adam import EPS_UNCORRECTED, NO_BIAS_CORRECTION
 from fastbert.ops.lazy_adam_replay import lazy_adam_replay
 
 STEPS = 4096  # of history; then all rows are brought, which costs one dense step
+FLAGS = EPS_UNCORRECTED | NO_BIAS_CORRECTION  # those that say how a step without a gradient moves a row
 
 State = dict[str, Any]
 
@@ -37,10 +39,13 @@ def record(param: Tensor, state: State, lr: float, decay: float, options: tuple,
     state["recorded"] += 1
 
 
-def forget(state: State) -> None:
-    """All rows stand at the last step: it was dense."""
-    state["last_step"].fill_(int(state["step"]))
-    state["recorded"] = 0
+def note(state: State, rows: Tensor | None) -> None:
+    """Notes the rows that the step just done moved; after a dense one all stand at it."""
+    if rows is None:
+        state["last_step"].fill_(int(state["step"]))
+        state["recorded"] = 0
+    else:
+        state["last_step"].index_fill_(0, rows, int(state["step"]))
 
 
 def catch_up(param: Tensor, state: State, rows: Tensor | None, padding_idx: int) -> None:

@@ -107,7 +107,6 @@ struct LazyAdam {         // see lazy_adam.cpp for the formula
   int64_t padding_idx;  // a row to leave alone; -1 for none
   double lr, step, beta1, beta2, eps, weight_decay;
   int64_t flags;
-  int threads;
 };
 
 constexpr int kReplayMoments = 9;  // of the missed steps' weights; the last bounds the error
@@ -136,9 +135,9 @@ struct Kernels {
   void (*layer_norm_backward)(const LayerNorm&);
   void (*attention_forward)(const Attention&);
   void (*attention_backward)(const Attention&);
-  int64_t (*lazy_adam_step)(
-      const LazyAdam&);  // -1, or the position of a row id outside the table: nothing done
-  int64_t (*lazy_adam_replay)(const LazyAdamReplay&);  // likewise
+  // -1, or which of the steps names a row outside its table: then nothing was done
+  int64_t (*lazy_adam_steps)(const LazyAdam* steps, int64_t count, int threads);
+  int64_t (*lazy_adam_replay)(const LazyAdamReplay&);  // -1, or the position of such a row id
   void (*philox)(uint64_t seed, const uint32_t counter[4], uint32_t words[4]);
 };
 

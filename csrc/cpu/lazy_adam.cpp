@@ -24,7 +24,8 @@ namespace FASTBERT_ISA {
 namespace {
 
 constexpr int64_t kColumns = 1024;    // columns of a task; the sum of its gradients stays in L1
-constexpr int64_t kAhead = 2;         // rows asked for in advance, so many groups ahead,
+constexpr int64_t kChunk = 32768;     // numbers of a dense tensor's task; fewer in all are left to one thread
+constexpr int64_t kAhead = 4;         // rows asked for in advance, so many groups ahead,
 constexpr int64_t kAheadLines = 8;    // so many cache lines each: the processor foresees the rest
 constexpr int64_t kSorted = 16384;    // positions that one thread sorts before another is worth starting
 constexpr int64_t kLong = 4096;       // gradients of one row beyond which threads share its columns,
@@ -97,10 +98,10 @@ FASTBERT_INLINE Groups group(const LazyAdam& p, int thread, int threads) {
   return {order, start, count};
 }
 
-Groups group(const LazyAdam& p) {
+Groups group(const LazyAdam& p, int threads) {
   if (!p.rows) return {nullptr, nullptr, p.table_rows};
   Groups groups = {};
-#pragma omp parallel num_threads(min(min(p.threads, kLazyAdamSorters), max(1, p.touched / kSorted)))
+#pragma omp parallel num_threads(min(min(threads, kLazyAdamSorters), max(1, p.touched / kSorted)))
   {
     const Groups same = group(p, omp_get_thread_num(), omp_get_num_threads());
     if (omp_get_thread_num() == 0) groups = same;
@@ -235,7 +236,8 @@ FASTBERT_INLINE int64_t bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2;
 FASTBERT_INLINE void prefetch(const LazyAdam& p, const Row& r, int64_t n) {
   const auto ask = [&](const void* table, DType dtype, int64_t at) FASTBERT_LAMBDA {
     const char* first = static_cast<const char*>(table) + bytes(dtype) * at;
-    for (int64_t j = 0; j < min(bytes(dtype) * n, kAheadLines * 64); j += 64) __builtin_prefetch(first + j);
+    for (int64_t j = 0; j < min(bytes(dtype) * n, kAheadLines * 64); j += 64)
+      __builtin_prefetch(first + j, 0, 2);  // into L2: it waits for more lines at once than L1 does
   };
   ask(p.param, p.dtype, r.at);
   ask(p.exp_avg, p.exp_avg_dtype, r.at);
@@ -321,14 +323,15 @@ void step_row_wise(const LazyAdam& p, Row r, const Coefficients& c) {
   }
 }
 
+// A table whose rows differ in what they take.
 template <typename T, typename M, bool kAmsgrad>
-void step(const LazyAdam& p) {
+void step_table(const LazyAdam& p, int threads) {
   const int64_t width = p.row_wise ? p.columns : kColumns, blocks = ceil_div(p.columns, width);
   const Coefficients same = coefficients(p, p.step);
-  const Groups groups = group(p);
-  const int64_t tasks = groups.count * blocks, chunk = max(1, tasks / (16 * p.threads));
+  const Groups groups = group(p, threads);
+  const int64_t tasks = groups.count * blocks, chunk = max(1, tasks / (16 * threads));
   const auto own = [&](int64_t row) { return p.row_steps ? coefficients(p, p.row_steps[row] + 1.) : same; };
-#pragma omp parallel num_threads(p.threads)
+#pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(dynamic, chunk)
     for (int64_t task = 0; task < tasks; ++task) {
@@ -361,36 +364,89 @@ void step(const LazyAdam& p) {
   }
 }
 
+// ---- dense tensors: one long row each -------------------------------------------------------------------
+
+bool is_dense(const LazyAdam& p) {
+  return !(p.rows || p.row_steps || p.row_wise || p.stochastic || p.padding_idx >= 0 ||
+           (p.flags & kLazyAdamSkipZero));
+}
+
+template <typename T, typename M, bool kAmsgrad>
+void step_chunk(const LazyAdam& p, const Coefficients& c, int64_t chunk) {
+  static const int32_t none = 0;
+  const int64_t end = min((chunk + 1) * kChunk, p.table_rows * p.columns);
+  for (int64_t at = chunk * kChunk; at < end; at += kColumns)
+    step<T, M, kAmsgrad, false>(p, {0, at, at, &none, 1}, at, min(kColumns, end - at), 0.f, c);
+}
+
+// ---- by type --------------------------------------------------------------------------------------------
+
+struct Instance {
+  void (*table)(const LazyAdam&, int threads);
+  void (*chunk)(const LazyAdam&, const Coefficients&, int64_t chunk);
+};
+
 template <typename T, typename M>
-void step(const LazyAdam& p) {
-  p.max_exp_avg_sq && !p.row_wise ? step<T, M, true>(p) : step<T, M, false>(p);
+Instance instance(const LazyAdam& p) {
+  if (p.max_exp_avg_sq && !p.row_wise) return {step_table<T, M, true>, step_chunk<T, M, true>};
+  return {step_table<T, M, false>, step_chunk<T, M, false>};
 }
 
 template <typename T>
-void step(const LazyAdam& p) {
-  p.exp_avg_dtype == DType::bf16 ? step<T, bf16>(p) : step<T, float>(p);
+Instance instance(const LazyAdam& p) {
+  return p.exp_avg_dtype == DType::bf16 ? instance<T, bf16>(p) : instance<T, float>(p);
+}
+
+Instance instance(const LazyAdam& p) {
+  switch (p.dtype) {
+    case DType::f32:
+      return instance<float>(p);
+    case DType::bf16:
+      return instance<bf16>(p);
+    case DType::f16:
+      return instance<f16>(p);
+  }
+  return {};
+}
+
+// All dense tensors together: the threads take chunk after chunk and do not wait for one another in between.
+void step_dense(const LazyAdam* steps, int64_t count, int threads) {
+  int64_t elements = 0, next = 0;
+  for (int64_t i = 0; i < count; ++i)
+    elements += is_dense(steps[i]) ? steps[i].table_rows * steps[i].columns : 0;
+#pragma omp parallel num_threads(elements < kChunk ? 1 : threads)
+  {
+    const auto take = [&]() {
+      int64_t chunk;
+#pragma omp atomic capture
+      chunk = next++;
+      return chunk;
+    };
+    int64_t mine = take(), before = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const LazyAdam& p = steps[i];
+      const int64_t chunks = is_dense(p) ? ceil_div(p.table_rows * p.columns, kChunk) : 0;
+      if (mine < before + chunks) {
+        const Coefficients c = coefficients(p, p.step);
+        for (const Instance run = instance(p); mine < before + chunks; mine = take())
+          run.chunk(p, c, mine - before);
+      }
+      before += chunks;
+    }
+  }
 }
 
 }  // namespace
 
-int64_t lazy_adam_step(const LazyAdam& given) {
-  LazyAdam p = given;
-  const int64_t bad = first_outside(p.rows, p.rows ? p.touched : 0, p.table_rows);
-  if (bad >= 0) return bad;
-  const bool has_rows = p.rows || p.row_steps || p.row_wise || p.stochastic || p.padding_idx >= 0 ||
-                        (p.flags & kLazyAdamSkipZero);
-  if (!has_rows) p.columns *= p.table_rows, p.table_rows = 1;  // one long row, in blocks
-  switch (p.dtype) {
-    case DType::f32:
-      step<float>(p);
-      break;
-    case DType::bf16:
-      step<bf16>(p);
-      break;
-    case DType::f16:
-      step<f16>(p);
-      break;
+int64_t lazy_adam_steps(const LazyAdam* steps, int64_t count, int threads) {
+  for (int64_t i = 0; i < count; ++i)
+    if (steps[i].rows && first_outside(steps[i].rows, steps[i].touched, steps[i].table_rows) >= 0) return i;
+  for (int64_t i = 0; i < count; ++i) {
+    const LazyAdam& p = steps[i];
+    const int64_t rows = p.rows ? p.touched : p.table_rows;
+    if (!is_dense(p)) instance(p).table(p, rows * p.columns < kChunk ? 1 : threads);
   }
+  step_dense(steps, count, threads);
   return -1;
 }
 

@@ -10,7 +10,7 @@ void layer_norm_forward(const LayerNorm&);
 void layer_norm_backward(const LayerNorm&);
 void attention_forward(const Attention&);
 void attention_backward(const Attention&);
-int64_t lazy_adam_step(const LazyAdam&);
+int64_t lazy_adam_steps(const LazyAdam* steps, int64_t count, int threads);
 int64_t lazy_adam_replay(const LazyAdamReplay&);
 
 // One counter through the same vectors that dropout uses, for the known-answer test.
@@ -23,7 +23,7 @@ static void philox(uint64_t seed, const uint32_t counter[4], uint32_t words[4]) 
 extern const Kernels kernels;
 const Kernels kernels = {gelu_forward,        gelu_backward,     layer_norm_forward,
                          layer_norm_backward, attention_forward, attention_backward,
-                         lazy_adam_step,      lazy_adam_replay,  philox};
+                         lazy_adam_steps,     lazy_adam_replay,  philox};
 
 }  // namespace FASTBERT_ISA
 }  // namespace fastbert
