@@ -1,15 +1,23 @@
-"""LazyAdam against torch.optim.SparseAdam and AdamW(fused=True) on embedding tables, and on BERT base's dense tensors.
+"""LazyAdam against torch.optim.SparseAdam, AdamW(fused=True) and FBGEMM on embedding tables, and on dense tensors.
 
-    python benchmarks/lazy_adam.py [--case 30522,768,4096] [--compile] [--repeats 20]
+    python benchmarks/lazy_adam.py [--case 30522,768,4096] [--allocator default] [--repeats 20]
 
-Token ids follow Zipf's law. Two measurements per table: `step()` alone on a gradient that is there, and forward +
-backward + step from a loss. GB/s are of the bytes that must move at least: weight and both moments of the R touched
-rows in and out, 24*R*D, and n gradient rows in, 4*n*D. All variants run in one process that keeps freed memory
-(`fastbert.keep_memory`), each on its own table, and are checked against float64 before they are timed.
+Token ids follow Zipf's law; every step has another batch and a gradient fresh from backward, for every variant.
+Measured are `step()` alone and forward + backward + step; one plot has the cost of `step()` over the vocabulary. GB/s
+are of the bytes that must move at least: weight and both moments of the R touched rows in and out, 24*R*D, and n
+gradient rows in, 4*n*D. All variants run in turn in one process under one setting of the allocator: "keep", as
+`fastbert.keep_memory` sets it, or "default". Each has its own table; LazyAdam is checked against float64 first.
+
+FBGEMM's CPU backend has no Adam; the nearest is row-wise Adagrad, fused into backward, which moves less than half the
+bytes. It takes part where it is installed (`pip install fbgemm-gpu-cpu`, in the version that goes with torch).
 """
 
 import argparse
+import importlib.util
+import itertools
+from collections.abc import Callable
 
+import matplotlib.pyplot as plt
 import torch
 from timing import Stats, interleaved, results_path, write_csv
 from torch import Tensor, nn
@@ -17,72 +25,134 @@ from torch import Tensor, nn
 import fastbert
 
 CASES = ["30522,768,4096", "30522,768,16384", "1000000,128,65536", "119547,768,8192"]  # vocabulary, width, tokens
+VOCABULARIES = [30_522, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000]  # of the plot,
+WIDTH, TOKENS = 32, 4096  # with these
+BATCHES = 8  # in turn
 LR = 1e-3
+OPTIMIZERS: dict[str, tuple[bool, Callable[..., torch.optim.Optimizer]]] = {  # label -> sparse gradient, constructor
+    "SparseAdam": (True, lambda p: torch.optim.SparseAdam(p, lr=LR)),
+    "AdamW fused": (False, lambda p: torch.optim.AdamW(p, lr=LR, fused=True)),
+    "LazyAdam": (True, lambda p: fastbert.LazyAdam(p, lr=LR)),
+}
+REPLAY = "LazyAdam replay"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", help=f"vocabulary,width,tokens; default: {' '.join(CASES)}")
-    parser.add_argument("--compile", action="store_true", help="also torch.compile'd AdamW (compiles for a while)")
+    parser.add_argument("--allocator", choices=["keep", "default"], default="keep")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--no-plot", action="store_true", help="leave out the vocabularies up to ten million (15 GB)")
     parser.add_argument("--no-bert", action="store_true", help="leave out the dense tensors of BERT base")
     args = parser.parse_args()
-    if not fastbert.keep_memory():
-        print("the allocator's setting could not be changed: steps that allocate pay for fresh pages")
+    if args.allocator == "keep" and not fastbert.keep_memory():
+        raise SystemExit("the allocator's setting could not be changed here: pass --allocator default")
     torch.manual_seed(0)
     rows = []
     for case in args.case or CASES:
-        vocabulary, width, tokens = (int(number) for number in case.split(","))
-        rows += table_case(vocabulary, width, tokens, args)
+        rows += table_case(*(int(number) for number in case.split(",")), args.repeats)
     if not args.no_bert:
-        rows += bert_case(args)
-    write_csv(results_path("lazy_adam"), rows)
+        rows += dense_case(torch.float32, args.repeats) + dense_case(torch.bfloat16, args.repeats)
+    path = results_path("lazy_adam" if args.allocator == "keep" else "lazy_adam-default-allocator")
+    if not args.no_plot:
+        measured = {vocabulary: vocabulary_case(vocabulary, args.repeats) for vocabulary in VOCABULARIES}
+        rows += [row for its in measured.values() for row in its]
+        plot(measured, path.with_suffix(".png"))
+    write_csv(path, [{**row, "allocator": args.allocator} for row in rows])
 
 
-# ---- embedding tables ----------------------------------------------------------------------------------------------
+# ---- embedding tables ------------------------------------------------------------------------------------------------
 
 
-def zipf_ids(vocabulary: int, tokens: int) -> Tensor:
-    """Ids whose frequency falls as 1 / rank, the ranks scattered over the table."""
+def zipf_batches(vocabulary: int, tokens: int) -> list[Tensor]:
+    """Batches of ids whose frequency falls as 1 / rank, the ranks scattered over the table."""
     weights = 1 / torch.arange(1, vocabulary + 1, dtype=torch.float64)
-    places = torch.searchsorted(weights.cumsum(0) / weights.sum(), torch.rand(tokens, dtype=torch.float64))
-    return torch.randperm(vocabulary)[places.clamp(max=vocabulary - 1)]
+    edges, places = weights.cumsum(0) / weights.sum(), torch.randperm(vocabulary)
+    drawn = [torch.searchsorted(edges, torch.rand(tokens, dtype=torch.float64)) for _ in range(BATCHES)]
+    return [places[ranks.clamp(max=vocabulary - 1)] for ranks in drawn]
 
 
-def table_case(vocabulary: int, width: int, tokens: int, args: argparse.Namespace) -> list[dict[str, object]]:
-    ids = zipf_ids(vocabulary, tokens)
-    touched = ids.unique().numel()
+class Training:
+    """One table with its optimizer; each call is a step of training on the next batch."""
+
+    def __init__(self, table: nn.Module, batches: list[Tensor], target: Tensor) -> None:
+        self.table, self.target = table, target
+        self.batches = itertools.cycle(batches)
+        self.optimizer: torch.optim.Optimizer | None = None  # None: backward has it
+
+    def read(self, ids: Tensor) -> Tensor:
+        return self.table(ids)
+
+    def backward(self) -> None:
+        self.table.zero_grad()
+        # Loss weights that differ by token: gradient rows of one id are not equal.
+        (self.read(next(self.batches)) * self.target).sum().backward()
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+    def __call__(self) -> None:
+        self.backward()
+        if self.optimizer is not None:
+            self.step()
+
+
+class Fbgemm(Training):
+    def read(self, ids: Tensor) -> Tensor:
+        return self.table(ids, torch.arange(ids.numel() + 1))
+
+
+def trainings(vocabulary: int, width: int, tokens: int) -> dict[str, Training]:
+    """By the labels of OPTIMIZERS."""
+    batches, target = zipf_batches(vocabulary, tokens), torch.randn(tokens, width)
+    made = {}
+    for label, (sparse, make) in OPTIMIZERS.items():
+        table = nn.Embedding(vocabulary, width, sparse=sparse, _weight=torch.full((vocabulary, width), 0.01))
+        made[label] = Training(table, batches, target)
+        made[label].optimizer = make(table.parameters())
+    return made
+
+
+def table_case(vocabulary: int, width: int, tokens: int, repeats: int) -> list[dict[str, object]]:
+    made = trainings(vocabulary, width, tokens)
+    ours = made["LazyAdam"]
+    batches = [next(ours.batches) for _ in range(BATCHES)]
+    touched = sum(ids.unique().numel() for ids in batches) // BATCHES
     floor = (24 * touched + 4 * tokens) * width
     name = f"{vocabulary:,} x {width}, {tokens:,} tokens, {touched:,} rows, at least {floor / 1e6:.0f} MB"
-    verify(vocabulary, width, ids)
+    verify(vocabulary, width, batches[0])
+    rows = step_alone(name, made, repeats, floor)
 
-    # Loss weights that differ by token: gradient rows of one id are not equal.
-    target = torch.randn(tokens, width)
-    makers = {
-        "SparseAdam": (True, lambda p: torch.optim.SparseAdam(p, lr=LR)),
-        "AdamW fused": (False, lambda p: torch.optim.AdamW(p, lr=LR, fused=True)),
-        "LazyAdam": (True, lambda p: fastbert.LazyAdam(p, lr=LR)),
-    }
-    if args.compile:
-        makers["AdamW compiled"] = (False, lambda p: torch.optim.AdamW(p, lr=torch.tensor(LR)))
-    alone, whole = {}, {}
-    for label, (sparse, make) in makers.items():
-        table = nn.Embedding(vocabulary, width, sparse=sparse)
-        optimizer = make(table.parameters())
-        step = torch.compile(optimizer.step) if label == "AdamW compiled" else optimizer.step
+    table = nn.Embedding(vocabulary, width, sparse=True)
+    made[REPLAY] = Training(table, batches, ours.target)
+    made[REPLAY].optimizer = replaying = fastbert.LazyAdam(table.parameters(), lr=LR, missed="replay")
+    replaying.attach(table)
+    if importlib.util.find_spec("fbgemm_gpu"):
+        made["FBGEMM Adagrad"] = Fbgemm(fbgemm_table(vocabulary, width), batches, ours.target)
+    else:
+        print("FBGEMM is not installed and left out")
+    return rows + report(f"{name}: forward + backward + step", interleaved(made, repeats), None)
 
-        def backward(table: nn.Embedding = table) -> None:
-            (table(ids) * target).sum().backward()
 
-        def train(table: nn.Embedding = table, step=step, backward=backward) -> None:
-            table.zero_grad()
-            backward(table)
-            step()
+def step_alone(name: str, made: dict[str, Training], repeats: int, floor: int | None) -> list[dict[str, object]]:
+    steps = {label: training.step for label, training in made.items()}
+    fresh = {label: training.backward for label, training in made.items()}
+    return report(f"{name}: step()", interleaved(steps, repeats, before=fresh), floor)
 
-        backward()
-        alone[label], whole[label] = step, train
-    return report(f"{name}: step()", interleaved(alone, args.repeats), floor) + report(
-        f"{name}: forward + backward + step", interleaved(whole, args.repeats), None
+
+def fbgemm_table(vocabulary: int, width: int) -> nn.Module:
+    from fbgemm_gpu.split_embedding_configs import EmbOptimType
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+        ComputeDevice,
+        SplitTableBatchedEmbeddingBagsCodegen,
+    )
+
+    return SplitTableBatchedEmbeddingBagsCodegen(
+        [(vocabulary, width, EmbeddingLocation.HOST, ComputeDevice.CPU)],
+        optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        learning_rate=LR,
+        pooling_mode=PoolingMode.NONE,
     )
 
 
@@ -105,13 +175,41 @@ def verify(vocabulary: int, width: int, ids: Tensor) -> None:
     assert torch.equal(after, before), "rows that were not touched changed"
 
 
-# ---- dense tensors -------------------------------------------------------------------------------------------------
+# ---- cost over the size of the vocabulary ----------------------------------------------------------------------------
 
 
-def bert_case(args: argparse.Namespace) -> list[dict[str, object]]:
+def vocabulary_case(vocabulary: int, repeats: int) -> list[dict[str, object]]:
+    name = f"{vocabulary:,} x {WIDTH}, {TOKENS:,} tokens"
+    rows = step_alone(name, trainings(vocabulary, WIDTH, TOKENS), min(repeats, 10), None)
+    return [{**row, "vocabulary": vocabulary} for row in rows]
+
+
+def plot(measured: dict[int, list[dict[str, object]]], path: str) -> None:
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for label in OPTIMIZERS:
+        points = [row for rows in measured.values() for row in rows if row["variant"] == label]
+        middle, low, high = ([1e3 * row[key] for row in points] for key in ("median_s", "p20_s", "p80_s"))
+        (line,) = axes.loglog(list(measured), middle, marker="o", label=label)
+        axes.fill_between(list(measured), low, high, alpha=0.2, color=line.get_color())
+    axes.set(
+        xlabel="rows of the table",
+        ylabel="step(), milliseconds",
+        title=f"Cost of a step over the vocabulary: {TOKENS:,} tokens, width {WIDTH}",
+    )
+    axes.grid(which="both", alpha=0.25)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    print(f"written: {path}")
+
+
+# ---- dense tensors ---------------------------------------------------------------------------------------------------
+
+
+def dense_case(dtype: torch.dtype, repeats: int) -> list[dict[str, object]]:
+    """All of BERT base. In bfloat16 torch keeps its state in bfloat16 too: 14 bytes per number against our 22."""
     layer = [(768, 768), (768,)] * 4 + [(768,)] * 4 + [(3072, 768), (3072,), (768, 3072), (768,)]
     shapes = [(30522, 768), (512, 768), (2, 768), (768,), (768,), *layer * 12, (768, 768), (768,)]
-    params = [nn.Parameter(torch.randn(shape) * 0.02) for shape in shapes]
+    params = [nn.Parameter((torch.randn(shape) * 0.02).to(dtype)) for shape in shapes]
     for param in params:
         param.grad = torch.randn_like(param) * 1e-3
     elements = sum(param.numel() for param in params)
@@ -119,8 +217,9 @@ def bert_case(args: argparse.Namespace) -> list[dict[str, object]]:
         "AdamW fused": torch.optim.AdamW(params, lr=LR, fused=True).step,
         "LazyAdam": fastbert.LazyAdam(params, lr=LR, weight_decay=1e-2).step,
     }
-    name = f"BERT base, {len(params)} dense tensors, {elements / 1e6:.0f} M numbers: step()"
-    return report(name, interleaved(variants, min(args.repeats, 10), 2), 28 * elements)
+    kind = f"{dtype}".removeprefix("torch.")
+    name = f"BERT base, {len(params)} dense {kind} tensors, {elements / 1e6:.0f} M numbers: step()"
+    return report(name, interleaved(variants, repeats, 2), (28 if dtype == torch.float32 else 22) * elements)
 
 
 def report(name: str, measured: dict[str, Stats], floor: int | None) -> list[dict[str, object]]:
@@ -130,7 +229,7 @@ def report(name: str, measured: dict[str, Stats], floor: int | None) -> list[dic
     for label, stats in measured.items():
         rate = f"{floor / stats.median / 1e9:.1f}" if floor else ""
         times = "".join(f"{1e3 * seconds:9.2f}" for seconds in (stats.median, stats.p20, stats.p80))
-        print(f"{label:16}{times}{rate:>8}{stats.median / ours:>9.1f}x")
+        print(f"{label:16}{times}{rate:>8}{stats.median / ours:>9.1f}x", flush=True)
         row = {"case": name, "variant": label, "median_s": stats.median, "p20_s": stats.p20, "p80_s": stats.p80}
         rows.append({**row, "floor_bytes": floor or "", "times_ours": round(stats.median / ours, 2)})
     return rows

@@ -24,19 +24,28 @@ class Stats:
     p80: float
 
 
-def interleaved(variants: Mapping[str, Callable[[], object]], repeats: int = 20, warmup: int = 3) -> dict[str, Stats]:
+def interleaved(
+    variants: Mapping[str, Callable[[], object]],
+    repeats: int = 20,
+    warmup: int = 3,
+    before: Mapping[str, Callable[[], object]] | None = None,
+) -> dict[str, Stats]:
     """Times the variants in turn, so that a slow moment of the machine falls on all of them.
 
     Every variant is first called `warmup` times. Then come `repeats` rounds of one call each, every round beginning
-    with another variant, so that none always runs after the same one.
+    with another variant, so that none always runs after the same one. `before`, by the same names, is called ahead of
+    each call and not timed.
     """
-    for call in variants.values():
+    before = before or {name: lambda: None for name in variants}
+    for name, call in variants.items():
         for _ in range(warmup):
+            before[name]()
             call()
     names, seconds = list(variants), {name: [] for name in variants}
     for round_ in range(repeats):
         shift = round_ % len(names)
         for name in names[shift:] + names[:shift]:
+            before[name]()
             _synchronize()
             start = time.perf_counter()
             variants[name]()
