@@ -1,13 +1,14 @@
 """What LazyAdam has beyond AdamW, option by option."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
 import torch
 from torch import nn
 
-from fastbert import LazyAdam
+from fastbert import LazyAdam, use_backend
 from fastbert.bert import BertConfig, BertModel
 
 V, D = 8, 6
@@ -235,3 +236,19 @@ def test_only_new_tokens_learn(backend):
         optimizer.step(rows={embedding.weight: new})
     assert torch.equal(embedding.weight[:8], before[:8]) and (embedding.weight[8:] != before[8:]).all()
     assert not optimizer.state[embedding.weight]["exp_avg"][:8].any()
+
+
+def test_a_step_needs_little_memory():
+    """Beside the tensors that are there: less than 1 MB, 8 bytes per row of the table and 8 per token."""
+    V, n = 30_000, 50_000
+    weight = nn.Parameter(torch.zeros(V, 24))
+    weight.grad = torch.sparse_coo_tensor(
+        torch.randint(0, V, (1, n)), torch.randn(n, 24), weight.shape, check_invariants=True
+    )
+    optimizer = LazyAdam([weight])
+    optimizer.step()  # makes the state
+    with use_backend("cpu"), torch.profiler.profile(profile_memory=True) as profile:
+        optimizer.step()
+    changes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    peak = max(itertools.accumulate(changes, initial=0))
+    assert 8 * n <= peak < 1_000_000 + 8 * V + 8 * n, f"{peak:,} bytes"
