@@ -5,9 +5,8 @@ Everything is checked before anything is changed.
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,31 +15,8 @@ from torch.optim import Optimizer
 from fastbert import gradients, replay
 from fastbert.backend import requested
 from fastbert.gradients import Gradient, Rows
-from fastbert.ops.lazy_adam import (
-    COUPLED_DECAY,
-    EPS_UNCORRECTED,
-    GRAD_BY_ROW,
-    MAXIMIZE,
-    NO_BIAS_CORRECTION,
-    SKIP_ZERO,
-    check,
-    row_wise_shape,
-    update,
-)
-from fastbert.ops.lazy_adam_replay import check_betas
-
-_DEFAULTS = {  # options that torch.optim.AdamW does not have
-    "decoupled_weight_decay": True,
-    "lazy": None,
-    "padding_idx": None,
-    "eps_mode": "adam",
-    "bias_correction": "global",
-    "missed": "leave",
-    "stochastic_rounding": False,
-    "seed": 0,
-    "exp_avg_dtype": None,
-    "row_wise": False,
-}
+from fastbert.ops.lazy_adam import GRAD_BY_ROW, SKIP_ZERO, check, row_wise_shape, update
+from fastbert.options import DEFAULTS, Formula, check_options, check_param, formula_of
 
 
 class LazyAdam(Optimizer):
@@ -147,11 +123,11 @@ class LazyAdam(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters; its options override the constructor's. Raises as the constructor does."""
         options = {**self.defaults, **param_group}
-        _check_options(options)
+        check_options(options)
         super().add_param_group(param_group)
         try:
             for param in self.param_groups[-1]["params"]:
-                _check_param(param, options)
+                check_param(param, options)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -187,7 +163,7 @@ class LazyAdam(Optimizer):
             gradients.check_named(rows, set(self._parameters()), "this optimizer's")
         planned, number = [], 0
         for group in self.param_groups:
-            formula = _formula(group)
+            formula = formula_of(group)
             for param in group["params"]:
                 gradient = gradients.read(param, rows)
                 if gradient is not None:
@@ -229,7 +205,7 @@ class LazyAdam(Optimizer):
             replay.check_current(self.state.get(param, {}), gradient.rows)
 
     def _arguments(
-        self, param: Tensor, gradient: Gradient, group: dict[str, Any], formula: "_Formula", number: int
+        self, param: Tensor, gradient: Gradient, group: dict[str, Any], formula: Formula, number: int
     ) -> tuple:
         """Of `lazy_adam_step`, up to `number`; the count of steps is yet to be raised."""
         state = self._state(param, group)
@@ -248,7 +224,7 @@ class LazyAdam(Optimizer):
             group["weight_decay"], flags, self._padding_idx(param, group), number,
         )  # fmt: skip
 
-    def _record(self, param: Tensor, gradient: Gradient, group: dict[str, Any], formula: "_Formula") -> None:
+    def _record(self, param: Tensor, gradient: Gradient, group: dict[str, Any], formula: Formula) -> None:
         """Before a step: what rows that it leaves out will have missed."""
         state, padding_idx = self.state[param], self._padding_idx(param, group)
         if gradient.rows is None:
@@ -350,7 +326,7 @@ class LazyAdam(Optimizer):
         self.is_raw = False
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, value in {**self.defaults, **_DEFAULTS}.items():
+            for name, value in {**self.defaults, **DEFAULTS}.items():
                 group.setdefault(name, value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -372,9 +348,9 @@ class LazyAdam(Optimizer):
             ]
             saved.update(state_dict, param_groups=groups + state_dict["param_groups"][len(groups) :])
             for group in groups:
-                _check_options(group)
+                check_options(group)
             for key, param, group in self._by_saved_key(saved["param_groups"]):
-                _check_param(param, group)
+                check_param(param, group)
                 for name, value in saved["state"].get(key, {}).items():
                     if name in _TABLES and tuple(value.shape) != _shape_and_dtype(name, param, group)[0]:
                         raise ValueError(
@@ -436,84 +412,3 @@ def _restored(name: str, value: Any, param: Tensor, group: dict[str, Any]) -> An
         dtype = _shape_and_dtype(name, param, group)[1]
         return value.to(param.device, dtype, copy=True, memory_format=torch.contiguous_format)
     return value.clone() if isinstance(value, Tensor) else value
-
-
-# ---- checks ----------------------------------------------------------------------------------------------------------
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    lr, betas = options["lr"], options["betas"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be a float or a tensor of one element, got shape {list(lr.shape)}")
-    if not 0 <= float(lr) < math.inf:
-        raise ValueError(f"lr must be a finite number >= 0, got {lr}")
-    if len({isinstance(beta, Tensor) for beta in betas}) > 1:
-        raise ValueError(f"betas must be two floats or two tensors, got {betas}")
-    for number, beta in enumerate(betas, 1):
-        if not 0 <= float(beta) < 1:
-            raise ValueError(f"beta{number} must lie in [0, 1), got {beta}")
-    for name in ("eps", "weight_decay"):
-        if not 0 <= options[name] < math.inf:
-            raise ValueError(f"{name} must be a finite number >= 0, got {options[name]}")
-    if options["differentiable"]:
-        raise ValueError("LazyAdam's step is an opaque op without a gradient: differentiable=False")
-    for name, allowed in (
-        ("lazy", (None, "rows", "nonzero")),
-        ("eps_mode", ("adam", "sparse_adam")),
-        ("bias_correction", ("global", "row", None)),
-        ("missed", ("leave", "replay")),
-        ("exp_avg_dtype", (None, torch.float32, torch.bfloat16)),
-    ):
-        if options[name] not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {options[name]!r}")
-    if options["missed"] == "replay":
-        _check_replay(options)
-
-
-def _check_replay(options: dict[str, Any]) -> None:
-    check_betas(*(float(beta) for beta in options["betas"]))
-    for name, given, why in (
-        ("amsgrad=True", options["amsgrad"], "its maximum does not decay while a row waits"),
-        ('bias_correction="row"', options["bias_correction"] == "row", "dense AdamW has no counts by row"),
-        ('lazy="nonzero"', options["lazy"] == "nonzero", "rows must be known before they are read"),
-        ("row_wise=True", options["row_wise"], "dense AdamW has a second moment for every number"),
-        ("exp_avg_dtype", options["exp_avg_dtype"] == torch.bfloat16, "it follows dense AdamW in float32"),
-        ("coupled weight_decay", options["weight_decay"] and not options["decoupled_weight_decay"], "it joins m and v"),
-    ):
-        if given:
-            raise ValueError(f'missed="replay" does not go with {name}: {why}')
-
-
-def _check_param(param: Tensor, options: dict[str, Any]) -> None:
-    if not param.is_floating_point() or param.layout != torch.strided:
-        raise TypeError(f"LazyAdam takes dense floating parameters, got {param.dtype} with {param.layout}")
-    if options["missed"] == "replay" and param.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f'missed="replay" follows dense AdamW in float32, got a {param.dtype} parameter')
-    if options["stochastic_rounding"] and param.dtype == torch.float16:
-        raise ValueError("stochastic_rounding is for bfloat16 parameters, got torch.float16")
-    padding_idx = options["padding_idx"]
-    if padding_idx is not None and not (param.dim() and 0 <= padding_idx < param.shape[0]):
-        raise ValueError(
-            f"padding_idx must be a row of every parameter of the group, got {padding_idx} for {list(param.shape)}"
-        )
-
-
-class _Formula(NamedTuple):
-    """What a group's parameters have in common in one step, as the op takes it."""
-
-    lr: float | Tensor
-    beta1: float
-    beta2: float
-    flags: int
-
-
-def _formula(group: dict[str, Any]) -> _Formula:
-    lr = group["lr"]  # a schedule may have changed it since it was checked; a device tensor is not waited for
-    if (not isinstance(lr, Tensor) or lr.device.type == "cpu") and not math.isfinite(lr):
-        raise ValueError(f"lr must be a finite number, got {float(lr)}")
-    beta1, beta2 = (float(beta) for beta in group["betas"])
-    flags = (group["eps_mode"] == "sparse_adam") * EPS_UNCORRECTED
-    flags += (group["bias_correction"] is None) * NO_BIAS_CORRECTION
-    flags += bool(group["maximize"]) * MAXIMIZE
-    flags += (not group["decoupled_weight_decay"]) * COUPLED_DECAY
-    return _Formula(lr, beta1, beta2, flags)

@@ -19,7 +19,7 @@ LAYERS = [
     {"native"},
     {"backend"},
     {"ops"},
-    {"nn", "gradients", "replay", "inputs"},
+    {"nn", "gradients", "replay", "options", "inputs"},
     {"optim", "bert", "checkpoint", "data"},
     {"evaluate", "run"},
     {"pretrain"},
