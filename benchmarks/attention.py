@@ -5,13 +5,13 @@
 Cases: the lengths of a batch evenly spaced from a quarter of the longest to all of it, with dropout 0.1; and full
 length without dropout. Counted are the products that the real tokens need: 4 S^2 D for each head and sequence of S
 tokens forward, 14 S^2 D forward and backward. They are held against the rate of torch's own 2048^3 product in the same
-dtype. The bytes that must move are 4TNDe + 4TN forward and 12TNDe + 16TN in both. Values and gradients are checked
-against float64, with our dropout mask, before anything is timed. Variants run in turn in one process, under the same
-allocator setting.
+dtype. We take one packed projection, torch q, k and v. The bytes that must move are 4TNDe + 4TN forward and
+12TNDe + 16TN in both. Values and gradients are checked against float64, with our dropout mask, before anything is
+timed. Variants run in turn in one process, under the same allocator setting.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from timing import interleaved, results_path, write_csv
@@ -49,19 +49,18 @@ def benchmark(
     tokens = int(lengths.sum())
     qkv = torch.randn(tokens, 3, HEADS, SIZE).to(DTYPES[dtype])
     dout = torch.randn(tokens, HEADS, SIZE).to(qkv.dtype)
-    padded = torch.randn(3, batch, HEADS, longest, SIZE).to(qkv.dtype)
+    padded = torch.randn(3, batch, HEADS, longest, SIZE).to(qkv.dtype).unbind(0)
     dpadded = torch.randn(batch, HEADS, longest, SIZE).to(qkv.dtype)
     mask = (torch.arange(longest) < lengths[:, None])[:, None, None] if ragged else None
 
     def ours(qkv: Tensor, seed: Tensor | None = None, backend: str | None = None) -> Tensor:
-        q, k, v = qkv.unbind(1)
-        return fastbert.attention(q, k, v, cu_seqlens, longest, dropout_p=dropout, seed=seed, backend=backend)
+        return fastbert.attention_qkv(qkv, cu_seqlens, longest, dropout_p=dropout, seed=seed, backend=backend)
 
-    def theirs(padded: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(*padded.unbind(0), attn_mask=mask, dropout_p=dropout)
+    def theirs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
     verify(ours, qkv, dout)
-    calls = {"ours": (ours, qkv, dout), "torch": (theirs, padded, dpadded)}
+    calls = {"ours": (ours, (qkv,), dout), "torch": (theirs, padded, dpadded)}
     if not args.no_compile:
         torch.compiler.reset()
         calls["torch.compile"] = (torch.compile(theirs, dynamic=False), padded, dpadded)
@@ -95,17 +94,17 @@ def verify(ours: Callable[..., Tensor], qkv: Tensor, dout: Tensor) -> None:
         assert_close(*values, what=what)
 
 
-def no_grad(op: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
+def no_grad(op: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callable[[], Tensor]:
     def call() -> Tensor:
         with torch.no_grad():
-            return op(x)
+            return op(*inputs)
 
     return call
 
 
-def with_grad(op: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> Callable[[], object]:
-    leaf = x.detach().requires_grad_()
-    return lambda: torch.autograd.grad(op(leaf), leaf, dy)
+def with_grad(op: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor) -> Callable[[], object]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    return lambda: torch.autograd.grad(op(*leaves), leaves, dy)
 
 
 def measure(

@@ -149,14 +149,13 @@ void attention_forward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uin
 }
 
 void attention_backward(uintptr_t dout, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse,
-                        uintptr_t dq, uintptr_t dk, uintptr_t dv, uintptr_t cu_seqlens, int64_t q_stride,
-                        int64_t k_stride, int64_t v_stride, int64_t tokens, int64_t sequences, int64_t heads,
-                        int64_t head_dim, int64_t window_left, int64_t window_right, double scale,
-                        uint32_t drop_below, uint64_t seed, int dtype, int threads) {
+                        uintptr_t dqkv, uintptr_t cu_seqlens, int64_t q_stride, int64_t k_stride,
+                        int64_t v_stride, int64_t tokens, int64_t sequences, int64_t heads, int64_t head_dim,
+                        int64_t window_left, int64_t window_right, double scale, uint32_t drop_below,
+                        uint64_t seed, int dtype, int threads) {
   Attention a = attention(q, k, v, lse, cu_seqlens, q_stride, k_stride, v_stride, tokens, sequences, heads,
                           head_dim, window_left, window_right, scale, drop_below, seed, dtype, threads);
-  a.dout = at<void>(dout), a.out = at<void>(out), a.dq = at<void>(dq), a.dk = at<void>(dk),
-  a.dv = at<void>(dv);
+  a.dout = at<void>(dout), a.out = at<void>(out), a.dqkv = at<void>(dqkv);
   selected->kernels->attention_backward(a);
 }
 

@@ -4,7 +4,7 @@ from fastbert.allocator import keep_memory
 from fastbert.backend import backends, use_backend
 from fastbert.bert import BertConfig, BertForPreTraining, BertModel
 from fastbert.gradients import all_gather_rows, clip_grad_norm_
-from fastbert.ops.attention import attention
+from fastbert.ops.attention import attention, attention_qkv
 from fastbert.ops.gelu import gelu
 from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
 from fastbert.optim import LazyAdam
@@ -18,6 +18,7 @@ __all__ = [
     "__version__",
     "all_gather_rows",
     "attention",
+    "attention_qkv",
     "backends",
     "clip_grad_norm_",
     "dropout_add_layer_norm",

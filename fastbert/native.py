@@ -136,19 +136,18 @@ class cpu:  # a namespace, spelled as the backend is
     def attention_backward(
         dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int,
         scale: float, t: int, seed: Tensor | None, causal: bool, window: list[int] | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> Tensor:  # fmt: skip
         q, k, v, cu_seqlens = _heads(q), _heads(k), _heads(v), cu_seqlens.contiguous()
         dout, out = dout.contiguous(), out.contiguous()
         tokens, heads, head_dim = q.shape
-        dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
+        dqkv = q.new_empty(tokens, 3, heads, head_dim)
         left, right = _window(causal, window)
         module.attention_backward(
-            _address(dout), _address(q), _address(k), _address(v), _address(out), _address(lse), _address(dq),
-            _address(dk), _address(dv), _address(cu_seqlens), q.stride(0), k.stride(0), v.stride(0), tokens,
-            cu_seqlens.numel() - 1, heads, head_dim, left, right, scale, t, _seed(seed), DTYPES[q.dtype],
-            torch.get_num_threads(),
+            _address(dout), _address(q), _address(k), _address(v), _address(out), _address(lse),
+            _address(dqkv), _address(cu_seqlens), q.stride(0), k.stride(0), v.stride(0), tokens, cu_seqlens.numel() - 1,
+            heads, head_dim, left, right, scale, t, _seed(seed), DTYPES[q.dtype], torch.get_num_threads(),
         )  # fmt: skip
-        return dq, dk, dv
+        return dqkv
 
     @staticmethod
     def lazy_adam_steps(steps: Sequence[tuple]) -> None:

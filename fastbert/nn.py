@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fastbert.backend import requested
 from fastbert.ops import philox
-from fastbert.ops.attention import attention
+from fastbert.ops.attention import attention_qkv
 from fastbert.ops.gelu import gelu
 from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm, layer_norm_forward
 
@@ -99,9 +99,9 @@ class MultiHeadAttention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)  # rows: all of query, then key, then value
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        q, k, v = self.qkv(x).view(x.shape[0], 3, self.heads, x.shape[1] // self.heads).unbind(1)  # [T, N, D] each
+        qkv = self.qkv(x).view(x.shape[0], 3, self.heads, x.shape[1] // self.heads)  # [T, 3, N, D]
         dropout_p = self.dropout_p if self.training else 0.0
-        return attention(q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p).flatten(1)
+        return attention_qkv(qkv, cu_seqlens, max_seqlen, dropout_p=dropout_p).flatten(1)
 
 
 class Dropout(nn.Module):

@@ -154,19 +154,54 @@ def test_nan_stays_in_its_sequence_and_head(backend):
     assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("mask", ["all", "window"])
+@pytest.mark.parametrize("lengths", [[128, 40, 200, 1], [700]], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bits_do_not_depend_on_threads(backend, threads, dtype):
-    qkv, cu_seqlens = pack([128, 40, 200, 1], 3, 64, dtype)
-    dout = torch.randn(369, 3, 64)
+def test_bits_do_not_depend_on_threads(backend, threads, dtype, lengths, mask):
+    """Many threads cut a sequence into several tasks, one thread takes it whole."""
+    qkv, cu_seqlens = pack(lengths, 3, 64, dtype)
+    dout = torch.randn(sum(lengths), 3, 64)
 
     def ours():
-        return run(lambda x: fastbert.attention(*x.unbind(1), cu_seqlens, 200, dropout_p=0.1, seed=SEED), (qkv,), dout)
+        def function(x):
+            options = {"dropout_p": 0.1, "seed": SEED, **MASKS[mask]}
+            return fastbert.attention(*x.unbind(1), cu_seqlens, max(lengths), **options)
+
+        return run(function, (qkv,), dout)
 
     first, again = ours(), ours()
-    torch.set_num_threads(1)
-    for a, b, c in zip(first, again, ours(), strict=True):
-        assert torch.equal(a, b)
-        assert backend == "reference" or torch.equal(a, c)
+    for other in (1, 16):
+        torch.set_num_threads(other)
+        for a, b, c in zip(first, again, ours(), strict=True):
+            assert torch.equal(a, b)
+            assert backend == "reference" or torch.equal(a, c)
+
+
+def test_a_sequence_longer_than_a_task(threads):
+    """Its gradients come in pieces, of queries and of keys, from a scratch that does not grow with it."""
+    torch.set_num_threads(2)
+    lengths = [2300, 10]
+    qkv, cu_seqlens = pack(lengths, 1, 16, torch.float32)
+    dout = torch.randn(2310, 1, 16)
+    results = [
+        run(lambda x, b=b: fastbert.attention(*x.unbind(1), cu_seqlens, 2300, backend=b), (qkv.to(dtype),), dout)
+        for b, dtype in (("cpu", torch.float32), ("reference", torch.float32), ("reference", torch.float64))
+    ]
+    for name, *each in zip(("out", "dqkv"), *results, strict=True):
+        assert_close(*each, what=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_projection_gives_the_same(backend, dtype):
+    qkv, cu_seqlens = pack([11, 30], 3, 16, dtype)
+    dout = torch.randn(41, 3, 16).to(dtype)
+    options = {"dropout_p": 0.1, "seed": SEED, "window": (9, 4)}
+    packed = run(lambda x: fastbert.attention_qkv(x, cu_seqlens, 30, **options), (qkv,), dout)
+    apart = run(lambda *x: fastbert.attention(*x, cu_seqlens, 30, **options), qkv.unbind(1), dout)
+    assert torch.equal(packed[0], apart[0])
+    assert torch.equal(packed[1], torch.stack(apart[1:], 1))
+    with pytest.raises(ValueError, match=r"qkv must be \[tokens, 3, heads, head size\]"):
+        fastbert.attention_qkv(qkv[:, :2], cu_seqlens, 30)
 
 
 def test_any_layout(backend):

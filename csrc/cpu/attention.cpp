@@ -11,11 +11,10 @@
 // A (sequence, head) is cut into blocks of keys and queries that stay in L2; keys stand in the lanes, so a
 // row of scores is a few vectors. Forward goes through the blocks of keys with a running maximum and sum
 // (online softmax). Products run on packed words: float32, or pairs of bf16 where the processor has their dot
-// product; then P and dS are rounded to bf16. Sums are float32. A (sequence, head, block) is computed alike
-// whatever the number of threads. Dao, "FlashAttention-2" (2023).
-#include <stdio.h>
-#include <stdlib.h>
-
+// product; then P and dS are rounded to bf16. Sums are float32. How the work is cut into tasks depends on the
+// number of threads, what a query or a key gets does not: its blocks are summed in the same order in any
+// task. Dao, "FlashAttention-2" (2023).
+#include "attention_tasks.h"
 #include "matmul.h"
 
 namespace fastbert {
@@ -26,75 +25,9 @@ void attention_backward(const Attention&);
 
 namespace {
 
-constexpr int64_t kKeys =
-    256;  // keys of a forward block; a multiple of 8, as kBackwardKeys, for dropout's counters
-constexpr int64_t kChunk = 256;   // queries of a forward task, for which a block of keys is packed once
-constexpr int64_t kQueries = 48;  // of them at a time
-constexpr int64_t kBackwardKeys = 128;
-constexpr int64_t kBackwardQueries = 64;
-
-static thread_local uint32_t* scratch_memory = nullptr;
-static thread_local int64_t scratch_words = 0;
-
-// Memory of this thread, kept for its next call: taking it anew would cost page faults at every layer.
-class Scratch {
- public:
-  explicit Scratch(int64_t words) {
-    if (words <= scratch_words) return;
-    free(scratch_memory);
-    scratch_memory = static_cast<uint32_t*>(aligned_alloc(4096, round_up(words * 4, 4096)));
-    if (!scratch_memory) {
-      fprintf(stderr, "fastbert: attention could not allocate %lld bytes\n",
-              static_cast<long long>(words * 4));
-      abort();
-    }
-    scratch_words = words;
-  }
-
-  uint32_t* words(int64_t n) {
-    uint32_t* place = scratch_memory + used_;
-    used_ += round_up(n, 16);
-    return place;
-  }
-  float* floats(int64_t n) { return reinterpret_cast<float*>(words(n)); }
-
- private:
-  int64_t used_ = 0;
-};
-
-// ---- tasks, the longest first
-// ------------------------------------------------------------------------------------
-
-struct Task {
-  int64_t sequence, head, first, work;  // first query
-};
-
-static int by_work(const void* a, const void* b) {
-  const int64_t x = static_cast<const Task*>(a)->work, y = static_cast<const Task*>(b)->work;
-  return x < y ? 1 : x > y ? -1 : 0;
-}
-
-// One for every (sequence, head) and every `chunk` of its queries; to be freed.
-static Task* make_tasks(const Attention& p, int64_t chunk, int64_t* count) {
-  *count = 0;
-  for (int64_t b = 0; b < p.sequences; ++b)
-    *count += ceil_div(p.cu_seqlens[b + 1] - p.cu_seqlens[b], chunk) * p.heads;
-  Task* tasks = static_cast<Task*>(malloc(max(1, *count) * sizeof(Task)));
-  if (!tasks) {
-    fprintf(stderr, "fastbert: attention could not allocate its list of %lld tasks\n",
-            static_cast<long long>(*count));
-    abort();
-  }
-  Task* next = tasks;
-  for (int64_t b = 0; b < p.sequences; ++b) {
-    const int64_t length = p.cu_seqlens[b + 1] - p.cu_seqlens[b];
-    for (int64_t head = 0; head < p.heads; ++head)
-      for (int64_t first = 0; first < length; first += chunk)
-        *next++ = {b, head, first, length * min(chunk, length - first)};
-  }
-  qsort(tasks, *count, sizeof(Task), by_work);
-  return tasks;
-}
+// Blocks of keys, multiples of 8 for dropout's counters, and of queries.
+constexpr int64_t kKeys = 256, kQueries = 48;
+constexpr int64_t kBackwardKeys = 128, kBackwardQueries = 64;  // even, for pairs
 
 // ---- what a query sees of a block of keys: lanes first to last of it, none where last < first
 // --------------------
@@ -107,11 +40,56 @@ FASTBERT_INLINE Sight sight(const Attention& p, int64_t query, int64_t key0, int
   return {max(0, query - p.window_left - key0), min(keys - 1, query + p.window_right - key0)};
 }
 
-FASTBERT_INLINE vint seen(Sight s, int64_t j) {
-  vint key;
-  for (int i = 0; i < kLanes; ++i) key[i] = i;
-  key += static_cast<int32_t>(j);
-  return (key >= static_cast<int32_t>(s.first)) & (key <= static_cast<int32_t>(s.last));
+struct AllSeen {
+  FASTBERT_MEMBER vfloat pick(Sight, int64_t, vfloat v, float) const { return v; }
+};
+
+struct SomeSeen {  // `otherwise` in lanes whose key is out of sight
+  FASTBERT_MEMBER vfloat pick(Sight s, int64_t j, vfloat v, float otherwise) const {
+    vint key;
+    for (int i = 0; i < kLanes; ++i) key[i] = i;
+    key += static_cast<int32_t>(j);
+    const vint seen = (key >= static_cast<int32_t>(s.first)) & (key <= static_cast<int32_t>(s.last));
+    return seen ? v : splat(otherwise);
+  }
+};
+
+// body(j, seen) for the vectors j = 0, kLanes, ... of a row of scores; most are seen whole.
+template <typename Body>
+FASTBERT_INLINE void over_keys(Sight s, int64_t width, Body body) {
+  const int64_t first = min(width, round_up(max(0, s.first), kLanes));
+  const int64_t last = max(first, (s.last + 1) / kLanes * kLanes);
+  for (int64_t j = 0; j < first; j += kLanes) body(j, SomeSeen{});
+  for (int64_t j = first; j < last; j += kLanes) body(j, AllSeen{});
+  for (int64_t j = last; j < width; j += kLanes) body(j, SomeSeen{});
+}
+
+// e^(score * scale - base); as exact as the words that it is rounded to.
+template <typename Words>
+FASTBERT_INLINE vfloat weight(vfloat score, float scale, float base) {
+  constexpr float log2e = 1.44269504f;
+  if constexpr (Words::kDepth == 2)
+    return exp2_short(max(splat(-152.f), score * (scale * log2e) - base * log2e));
+  else
+    return exp(score * scale - base);
+}
+
+// What a task reads of its sequence, and what it will write.
+template <typename T>
+FASTBERT_INLINE void ask_for(const Attention& p, const Task& task, bool backward, Ahead& ahead) {
+  const int64_t token0 = p.cu_seqlens[task.sequence], place = task.head * p.head_dim,
+                packed = p.heads * p.head_dim;
+  const auto add = [&](const void* x, int64_t stride, bool written) {
+    ahead.add(static_cast<const T*>(x) + token0 * stride + place, stride * sizeof(T), written);
+  };
+  ahead.begin(length_of(p, task.sequence), p.head_dim * sizeof(T));
+  add(p.q, p.q_stride, false), add(p.k, p.k_stride, false), add(p.v, p.v_stride, false);
+  if (backward) {
+    add(p.dout, packed, false), add(p.out, packed, false);
+    for (int64_t i = 0; i < 3; ++i) add(static_cast<T*>(p.dqkv) + i * packed, 3 * packed, true);
+  } else {
+    add(p.result, packed, true);
+  }
 }
 
 // ---- forward
@@ -128,65 +106,64 @@ FASTBERT_INLINE float soften(const Attention& p, float* scores, Sight s, int64_t
     return 1.f;
   }
   vfloat most = splat(-__builtin_inff());
-  for (int64_t j = 0; j < width; j += kLanes) {
-    const vfloat x = seen(s, j) ? load(scores + j) * p.scale : splat(-__builtin_inff());
-    most = max(x, most);
-    store(scores + j, x);
-  }
-  const float before = *highest, block = reduce_max(most);
-  *highest = before > block ? before : block;
-  const float base = *highest == -__builtin_inff() ? 0.f : *highest;  // where all seen scores are -inf
+  over_keys(s, width, [&](int64_t j, auto seen) FASTBERT_LAMBDA {
+    most = max(seen.pick(s, j, load(scores + j) * p.scale, -__builtin_inff()), most);
+  });
+  const float before = *highest, block = reduce_max(most), now = before > block ? before : block;
+  const float base = now == -__builtin_inff() ? 0.f : now;  // where all seen scores are -inf
   vfloat total = {};
-  for (int64_t j = 0; j < width; j += kLanes) {
-    vfloat e = exp(load(scores + j) - base);
+  over_keys(s, width, [&](int64_t j, auto seen) FASTBERT_LAMBDA {
+    vfloat e = seen.pick(s, j, weight<Words>(load(scores + j), p.scale, base), 0.f);
     total += e;
     if (p.drop_below) e = kept(lanes + j, p.drop_below) ? e : vfloat{};
     if constexpr (Words::kDepth == 2)
       store(reinterpret_cast<bf16*>(scores) + j, e);
     else
       store(scores + j, e);
-  }
-  const float shrink = before == *highest ? 1.f : exp(splat(before - base))[0];
+  });
+  const bool same = before == now || before == -__builtin_inff();
+  const float shrink = same ? 1.f : exp(splat(before - base))[0];
+  *highest = now;
   *sum = *sum * shrink + reduce_add(total);
   return shrink;
 }
 
 template <typename Words, typename T>
-void forward_task(const Attention& p, Task task) {
-  const int64_t token0 = p.cu_seqlens[task.sequence], length = p.cu_seqlens[task.sequence + 1] - token0;
+void forward_task(const Attention& p, const Task& task, const Task* next) {
+  const int64_t token0 = p.cu_seqlens[task.sequence], length = task.keys, queries = task.queries;
   const int64_t size = p.head_dim, columns = round_up(size, kLanes);
-  const int64_t depth = ceil_div(size, Words::kDepth), width = round_up(depth, kLanes);
-  const int64_t queries = min(kChunk, length - task.first), row = row_of(kKeys);
-  Scratch scratch(width * (row + kLanes) + kKeys * columns + kChunk * (width + columns + 2) + kQueries * row +
+  const int64_t depth = ceil_div(size, Words::kDepth), width = round_up(depth, kLanes), row = row_of(kKeys);
+  Scratch scratch(width * (row + kLanes) + kKeys * columns + kRun * (width + columns + 2) + kQueries * row +
                   256);
   uint32_t* part = scratch.words(kLanes * width);
   uint32_t* kt = scratch.words(width * row);
   uint32_t* v = scratch.words(kKeys * columns);
-  uint32_t* q = scratch.words(kChunk * width);
-  float* out = scratch.floats(kChunk * columns);
-  float* highest = scratch.floats(kChunk);
-  float* sum = scratch.floats(kChunk);
+  uint32_t* q = scratch.words(kRun * width);
+  float* out = scratch.floats(kRun * columns);
+  float* highest = scratch.floats(kRun);
+  float* sum = scratch.floats(kRun);
   float* scores = scratch.floats(kQueries * row);
   uint16_t lanes[kKeys];
-
   const auto at = [&](const void* x, int64_t stride, int64_t token) {
     return static_cast<const T*>(x) + (token0 + token) * stride + task.head * size;
   };
-  pack_rows<Words>(at(p.q, p.q_stride, task.first), p.q_stride, queries, size, q, width);
+  Ahead ahead;
+  if (next) ask_for<T>(p, *next, false, ahead);
+  pack_rows<Words>(at(p.q, p.q_stride, task.query), p.q_stride, queries, size, q, width);
   memset(out, 0, queries * columns * sizeof(float));
   for (int64_t i = 0; i < queries; ++i) highest[i] = -__builtin_inff(), sum[i] = 0.f;
 
-  const int64_t first_seen = max(0, task.first - p.window_left);
-  const int64_t last_seen = min(length - 1, task.first + queries - 1 + p.window_right);
+  const int64_t first_seen = max(0, task.query - p.window_left);
+  const int64_t last_seen = min(length - 1, task.query + queries - 1 + p.window_right);
   for (int64_t key0 = first_seen / kKeys * kKeys; key0 <= last_seen; key0 += kKeys) {
     const int64_t keys = min(kKeys, length - key0), padded = round_up(keys, kLanes);
     pack_columns<Words>(at(p.k, p.k_stride, key0), p.k_stride, keys, size, kt, row, width, part);
     pack_summed<Words>(at(p.v, p.v_stride, key0), p.v_stride, keys, size, v, columns);
     for (int64_t i0 = 0; i0 < queries; i0 += kQueries) {
       const int64_t n = min(kQueries, queries - i0);
-      multiply<Words>(n, padded, depth, {q + i0 * width, width, 1}, {kt, row}, {scores, row}, false);
+      multiply<Words>(n, padded, depth, {q + i0 * width, width, 1}, {kt, row}, {scores, row}, false, ahead);
       for (int64_t i = 0; i < n; ++i) {
-        const int64_t query = task.first + i0 + i;
+        const int64_t query = task.query + i0 + i;
         if (p.drop_below)
           dropout_lanes(p.seed, static_cast<uint32_t>(key0 / 8), static_cast<uint32_t>(token0 + query),
                         static_cast<uint32_t>(task.head), 1, ceil_div(keys, 8), lanes);
@@ -199,12 +176,12 @@ void forward_task(const Attention& p, Task task) {
       }
       const Left weights{reinterpret_cast<uint32_t*>(scores), row, 1};
       multiply<Words>(n, columns, ceil_div(keys, Words::kDepth), weights, {v, columns},
-                      {out + i0 * columns, columns}, true);
+                      {out + i0 * columns, columns}, true, ahead);
     }
   }
   for (int64_t i = 0; i < queries; ++i) {
-    const int64_t place = (token0 + task.first + i) * p.heads + task.head;
-    const Sight s = sight(p, task.first + i, 0, length);
+    const int64_t place = (token0 + task.query + i) * p.heads + task.head;
+    const Sight s = sight(p, task.query + i, 0, length);
     const bool blind = s.last < s.first;
     p.lse[place] = blind ? -__builtin_inff() : highest[i] + __builtin_logf(sum[i]);
     store_row(static_cast<T*>(p.result) + place * size, out + i * columns, size,
@@ -215,155 +192,172 @@ void forward_task(const Attention& p, Task task) {
 // ---- backward
 // ----------------------------------------------------------------------------------------------------
 
-// One query against a block: scores become drop(P), the products dout . v become dS, both in place.
-FASTBERT_INLINE void gradients(const Attention& p, float* scores, float* products, Sight s, int64_t width,
-                               const uint16_t* lanes, float lse, float delta) {
-  if (s.last < s.first) {
-    memset(scores, 0, width * sizeof(float));
-    memset(products, 0, width * sizeof(float));
-    return;
-  }
-  const float scale = dropout_scale(p.drop_below);
-  for (int64_t j = 0; j < width; j += kLanes) {
-    vfloat weight = exp(load(scores + j) * p.scale - lse);
-    weight = seen(s, j) ? weight : vfloat{};
-    vfloat dropped = weight, dweight = load(products + j);
-    if (p.drop_below) {
-      const vint keep = kept(lanes + j, p.drop_below);
-      dropped = keep ? weight * scale : vfloat{};
-      dweight = keep ? dweight * scale : vfloat{};
+// One query against a block. Dropout's factor is in `lse` and `delta`: with c = 1 / (1 - p),
+// c P = exp(s - (lse - log c)) and dS = c P * (kept(dout . v) - delta / c).
+struct Query {
+  float *scores, *products;  // q . k and dout . v
+  Sight sight;
+  float lse, delta;
+  uint16_t lanes[kBackwardKeys];
+};
+
+// Scores of two queries become drop(P) and their products dS: in place, or, where words are pairs, side by
+// side in `weights` and `dscores`, and dS also by rows in the first half of the products.
+template <typename Words>
+FASTBERT_INLINE void gradients(const Attention& p, const Query (&queries)[2], int64_t width,
+                               uint32_t* weights, uint32_t* dscores) {
+  const Sight both = {max(queries[0].sight.first, queries[1].sight.first),
+                      min(queries[0].sight.last, queries[1].sight.last)};
+  over_keys(both, width, [&](int64_t j, auto seen) FASTBERT_LAMBDA {
+    vfloat w[2], ds[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const Query& q = queries[i];
+      const vfloat full = seen.pick(q.sight, j, weight<Words>(load(q.scores + j), p.scale, q.lse), 0.f);
+      vfloat dw = load(q.products + j);
+      w[i] = full;
+      if (p.drop_below) {
+        const vint keep = kept(q.lanes + j, p.drop_below);
+        w[i] = keep ? full : vfloat{};
+        dw = keep ? dw : vfloat{};
+      }
+      ds[i] = seen.pick(q.sight, j, full * (dw - q.delta), 0.f);
     }
-    store(scores + j, dropped);
-    store(products + j, seen(s, j) ? weight * (dweight - delta) : vfloat{});
-  }
+    if constexpr (Words::kDepth == 2) {
+      const vuint pair = Words::join(w[0], w[1]), dpair = Words::join(ds[0], ds[1]);
+      memcpy(weights + j, &pair, sizeof pair);
+      memcpy(dscores + j, &dpair, sizeof dpair);
+      for (int i = 0; i < 2; ++i) store(reinterpret_cast<bf16*>(queries[i].products) + j, ds[i]);
+    } else {
+      for (int i = 0; i < 2; ++i) store(queries[i].scores + j, w[i]), store(queries[i].products + j, ds[i]);
+    }
+  });
 }
 
-// Two rows as one row of bf16 pairs, to be summed over rows.
-FASTBERT_INLINE void join(const float* low, const float* high, int64_t width, uint32_t* target) {
-  for (int64_t j = 0; j < width; j += kLanes) {
-    bf16 a[kLanes], b[kLanes];
-    store(a, load(low + j));
-    store(b, high ? load(high + j) : vfloat{});
-    const vuint pair = widen(a) | widen(b) << 16;
-    memcpy(target + j, &pair, sizeof pair);
-  }
-}
+// What products want of up to kSpan queries.
+struct Span {
+  uint32_t *q, *dout;                // by rows
+  uint32_t *q_summed, *dout_summed;  // to be summed over
+  float *lse, *delta;
+};
 
-FASTBERT_INLINE void round_in_place(float* row, int64_t width) {  // to bf16, in the first half of the row
-  for (int64_t j = 0; j < width; j += kLanes) store(reinterpret_cast<bf16*>(row) + j, load(row + j));
+template <typename T>
+FASTBERT_INLINE float dot(const T* a, const T* b, int64_t size) {
+  vfloat sum = {};
+  sweep<1>(size,
+           [&](int64_t d, int, auto lanes) FASTBERT_LAMBDA { sum += lanes.load(a + d) * lanes.load(b + d); });
+  return reduce_add(sum);
 }
 
 template <typename Words, typename T>
-void backward_task(const Attention& p, Task task) {
-  const int64_t token0 = p.cu_seqlens[task.sequence], length = p.cu_seqlens[task.sequence + 1] - token0;
+void backward_task(const Attention& p, const Task& task, const Task* next) {
+  const int64_t token0 = p.cu_seqlens[task.sequence];
   const int64_t size = p.head_dim, columns = round_up(size, kLanes), row = row_of(kBackwardKeys);
   const int64_t depth = ceil_div(size, Words::kDepth), width = round_up(depth, kLanes);
-  constexpr bool kPaired = Words::kDepth == 2;
-  Scratch scratch(width * (2 * row + kLanes + 2 * kBackwardQueries) + 3 * kBackwardKeys * columns +
-                  2 * kBackwardQueries * columns + 3 * kBackwardQueries * row + length * (columns + 1) + 512);
+  constexpr bool paired = Words::kDepth == 2;
+  Scratch scratch(width * (2 * row + kLanes + 2 * kSpan) + 3 * kBackwardKeys * columns + 2 * kSpan * columns +
+                  3 * kBackwardQueries * row + kSpan * 2 + 512);
   uint32_t* part = scratch.words(kLanes * width);
   uint32_t* kt = scratch.words(width * row);
   uint32_t* vt = scratch.words(width * row);
   uint32_t* k = scratch.words(kBackwardKeys * columns);
   float* dk = scratch.floats(kBackwardKeys * columns);
   float* dv = scratch.floats(kBackwardKeys * columns);
-  uint32_t* q = scratch.words(kBackwardQueries * width);
-  uint32_t* dout = scratch.words(kBackwardQueries * width);
-  uint32_t* q_summed = kPaired ? scratch.words(kBackwardQueries * columns) : q;
-  uint32_t* dout_summed = kPaired ? scratch.words(kBackwardQueries * columns) : dout;
+  float* dq = scratch.floats(kSpan * columns);
+  Span span = {scratch.words(kSpan * width), scratch.words(kSpan * width), nullptr, nullptr,
+               scratch.floats(kSpan),        scratch.floats(kSpan)};
+  span.q_summed = paired ? scratch.words(kSpan / 2 * columns) : span.q;
+  span.dout_summed = paired ? scratch.words(kSpan / 2 * columns) : span.dout;
   float* scores = scratch.floats(kBackwardQueries * row);
   float* products = scratch.floats(kBackwardQueries * row);
-  uint32_t* paired = scratch.words(kPaired ? kBackwardQueries * row : 0);  // drop(P), and behind it dS
-  float* dq = scratch.floats(length * columns);
-  float* delta = scratch.floats(length);
-  uint16_t lanes[kBackwardKeys];
+  uint32_t* weights =
+      paired ? scratch.words(kBackwardQueries / 2 * row) : reinterpret_cast<uint32_t*>(scores);
+  uint32_t* dscores =
+      paired ? scratch.words(kBackwardQueries / 2 * row) : reinterpret_cast<uint32_t*>(products);
+  Query pair[2];
 
+  const float scale =
+      p.drop_below < 65536 ? dropout_scale(p.drop_below) : 1.f;  // all dropped: out and delta are 0
+  const float log_scale = __builtin_logf(scale), inverse = 1.f / scale;
   const auto at = [&](const void* x, int64_t stride, int64_t token) {
     return static_cast<const T*>(x) + (token0 + token) * stride + task.head * size;
   };
-  const int64_t packed = p.heads * size;  // between the tokens of out and of every gradient
-  for (int64_t i = 0; i < length; ++i) {
-    const T *a = at(p.dout, packed, i), *b = at(p.out, packed, i);
-    vfloat sum = {};
-    int64_t d = 0;
-    for (; d + kLanes <= size; d += kLanes) sum += load(a + d) * load(b + d);
-    if (d < size) sum += load_n(a + d, size - d) * load_n(b + d, size - d);
-    delta[i] = reduce_add(sum);
-  }
-  memset(dq, 0, length * columns * sizeof(float));
-
-  for (int64_t key0 = 0; key0 < length; key0 += kBackwardKeys) {
-    const int64_t keys = min(kBackwardKeys, length - key0), padded = round_up(keys, kLanes);
+  const int64_t packed = p.heads * size;  // between the tokens of out and dout
+  const auto gradient = [&](int64_t which, int64_t token) {
+    return static_cast<T*>(p.dqkv) + ((token0 + token) * 3 + which) * packed + task.head * size;
+  };
+  const auto pack_span = [&](int64_t first, int64_t n) {
+    pack_rows<Words>(at(p.q, p.q_stride, first), p.q_stride, n, size, span.q, width);
+    pack_rows<Words>(at(p.dout, packed, first), packed, n, size, span.dout, width);
+    if constexpr (paired) {
+      pack_summed<Words>(at(p.q, p.q_stride, first), p.q_stride, n, size, span.q_summed, columns);
+      pack_summed<Words>(at(p.dout, packed, first), packed, n, size, span.dout_summed, columns);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      span.lse[i] = p.lse[(token0 + first + i) * p.heads + task.head] - log_scale;
+      span.delta[i] = dot(at(p.dout, packed, first + i), at(p.out, packed, first + i), size) * inverse;
+    }
+  };
+  Ahead ahead;
+  if (next) ask_for<T>(p, *next, true, ahead);
+  const int64_t last_query = task.query + task.queries, last_key = task.key + task.keys;
+  memset(dq, 0, min(kSpan, task.queries) * columns * sizeof(float));
+  for (int64_t key0 = task.key; key0 < last_key; key0 += kBackwardKeys) {
+    const int64_t keys = min(kBackwardKeys, last_key - key0), padded = round_up(keys, kLanes);
     pack_columns<Words>(at(p.k, p.k_stride, key0), p.k_stride, keys, size, kt, row, width, part);
     pack_columns<Words>(at(p.v, p.v_stride, key0), p.v_stride, keys, size, vt, row, width, part);
     pack_summed<Words>(at(p.k, p.k_stride, key0), p.k_stride, keys, size, k, columns);
     memset(dk, 0, keys * columns * sizeof(float));
     memset(dv, 0, keys * columns * sizeof(float));
-
-    for (int64_t i0 = 0; i0 < length; i0 += kBackwardQueries) {
-      const int64_t n = min(kBackwardQueries, length - i0);
-      if (i0 - p.window_left >= key0 + keys || i0 + n - 1 + p.window_right < key0)
-        continue;  // sees none of them
-      pack_rows<Words>(at(p.q, p.q_stride, i0), p.q_stride, n, size, q, width);
-      pack_rows<Words>(at(p.dout, packed, i0), packed, n, size, dout, width);
-      if constexpr (kPaired) {
-        pack_summed<Words>(at(p.q, p.q_stride, i0), p.q_stride, n, size, q_summed, columns);
-        pack_summed<Words>(at(p.dout, packed, i0), packed, n, size, dout_summed, columns);
-      }
-      multiply<Words>(n, padded, depth, {q, width, 1}, {kt, row}, {scores, row}, false);
-      multiply<Words>(n, padded, depth, {dout, width, 1}, {vt, row}, {products, row}, false);
-
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t query = i0 + i;
-        const float lse = p.lse[(token0 + query) * p.heads + task.head];
-        if (p.drop_below)
-          dropout_lanes(p.seed, static_cast<uint32_t>(key0 / 8), static_cast<uint32_t>(token0 + query),
-                        static_cast<uint32_t>(task.head), 1, ceil_div(keys, 8), lanes);
-        gradients(p, scores + i * row, products + i * row, sight(p, query, key0, keys), padded, lanes, lse,
-                  delta[query]);
-      }
-
-      // The left operands of the three sums: over queries drop(P) and dS by columns, over keys dS by rows.
-      Left weights{reinterpret_cast<uint32_t*>(scores), 1, row},
-          dscores{reinterpret_cast<uint32_t*>(products), 1, row};
-      if constexpr (kPaired) {
-        weights.words = paired;
-        dscores.words = paired + kBackwardQueries / 2 * row;
+    for (int64_t span0 = task.query; span0 < last_query; span0 += kSpan) {
+      const int64_t queries = min(kSpan, last_query - span0);
+      if (key0 == task.key || task.queries > kSpan) pack_span(span0, queries);
+      for (int64_t i0 = 0; i0 < queries; i0 += kBackwardQueries) {
+        const int64_t query0 = span0 + i0, n = min(kBackwardQueries, queries - i0);
+        if (query0 - p.window_left >= key0 + keys || query0 + n - 1 + p.window_right < key0)
+          continue;  // sees none of them
+        multiply<Words>(n, padded, depth, {span.q + i0 * width, width, 1}, {kt, row}, {scores, row}, false,
+                        ahead);
+        multiply<Words>(n, padded, depth, {span.dout + i0 * width, width, 1}, {vt, row}, {products, row},
+                        false, ahead);
         for (int64_t i = 0; i < n; i += 2) {
-          const bool two = i + 1 < n;
-          join(scores + i * row, two ? scores + (i + 1) * row : nullptr, padded, paired + i / 2 * row);
-          join(products + i * row, two ? products + (i + 1) * row : nullptr, padded,
-               paired + (kBackwardQueries + i) / 2 * row);
+          for (int64_t r = 0; r < 2; ++r) {
+            const int64_t at_row = (i + r) * row, query = query0 + i + r;
+            Query& q = pair[r];
+            q.scores = scores + at_row, q.products = products + at_row;
+            q.sight = i + r < n ? sight(p, query, key0, keys) : Sight{0, -1};
+            q.lse = span.lse[i0 + i + r], q.delta = span.delta[i0 + i + r];
+            if (p.drop_below)
+              dropout_lanes(p.seed, static_cast<uint32_t>(key0 / 8), static_cast<uint32_t>(token0 + query),
+                            static_cast<uint32_t>(task.head), 1, ceil_div(keys, 8), q.lanes);
+          }
+          gradients<Words>(p, pair, padded, weights + i / 2 * row, dscores + i / 2 * row);
         }
-        for (int64_t i = 0; i < n; ++i) round_in_place(products + i * row, padded);
+        // Over queries go drop(P) and dS by columns, over keys dS by rows.
+        const int64_t over_queries = ceil_div(n, Words::kDepth), over_keys = ceil_div(keys, Words::kDepth);
+        const int64_t summed = i0 / Words::kDepth * columns;
+        if (task.for_keys) {
+          multiply<Words>(keys, columns, over_queries, {weights, 1, row},
+                          {span.dout_summed + summed, columns}, {dv, columns}, true, ahead);
+          multiply<Words>(keys, columns, over_queries, {dscores, 1, row}, {span.q_summed + summed, columns},
+                          {dk, columns}, true, ahead);
+        }
+        if (task.for_queries)
+          multiply<Words>(n, columns, over_keys, {reinterpret_cast<uint32_t*>(products), row, 1},
+                          {k, columns}, {dq + i0 * columns, columns}, true, ahead);
       }
-      const int64_t over_queries = ceil_div(n, Words::kDepth), over_keys = ceil_div(keys, Words::kDepth);
-      multiply<Words>(keys, columns, over_queries, weights, {dout_summed, columns}, {dv, columns}, true);
-      multiply<Words>(keys, columns, over_queries, dscores, {q_summed, columns}, {dk, columns}, true);
-      multiply<Words>(n, columns, over_keys, {reinterpret_cast<uint32_t*>(products), row, 1}, {k, columns},
-                      {dq + i0 * columns, columns}, true);
     }
-    for (int64_t j = 0; j < keys; ++j) {
-      const int64_t place = (token0 + key0 + j) * packed + task.head * size;
-      store_row(static_cast<T*>(p.dk) + place, dk + j * columns, size, p.scale);
-      store_row(static_cast<T*>(p.dv) + place, dv + j * columns, size, 1.f);
+    for (int64_t j = 0; task.for_keys && j < keys; ++j) {
+      store_row(gradient(1, key0 + j), dk + j * columns, size, p.scale);
+      store_row(gradient(2, key0 + j), dv + j * columns, size, 1.f);
     }
   }
-  for (int64_t i = 0; i < length; ++i)
-    store_row(static_cast<T*>(p.dq) + (token0 + i) * packed + task.head * size, dq + i * columns, size,
-              p.scale);
+  for (int64_t i = 0; task.for_queries && i < task.queries; ++i)
+    store_row(gradient(0, task.query + i), dq + i * columns, size, p.scale);
 }
 
 // ---- launchers
 // ---------------------------------------------------------------------------------------------------
-
-static void run(const Attention& p, int64_t chunk, void (*run_task)(const Attention&, Task)) {
-  int64_t count;
-  Task* tasks = make_tasks(p, chunk, &count);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(p.threads)
-  for (int64_t i = 0; i < count; ++i) run_task(p, tasks[i]);
-  free(tasks);
-}
 
 #if defined(__AVX512BF16__)
 using Bf16Words = Pairs;
@@ -374,27 +368,26 @@ using Bf16Words = Floats;
 }  // namespace
 
 void attention_forward(const Attention& p) {
+  const auto plan = [&](auto emit) { plan_forward(p, emit); };
   switch (p.dtype) {
     case DType::f32:
-      return run(p, kChunk, forward_task<Floats, float>);
+      return run(p, plan, forward_task<Floats, float>);
     case DType::bf16:
-      return run(p, kChunk, forward_task<Bf16Words, bf16>);
+      return run(p, plan, forward_task<Bf16Words, bf16>);
     case DType::f16:
-      return run(p, kChunk, forward_task<Floats, f16>);
+      return run(p, plan, forward_task<Floats, f16>);
   }
 }
 
-// A task is a whole (sequence, head): dq is summed over its blocks of keys, dk and dv over its blocks of
-// queries.
 void attention_backward(const Attention& p) {
-  const int64_t chunk = p.tokens + 1;
+  const auto plan = [&](auto emit) { plan_backward(p, emit); };
   switch (p.dtype) {
     case DType::f32:
-      return run(p, chunk, backward_task<Floats, float>);
+      return run(p, plan, backward_task<Floats, float>);
     case DType::bf16:
-      return run(p, chunk, backward_task<Bf16Words, bf16>);
+      return run(p, plan, backward_task<Bf16Words, bf16>);
     case DType::f16:
-      return run(p, chunk, backward_task<Floats, f16>);
+      return run(p, plan, backward_task<Floats, f16>);
   }
 }
 

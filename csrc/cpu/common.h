@@ -271,11 +271,28 @@ FASTBERT_INLINE float reduce_add(vfloat v) {
 }
 
 FASTBERT_INLINE float reduce_max(vfloat v) {
+#if defined(__AVX512F__)
+  const __m512i bits = (__m512i)v;
+  const __m256 eight = _mm256_max_ps((__m256)_mm512_maskz_extracti64x4_epi64(0xF, bits, 0),
+                                     (__m256)_mm512_maskz_extracti64x4_epi64(0xF, bits, 1));
+#elif defined(__AVX2__)
+  const __m256 eight = (__m256)v;
+#endif
+#if defined(__AVX2__)
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+#elif defined(__x86_64__)
+  __m128 four = (__m128)v;
+#endif
+#if defined(__x86_64__)
+  four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return four[0] > four[1] ? four[0] : four[1];
+#else
   float x[kLanes];
   store(x, v);
   for (int width = kLanes / 2; width >= 1; width /= 2)
     for (int i = 0; i < width; ++i) x[i] = x[i] > x[i + width] ? x[i] : x[i + width];
   return x[0];
+#endif
 }
 
 // p * 2^n for whole n; |n| up to 250.
@@ -308,6 +325,18 @@ FASTBERT_INLINE vfloat exp(vfloat high, vfloat low) {
 
 // e^x within 1 ULP or so over the whole range: 0 below -104, inf above 88.73, NaN stays NaN.
 FASTBERT_INLINE vfloat exp(vfloat x) { return exp(min(splat(89.f), max(splat(-104.f), x)), vfloat{}); }
+
+// 2^x for -250 < x <= 0 to 3e-6 (minimax fit), for numbers that are rounded to 16 bits.
+FASTBERT_INLINE vfloat exp2_short(vfloat x) {
+  const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+  const vfloat n = x + magic - magic, r = x - n;
+  vfloat p = splat(0.009570103f);
+  p = p * r + 0.05591786f;
+  p = p * r + 0.24024744f;
+  p = p * r + 0.6931218f;
+  p = p * r + 0.9999993f;
+  return scale_exponent(p, n);
+}
 
 // out[j] = the sum of scratch[chunk, j], [chunks, columns], in the order of the chunks. Every thread of a
 // parallel region calls it; they share the columns.

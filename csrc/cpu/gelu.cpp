@@ -35,18 +35,6 @@ FASTBERT_INLINE vfloat reciprocal(vfloat x) {
   return 1.f / x;
 }
 
-// 2^x for -250 < x <= 0 to 3e-6 (minimax fit), for the 16-bit types.
-FASTBERT_INLINE vfloat exp2_short(vfloat x) {
-  const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
-  const vfloat n = x + magic - magic, r = x - n;
-  vfloat p = splat(0.009570103f);
-  p = p * r + 0.05591786f;
-  p = p * r + 0.24024744f;
-  p = p * r + 0.6931218f;
-  p = p * r + 0.9999993f;
-  return scale_exponent(p, n);
-}
-
 // exp(-a*a/2) for 0 <= a <= kExactEnd. In float32 the square needs more than its own digits, so it comes in
 // two parts: `high`, the square of a's upper 12 bits, is exact, and the rest enters where exp's argument has
 // been reduced. That gives about 1 ULP.

@@ -61,7 +61,7 @@ struct Attention {            // packed sequences; element strides of the token 
   const void *out, *dout;     // [T, H, D] dtype contiguous; backward only
   void* result;               // [T, H, D] dtype contiguous: out; forward only
   float* lse;                 // [T, H]: log of the sum of exp(scores), -inf where no key is visible
-  void *dq, *dk, *dv;         // [T, H, D] dtype contiguous; backward only
+  void* dqkv;                 // [T, 3, H, D] dtype contiguous; backward only
   const int32_t* cu_seqlens;  // [B + 1]
   int64_t q_stride, k_stride, v_stride;  // elements between tokens
   int64_t tokens, sequences, heads, head_dim;

@@ -20,6 +20,15 @@ struct Pairs {
   FASTBERT_INLINE vfloat fma(vfloat c, vuint a, vuint b) {
     return (vfloat)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
   }
+
+  // Both rounded to bf16 and side by side, `low` first: words to be summed over two rows.
+  FASTBERT_INLINE vuint join(vfloat low, vfloat high) {
+    alignas(64) static const uint16_t kSideBySide[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                         21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                         11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    return (vuint)_mm512_maskz_permutexvar_epi16(0xFFFFFFFF, _mm512_load_si512(kSideBySide), (__m512i)both);
+  }
 };
 #endif
 
@@ -67,15 +76,49 @@ static __attribute__((noinline)) void multiply_tile(int64_t depth, Left a, Right
     for (int j = 0; j < vectors; ++j) store(c.values + i * c.row + j * kLanes, sum[i][j]);
 }
 
+// Rows that will be read or written soon, asked for between tiles, where memory has nothing to do.
+class Ahead {
+ public:
+  void begin(int64_t rows, int64_t bytes) { count_ = 0, row_ = 0, rows_ = rows, bytes_ = bytes; }
+
+  // One of at most kArrays; `stride` bytes from row to row.
+  void add(const void* first, int64_t stride, bool written) {
+    arrays_[count_++] = {static_cast<const char*>(first), stride, written};
+  }
+
+  FASTBERT_MEMBER void some() {
+    for (const int64_t end = min(rows_, row_ + 2); row_ < end; ++row_)
+      for (int i = 0; i < count_; ++i) {
+        const char* row = arrays_[i].first + row_ * arrays_[i].stride;
+        for (int64_t b = 0; b < bytes_; b += 64) {
+          if (arrays_[i].written)
+            __builtin_prefetch(row + b, 1, 2);
+          else
+            __builtin_prefetch(row + b, 0, 2);
+        }
+      }
+  }
+
+ private:
+  static constexpr int kArrays = 8;
+  struct {
+    const char* first;
+    int64_t stride;
+    bool written;
+  } arrays_[kArrays];
+  int count_ = 0;
+  int64_t row_ = 0, rows_ = 0, bytes_ = 0;
+};
+
 template <typename Words, int vectors>
-static void multiply_panel(int64_t m, int64_t depth, Left a, Right b, Result c, bool add) {
+static void multiply_panel(int64_t m, int64_t depth, Left a, Right b, Result c, bool add, Ahead& ahead) {
   constexpr int most = vectors == 4 ? 6 : vectors == 3 ? 8 : kLanes == 16 ? 12 : vectors == 2 ? 6 : 8;
   int64_t i = 0;
   const auto step = [&](auto tile, int rows) {
     tile(depth, Left{a.words + i * a.row, a.row, a.step}, b, Result{c.values + i * c.row, c.row}, add);
     i += rows;
   };
-  while (m - i >= most) step(multiply_tile<Words, most, vectors>, most);
+  while (m - i >= most) step(multiply_tile<Words, most, vectors>, most), ahead.some();
   while (m - i >= 4) step(multiply_tile<Words, 4, vectors>, 4);
   if (m - i >= 2) step(multiply_tile<Words, 2, vectors>, 2);
   if (m - i >= 1) step(multiply_tile<Words, 1, vectors>, 1);
@@ -83,7 +126,7 @@ static void multiply_panel(int64_t m, int64_t depth, Left a, Right b, Result c, 
 
 // n is a multiple of kLanes; depth counts words. Panels of at most kPanel vectors, as even as can be.
 template <typename Words>
-static void multiply(int64_t m, int64_t n, int64_t depth, Left a, Right b, Result c, bool add) {
+static void multiply(int64_t m, int64_t n, int64_t depth, Left a, Right b, Result c, bool add, Ahead& ahead) {
   const int64_t vectors = n / kLanes, panels = ceil_div(vectors, kPanel);
   for (int64_t panel = 0, j = 0; panel < panels; ++panel) {
     const int64_t width = (vectors - j) / (panels - panel) + ((vectors - j) % (panels - panel) != 0);
@@ -91,17 +134,17 @@ static void multiply(int64_t m, int64_t n, int64_t depth, Left a, Right b, Resul
     const Result result{c.values + j * kLanes, c.row};
     switch (width) {
       case 1:
-        multiply_panel<Words, 1>(m, depth, a, right, result, add);
+        multiply_panel<Words, 1>(m, depth, a, right, result, add, ahead);
         break;
       case 2:
-        multiply_panel<Words, 2>(m, depth, a, right, result, add);
+        multiply_panel<Words, 2>(m, depth, a, right, result, add, ahead);
         break;
 #if defined(__AVX512F__)
       case 3:
-        multiply_panel<Words, 3>(m, depth, a, right, result, add);
+        multiply_panel<Words, 3>(m, depth, a, right, result, add, ahead);
         break;
       case 4:
-        multiply_panel<Words, 4>(m, depth, a, right, result, add);
+        multiply_panel<Words, 4>(m, depth, a, right, result, add, ahead);
         break;
 #endif
     }
@@ -146,8 +189,12 @@ FASTBERT_INLINE void pack_rows(const T* source, int64_t stride, int64_t n, int64
                                int64_t width) {
   for (int64_t i = 0; i < n; ++i, source += stride, target += width) {
     if constexpr (Words::kDepth == 2) {
-      memcpy(target, source, size * sizeof(T));
-      memset(reinterpret_cast<char*>(target) + size * sizeof(T), 0, width * 4 - size * sizeof(T));
+      const int64_t words = size / 2, whole = words - words % kLanes;
+      for (int64_t d = 0; d < whole; d += kLanes) memcpy(target + d, source + 2 * d, sizeof(vuint));
+      if (whole < width) {
+        memset(target + whole, 0, (width - whole) * 4);
+        memcpy(target + whole, source + 2 * whole, (size - 2 * whole) * sizeof(T));
+      }
     } else {
       float* row = reinterpret_cast<float*>(target);
       int64_t d = 0;

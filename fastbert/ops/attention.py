@@ -14,6 +14,8 @@ computes P and draws the mask again:
     dS_ij = P_ij * (dropout'(dout_i . v_j) - delta_i)
     dq_i = scale * sum_j dS_ij k_j,   dk_j = scale * sum_i dS_ij q_i,   dv_j = sum_i dropout(P_ij) dout_i
 
+and gives the three as one dqkv [T, 3, N, D].
+
 P_ij is dropped by counter `(key // 8, query, head, 1)`, lane `key % 8` (see `philox`), with `query` the token's place
 in the packed batch and `key` the key's place in its own sequence.
 Sources: Vaswani et al., "Attention is all you need" (2017); Dao, "FlashAttention-2" (2023) for what backward saves.
@@ -68,13 +70,58 @@ def attention(
     """
     q, k, v = autocast(q), autocast(k), autocast(v)
     _check(q, k, v, cu_seqlens, max_seqlen)
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    t = philox.threshold(dropout_p)
-    seed = philox.resolve_seed(seed, t, q.device)
+    options = _options(q, max_seqlen, dropout_p, seed, scale, causal, window, backend)
+    return _Attention.apply(cu_seqlens, *options, q, k, v)
+
+
+def attention_qkv(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`attention(*qkv.unbind(1), ...)` for one packed projection, whose gradient is then written in one piece.
+
+    Args:
+        qkv: [T, 3, N, D]; the others are those of `attention`.
+
+    Returns:
+        [T, N, D] in qkv's dtype.
+
+    Raises:
+        As `attention` does.
+    """
+    qkv = autocast(qkv)
+    if qkv.dim() != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv must be [tokens, 3, heads, head size], got shape {list(qkv.shape)}")
+    _check(*qkv.unbind(1), cu_seqlens, max_seqlen)
+    options = _options(qkv, max_seqlen, dropout_p, seed, scale, causal, window, backend)
+    return _Attention.apply(cu_seqlens, *options, qkv)
+
+
+def _options(
+    x: Tensor,
+    max_seqlen: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    scale: float | None,
+    causal: bool,
+    window: tuple[int, int] | None,
+    backend: str | None,
+) -> tuple:
+    """As the ops take them."""
     if window is not None and len(window) != 2:
         raise ValueError(f"window must be (left, right), two ints, or None, got {window!r}")
-    options = max_seqlen, scale, t, seed, causal, None if window is None else list(window), requested(backend)
-    return _Attention.apply(q, k, v, cu_seqlens, *options)
+    scale = 1.0 / math.sqrt(x.shape[-1]) if scale is None else float(scale)
+    t = philox.threshold(dropout_p)
+    seed = philox.resolve_seed(seed, t, x.device)
+    return max_seqlen, scale, t, seed, causal, None if window is None else list(window), requested(backend)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
@@ -149,7 +196,7 @@ class reference:  # a namespace, spelled as the backend is
         seed: Tensor | None,
         causal: bool,
         window: list[int] | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Tensor:
         layout = _Padding(cu_seqlens, max_seqlen, q.shape[0])
         dout, out, q, k, v = (layout.pad(x) for x in (dout, out, q, k, v))
         scores = scale * q @ k.transpose(-1, -2)
@@ -162,7 +209,7 @@ class reference:  # a namespace, spelled as the backend is
             dropped = layout.dropout(weights, t, seed)
         dscores = weights * (dweights - (dout * out).sum(-1, keepdim=True))
         dq, dk, dv = scale * dscores @ k, scale * dscores.transpose(-1, -2) @ q, dropped.transpose(-1, -2) @ dout
-        return tuple(layout.unpad(x).to(layout.dtype) for x in (dq, dk, dv))
+        return torch.stack([layout.unpad(x).to(layout.dtype) for x in (dq, dk, dv)], 1)
 
 
 def _weights(scores: Tensor, lse: Tensor) -> Tensor:
@@ -249,7 +296,7 @@ def attention_backward(
     causal: bool,
     window: list[int] | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Tensor:
     chosen = pick("attention", backend, q, reference)
     options = max_seqlen, scale, t, seed, causal, window
     return chosen.attention_backward(dout, q, k, v, out, lse, cu_seqlens, *options)
@@ -257,22 +304,26 @@ def attention_backward(
 
 @attention_backward.register_fake
 def _(dout, q, k, v, out, lse, cu_seqlens, max_seqlen, scale, t, seed, causal, window, backend):
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+    return q.new_empty(q.shape[0], 3, *q.shape[1:])
 
 
 class _Attention(torch.autograd.Function):
+    """Of (q, k, v), or of one (qkv)."""
+
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, max_seqlen, scale, t, seed, causal, window, backend):
+    def forward(ctx, cu_seqlens, max_seqlen, scale, t, seed, causal, window, backend, *inputs):
+        q, k, v = inputs[0].unbind(1) if len(inputs) == 1 else inputs
         out, lse = attention_forward(q, k, v, cu_seqlens, max_seqlen, scale, t, seed, causal, window, backend)
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, seed)
+        ctx.save_for_backward(out, lse, cu_seqlens, seed, *inputs)
         ctx.options = max_seqlen, scale, t, causal, window, backend
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        q, k, v, out, lse, cu_seqlens, seed = ctx.saved_tensors
+        out, lse, cu_seqlens, seed, *inputs = ctx.saved_tensors
         max_seqlen, scale, t, causal, window, backend = ctx.options
-        dq, dk, dv = attention_backward(
+        q, k, v = inputs[0].unbind(1) if len(inputs) == 1 else inputs
+        dqkv = attention_backward(
             dout, q, k, v, out, lse, cu_seqlens, max_seqlen, scale, t, seed, causal, window, backend
         )
-        return dq, dk, dv, None, None, None, None, None, None, None, None
+        return *(None,) * 8, *((dqkv,) if len(inputs) == 1 else dqkv.unbind(1))
