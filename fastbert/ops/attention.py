@@ -30,6 +30,7 @@ from torch import Tensor
 from fastbert.backend import pick, requested
 from fastbert.ops import philox
 from fastbert.ops.checks import autocast, check_activation, wide
+from fastbert.ops.register import fake, register
 
 
 def attention(
@@ -257,7 +258,7 @@ class _Padding:
         return torch.where(keep, weights * philox.scale(t), 0.0)
 
 
-@torch.library.custom_op("fastbert::attention_forward", mutates_args=())
+@register
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -275,12 +276,12 @@ def attention_forward(
     return chosen.attention_forward(q, k, v, cu_seqlens, max_seqlen, scale, t, seed, causal, window)
 
 
-@attention_forward.register_fake
+@fake("attention_forward")
 def _(q, k, v, cu_seqlens, max_seqlen, scale, t, seed, causal, window, backend):
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-@torch.library.custom_op("fastbert::attention_backward", mutates_args=())
+@register
 def attention_backward(
     dout: Tensor,
     q: Tensor,
@@ -302,7 +303,7 @@ def attention_backward(
     return chosen.attention_backward(dout, q, k, v, out, lse, cu_seqlens, *options)
 
 
-@attention_backward.register_fake
+@fake("attention_backward")
 def _(dout, q, k, v, out, lse, cu_seqlens, max_seqlen, scale, t, seed, causal, window, backend):
     return q.new_empty(q.shape[0], 3, *q.shape[1:])
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastbert.backend import pick, requested
 from fastbert.ops.checks import autocast, check_activation, check_vector, wide
+from fastbert.ops.register import fake, register
 
 
 def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none", *, backend: str | None = None) -> Tensor:
@@ -73,22 +74,22 @@ def _gate(u: Tensor, approximate: str) -> Tensor:
     return 0.5 * torch.erfc(u * -math.sqrt(0.5))
 
 
-@torch.library.custom_op("fastbert::gelu_forward", mutates_args=())
+@register
 def gelu_forward(x: Tensor, bias: Tensor | None, approximate: str, backend: str) -> Tensor:
     return pick("gelu", backend, x, reference).gelu_forward(x, bias, approximate)
 
 
-@gelu_forward.register_fake
+@fake("gelu_forward")
 def _(x: Tensor, bias: Tensor | None, approximate: str, backend: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("fastbert::gelu_backward", mutates_args=())
+@register
 def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str, backend: str) -> tuple[Tensor, Tensor]:
     return pick("gelu", backend, x, reference).gelu_backward(dy, x, bias, approximate)
 
 
-@gelu_backward.register_fake
+@fake("gelu_backward")
 def _(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str, backend: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
 

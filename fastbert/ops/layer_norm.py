@@ -20,6 +20,7 @@ from torch import Tensor
 from fastbert.backend import pick, requested
 from fastbert.ops import philox
 from fastbert.ops.checks import autocast, check_activation, check_vector, wide
+from fastbert.ops.register import fake, register
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12, *, backend: str | None = None) -> Tensor:
@@ -139,7 +140,7 @@ def _dropout(x: Tensor, t: int, seed: Tensor) -> Tensor:
     return torch.where(keep.view(x.shape), x * philox.scale(t), 0.0)
 
 
-@torch.library.custom_op("fastbert::layer_norm_forward", mutates_args=())
+@register
 def layer_norm_forward(
     x: Tensor,
     residual: Tensor | None,
@@ -154,21 +155,21 @@ def layer_norm_forward(
     return chosen.layer_norm_forward(x, residual, weight, bias, eps, t, seed)
 
 
-@layer_norm_forward.register_fake
+@fake("layer_norm_forward")
 def _(x, residual, weight, bias, eps, t, seed, backend):
     z = x.new_empty(0) if residual is None and t == 0 else x.new_empty(x.shape)
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(2))
     return x.new_empty(x.shape), z, mean, rstd
 
 
-@torch.library.custom_op("fastbert::layer_norm_backward", mutates_args=())
+@register
 def layer_norm_backward(
     dy: Tensor, z: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, t: int, seed: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return pick("layer_norm", backend, z, reference).layer_norm_backward(dy, z, weight, mean, rstd, t, seed)
 
 
-@layer_norm_backward.register_fake
+@fake("layer_norm_backward")
 def _(dy, z, weight, mean, rstd, t, seed, backend):
     dx = z.new_empty(0) if t == 0 else z.new_empty(z.shape)
     return z.new_empty(z.shape), dx, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
