@@ -7,6 +7,7 @@ from fastbert.gradients import all_gather_rows, clip_grad_norm_
 from fastbert.ops.attention import attention, attention_qkv
 from fastbert.ops.gelu import gelu
 from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
+from fastbert.ops.linear import linear, use_linear
 from fastbert.optim import LazyAdam
 from fastbert.version import __version__
 
@@ -25,5 +26,7 @@ __all__ = [
     "gelu",
     "keep_memory",
     "layer_norm",
+    "linear",
     "use_backend",
+    "use_linear",
 ]

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastbert import checkpoint, inputs
-from fastbert.nn import Dropout, DropoutAddLayerNorm, LayerNorm, LinearGELU, MultiHeadAttention
+from fastbert.nn import Dropout, DropoutAddLayerNorm, LayerNorm, Linear, LinearGELU, MultiHeadAttention
 from fastbert.ops.checks import wide
+from fastbert.ops.linear import linear
 
 _PRESETS = {  # layers, hidden size, heads; the intermediate size is four times the hidden size
     "tiny": (2, 128, 2),
@@ -154,7 +155,7 @@ class BertOutput(nn.Module):
 
     def __init__(self, size: int, config: BertConfig):
         super().__init__()
-        self.dense = nn.Linear(size, config.hidden_size)
+        self.dense = Linear(size, config.hidden_size)
         self.LayerNorm = DropoutAddLayerNorm(config.hidden_size, config.layer_norm_eps, config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -222,7 +223,7 @@ class BertModel(BertPreTrainedModel):
         self.encoder = nn.ModuleDict(
             {"layer": nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))}
         )
-        self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
+        self.pooler = nn.ModuleDict({"dense": Linear(config.hidden_size, config.hidden_size)})
         self.apply(self._init_weights)
 
     def forward(
@@ -277,7 +278,7 @@ class BertPredictions(nn.Module):
 
     def forward(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
         hidden = self.transform["LayerNorm"](self.transform["dense"](hidden))
-        return F.linear(hidden, word_embeddings, self.bias)
+        return linear(hidden, word_embeddings, self.bias)
 
 
 class BertForPreTraining(BertPreTrainedModel):

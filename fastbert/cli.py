@@ -5,6 +5,7 @@ import os
 import sys
 
 from fastbert import backend
+from fastbert.ops import linear
 
 USAGE = """usage: fastbert COMMAND
 
@@ -17,7 +18,7 @@ def main() -> None:
     command, arguments = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
     try:
         if command == "info":
-            print(backend.info())
+            print(backend.info(), linear.info(), sep="\n")
         elif command == "pretrain":
             sys.exit(pretrain(arguments))
         elif command in ("-h", "--help"):

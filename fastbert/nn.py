@@ -6,13 +6,13 @@ torch's default generator, once per call, so `torch.manual_seed` reproduces a ru
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastbert.backend import requested
 from fastbert.ops import philox
 from fastbert.ops.attention import attention_qkv
 from fastbert.ops.gelu import gelu
 from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm, layer_norm_forward
+from fastbert.ops.linear import linear
 
 
 class LayerNorm(nn.Module):
@@ -61,6 +61,16 @@ class DropoutAddLayerNorm(LayerNorm):
         return f"{super().extra_repr()}, dropout_p={self.dropout_p}"
 
 
+class Linear(nn.Linear):
+    """`torch.nn.Linear` whose float32 products run on the library that suits the processor, see `fastbert.linear`.
+
+    Shapes: x [..., in_features] -> [..., out_features].
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class LinearGELU(nn.Linear):
     """`gelu(linear(x))` with the linear layer's bias added inside GELU's own pass over memory.
 
@@ -76,7 +86,7 @@ class LinearGELU(nn.Linear):
         self.approximate = approximate
 
     def forward(self, x: Tensor) -> Tensor:
-        return gelu(F.linear(x, self.weight), self.bias, self.approximate)
+        return gelu(linear(x, self.weight), self.bias, self.approximate)
 
 
 class MultiHeadAttention(nn.Module):
@@ -96,7 +106,7 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout_p = dropout_p
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)  # rows: all of query, then key, then value
+        self.qkv = Linear(hidden_size, 3 * hidden_size)  # rows: all of query, then key, then value
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         qkv = self.qkv(x).view(x.shape[0], 3, self.heads, x.shape[1] // self.heads)  # [T, 3, N, D]

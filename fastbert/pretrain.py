@@ -27,6 +27,7 @@ from fastbert.data.store import TokenStore, write_stores
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, train_tokenizer
 from fastbert.evaluate import Frequencies, evaluate, forward, guesses
 from fastbert.gradients import clip_grad_norm_
+from fastbert.ops.linear import use_linear
 from fastbert.optim import LazyAdam, decay_groups
 from fastbert.report import Metrics, plot_loss, read_metrics
 from fastbert.run import (
@@ -85,14 +86,14 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
     stream = Stream(train, config.workers)
 
     def held_out_scores() -> dict[str, float]:
-        with autocast(config):
+        with products(config):
             return evaluate(model, held_out, config.evaluation_batches, frequencies, config.device)
 
     # where the run stands
     step = tokens = 0
     state = snapshot.load(folder / "snapshots")
     if state is not None:
-        name_differences(state["environment"])
+        name_differences(state["environment"], config)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         stream.epoch, stream.index = state["epoch"], state["index"]
@@ -107,7 +108,7 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
         state = {
             "model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": stream.epoch,
             "index": stream.index, "step": step, "tokens": tokens, "random": random_state(config.device),
-            "environment": environment(),
+            "environment": environment(config),
         }  # fmt: skip
         snapshot.save(folder / "snapshots", step, state, config.keep)
 
@@ -176,7 +177,7 @@ def train_step(
     touched = []
     for batch in micro:
         batch = batch.to(config.device)
-        with autocast(config):
+        with products(config):
             out = forward(model, batch)
         loss = out.mlm_loss * (len(batch.labels) / masked)
         mlm_loss = mlm_loss + loss.detach()
@@ -213,8 +214,12 @@ def learning_rate(step: int, config: PretrainConfig) -> float:
     return config.lr * (config.steps - step) / max(1, config.steps - rising)
 
 
-def autocast(config: PretrainConfig) -> torch.autocast:
-    return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.bf16)
+@contextlib.contextmanager
+def products(config: PretrainConfig) -> Iterator[None]:
+    """In which dtype and by which library the run computes its products."""
+    kind = torch.device(config.device).type
+    with use_linear(config.linear), torch.autocast(kind, torch.bfloat16, enabled=config.bf16):
+        yield
 
 
 class Stream:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastbert import backend, native
 from fastbert.bert import BertConfig
 from fastbert.data.corpus import iter_documents
+from fastbert.ops import linear
 from fastbert.version import __version__
 
 
@@ -68,6 +69,8 @@ class PretrainConfig:
     """Rows of the word embeddings that a step moves: all, or those whose word stands in its input or labels."""
     bf16: bool = False
     """Compute in bfloat16 (autocast); weights stay float32."""
+    linear: Literal["auto", "torch", "onednn"] = "auto"
+    """Library of float32 products on a CPU; auto: the faster one, timed once, when the run starts, and kept."""
     seed: int = 0
     """Of everything random."""
 
@@ -121,7 +124,8 @@ def open_run(config: PretrainConfig, resume: bool) -> PretrainConfig:
     """Makes the run's folder, or finds the one to resume; the run's settings."""
     path = config.output / "config.json"
     if resume:
-        return read_config(config.output)
+        config = read_config(config.output)
+        return dataclasses.replace(config, linear=choose_linear(config))
     if path.exists():
         raise ValueError(f"{config.output} already holds a run: pass --resume to continue it, or another --output")
     config.check()
@@ -130,9 +134,25 @@ def open_run(config: PretrainConfig, resume: bool) -> PretrainConfig:
     if config.corpus is None:
         raise ValueError("a new run needs a corpus: a text file, a folder of text files, or a CSV file with --column")
     next(iter_documents(config.corpus, config.column))
+    config = dataclasses.replace(config, linear=choose_linear(config))
     config.output.mkdir(parents=True, exist_ok=True)
     write_config(config)
     return config
+
+
+def choose_linear(config: PretrainConfig) -> str:
+    """The library of the run's float32 products: FASTBERT_LINEAR's, the setting's, or for a new run the faster one."""
+    name = config.linear if linear.requested() == "auto" else linear.requested()
+    linear.check(name)
+    if name != "auto":
+        return name
+    if config.bf16 or torch.device(config.device).type != "cpu":
+        return "torch"
+    model = BertConfig.preset(config.preset)
+    rows = min(config.batch_tokens, 512)  # more take longer and tell no more
+    name, why = linear.fastest(rows, model.hidden_size, model.intermediate_size)
+    print(f"float32 products by {name}: {why}")
+    return name
 
 
 def read_config(folder: Path) -> PretrainConfig:
@@ -140,7 +160,7 @@ def read_config(folder: Path) -> PretrainConfig:
     path = folder / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no run to resume: there is no {path}")
-    stored = json.loads(path.read_text())
+    stored = {"linear": "torch"} | json.loads(path.read_text())  # what runs had before there was a choice
     corpus = None if stored["corpus"] is None else Path(stored["corpus"])
     config = PretrainConfig(**stored | {"output": folder, "corpus": corpus})
     config.check()
@@ -165,7 +185,7 @@ def set_random_state(states: dict[str, Tensor], device: str) -> None:
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
-def environment() -> dict[str, Any]:
+def environment(config: PretrainConfig) -> dict[str, Any]:
     """What a resumed run must share with the run before it to continue bit for bit."""
     return {
         "fastbert": __version__,
@@ -174,11 +194,12 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "instruction set": native.isa or "none",
         "backend": backend.requested() or "by device",
+        "float32 products": config.linear,
     }
 
 
-def name_differences(then: dict[str, Any]) -> None:
-    now = environment()
+def name_differences(then: dict[str, Any], config: PretrainConfig) -> None:
+    now = environment(config)
     different = [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]
     if different:
         print(f"resumed elsewhere than it was stopped, so not bit for bit the unbroken run: {', '.join(different)}")

@@ -18,6 +18,7 @@ from fastbert import pretrain as loop
 from fastbert import run as runs
 from fastbert import snapshot
 from fastbert.bert import BertConfig, BertForPreTraining
+from fastbert.ops import linear
 from fastbert.pretrain import pretrain
 from fastbert.report import read_metrics
 from fastbert.run import PretrainConfig
@@ -192,11 +193,46 @@ def test_minutes_become_steps_once(settings, tmp_path, capsys):
 
 def test_elsewhere_is_named(finished, capsys):
     state = snapshot.load(finished / "snapshots")
-    runs.name_differences(state["environment"])
+    config = runs.read_config(finished)
+    runs.name_differences(state["environment"], config)
     assert capsys.readouterr().out == ""
-    runs.name_differences(state["environment"] | {"threads": 77, "torch": "1.0"})
+    runs.name_differences(state["environment"] | {"threads": 77, "torch": "1.0"}, config)
     said = capsys.readouterr().out
     assert f"threads 77 -> {torch.get_num_threads()}" in said and "torch 1.0 ->" in said and "fastbert" not in said
+
+
+def test_the_library_of_products_is_chosen_once(settings, finished, tmp_path, monkeypatch, capsys):
+    timed = []
+
+    def fastest(*shape):
+        timed.append(shape)
+        return "onednn", "a test says so"
+
+    monkeypatch.setattr(linear, "fastest", fastest)
+    monkeypatch.setattr(linear, "onednn_missing", None)
+    monkeypatch.setattr(linear, "_requested", "auto")
+    config = runs.open_run(dataclasses.replace(settings, output=tmp_path / "new"), resume=False)
+    assert config.linear == "onednn" and timed == [(512, 128, 512)]
+    assert "float32 products by onednn: a test says so" in capsys.readouterr().out
+    with loop.products(config):
+        assert linear.chosen() == "onednn"
+    assert runs.environment(config)["float32 products"] == "onednn"
+    assert runs.open_run(config, resume=True) == config and len(timed) == 1, "a resumed run was timed again"
+
+    # FASTBERT_LINEAR forces it, which a resumed run says
+    monkeypatch.setattr(linear, "_requested", "torch")
+    forced = runs.open_run(config, resume=True)
+    assert forced.linear == "torch"
+    runs.name_differences(runs.environment(config), forced)
+    assert "float32 products onednn -> torch" in capsys.readouterr().out
+    monkeypatch.setattr(linear, "_requested", "auto")
+    monkeypatch.setattr(linear, "onednn_missing", "it is gone")
+    with pytest.raises(ValueError, match=r"it is gone\. FASTBERT_LINEAR=torch"):
+        runs.open_run(config, resume=True)
+
+    in_bf16 = dataclasses.replace(settings, output=tmp_path / "bf16", bf16=True)
+    assert runs.open_run(in_bf16, resume=False).linear == "torch" and len(timed) == 1
+    assert snapshot.load(finished / "snapshots")["environment"]["float32 products"] == runs.read_config(finished).linear
 
 
 def small(config, **overrides):

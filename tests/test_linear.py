@@ -1,0 +1,240 @@
+"""Linear layers' products by oneDNN: results and gradients against float64, the choice of the library, its bounds."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
+
+import fastbert
+from fastbert.ops import linear as op
+from fastbert.testing import assert_close, run
+
+needs_onednn = pytest.mark.skipif(op.onednn_missing is not None, reason=str(op.onednn_missing))
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """oneDNN for products of every size, and the shapes of those it computes."""
+    if op.onednn_missing:
+        pytest.skip(op.onednn_missing)
+    seen, product = [], op.onednn_linear
+
+    def counted(x, weight, bias):
+        seen.append((*x.shape, weight.shape[0]))
+        return product(x, weight, bias)
+
+    monkeypatch.setattr(op, "SMALL", 1)
+    monkeypatch.setattr(op, "onednn_linear", counted)
+    with fastbert.use_linear("onednn"):
+        yield seen
+
+
+# x, N
+SHAPES = [((1, 1), 1), ((3, 5), 7), ((8,), 4), ((2, 3, 8), 5), ((2, 1, 3, 16), 33), ((65, 64), 48), ((77, 96), 301)]
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(("shape", "out"), SHAPES, ids=str)
+def test_close_to_truth(onednn, nan_filled, shape, out, biased):
+    inputs = torch.randn(shape), torch.randn(out, shape[-1]), torch.randn(out) if biased else None
+    dy = torch.randn(*shape[:-1], out)
+    ours, theirs = (run(f, inputs, dy) for f in (fastbert.linear, F.linear))
+    truth = run(F.linear, [None if x is None else x.double() for x in inputs], dy.double())
+    for name, *results in zip(("y", "dx", "dweight", "dbias"), ours, theirs, truth, strict=False):
+        assert_close(*results, what=name, scale=shape[-1] ** 0.5)
+    assert len(onednn) == 3, "not every product was oneDNN's"
+
+
+@pytest.mark.parametrize(("shape", "out"), [((0, 8), 5), ((4, 0), 5), ((4, 8), 0), ((2, 0, 8), 5)], ids=str)
+def test_nothing_to_multiply_is_left_to_torch(onednn, shape, out):
+    inputs = torch.randn(shape), torch.randn(out, shape[-1]), torch.randn(out)
+    dy = torch.randn(*shape[:-1], out)
+    for ours, theirs in zip(run(fastbert.linear, inputs, dy), run(F.linear, inputs, dy), strict=True):
+        assert torch.equal(ours, theirs)
+    assert onednn == []
+
+
+def test_any_strides(onednn):
+    """Transposed, strided and expanded inputs and gradients: the values of their contiguous copies."""
+    cases = [
+        (torch.randn(24, 10).t(), torch.randn(24, 7).t(), torch.randn(14)[::2], torch.randn(7, 10).t()),
+        (torch.randn(10, 72)[:, ::3], torch.randn(7, 30)[:, 3:27], torch.randn(1).expand(7), torch.randn(1, 7)),
+        (torch.randn(2, 24, 5).mT, torch.randn(1, 24).expand(7, 24), torch.randn(7), torch.randn(())),
+    ]
+    for x, weight, bias, dy in cases:
+        dy = dy.expand(*x.shape[:-1], 7)
+        ours, copied = (
+            run(fastbert.linear, [f(v) for v in (x, weight, bias)], f(dy))
+            for f in (lambda v: v, torch.Tensor.contiguous)
+        )
+        for a, b in zip(ours, copied, strict=True):
+            torch.testing.assert_close(a, b)
+    assert len(onednn) == 18
+
+
+@pytest.mark.parametrize(
+    "wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1), (0, 0, 0)], ids=str
+)
+def test_only_the_gradients_that_are_wanted(onednn, wanted):
+    inputs = torch.randn(4, 8), torch.randn(5, 8), torch.randn(5)
+    for x, w in zip(inputs, wanted, strict=True):
+        x.requires_grad_(bool(w))
+    y = fastbert.linear(*inputs)
+    assert y.requires_grad == any(wanted)
+    if any(wanted):
+        y.square().sum().backward()
+    assert [x.grad is not None for x in inputs] == [bool(w) for w in wanted]
+    assert len(onednn) == 1 + wanted[0] + wanted[1]
+
+
+def test_frozen_weights_keep_no_input(onednn):
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(5, 8)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape), lambda t: t):
+        fastbert.linear(x, weight)
+    assert saved == [weight.shape]
+
+
+def test_a_weight_used_twice_adds_its_gradients(onednn):
+    x, weight = torch.randn(6, 8), torch.randn(8, 8)
+    dy = torch.randn(6, 8)
+
+    def twice(linear):
+        return lambda x, w: linear(linear(x, w).tanh(), w)
+
+    ours, theirs = run(twice(fastbert.linear), (x, weight), dy), run(twice(F.linear), (x, weight), dy)
+    truth = run(twice(F.linear), (x.double(), weight.double()), dy.double())
+    for results in zip(ours, theirs, truth, strict=True):
+        assert_close(*results, scale=8)
+
+
+def test_a_gradient_of_a_gradient_is_refused(onednn):
+    """It would be silently wrong if the op let it pass."""
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    (dx,) = torch.autograd.grad(fastbert.linear(x, weight).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        dx.sum().backward()
+
+
+def test_backward_keeps_to_the_library_of_its_forward(onednn):
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    y = fastbert.linear(x, weight)
+    with fastbert.use_linear("torch"):
+        z = fastbert.linear(x, weight)
+        y.sum().backward()
+    assert len(onednn) == 3
+    z.sum().backward()
+    assert len(onednn) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_other_dtypes_are_torch(onednn, dtype):
+    x, weight, bias = torch.randn(4, 8).to(dtype), torch.randn(5, 8).to(dtype), torch.randn(5).to(dtype)
+    assert torch.equal(fastbert.linear(x, weight, bias), F.linear(x, weight, bias)) and onednn == []
+
+
+def test_autocast_and_other_devices_are_torch(onednn):
+    x, weight = torch.randn(4, 8), torch.randn(5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = fastbert.linear(x, weight)
+        assert y.dtype == torch.bfloat16 and torch.equal(y, F.linear(x, weight))
+    assert fastbert.linear(x.to("meta"), weight.to("meta")).shape == (4, 5)
+    assert onednn == []
+
+
+@needs_onednn
+def test_small_products_are_torch():
+    x, small, large = torch.randn(512, 1024), torch.randn(255, 1024), torch.randn(256, 1024)  # 2^27 multiplications
+    with fastbert.use_linear("onednn"):
+        assert type(fastbert.linear(x, small.requires_grad_()).grad_fn).__name__ != "_LinearBackward"
+        assert type(fastbert.linear(x, large.requires_grad_()).grad_fn).__name__ == "_LinearBackward"
+
+
+def test_shapes_that_do_not_fit_get_torchs_message(onednn):
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        fastbert.linear(torch.randn(4, 8), torch.randn(5, 7))
+    with pytest.raises(RuntimeError, match="size"):
+        fastbert.linear(torch.randn(4, 8), torch.randn(5, 8), torch.randn(4))
+    with pytest.raises(RuntimeError, match="dtype"):
+        fastbert.linear(torch.randn(4, 8), torch.randn(5, 8, dtype=torch.float64))
+
+
+@needs_onednn
+def test_custom_op_is_sound():
+    x, weight, bias, dy = torch.randn(4, 24), torch.randn(6, 24), torch.randn(6), torch.randn(4, 6)
+    torch.library.opcheck(op.onednn_linear, (x, weight, bias))
+    torch.library.opcheck(op.onednn_linear, (dy, weight.t(), None))
+    torch.library.opcheck(op.onednn_linear, (dy.t(), x.t(), None))
+
+
+@needs_onednn
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_equals_eager(monkeypatch, compiler):
+    torch.compiler.reset()
+    monkeypatch.setattr(op, "SMALL", 1)
+    counter = CompileCounterWithBackend(compiler)
+    compiled = torch.compile(fastbert.linear, fullgraph=True, backend=counter)
+    with fastbert.use_linear("onednn"):
+        for rows in (12, 40, 56):
+            inputs, dy = (torch.randn(rows, 24), torch.randn(16, 24), torch.randn(16)), torch.randn(rows, 16)
+            assert type(fastbert.linear(inputs[0], inputs[1].requires_grad_()).grad_fn).__name__ == "_LinearBackward"
+            for ours, eager in zip(run(compiled, inputs, dy), run(fastbert.linear, inputs, dy), strict=True):
+                torch.testing.assert_close(ours, eager)
+    assert counter.frame_count <= 2
+
+
+# ---- the choice ----------------------------------------------------------------------------------------------------
+
+
+def test_the_processor_decides_where_nobody_does(monkeypatch):
+    with fastbert.use_linear("auto"):
+        for vendor, missing, expected in [("AMD", None, "onednn"), ("other", None, "torch"), ("AMD", "gone", "torch")]:
+            monkeypatch.setattr(op, "vendor", vendor)
+            monkeypatch.setattr(op, "onednn_missing", missing)
+            assert op.chosen() == expected
+            assert f"float32 products by {expected} (auto: {vendor} processor)" in op.info()
+
+
+def test_the_block_decides_and_ends(monkeypatch):
+    before = op.requested()
+    with pytest.raises(ZeroDivisionError), fastbert.use_linear("torch"):
+        assert op.chosen() == "torch"
+        raise ZeroDivisionError
+    assert op.requested() == before
+    with pytest.raises(ValueError, match="'mkl': use_linear and FASTBERT_LINEAR take one of auto, torch, onednn"):
+        fastbert.use_linear("mkl").__enter__()
+    monkeypatch.setattr(op, "onednn_missing", "torch 9 has it no more")
+    with pytest.raises(ValueError, match=r"torch 9 has it no more\. FASTBERT_LINEAR=torch takes torch's"):
+        fastbert.use_linear("onednn").__enter__()
+
+
+def test_environment_decides():
+    def info(value):
+        return subprocess.run(
+            [sys.executable, "-c", "from fastbert.cli import main; main()", "info"],
+            env=os.environ | {"FASTBERT_LINEAR": value}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    assert "float32 products by torch (FASTBERT_LINEAR)" in info("torch").stdout
+    refused = info("mkl")
+    assert refused.returncode == 1 and "no library of products is called 'mkl'" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+@needs_onednn
+def test_the_fastest_is_timed_and_must_be_right(monkeypatch):
+    before = torch.get_rng_state()
+    name, why = op.fastest(512, 256, 1024)
+    assert name in ("torch", "onednn") and why.startswith("onednn took") and "torch" in why
+    assert torch.equal(torch.get_rng_state(), before), "timing must leave no trace in the run's random numbers"
+    assert op.fastest(512, 128, 512) == ("torch", "the products are small")
+    product = op.onednn_linear
+    monkeypatch.setattr(op, "onednn_linear", lambda *a: product(*a) * 1.001)
+    assert op.fastest(512, 256, 1024) == ("torch", "onednn's results differ by more than rounding")
+    monkeypatch.setattr(op, "onednn_missing", "gone")
+    assert op.fastest(512, 256, 1024) == ("torch", "gone")
