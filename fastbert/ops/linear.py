@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastbert.ops.register import fake, register
+
 NAMES = ("auto", "torch", "onednn")
 SMALL = 1 << 27  # multiplications below which oneDNN is no faster: its cost per call, and small matrices rearranged
 
@@ -170,7 +172,7 @@ def fastest(rows: int, size: int, inner: int) -> tuple[str, str]:
 # ---- the op --------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fastbert::onednn_linear", mutates_args=())
+@register
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [M, K] @ weight [N, K].T + bias [N] -> [M, N], M, N, K >= 1, of any strides; backward's products too."""
     if bias is not None:
@@ -178,7 +180,7 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-@onednn_linear.register_fake
+@fake("onednn_linear")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
