@@ -6,6 +6,7 @@ torch's default generator, once per call, so `torch.manual_seed` reproduces a ru
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fastbert.backend import requested
 from fastbert.ops import philox
@@ -147,6 +148,7 @@ class _Dropout(torch.autograd.Function):
         return _dropped(x, t, seed, backend)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         (seed,) = ctx.saved_tensors
         t, backend = ctx.options

@@ -42,11 +42,12 @@ def case_attention_qkv(n):
     return function, (torch.randn(n, 3, 2, 8),), (n, 2, 8)
 
 
+CASES = [case_gelu, case_layer_norm, case_dropout_add_layer_norm, case_attention, case_attention_qkv]
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-@pytest.mark.parametrize(
-    "case", [case_gelu, case_layer_norm, case_dropout_add_layer_norm, case_attention, case_attention_qkv]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_compiled_equals_eager(case, compiler):
     torch.compiler.reset()
     counter = CompileCounterWithBackend(compiler)
@@ -72,3 +73,13 @@ def test_grad_fn_is_ours():
     qkv = x.view(4, 1, 8)
     out = fastbert.attention(qkv, qkv, qkv, torch.tensor([0, 4], dtype=torch.int32), 4)
     assert type(out.grad_fn).__name__ == "_AttentionBackward"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_gradient_of_a_gradient_is_refused(case):
+    """It would be silently wrong if the op let it pass."""
+    function, inputs, _ = case(12)
+    inputs = [x.requires_grad_() for x in inputs]
+    (dx,) = torch.autograd.grad(function(*inputs).square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()

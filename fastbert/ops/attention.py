@@ -26,6 +26,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastbert.backend import pick, requested
 from fastbert.ops import philox
@@ -320,6 +321,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         out, lse, cu_seqlens, seed, *inputs = ctx.saved_tensors
         max_seqlen, scale, t, causal, window, backend = ctx.options

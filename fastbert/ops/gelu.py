@@ -12,6 +12,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastbert.backend import pick, requested
 from fastbert.ops.checks import autocast, check_activation, check_vector, wide
@@ -102,6 +103,7 @@ class _Gelu(torch.autograd.Function):
         return gelu_forward(x, bias, approximate, backend)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, bias = ctx.saved_tensors
         dx, dbias = gelu_backward(dy, x, bias, *ctx.options)

@@ -16,6 +16,7 @@ Source: Ba, Kiros and Hinton, "Layer normalization" (2016).
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastbert.backend import pick, requested
 from fastbert.ops import philox
@@ -185,6 +186,7 @@ class _LayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         z, weight, mean, rstd, seed = ctx.saved_tensors
         t, backend = ctx.options

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fastbert.ops.register import fake, register
@@ -192,6 +193,7 @@ class _Linear(torch.autograd.Function):
         return onednn_linear(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         dx = None if weight is None else onednn_linear(dy, weight.t(), None)
