@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import fastbert
+from fastbert.bert import BertConfig
 from fastbert.ops import linear as op
 from fastbert.testing import assert_close, run
 
@@ -186,6 +187,28 @@ def test_compiled_equals_eager(monkeypatch, compiler):
             for ours, eager in zip(run(compiled, inputs, dy), run(fastbert.linear, inputs, dy), strict=True):
                 torch.testing.assert_close(ours, eager)
     assert counter.frame_count <= 2
+
+
+def test_every_product_of_the_model(onednn):
+    """Of two layers four each, then pooler, masked word head and decoder; forward and both gradients."""
+    config = BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=8, initializer_range=0.2,
+    )  # fmt: skip
+    model, ids = fastbert.BertForPreTraining(config).eval(), torch.randint(1, 50, (3, 8))
+    labels, pairs = torch.where(torch.arange(8) % 3 == 0, ids, -100), torch.tensor([0, 1, 0])
+
+    def gradients(model):
+        model.zero_grad()
+        model(ids, labels=labels, next_sentence_label=pairs).loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    ours = gradients(model)
+    assert len(onednn) == 3 * (2 * 4 + 3)
+    with fastbert.use_linear("torch"):
+        theirs, truth = gradients(model), gradients(model.double())
+    for (name, _), *results in zip(model.named_parameters(), ours, theirs, truth, strict=True):
+        assert_close(*results, what=name, scale=1.0)
 
 
 # ---- the choice ----------------------------------------------------------------------------------------------------

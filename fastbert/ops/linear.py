@@ -8,7 +8,8 @@ torch computes float32 products on x86 processors by MKL ("torch" below), which 
 the same torch, is reached by the private op `mkldnn::_linear_pointwise`, which has no autograd ("onednn"). They agree
 to rounding, not to the bit. So that a program gives the same bits at every start, nothing is timed behind its back:
 without a choice, processors of AMD take "onednn" and all others "torch". All but float32 on a CPU outside autocast is
-`F.linear` as ever (in bfloat16 that is oneDNN already), and so are small products, at which MKL is the faster one.
+`F.linear` as ever (in bfloat16 that is oneDNN already), and so are small products, at which MKL is the faster one. The
+choice holds under torch.compile too, whose own products would be MKL's.
 """
 
 import contextlib
