@@ -60,7 +60,8 @@ def measure(
         ours, eager: the op on `inputs`.
         inputs: tensors that all need a gradient.
         dy: the gradient that flows back.
-        floors: bytes that must move in the two passes, in units of dy's size: every input once, every output once.
+        floors: bytes that must move in the two passes, in units of the first input's size: every input once, every
+            output once.
 
     Returns:
         One row for each variant and pass.
@@ -69,7 +70,7 @@ def measure(
     if not args.no_compile:
         torch.compiler.reset()
         ops["torch.compile"] = torch.compile(eager, dynamic=False)
-    size = dy.numel() * dy.element_size()
+    size = inputs[0].numel() * inputs[0].element_size()
     forwards = {name: forward(op, inputs) for name, op in ops.items()}
     both = {name: forward_backward(op, inputs, dy) for name, op in ops.items()}
     return [

@@ -123,6 +123,28 @@ void layer_norm_backward(uintptr_t dy, uintptr_t z, uintptr_t weight, uintptr_t 
   selected->kernels->layer_norm_backward(a);
 }
 
+void cross_entropy_forward(uintptr_t logits, uintptr_t labels, uintptr_t losses, uintptr_t maximum,
+                           uintptr_t sum, int64_t rows, int64_t columns, int64_t ignore_index, int dtype,
+                           int threads) {
+  CrossEntropy a{};
+  a.logits = at<void>(logits), a.labels = at<const int64_t>(labels), a.losses = at<float>(losses);
+  a.maximum = at<float>(maximum), a.sum = at<float>(sum);
+  a.rows = rows, a.columns = columns, a.ignore_index = ignore_index;
+  a.dtype = DType(dtype), a.threads = threads;
+  selected->kernels->cross_entropy_forward(a);
+}
+
+void cross_entropy_backward(uintptr_t dlosses, uintptr_t logits, uintptr_t labels, uintptr_t maximum,
+                            uintptr_t sum, uintptr_t dlogits, int64_t rows, int64_t columns,
+                            int64_t ignore_index, int dtype, int threads) {
+  CrossEntropy a{};
+  a.dlosses = at<const float>(dlosses), a.logits = at<void>(logits), a.labels = at<const int64_t>(labels);
+  a.maximum = at<float>(maximum), a.sum = at<float>(sum), a.dlogits = at<void>(dlogits);
+  a.rows = rows, a.columns = columns, a.ignore_index = ignore_index;
+  a.dtype = DType(dtype), a.threads = threads;
+  selected->kernels->cross_entropy_backward(a);
+}
+
 Attention attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t lse, uintptr_t cu_seqlens,
                     int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t tokens, int64_t sequences,
                     int64_t heads, int64_t head_dim, int64_t window_left, int64_t window_right, double scale,
@@ -222,6 +244,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("gelu_backward", gelu_backward, no_gil);
   m.def("layer_norm_forward", layer_norm_forward, no_gil);
   m.def("layer_norm_backward", layer_norm_backward, no_gil);
+  m.def("cross_entropy_forward", cross_entropy_forward, no_gil);
+  m.def("cross_entropy_backward", cross_entropy_backward, no_gil);
   m.def("attention_forward", attention_forward, no_gil);
   m.def("attention_backward", attention_backward, no_gil);
   m.def("lazy_adam_steps", lazy_adam_steps);

@@ -5,6 +5,7 @@ from fastbert.backend import backends, use_backend
 from fastbert.bert import BertConfig, BertForPreTraining, BertModel
 from fastbert.gradients import all_gather_rows, clip_grad_norm_
 from fastbert.ops.attention import attention, attention_qkv
+from fastbert.ops.cross_entropy import cross_entropy
 from fastbert.ops.gelu import gelu
 from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
 from fastbert.ops.linear import linear, use_linear
@@ -22,6 +23,7 @@ __all__ = [
     "attention_qkv",
     "backends",
     "clip_grad_norm_",
+    "cross_entropy",
     "dropout_add_layer_norm",
     "gelu",
     "keep_memory",

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastbert import allocator, native
 
 NAMES = ("reference", "cpu", "cuda", "triton")
-OPS = ("gelu", "layer_norm", "attention", "lazy_adam")
+OPS = ("gelu", "layer_norm", "cross_entropy", "attention", "lazy_adam")
 _AUTOMATIC = {"cpu": "cpu", "cuda": "cuda"}  # device type -> preferred backend
 
 _requested = os.environ.get("FASTBERT_BACKEND", "")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fastbert import checkpoint, inputs
 from fastbert.nn import Dropout, DropoutAddLayerNorm, LayerNorm, Linear, LinearGELU, MultiHeadAttention
-from fastbert.ops.checks import wide
+from fastbert.ops.cross_entropy import cross_entropy
 from fastbert.ops.linear import linear
 
 _PRESETS = {  # layers, hidden size, heads; the intermediate size is four times the hidden size
@@ -347,8 +347,10 @@ class BertForPreTraining(BertPreTrainedModel):
             logits = logits.view(*input_ids.shape, logits.shape[1])
         seq_relationship_logits = self.cls["seq_relationship"](pooled)
 
-        mlm_loss = None if labels is None else _mean_loss(logits, labels)
-        nsp_loss = None if next_sentence_label is None else _mean_loss(seq_relationship_logits, next_sentence_label)
+        mlm_loss = None if labels is None else cross_entropy(logits, labels, inputs.IGNORED)
+        nsp_loss = None
+        if next_sentence_label is not None:
+            nsp_loss = cross_entropy(seq_relationship_logits, next_sentence_label, inputs.IGNORED)
         losses = [loss for loss in (mlm_loss, nsp_loss) if loss is not None]
         return BertForPreTrainingOutput(
             loss=sum(losses) if losses else None,
@@ -357,9 +359,3 @@ class BertForPreTraining(BertPreTrainedModel):
             prediction_logits=logits,
             seq_relationship_logits=seq_relationship_logits,
         )
-
-
-def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy in float32, meaned over labels that are not ignored; 0, not NaN, where there are none."""
-    counted = (labels != inputs.IGNORED).sum().clamp(min=1)
-    return F.cross_entropy(wide(logits), labels, ignore_index=inputs.IGNORED, reduction="sum") / counted

@@ -4,10 +4,10 @@ import itertools
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastbert.bert import BertForPreTraining, BertForPreTrainingOutput
 from fastbert.data.batches import Batch, PretrainBatches
+from fastbert.ops.cross_entropy import cross_entropy
 
 RARE_SHARE = 0.1  # the rarest words that together make up this share of the training text
 
@@ -55,14 +55,14 @@ def evaluate(
         batch = batch.to(device)
         out = forward(model, batch)
         masked, sequences = len(batch.labels), len(batch.cu_seqlens) - 1
-        logits = out.prediction_logits[:masked].float()
-        loss = F.cross_entropy(logits, batch.labels, reduction="none").double().cpu()
+        logits = out.prediction_logits[:masked]
+        loss = cross_entropy(logits, batch.labels, reduction="none").double().cpu()
         hit = (logits.argmax(-1) == batch.labels).double().cpu()
         label = batch.labels.cpu()
         tokens.append(torch.stack([loss, -frequencies.log_probability[label], hit, frequencies.rare[label]], 1))
         if batch.next_sentence_label is not None:
-            logits = out.seq_relationship_logits[:sequences].float()
-            loss = F.cross_entropy(logits, batch.next_sentence_label, reduction="none")
+            logits = out.seq_relationship_logits[:sequences]
+            loss = cross_entropy(logits, batch.next_sentence_label, reduction="none")
             hit = logits.argmax(-1) == batch.next_sentence_label
             pairs.append(torch.stack([loss.double().cpu(), hit.double().cpu()], 1))
     table = torch.cat(tokens)

@@ -116,6 +116,29 @@ class cpu:  # a namespace, spelled as the backend is
         return dz, dx, dweight, dbias
 
     @staticmethod
+    def cross_entropy_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+        logits, labels = logits.contiguous(), labels.contiguous()
+        rows, columns = logits.shape
+        losses, maximum, total = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
+        module.cross_entropy_forward(
+            _address(logits), _address(labels), _address(losses), _address(maximum), _address(total), rows, columns,
+            ignore_index, DTYPES[logits.dtype], _threads(logits.numel()),
+        )  # fmt: skip
+        return losses, maximum, total
+
+    @staticmethod
+    def cross_entropy_backward(
+        dlosses: Tensor, logits: Tensor, labels: Tensor, maximum: Tensor, total: Tensor, ignore_index: int
+    ) -> Tensor:
+        dlosses, logits, labels = dlosses.contiguous(), logits.contiguous(), labels.contiguous()
+        dlogits = torch.empty_like(logits)
+        module.cross_entropy_backward(
+            _address(dlosses), _address(logits), _address(labels), _address(maximum), _address(total),
+            _address(dlogits), *logits.shape, ignore_index, DTYPES[logits.dtype], _threads(logits.numel()),
+        )  # fmt: skip
+        return dlogits
+
+    @staticmethod
     def attention_forward(
         q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, t: int,
         seed: Tensor | None, causal: bool, window: list[int] | None,

@@ -24,6 +24,10 @@ def case_dropout_add_layer_norm(n):
     return lambda *a: fastbert.dropout_add_layer_norm(*a, dropout_p=0.1, seed=SEED), inputs, (n, 24)
 
 
+def case_cross_entropy(n):
+    return lambda x: fastbert.cross_entropy(x, torch.arange(len(x)) % 25 - 1, -1), (torch.randn(n, 24),), ()
+
+
 def case_attention(n):
     cu_seqlens = torch.tensor([0, n // 3, n], dtype=torch.int32)
 
@@ -42,7 +46,9 @@ def case_attention_qkv(n):
     return function, (torch.randn(n, 3, 2, 8),), (n, 2, 8)
 
 
-CASES = [case_gelu, case_layer_norm, case_dropout_add_layer_norm, case_attention, case_attention_qkv]
+CASES = [
+    case_gelu, case_layer_norm, case_dropout_add_layer_norm, case_cross_entropy, case_attention, case_attention_qkv
+]  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
@@ -70,6 +76,8 @@ def test_grad_fn_is_ours():
     x = torch.randn(4, 8, requires_grad=True)
     assert type(fastbert.gelu(x).grad_fn).__name__ == "_GeluBackward"
     assert type(fastbert.layer_norm(x, torch.ones(8), torch.zeros(8)).grad_fn).__name__ == "_LayerNormBackward"
+    loss = fastbert.cross_entropy(x, torch.zeros(4, dtype=torch.int64), reduction="none")
+    assert type(loss.grad_fn).__name__ == "_CrossEntropyBackward"
     qkv = x.view(4, 1, 8)
     out = fastbert.attention(qkv, qkv, qkv, torch.tensor([0, 4], dtype=torch.int32), 4)
     assert type(out.grad_fn).__name__ == "_AttentionBackward"

@@ -54,7 +54,9 @@ def test_kernels_know_nothing_of_torch():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-@pytest.mark.parametrize("stem", ["gelu", "layer_norm", "attention", "lazy_adam", "lazy_adam_replay", "table"])
+@pytest.mark.parametrize(
+    "stem", ["gelu", "layer_norm", "cross_entropy", "attention", "lazy_adam", "lazy_adam_replay", "table"]
+)
 def test_kernels_share_no_symbol_between_instruction_sets(stem, tmp_path):
     """A weak symbol compiled for AVX-512 could be linked into the code for an older processor and crash it there."""
     source, target = ROOT / f"csrc/cpu/{stem}.cpp", tmp_path / "kernel.o"

@@ -56,6 +56,18 @@ struct LayerNorm {        // z = residual + dropout(x); y = (z - mean) * rstd * 
   int threads;
 };
 
+struct CrossEntropy {     // loss = log(sum_j exp(x_j)) - x_label, a row each; see cross_entropy.cpp
+  const void* logits;     // [M, V] dtype
+  const int64_t* labels;  // [M] in [0, V), or ignore_index: the row does not count
+  const float* dlosses;   // [M]; backward only
+  float* losses;          // [M]; forward only
+  float *maximum, *sum;   // [M]: max_j x_j and sum_j exp(x_j - maximum)
+  void* dlogits;          // [M, V] dtype; backward only
+  int64_t rows, columns, ignore_index;
+  DType dtype;
+  int threads;
+};
+
 struct Attention {            // packed sequences; element strides of the token dimension, heads D apart
   const void *q, *k, *v;      // [T, H, D] dtype
   const void *out, *dout;     // [T, H, D] dtype contiguous; backward only
@@ -133,6 +145,8 @@ struct Kernels {
   void (*gelu_backward)(const Gelu&);
   void (*layer_norm_forward)(const LayerNorm&);
   void (*layer_norm_backward)(const LayerNorm&);
+  void (*cross_entropy_forward)(const CrossEntropy&);
+  void (*cross_entropy_backward)(const CrossEntropy&);
   void (*attention_forward)(const Attention&);
   void (*attention_backward)(const Attention&);
   // -1, or which of the steps names a row outside its table: then nothing was done

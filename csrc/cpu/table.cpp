@@ -8,6 +8,8 @@ void gelu_forward(const Gelu&);
 void gelu_backward(const Gelu&);
 void layer_norm_forward(const LayerNorm&);
 void layer_norm_backward(const LayerNorm&);
+void cross_entropy_forward(const CrossEntropy&);
+void cross_entropy_backward(const CrossEntropy&);
 void attention_forward(const Attention&);
 void attention_backward(const Attention&);
 int64_t lazy_adam_steps(const LazyAdam* steps, int64_t count, int threads);
@@ -21,9 +23,17 @@ static void philox(uint64_t seed, const uint32_t counter[4], uint32_t words[4]) 
 }
 
 extern const Kernels kernels;
-const Kernels kernels = {gelu_forward,        gelu_backward,     layer_norm_forward,
-                         layer_norm_backward, attention_forward, attention_backward,
-                         lazy_adam_steps,     lazy_adam_replay,  philox};
+const Kernels kernels = {gelu_forward,
+                         gelu_backward,
+                         layer_norm_forward,
+                         layer_norm_backward,
+                         cross_entropy_forward,
+                         cross_entropy_backward,
+                         attention_forward,
+                         attention_backward,
+                         lazy_adam_steps,
+                         lazy_adam_replay,
+                         philox};
 
 }  // namespace FASTBERT_ISA
 }  // namespace fastbert

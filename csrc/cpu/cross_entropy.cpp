@@ -1,0 +1,112 @@
+// Softmax cross entropy of logits [M, V] with one label a row:
+//
+//   m = max_j x_j,   s = sum_j exp(x_j - m),   loss = log(s) + (m - x_label)
+//   dx_j = (exp(x_j - m) / s - [j = label]) * dloss
+//
+// A row whose label is `ignore_index` is not read: its loss and its dx are 0. m and s are kept apart, not as
+// m + log(s), whose rounding would enter every exp of the backward pass where logits are large.
+//
+// Arithmetic is float32 for every dtype. Forward reads the logits once: a block of a row stays in the L1
+// cache for its maximum and then its sum, and the sum so far is scaled when the maximum moves (Milakov and
+// Gimelshein, "Online normalizer calculation for softmax", 2018). Backward reads them once and writes dx
+// once. One thread does a whole row, so results do not depend on the number of threads.
+#include "common.h"
+
+namespace fastbert {
+namespace FASTBERT_ISA {
+namespace {
+
+constexpr int64_t kBlock = 4096;  // columns; in float32 half of a small L1 cache
+
+template <typename T>
+FASTBERT_INLINE vfloat load_or(AllLanes, const T* p, float) {
+  return load(p);
+}
+
+template <typename T>
+FASTBERT_INLINE vfloat load_or(FirstLanes lanes, const T* p, float fill) {
+  return load_n(p, lanes.n, fill);
+}
+
+template <typename T>
+void forward(const CrossEntropy& p) {
+  constexpr int kUnroll = 4;
+  const float lowest = -__builtin_inff();
+#pragma omp parallel for num_threads(p.threads) schedule(dynamic)
+  for (int64_t r = 0; r < p.rows; ++r) {
+    if (p.labels[r] == p.ignore_index) {
+      p.losses[r] = p.maximum[r] = p.sum[r] = 0.f;
+      continue;
+    }
+    const T* x = static_cast<const T*>(p.logits) + r * p.columns;
+    float maximum = lowest, sum = 0.f;
+    for (int64_t first = 0; first < p.columns; first += kBlock) {
+      const int64_t n = min(kBlock, p.columns - first);
+      vfloat highest[kUnroll], part[kUnroll] = {};
+      for (int i = 0; i < kUnroll; ++i) highest[i] = splat(lowest);
+      sweep<kUnroll>(n, [&](int64_t j, int i, auto lanes) FASTBERT_LAMBDA {
+        highest[i] = max(highest[i], load_or(lanes, x + first + j, lowest));
+      });
+      const float top = reduce_max(max(max(highest[0], highest[1]), max(highest[2], highest[3])));
+      if (top > maximum) {  // false for NaN, which comes through the sum instead
+        sum *= exp(splat(maximum - top))[0];
+        maximum = top;
+      }
+      const float shift =
+          maximum == lowest ? 0.f : maximum;  // -inf - -inf is NaN: not yet, a number may come
+      sweep<kUnroll>(n, [&](int64_t j, int i, auto lanes) FASTBERT_LAMBDA {
+        part[i] += exp(load_or(lanes, x + first + j, lowest) - shift);
+      });
+      sum += reduce_add((part[0] + part[1]) + (part[2] + part[3]));
+    }
+    p.losses[r] = __builtin_logf(sum) + (maximum - load_n(x + p.labels[r], 1)[0]);
+    p.maximum[r] = maximum;
+    p.sum[r] = sum;
+  }
+}
+
+template <typename T>
+void backward(const CrossEntropy& p) {
+#pragma omp parallel for num_threads(p.threads) schedule(dynamic)
+  for (int64_t r = 0; r < p.rows; ++r) {
+    T* dx = static_cast<T*>(p.dlogits) + r * p.columns;
+    if (p.labels[r] == p.ignore_index) {
+      memset(dx, 0, p.columns * sizeof(T));
+      continue;
+    }
+    const T* x = static_cast<const T*>(p.logits) + r * p.columns;
+    const float maximum = p.maximum[r], dloss = p.dlosses[r], scale = dloss / p.sum[r];
+    sweep<1>(p.columns, [=](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
+      lanes.store(dx + j, exp(lanes.load(x + j) - maximum) * scale);
+    });
+    const int64_t label = p.labels[r];
+    store_n(dx + label, exp(load_n(x + label, 1) - maximum) * scale - dloss, 1);
+  }
+}
+
+}  // namespace
+
+void cross_entropy_forward(const CrossEntropy& p) {
+  switch (p.dtype) {
+    case DType::f32:
+      return forward<float>(p);
+    case DType::bf16:
+      return forward<bf16>(p);
+    case DType::f16:
+      return forward<f16>(p);
+  }
+}
+
+void cross_entropy_backward(const CrossEntropy& p) {
+  switch (p.dtype) {
+    case DType::f32:
+      return backward<float>(p);
+    case DType::bf16:
+      return backward<bf16>(p);
+    case DType::f16:
+      return backward<f16>(p);
+  }
+}
+
+}  // namespace FASTBERT_ISA
+}  // namespace fastbert

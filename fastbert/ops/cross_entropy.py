@@ -1,0 +1,143 @@
+"""Softmax cross entropy over a large vocabulary, forward and backward, without a float32 copy of the logits.
+
+    loss = log(sum_j exp(x_j)) - x_label               one a row; 0 where the label is ignore_index
+    dx_j = (softmax(x)_j - [j = label]) * dloss        0 in a row that is ignored
+
+logits are [M, V], labels int64 [M]. Backward saves the logits themselves and two numbers a row, `maximum = max_j x_j`
+and `total = sum_j exp(x_j - maximum)`: their one logarithm would be rounded to the size of the logits, and the error
+would stand in every element of the gradient. Arithmetic is float32 (float64 for float64 logits) whatever the dtype of
+the logits; dx has their dtype. Source of the one pass: Milakov and Gimelshein, "Online normalizer calculation for
+softmax" (2018).
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastbert.backend import pick, requested
+from fastbert.ops.checks import check_activation, wide
+from fastbert.ops.register import fake, register
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, ignore_index: int = -100, reduction: str = "mean", *, backend: str | None = None
+) -> Tensor:
+    """Cross entropy of softmax(logits) with one label a row, as `torch.nn.functional.cross_entropy` computes it.
+
+    It differs from torch's in three things: the loss is float32 for 16-bit logits too, a mean over no label at all is 0
+    rather than NaN, and a row that is ignored passes no gradient even where it holds NaN. Autocast casts nothing here.
+
+    Args:
+        logits: [M, V] float32, bfloat16 or float16 (float64 on the reference backend).
+        labels: int64 [M] in [0, V), or `ignore_index` for rows that do not count.
+        ignore_index: the label of rows that do not count.
+        reduction: "mean" over the rows that count, "sum", or "none".
+        backend: runs on this backend or raises; None chooses by the tensor's device.
+
+    Returns:
+        float32 (float64 for float64 logits): a scalar, or [M] with "none". NaN where a row holds NaN or +inf, or
+        nothing but -inf; +inf where only the label's logit is -inf.
+
+    Raises:
+        ValueError: an unknown reduction, a shape or device that does not fit, or, on a CPU, a label outside [0, V).
+        TypeError: a dtype that is not supported.
+        RuntimeError: an explicit backend that cannot run here.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    check_activation("cross_entropy", logits)
+    if logits.dim() != 2:
+        raise ValueError(f"logits must be [M, V], got shape {list(logits.shape)}: flatten the leading axes")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    if labels.shape != logits.shape[:1]:
+        raise ValueError(f"labels must have shape {list(logits.shape[:1])}, one a row, got {list(labels.shape)}")
+    if labels.device != logits.device:
+        raise ValueError(f"labels must be on the logits' device {logits.device}, got {labels.device}")
+    losses = _CrossEntropy.apply(logits, labels, ignore_index, requested(backend))
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    return total if reduction == "sum" else total / (labels != ignore_index).sum().clamp(min=1)
+
+
+class reference:  # a namespace, spelled as the backend is
+    """The twin in plain PyTorch: any device, and float64, which is the truth of the tests."""
+
+    @staticmethod
+    def cross_entropy_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+        x, counted = wide(logits), labels != ignore_index
+        maximum = x.amax(-1)
+        total = (x - maximum.unsqueeze(-1)).exp().sum(-1)
+        picked = x.gather(-1, torch.where(counted, labels, 0).unsqueeze(-1)).squeeze(-1)
+        losses = total.log() + (maximum - picked)
+        return tuple(torch.where(counted, each, 0.0) for each in (losses, maximum, total))
+
+    @staticmethod
+    def cross_entropy_backward(
+        dlosses: Tensor, logits: Tensor, labels: Tensor, maximum: Tensor, total: Tensor, ignore_index: int
+    ) -> Tensor:
+        counted = labels != ignore_index
+        share = (wide(logits) - maximum.unsqueeze(-1)).exp() * (dlosses / total).unsqueeze(-1)
+        label = torch.where(counted, labels, 0).unsqueeze(-1)
+        dlogits = share.scatter_add(-1, label, -dlosses.unsqueeze(-1))
+        return torch.where(counted.unsqueeze(-1), dlogits, 0.0).to(logits.dtype).contiguous()
+
+
+def _check_labels(labels: Tensor, columns: int, ignore_index: int) -> None:
+    """Raises unless every label lies in [0, columns) or is ignored. Labels on a device are not waited for."""
+    if labels.device.type != "cpu":
+        return
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= columns))
+    if wrong.any():
+        place = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"labels must lie in [0, {columns}), or be ignore_index ({ignore_index}) to be left out; got "
+            f"{int(labels[place])} in row {place}"
+        )
+
+
+# The labels are looked at inside the op, so that a compiled graph does it too, at run time.
+@register
+def cross_entropy_forward(
+    logits: Tensor, labels: Tensor, ignore_index: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_labels(labels, logits.shape[1], ignore_index)
+    return pick("cross_entropy", backend, logits, reference).cross_entropy_forward(logits, labels, ignore_index)
+
+
+@fake("cross_entropy_forward")
+def _(logits: Tensor, labels: Tensor, ignore_index: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    losses, maximum, total = (logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(3))
+    return losses, maximum, total
+
+
+@register
+def cross_entropy_backward(
+    dlosses: Tensor, logits: Tensor, labels: Tensor, maximum: Tensor, total: Tensor, ignore_index: int, backend: str
+) -> Tensor:
+    chosen = pick("cross_entropy", backend, logits, reference)
+    return chosen.cross_entropy_backward(dlosses, logits, labels, maximum, total, ignore_index)
+
+
+@fake("cross_entropy_backward")
+def _(dlosses, logits, labels, maximum, total, ignore_index, backend):
+    return logits.new_empty(logits.shape)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, labels, ignore_index, backend):
+        losses, maximum, total = cross_entropy_forward(logits, labels, ignore_index, backend)
+        ctx.save_for_backward(logits, labels, maximum, total)
+        ctx.options = ignore_index, backend
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlosses):
+        logits, labels, maximum, total = ctx.saved_tensors
+        return cross_entropy_backward(dlosses, logits, labels, maximum, total, *ctx.options), None, None, None

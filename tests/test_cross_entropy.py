@@ -1,0 +1,191 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastbert
+from fastbert.ops import cross_entropy as op
+from fastbert.testing import assert_close, run
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# A width of one, below, at and above a vector, one block of 4096 and the element after it, and BERT's vocabulary.
+SHAPES = [(0, 8), (1, 1), (3, 2), (5, 7), (4, 16), (3, 65), (2, 4096), (3, 4097), (2, 12_345), (5, 30_522)]
+
+
+def problem(rows, columns, dtype, spread=3.0):
+    """Logits, labels with every third row ignored, and the gradient of each row's loss."""
+    labels = torch.randint(columns, (rows,))
+    labels[2::3] = -100
+    return (torch.randn(rows, columns) * spread).to(dtype), labels, torch.randn(rows)
+
+
+def torch_loss(x, labels, reduction="none"):
+    """What the op replaces: a float32 copy of 16-bit logits first."""
+    return F.cross_entropy(x.to(torch.promote_types(x.dtype, torch.float32)), labels, reduction=reduction)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_close_to_truth(backend, nan_filled, shape, dtype):
+    x, labels, dlosses = problem(*shape, dtype)
+    ours = run(lambda x: fastbert.cross_entropy(x, labels, reduction="none"), (x,), dlosses)
+    theirs = run(lambda x: torch_loss(x, labels), (x,), dlosses)
+    truth = run(lambda x: torch_loss(x, labels), (x.double(),), dlosses.double())
+    for name, *results in zip(("losses", "dlogits"), ours, theirs, truth, strict=True):
+        if results[0].numel():
+            assert_close(*results, what=name)
+    assert ours[0].dtype == torch.float32 and ours[1].dtype == dtype
+
+
+@pytest.mark.parametrize("reduction", op.REDUCTIONS)
+def test_reductions_are_torchs(backend, reduction):
+    x, labels, _ = problem(7, 50, torch.float32)
+    dloss = torch.randn(7) if reduction == "none" else torch.tensor(2.0)
+    ours = run(lambda x: fastbert.cross_entropy(x, labels, reduction=reduction), (x,), dloss)
+    theirs = run(lambda x: torch_loss(x, labels, reduction), (x,), dloss)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_twin_is_torchs_in_float64():
+    x, labels, dlosses = problem(6, 40, torch.float64)
+    ours = run(lambda x: fastbert.cross_entropy(x, labels, reduction="none"), (x,), dlosses)
+    theirs = run(lambda x: torch_loss(x, labels), (x,), dlosses)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("reduction", op.REDUCTIONS)
+def test_reference_gradients(reduction):
+    x, labels, _ = problem(4, 6, torch.float64)
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: fastbert.cross_entropy(x, labels, reduction=reduction), (x,))
+
+
+@pytest.mark.parametrize("shift", [1e4, -1e4, 3e38])
+def test_large_logits_keep_their_digits(backend, shift):
+    """A logarithm of the sum rounded to the size of the logits would be off by 1e-3 here, and so every gradient."""
+    x, labels, dlosses = problem(4, 5000, torch.float32)
+    x = x + shift
+    ours = run(lambda x: fastbert.cross_entropy(x, labels, reduction="none"), (x,), dlosses)
+    truth = run(lambda x: torch_loss(x, labels), (x.double(),), dlosses.double())
+    assert_close(ours[0], None, truth[0], what="losses")
+    assert_close(ours[1], None, truth[1], what="dlogits")
+
+
+@pytest.mark.parametrize("place", [0, 17, 5000])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 6e4, -6e4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_extreme_values_as_torchs(backend, dtype, value, place):
+    """One such logit a row: the label's in the first row, another's in the second, and in an ignored one."""
+    x, _, dlosses = problem(3, 5001, dtype)
+    x[:, place] = value
+    labels = torch.tensor([place, 5000 - place + 1 if place else 1, -100])
+    ours = run(lambda x: fastbert.cross_entropy(x, labels, reduction="none"), (x,), dlosses)
+    truth = run(lambda x: torch_loss(x, labels), (x.double(),), dlosses.double())
+    truth[1][2] = 0  # torch lets NaN through rows that are ignored
+    assert_close(ours[0], None, truth[0], what="losses")
+    assert_close(ours[1], None, truth[1], what="dlogits")
+
+
+@pytest.mark.parametrize("columns", [3, 9000])
+def test_rows_of_nothing_but_infinity(backend, columns):
+    x = torch.full((3, columns), -torch.inf)
+    x[1, columns - 1] = 2.0  # the only possible word, behind whole blocks of -inf, and the label
+    x[2, columns - 1] = 2.0  # likewise, but not the label
+    labels = torch.tensor([0, columns - 1, 0])
+    losses, dx = run(lambda x: fastbert.cross_entropy(x, labels, reduction="none"), (x,), torch.ones(3))
+    assert losses[0].isnan() and dx[0].isnan().all()
+    assert losses[1] == 0 and (dx[1] == 0).all()
+    assert losses[2] == torch.inf and dx[2, 0] == -1 and dx[2, columns - 1] == 1
+
+
+def test_worked_out_by_hand(backend):
+    """softmax(log 1, log 2, log 5) = 1/8, 2/8, 5/8."""
+    x = torch.tensor([1.0, 2.0, 5.0]).log().repeat(2, 1)
+    labels = torch.tensor([1, 7])
+    loss, dx = run(lambda x: fastbert.cross_entropy(x, labels, ignore_index=7), (x,), torch.ones(()))
+    assert loss.item() == pytest.approx(torch.tensor(4.0).log().item())
+    torch.testing.assert_close(dx, torch.tensor([[0.125, -0.75, 0.625], [0.0, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_no_label_at_all_is_zero(backend, reduction):
+    x = torch.full((2, 5), torch.nan)
+    labels = torch.tensor([-100, -100])
+    loss, dx = run(lambda x: fastbert.cross_entropy(x, labels, reduction=reduction), (x,), torch.ones(()))
+    assert loss == 0 and (dx == 0).all()
+
+
+def test_not_contiguous(backend):
+    x, labels, dlosses = problem(48, 64, torch.float32)
+    strided = x.T.contiguous().T, torch.stack([labels, labels], 1)[:, 0], torch.stack([dlosses, dlosses], 1)[:, 0]
+    for a, b in zip(
+        run(lambda x: fastbert.cross_entropy(x, strided[1], reduction="none"), strided[:1], strided[2]),
+        run(lambda x: fastbert.cross_entropy(x, labels, reduction="none"), (x,), dlosses),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)  # the twin adds in the order of memory
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_do_not_depend_on_threads(backend, threads, dtype):
+    x, labels, _ = problem(40, 5000, dtype)
+    ours = run(lambda x: fastbert.cross_entropy(x, labels), (x,), torch.ones(()))
+    again = run(lambda x: fastbert.cross_entropy(x, labels), (x,), torch.ones(()))
+    torch.set_num_threads(1)
+    alone = run(lambda x: fastbert.cross_entropy(x, labels), (x,), torch.ones(()))
+    for a, b, c in zip(ours, again, alone, strict=True):
+        assert torch.equal(a, b)
+        assert backend == "reference" or torch.equal(a, c)
+
+
+def test_custom_op_is_sound(backend):
+    x, labels, dlosses = problem(6, 24, torch.float32)
+    losses, maximum, total = op.cross_entropy_forward(x, labels, -100, "")
+    torch.library.opcheck(op.cross_entropy_forward, (x, labels, -100, ""))
+    torch.library.opcheck(op.cross_entropy_forward, (x.bfloat16(), labels, -100, ""))
+    torch.library.opcheck(op.cross_entropy_backward, (dlosses, x, labels, maximum, total, -100, ""))
+    strided = x.T.contiguous().T
+    torch.library.opcheck(op.cross_entropy_forward, (strided, labels, -100, ""))
+    torch.library.opcheck(op.cross_entropy_backward, (dlosses, strided, labels, maximum, total, -100, ""))
+    torch.testing.assert_close(losses, torch_loss(x, labels))
+
+
+@pytest.mark.parametrize("label", [24, -1, -101, 2**40])
+def test_a_label_outside_is_refused(backend, label):
+    x, labels, _ = problem(6, 24, torch.float32)
+    labels[4] = label
+    with pytest.raises(ValueError, match=rf"labels must lie in \[0, 24\), or be .* \(-100\) .* got {label} in row 4"):
+        fastbert.cross_entropy(x, labels)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
+def test_a_label_outside_is_refused_in_a_compiled_graph():
+    compiled = torch.compile(fastbert.cross_entropy, fullgraph=True, backend="aot_eager")
+    x, labels, _ = problem(6, 24, torch.float32)
+    compiled(x, labels)
+    with pytest.raises(ValueError, match="got 24 in row 4"):
+        compiled(x, labels.index_fill(0, torch.tensor([4]), 24))
+
+
+def test_autocast_leaves_the_logits_alone():
+    x, labels, _ = problem(4, 8, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = fastbert.cross_entropy(x, labels)
+    assert torch.equal(loss, fastbert.cross_entropy(x, labels)) and loss.dtype == torch.float32
+
+
+def test_bad_input():
+    x, labels = torch.randn(4, 8), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="reduction must be one of mean, sum, none, got 'average'"):
+        fastbert.cross_entropy(x, labels, reduction="average")
+    with pytest.raises(ValueError, match=r"logits must be \[M, V\], got shape \[2, 2, 8\]"):
+        fastbert.cross_entropy(x.view(2, 2, 8), labels)
+    with pytest.raises(ValueError, match=r"labels must have shape \[4\], one a row, got \[3\]"):
+        fastbert.cross_entropy(x, labels[:3])
+    with pytest.raises(TypeError, match=r"labels must be int64, got torch\.int32"):
+        fastbert.cross_entropy(x, labels.int())
+    with pytest.raises(TypeError, match=r"got torch\.int64"):
+        fastbert.cross_entropy(torch.zeros(4, 8, dtype=torch.int64), labels)
+    with pytest.raises(ValueError, match="N >= 1"):
+        fastbert.cross_entropy(torch.zeros(4, 0), labels)
