@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastbert import checkpoint, inputs
 from fastbert.nn import Dropout, DropoutAddLayerNorm, LayerNorm, Linear, LinearGELU, MultiHeadAttention
