@@ -1,14 +1,15 @@
 """Tokens per second of one pretraining step: ours against transformers' BERT, eager and compiled.
 
-    python benchmarks/pretrain.py [--quick] [--layers 4] [--batch 8] [--seq-len 128] [--repeats 20] ...
+    python benchmarks/pretrain.py [--quick] [--layers 4] [--batch 8] [--seq-len 128] [--shortest 1] [--repeats 20] ...
 
 A step is forward, backward, clipping of the gradient norm and the optimizer's step, with dropout 0.1, in float32 and in
-bfloat16 autocast. Half of every batch is padding: the lengths of its sequences are evenly spaced from 1 to `seq_len`,
-and only real tokens are counted. transformers gets them padded to [B, S], which is what it takes; its shapes never
-change, so torch.compile specialises it fully. We get the same tokens packed. Both sides have the same weights, data,
-labels (15 % of the real tokens, and next-sentence labels) and memory allocator setting, and their losses without
-dropout are compared before anything is timed. Variants run in turn in one process. Our optimizer is LazyAdam, on all
-rows of the word embeddings (as `fastbert pretrain`) or on the touched ones; transformers' is torch's fused AdamW.
+bfloat16 autocast. The lengths of a batch's sequences are evenly spaced from `shortest` (1: half of the batch is
+padding) to `seq_len`, and only real tokens are counted. transformers gets them padded to [B, S], which is what it
+takes; its shapes never change, so torch.compile specialises it fully. We get the same tokens packed. Both sides have
+the same weights, data, labels (15 % of the real tokens, and next-sentence labels) and memory allocator setting, and
+their losses without dropout are compared before anything is timed. Variants run in turn in one process. Our optimizer
+is LazyAdam, on all rows of the word embeddings (as `fastbert pretrain`) or on the touched ones; transformers' is
+torch's fused AdamW.
 """
 
 import argparse
@@ -42,9 +43,9 @@ class Batch:
     tokens: int
 
 
-def make_batch(size: int, seq_len: int, vocab_size: int, generator: torch.Generator) -> Batch:
+def make_batch(size: int, seq_len: int, vocab_size: int, generator: torch.Generator, shortest: int = 1) -> Batch:
     """Random words; 15 % of each sequence's tokens, one at least, are to be predicted."""
-    lengths = torch.linspace(1, seq_len, size).round().long()[torch.randperm(size, generator=generator)]
+    lengths = torch.linspace(shortest, seq_len, size).round().long()[torch.randperm(size, generator=generator)]
     real = torch.arange(seq_len) < lengths[:, None]  # [B, S]
     ids = torch.randint(1, vocab_size, real.shape, generator=generator) * real
     types = (torch.arange(seq_len) >= lengths[:, None] // 2).long() * real
@@ -148,6 +149,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--preset", default="base", help="width, heads and feed-forward size of this BERT")
     parser.add_argument("--vocab-size", type=int, default=30522)
     parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--shortest", type=int, default=1, help="tokens of the shortest sequence")
     parser.add_argument("--batch", type=int, default=8, help="sequences per step")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
@@ -179,7 +181,8 @@ def main() -> None:
         attention_probs_dropout_prob=options.dropout,
     )
     generator = torch.Generator().manual_seed(0)
-    batches = [make_batch(options.batch, options.seq_len, options.vocab_size, generator) for _ in range(4)]
+    sizes = options.batch, options.seq_len, options.vocab_size
+    batches = [make_batch(*sizes, generator, options.shortest) for _ in range(4)]
     tokens = batches[0].tokens
     share = tokens / (options.batch * options.seq_len)
     print(f"{', '.join(f'{k} {v}' for k, v in machine().items())}, memory kept: {kept}")
@@ -200,7 +203,8 @@ def main() -> None:
                 "variant": variant, "dtype": name, "p20_s": s.p20, "median_s": s.median, "p80_s": s.p80,
                 "tokens": tokens, "tokens_per_s": speed, "times_transformers_eager": ratio, "preset": options.preset,
                 "layers": options.layers, "batch": options.batch, "seq_len": options.seq_len,
-                "vocab_size": options.vocab_size, "dropout": options.dropout, "repeats": options.repeats,
+                "shortest": options.shortest, "vocab_size": options.vocab_size, "dropout": options.dropout,
+                "repeats": options.repeats,
                 "attention": options.attention, "backend": fastbert.backends()[-1], "memory_kept": kept,
                 "transformers": transformers.__version__,
             })  # fmt: skip
