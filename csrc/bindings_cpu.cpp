@@ -66,7 +66,11 @@ void use(const std::string& name) {
   if (!set) {
     std::string known;
     for (const std::string& each : instruction_sets()) known += (known.empty() ? "" : ", ") + each;
-    throw std::invalid_argument("instruction set '" + name + "' cannot run here: expected one of " + known);
+    bool compiled = false;
+    for (const InstructionSet& each : kCompiled) compiled |= name == each.name;
+    throw std::invalid_argument((compiled ? "this processor lacks the instruction set '"
+                                          : "there are no kernels for an instruction set '") +
+                                name + "': expected one of " + known);
   }
   selected = set;
 }

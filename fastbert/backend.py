@@ -119,13 +119,14 @@ def info() -> str:
         f"fastbert {__version__}, torch {torch.__version__}",
         f"threads          {torch.get_num_threads()} (torch.get_num_threads)",
         f"instruction set  {native.isa or 'none'}"
+        + (" forced by FASTBERT_CPU_ISA" if native.forced_isa else "")
         + (f" (this machine runs {', '.join(module.instruction_sets())})" if module else ""),
         f"allocator        {allocator.state()}",
         f"FASTBERT_BACKEND {os.environ.get('FASTBERT_BACKEND') or 'not set: chosen by device'}",
         "",
-        f"{'op':<12}" + "".join(f"{name:<12}" for name in NAMES),
+        f"{'op':<16}" + "".join(f"{name:<12}" for name in NAMES),
     ]
     for op in OPS:
-        lines.append(f"{op:<12}" + "".join(f"{'ok' if why_not(name) is None else 'no':<12}" for name in NAMES))
+        lines.append(f"{op:<16}" + "".join(f"{'ok' if why_not(name) is None else 'no':<12}" for name in NAMES))
     lines += [f"{name}: {why_not(name)}" for name in NAMES if why_not(name) is not None]
     return "\n".join(lines)

@@ -24,9 +24,25 @@ except ImportError as error:
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _UNLIMITED = 2**62  # a window that reaches past every sequence
 
-if module is not None and os.environ.get("FASTBERT_CPU_ISA"):
-    module.use(os.environ["FASTBERT_CPU_ISA"])  # ValueError names the instruction sets of this machine
-isa: str | None = module.selected() if module is not None else None
+forced_isa = os.environ.get("FASTBERT_CPU_ISA", "")  # read once, here
+
+
+def _choose_isa() -> str | None:
+    """The instruction set whose kernels run: the best of this machine, or the one that FASTBERT_CPU_ISA names."""
+    if forced_isa:
+        try:
+            if module is None:
+                raise ValueError(cpu_missing)
+            module.use(forced_isa)
+        except ValueError as error:
+            raise ValueError(
+                f"FASTBERT_CPU_ISA names the instruction set that the C++ kernels must use, and {forced_isa!r} cannot "
+                f"be had: {error}. Without the variable the best of them is used"
+            ) from None
+    return None if module is None else module.selected()
+
+
+isa: str | None = _choose_isa()
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -57,17 +57,27 @@ def test_environment_decides():
 
 @pytest.mark.skipif(native.module is None, reason="the C++ module is not built")
 def test_instruction_set_can_be_forced():
-    code = "import fastbert; from fastbert import native; print(native.isa)"
+    code = "from fastbert import backend, native; assert native.isa == native.module.selected(); print(backend.info())"
     for isa in native.module.instruction_sets():
-        assert python(code, FASTBERT_CPU_ISA=isa).stdout.strip() == isa
+        assert f"instruction set  {isa} forced by FASTBERT_CPU_ISA (this" in python(code, FASTBERT_CPU_ISA=isa).stdout
     failed = python(code, FASTBERT_CPU_ISA="mmx")
-    assert failed.returncode == 1 and "instruction set 'mmx' cannot run here: expected one of" in failed.stderr
+    assert failed.returncode == 1
+    for part in ("ValueError: FASTBERT_CPU_ISA names", "no kernels for an instruction set 'mmx': expected one of"):
+        assert part in failed.stderr
+
+
+def test_an_instruction_set_without_the_module_is_refused():
+    code = "import sys; sys.modules['fastbert._cpu'] = None; import fastbert"
+    assert python(code, FASTBERT_CPU_ISA="").returncode == 0
+    failed = python(code, FASTBERT_CPU_ISA="avx2")
+    assert failed.returncode == 1 and "'avx2' cannot be had: the C++ module is not there" in failed.stderr
 
 
 def test_info_names_every_op_and_backend():
     text = backend.info()
     for word in (*backend.OPS, *backend.NAMES, torch.__version__, "instruction set", "threads"):
         assert word in text
+    assert ("forced" in text) == bool(os.environ.get("FASTBERT_CPU_ISA"))
     for name in backend.NAMES:
         reason = backend.why_not(name)
         assert reason is None or f"{name}: {reason}" in text
