@@ -1,5 +1,6 @@
 # make demo    virtual environment, install, film reviews, a small BERT trained on them for about four minutes
 # make test    virtual environment, install, all tests
+# make sanitize  the kernels' tests, the kernels watched by AddressSanitizer and UndefinedBehaviorSanitizer
 # make lint    style of Python and C++
 # make bench   every benchmark; results go to benchmarks/results/
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV = .venv
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test sanitize lint bench clean
 
 # Editable, so that Python files take effect at once; C++ is compiled anew when a source changes.
 $(VENV)/.installed: $(SOURCES)
@@ -25,6 +26,16 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# The sanitizers must be loaded before Python, and with them libstdc++, whose exceptions they intercept. Python and torch
+# leak on purpose. PYTHONSAFEPATH keeps the checkout's own fastbert out of the way.
+SANITIZED = $(CURDIR)/build/sanitize/lib
+sanitize: $(VENV)/.installed
+	FASTBERT_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib $(SANITIZED)
+	FASTBERT_SANITIZE=1 PYTHONPATH=$(SANITIZED) PYTHONSAFEPATH=1 ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
+		$(BIN)/python -m pytest -q -p no:cacheprovider -k "cpu or sanitizer" tests/test_shapes.py \
+		$(foreach op,gelu layer_norm cross_entropy attention lazy_adam lazy_adam_replay,tests/test_$(op).py)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
