@@ -43,7 +43,7 @@ lint: $(VENV)/.installed
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
 
 bench: $(VENV)/.installed
-	for stem in gelu layer_norm cross_entropy attention linear lazy_adam pretrain; do $(BIN)/python benchmarks/$$stem.py || exit 1; done
+	for stem in gelu layer_norm cross_entropy attention linear lazy_adam pretrain inference; do $(BIN)/python benchmarks/$$stem.py || exit 1; done
 
 clean:
 	rm -rf build $(VENV) fastbert/*.so *.egg-info
