@@ -163,6 +163,11 @@ Attention attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t lse, uintpt
   return a;
 }
 
+void transpose(uintptr_t source, uintptr_t target, int64_t rows, int64_t columns, int64_t row, int threads) {
+  selected->kernels->transpose(
+      {at<const uint32_t>(source), at<uint32_t>(target), rows, columns, row, threads});
+}
+
 void attention_forward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse,
                        uintptr_t cu_seqlens, int64_t q_stride, int64_t k_stride, int64_t v_stride,
                        int64_t tokens, int64_t sequences, int64_t heads, int64_t head_dim,
@@ -252,6 +257,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("cross_entropy_backward", cross_entropy_backward, no_gil);
   m.def("attention_forward", attention_forward, no_gil);
   m.def("attention_backward", attention_backward, no_gil);
+  m.def("transpose", transpose, no_gil);
   m.def("lazy_adam_steps", lazy_adam_steps);
   m.def("lazy_adam_replay_scratch", lazy_adam_replay_scratch,
         "Doubles of scratch for so many recorded steps.");

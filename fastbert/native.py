@@ -155,6 +155,13 @@ class cpu:  # a namespace, spelled as the backend is
         return dlogits
 
     @staticmethod
+    def transposed(x: Tensor) -> Tensor:
+        """x [M, N] float32, contiguous along N -> [N, M] contiguous."""
+        y = x.new_empty(x.shape[1], x.shape[0])
+        module.transpose(_address(x), _address(y), *x.shape, x.stride(0), _threads(x.numel()))
+        return y
+
+    @staticmethod
     def attention_forward(
         q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, t: int,
         seed: Tensor | None, causal: bool, window: list[int] | None,

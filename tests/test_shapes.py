@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastbert
+from fastbert import native
 from fastbert.backend import requested
 from fastbert.ops.lazy_adam import GRAD_BY_ROW, lazy_adam_step
 from fastbert.ops.lazy_adam_replay import lazy_adam_replay
@@ -128,6 +129,17 @@ def test_lazy_adam_replay(backend, rows, columns, named, steps):
         twin, truth = replay(wide=False), replay(wide=True)
     for name, *results in zip(("param", "exp_avg", "exp_avg_sq"), ours, twin, truth, strict=True):
         assert_close(*results, what=name, scale=1.0)
+
+
+@given(rows=st.integers(0, 150), columns=st.integers(1, 150), behind=st.integers(0, 3))
+@DRAWN
+def test_transposed(backend, rows, columns, behind):
+    if backend == "reference":
+        pytest.skip("a kernel without a twin: it moves numbers")
+    wider = torch.randn(rows, columns + behind)
+    x = wider[:, :columns]
+    result = native.cpu.transposed(x)
+    assert result.is_contiguous() and torch.equal(result, x.t())
 
 
 @pytest.mark.skipif(os.environ.get("FASTBERT_SANITIZE") != "1", reason="for make sanitize")

@@ -85,6 +85,14 @@ struct Attention {            // packed sequences; element strides of the token 
   int threads;
 };
 
+struct Transpose {         // see transpose.cpp
+  const uint32_t* source;  // [M, N] words of four bytes
+  uint32_t* target;        // [N, M] contiguous
+  int64_t rows, columns;
+  int64_t row;  // words between the source's rows
+  int threads;
+};
+
 enum LazyAdamFlags : int64_t {    // as in fastbert/ops/lazy_adam.py
   kLazyAdamGradByRow = 1,         // grad is [V, D], indexed by row
   kLazyAdamMaximize = 2,          // steps uphill
@@ -149,6 +157,7 @@ struct Kernels {
   void (*cross_entropy_backward)(const CrossEntropy&);
   void (*attention_forward)(const Attention&);
   void (*attention_backward)(const Attention&);
+  void (*transpose)(const Transpose&);
   // -1, or which of the steps names a row outside its table: then nothing was done
   int64_t (*lazy_adam_steps)(const LazyAdam* steps, int64_t count, int threads);
   int64_t (*lazy_adam_replay)(const LazyAdamReplay&);  // -1, or the position of such a row id

@@ -12,6 +12,7 @@ void cross_entropy_forward(const CrossEntropy&);
 void cross_entropy_backward(const CrossEntropy&);
 void attention_forward(const Attention&);
 void attention_backward(const Attention&);
+void transpose(const Transpose&);
 int64_t lazy_adam_steps(const LazyAdam* steps, int64_t count, int threads);
 int64_t lazy_adam_replay(const LazyAdamReplay&);
 
@@ -31,6 +32,7 @@ const Kernels kernels = {gelu_forward,
                          cross_entropy_backward,
                          attention_forward,
                          attention_backward,
+                         transpose,
                          lazy_adam_steps,
                          lazy_adam_replay,
                          philox};
