@@ -26,7 +26,7 @@ void attention_backward(const Attention&);
 namespace {
 
 // Blocks of keys, multiples of 8 for dropout's counters, and of queries.
-constexpr int64_t kKeys = 256, kQueries = 48;
+constexpr int64_t kKeys = 512, kQueries = 48;
 constexpr int64_t kBackwardKeys = 128, kBackwardQueries = 64;  // even, for pairs
 
 // ---- what a query sees of a block of keys: lanes first to last of it, none where last < first
@@ -54,14 +54,17 @@ struct SomeSeen {  // `otherwise` in lanes whose key is out of sight
   }
 };
 
-// body(j, seen) for the vectors j = 0, kLanes, ... of a row of scores; most are seen whole.
+// body(j, seen, i) for the vectors j = 0, kLanes, ... of a row of scores; most are seen whole. i < 2 numbers
+// independent accumulators.
 template <typename Body>
 FASTBERT_INLINE void over_keys(Sight s, int64_t width, Body body) {
   const int64_t first = min(width, round_up(max(0, s.first), kLanes));
   const int64_t last = max(first, (s.last + 1) / kLanes * kLanes);
-  for (int64_t j = 0; j < first; j += kLanes) body(j, SomeSeen{});
-  for (int64_t j = first; j < last; j += kLanes) body(j, AllSeen{});
-  for (int64_t j = last; j < width; j += kLanes) body(j, SomeSeen{});
+  for (int64_t j = 0; j < first; j += kLanes) body(j, SomeSeen{}, 0);
+  int64_t j = first;
+  for (; j + 2 * kLanes <= last; j += 2 * kLanes) body(j, AllSeen{}, 0), body(j + kLanes, AllSeen{}, 1);
+  if (j < last) body(j, AllSeen{}, 0);
+  for (j = last; j < width; j += kLanes) body(j, SomeSeen{}, 0);
 }
 
 // e^(score * scale - base); as exact as the words that it is rounded to.
@@ -69,9 +72,17 @@ template <typename Words>
 FASTBERT_INLINE vfloat weight(vfloat score, float scale, float base) {
   constexpr float log2e = 1.44269504f;
   if constexpr (Words::kDepth == 2)
-    return exp2_short(max(splat(-152.f), score * (scale * log2e) - base * log2e));
+    return exp2_short(score * (scale * log2e) - base * log2e);
   else
     return exp(score * scale - base);
+}
+
+// Random lanes of a block of keys for kDrawn queries, of which some may stand behind the last.
+constexpr int kDrawn = 4;
+FASTBERT_INLINE void draw(const Attention& p, int64_t head, int64_t token, int64_t key0, int64_t keys,
+                          uint16_t* lanes, int64_t apart) {
+  dropout_lanes_of_rows<kDrawn>(p.seed, static_cast<uint32_t>(key0 / 8), static_cast<uint32_t>(token),
+                                static_cast<uint32_t>(head), 1, ceil_div(keys, 8), lanes, apart);
 }
 
 // What a task reads of its sequence, and what it will write.
@@ -105,17 +116,20 @@ FASTBERT_INLINE float soften(const Attention& p, float* scores, Sight s, int64_t
     memset(scores, 0, width * sizeof(float));
     return 1.f;
   }
-  vfloat most = splat(-__builtin_inff());
-  over_keys(s, width, [&](int64_t j, auto seen) FASTBERT_LAMBDA {
-    most = max(seen.pick(s, j, load(scores + j) * p.scale, -__builtin_inff()), most);
+  const float scale = p.scale;  // stores could alias what stands in p
+  const uint32_t t = p.drop_below;
+  vfloat most[2] = {splat(-__builtin_inff()), splat(-__builtin_inff())};
+  over_keys(s, width, [&](int64_t j, auto seen, int i) FASTBERT_LAMBDA {
+    most[i] = max(seen.pick(s, j, load(scores + j) * scale, -__builtin_inff()), most[i]);
   });
-  const float before = *highest, block = reduce_max(most), now = before > block ? before : block;
+  const float before = *highest, block = reduce_max(max(most[0], most[1])),
+              now = before > block ? before : block;
   const float base = now == -__builtin_inff() ? 0.f : now;  // where all seen scores are -inf
-  vfloat total = {};
-  over_keys(s, width, [&](int64_t j, auto seen) FASTBERT_LAMBDA {
-    vfloat e = seen.pick(s, j, weight<Words>(load(scores + j), p.scale, base), 0.f);
-    total += e;
-    if (p.drop_below) e = kept(lanes + j, p.drop_below) ? e : vfloat{};
+  vfloat total[2] = {};
+  over_keys(s, width, [&](int64_t j, auto seen, int i) FASTBERT_LAMBDA {
+    vfloat e = seen.pick(s, j, weight<Words>(load(scores + j), scale, base), 0.f);
+    total[i] += e;
+    if (t) e = drop(lanes + j, t, e);
     if constexpr (Words::kDepth == 2)
       store(reinterpret_cast<bf16*>(scores) + j, e);
     else
@@ -124,7 +138,7 @@ FASTBERT_INLINE float soften(const Attention& p, float* scores, Sight s, int64_t
   const bool same = before == now || before == -__builtin_inff();
   const float shrink = same ? 1.f : exp(splat(before - base))[0];
   *highest = now;
-  *sum = *sum * shrink + reduce_add(total);
+  *sum = *sum * shrink + reduce_add(total[0] + total[1]);
   return shrink;
 }
 
@@ -143,19 +157,20 @@ void forward_task(const Attention& p, const Task& task, const Task* next) {
   float* highest = scratch.floats(kRun);
   float* sum = scratch.floats(kRun);
   float* scores = scratch.floats(kQueries * row);
-  uint16_t lanes[kKeys];
+  uint16_t lanes[kDrawn][kKeys];
   const auto at = [&](const void* x, int64_t stride, int64_t token) {
     return static_cast<const T*>(x) + (token0 + token) * stride + task.head * size;
   };
   Ahead ahead;
   if (next) ask_for<T>(p, *next, false, ahead);
   pack_rows<Words>(at(p.q, p.q_stride, task.query), p.q_stride, queries, size, q, width);
-  memset(out, 0, queries * columns * sizeof(float));
   for (int64_t i = 0; i < queries; ++i) highest[i] = -__builtin_inff(), sum[i] = 0.f;
 
   const int64_t first_seen = max(0, task.query - p.window_left);
   const int64_t last_seen = min(length - 1, task.query + queries - 1 + p.window_right);
-  for (int64_t key0 = first_seen / kKeys * kKeys; key0 <= last_seen; key0 += kKeys) {
+  const int64_t first_key = first_seen / kKeys * kKeys;
+  if (last_seen < first_key) memset(out, 0, queries * columns * sizeof(float));
+  for (int64_t key0 = first_key; key0 <= last_seen; key0 += kKeys) {
     const int64_t keys = min(kKeys, length - key0), padded = round_up(keys, kLanes);
     pack_columns<Words>(at(p.k, p.k_stride, key0), p.k_stride, keys, size, kt, row, width, part);
     pack_summed<Words>(at(p.v, p.v_stride, key0), p.v_stride, keys, size, v, columns);
@@ -164,11 +179,9 @@ void forward_task(const Attention& p, const Task& task, const Task* next) {
       multiply<Words>(n, padded, depth, {q + i0 * width, width, 1}, {kt, row}, {scores, row}, false, ahead);
       for (int64_t i = 0; i < n; ++i) {
         const int64_t query = task.query + i0 + i;
-        if (p.drop_below)
-          dropout_lanes(p.seed, static_cast<uint32_t>(key0 / 8), static_cast<uint32_t>(token0 + query),
-                        static_cast<uint32_t>(task.head), 1, ceil_div(keys, 8), lanes);
-        const float shrink = soften<Words>(p, scores + i * row, sight(p, query, key0, keys), padded, lanes,
-                                           highest + i0 + i, sum + i0 + i);
+        if (p.drop_below && i % kDrawn == 0) draw(p, task.head, token0 + query, key0, keys, lanes[0], kKeys);
+        const float shrink = soften<Words>(p, scores + i * row, sight(p, query, key0, keys), padded,
+                                           lanes[i % kDrawn], highest + i0 + i, sum + i0 + i);
         if (shrink != 1.f) {
           float* earlier = out + (i0 + i) * columns;
           for (int64_t d = 0; d < columns; d += kLanes) store(earlier + d, load(earlier + d) * shrink);
@@ -176,7 +189,7 @@ void forward_task(const Attention& p, const Task& task, const Task* next) {
       }
       const Left weights{reinterpret_cast<uint32_t*>(scores), row, 1};
       multiply<Words>(n, columns, ceil_div(keys, Words::kDepth), weights, {v, columns},
-                      {out + i0 * columns, columns}, true, ahead);
+                      {out + i0 * columns, columns}, key0 > first_key, ahead);
     }
   }
   for (int64_t i = 0; i < queries; ++i) {
@@ -198,7 +211,7 @@ struct Query {
   float *scores, *products;  // q . k and dout . v
   Sight sight;
   float lse, delta;
-  uint16_t lanes[kBackwardKeys];
+  uint16_t* lanes;  // [kBackwardKeys]
 };
 
 // Scores of two queries become drop(P) and their products dS: in place, or, where words are pairs, side by
@@ -208,28 +221,33 @@ FASTBERT_INLINE void gradients(const Attention& p, const Query (&queries)[2], in
                                uint32_t* weights, uint32_t* dscores) {
   const Sight both = {max(queries[0].sight.first, queries[1].sight.first),
                       min(queries[0].sight.last, queries[1].sight.last)};
-  over_keys(both, width, [&](int64_t j, auto seen) FASTBERT_LAMBDA {
+  const Query a = queries[0], b = queries[1];
+  const float scale = p.scale;  // stores could alias what stands in p
+  const uint32_t t = p.drop_below;
+  over_keys(both, width, [&](int64_t j, auto seen, int) FASTBERT_LAMBDA {
     vfloat w[2], ds[2];
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
-      const Query& q = queries[i];
-      const vfloat full = seen.pick(q.sight, j, weight<Words>(load(q.scores + j), p.scale, q.lse), 0.f);
+      const Query& q = i == 0 ? a : b;
+      const vfloat full = seen.pick(q.sight, j, weight<Words>(load(q.scores + j), scale, q.lse), 0.f);
       vfloat dw = load(q.products + j);
       w[i] = full;
-      if (p.drop_below) {
-        const vint keep = kept(q.lanes + j, p.drop_below);
-        w[i] = keep ? full : vfloat{};
-        dw = keep ? dw : vfloat{};
+      if (t) {
+        w[i] = drop(q.lanes + j, t, full);
+        dw = drop(q.lanes + j, t, dw);
       }
       ds[i] = seen.pick(q.sight, j, full * (dw - q.delta), 0.f);
     }
     if constexpr (Words::kDepth == 2) {
-      const vuint pair = Words::join(w[0], w[1]), dpair = Words::join(ds[0], ds[1]);
-      memcpy(weights + j, &pair, sizeof pair);
-      memcpy(dscores + j, &dpair, sizeof dpair);
-      for (int i = 0; i < 2; ++i) store(reinterpret_cast<bf16*>(queries[i].products) + j, ds[i]);
+      const vuint rows = Words::round(ds[0], ds[1]);
+      const vuint pairs = Words::join(Words::round(w[0], w[1])), dpairs = Words::join(rows);
+      memcpy(weights + j, &pairs, sizeof pairs);
+      memcpy(dscores + j, &dpairs, sizeof dpairs);
+      memcpy(a.products + j / 2, &rows, sizeof rows / 2);
+      memcpy(b.products + j / 2, reinterpret_cast<const char*>(&rows) + sizeof rows / 2, sizeof rows / 2);
     } else {
-      for (int i = 0; i < 2; ++i) store(queries[i].scores + j, w[i]), store(queries[i].products + j, ds[i]);
+      for (int i = 0; i < 2; ++i)
+        store((i == 0 ? a : b).scores + j, w[i]), store((i == 0 ? a : b).products + j, ds[i]);
     }
   });
 }
@@ -275,6 +293,7 @@ void backward_task(const Attention& p, const Task& task, const Task* next) {
   uint32_t* dscores =
       paired ? scratch.words(kBackwardQueries / 2 * row) : reinterpret_cast<uint32_t*>(products);
   Query pair[2];
+  uint16_t lanes[kDrawn][kBackwardKeys];
 
   const float scale =
       p.drop_below < 65536 ? dropout_scale(p.drop_below) : 1.f;  // all dropped: out and delta are 0
@@ -301,14 +320,19 @@ void backward_task(const Attention& p, const Task& task, const Task* next) {
   Ahead ahead;
   if (next) ask_for<T>(p, *next, true, ahead);
   const int64_t last_query = task.query + task.queries, last_key = task.key + task.keys;
-  memset(dq, 0, min(kSpan, task.queries) * columns * sizeof(float));
+  const int64_t reach = length_of(p, task.sequence) - 1;
+  const bool some_unseen =
+      p.window_left < reach || p.window_right < reach;  // blocks that nothing is added to
+  if (some_unseen) memset(dq, 0, min(kSpan, task.queries) * columns * sizeof(float));
   for (int64_t key0 = task.key; key0 < last_key; key0 += kBackwardKeys) {
     const int64_t keys = min(kBackwardKeys, last_key - key0), padded = round_up(keys, kLanes);
     pack_columns<Words>(at(p.k, p.k_stride, key0), p.k_stride, keys, size, kt, row, width, part);
     pack_columns<Words>(at(p.v, p.v_stride, key0), p.v_stride, keys, size, vt, row, width, part);
     pack_summed<Words>(at(p.k, p.k_stride, key0), p.k_stride, keys, size, k, columns);
-    memset(dk, 0, keys * columns * sizeof(float));
-    memset(dv, 0, keys * columns * sizeof(float));
+    if (some_unseen) {
+      memset(dk, 0, keys * columns * sizeof(float));
+      memset(dv, 0, keys * columns * sizeof(float));
+    }
     for (int64_t span0 = task.query; span0 < last_query; span0 += kSpan) {
       const int64_t queries = min(kSpan, last_query - span0);
       if (key0 == task.key || task.queries > kSpan) pack_span(span0, queries);
@@ -321,30 +345,30 @@ void backward_task(const Attention& p, const Task& task, const Task* next) {
         multiply<Words>(n, padded, depth, {span.dout + i0 * width, width, 1}, {vt, row}, {products, row},
                         false, ahead);
         for (int64_t i = 0; i < n; i += 2) {
+          if (p.drop_below && i % kDrawn == 0)
+            draw(p, task.head, token0 + query0 + i, key0, keys, lanes[0], kBackwardKeys);
           for (int64_t r = 0; r < 2; ++r) {
             const int64_t at_row = (i + r) * row, query = query0 + i + r;
             Query& q = pair[r];
-            q.scores = scores + at_row, q.products = products + at_row;
+            q.scores = scores + at_row, q.products = products + at_row, q.lanes = lanes[(i + r) % kDrawn];
             q.sight = i + r < n ? sight(p, query, key0, keys) : Sight{0, -1};
             q.lse = span.lse[i0 + i + r], q.delta = span.delta[i0 + i + r];
-            if (p.drop_below)
-              dropout_lanes(p.seed, static_cast<uint32_t>(key0 / 8), static_cast<uint32_t>(token0 + query),
-                            static_cast<uint32_t>(task.head), 1, ceil_div(keys, 8), q.lanes);
           }
           gradients<Words>(p, pair, padded, weights + i / 2 * row, dscores + i / 2 * row);
         }
         // Over queries go drop(P) and dS by columns, over keys dS by rows.
         const int64_t over_queries = ceil_div(n, Words::kDepth), over_keys = ceil_div(keys, Words::kDepth);
         const int64_t summed = i0 / Words::kDepth * columns;
+        const bool add = some_unseen || query0 > task.query;
         if (task.for_keys) {
           multiply<Words>(keys, columns, over_queries, {weights, 1, row},
-                          {span.dout_summed + summed, columns}, {dv, columns}, true, ahead);
+                          {span.dout_summed + summed, columns}, {dv, columns}, add, ahead);
           multiply<Words>(keys, columns, over_queries, {dscores, 1, row}, {span.q_summed + summed, columns},
-                          {dk, columns}, true, ahead);
+                          {dk, columns}, add, ahead);
         }
         if (task.for_queries)
           multiply<Words>(n, columns, over_keys, {reinterpret_cast<uint32_t*>(products), row, 1},
-                          {k, columns}, {dq + i0 * columns, columns}, true, ahead);
+                          {k, columns}, {dq + i0 * columns, columns}, some_unseen || key0 > task.key, ahead);
       }
     }
     for (int64_t j = 0; task.for_keys && j < keys; ++j) {

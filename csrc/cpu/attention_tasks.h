@@ -61,6 +61,15 @@ FASTBERT_INLINE int64_t length_of(const Attention& p, int64_t sequence) {
   return p.cu_seqlens[sequence + 1] - p.cu_seqlens[sequence];
 }
 
+// body(head) for every head, neighbours far apart: threads that write neighbours at the same time would take
+// turns with their cache lines.
+template <typename Body>
+FASTBERT_INLINE void over_heads(const Attention& p, Body body) {
+  const int64_t stride = ceil_div(p.heads, p.threads);
+  for (int64_t first = 0; first < stride; ++first)
+    for (int64_t head = first; head < p.heads; head += stride) body(head);
+}
+
 template <typename Emit>
 static void plan_forward(const Attention& p, Emit emit) {
   const auto count = [&](int64_t run) {
@@ -72,11 +81,12 @@ static void plan_forward(const Attention& p, Emit emit) {
   while (run > 64 && count(run) < 4 * p.threads) run /= 2;
   for (int64_t b = 0; b < p.sequences; ++b) {
     const int64_t length = length_of(p, b);
-    for (int64_t head = 0; head < p.heads; ++head)
+    over_heads(p, [&](int64_t head) {
       for (int64_t first = 0; first < length; first += run) {
         const int64_t queries = min(run, length - first);
         emit(Task{b, head, first, queries, 0, length, true, false, queries * length});
       }
+    });
   }
 }
 
@@ -88,7 +98,7 @@ static void plan_backward(const Attention& p, Emit emit) {
     const int64_t length = length_of(p, b);
     const bool whole = length <= kSpan && length * length <= total / p.threads;
     const int64_t run = whole ? kSpan : kPiece;
-    for (int64_t head = 0; head < p.heads; ++head)
+    over_heads(p, [&](int64_t head) {
       for (int64_t first = 0; first < length; first += run) {
         const int64_t n = min(run, length - first);
         if (whole) {
@@ -98,6 +108,7 @@ static void plan_backward(const Attention& p, Emit emit) {
           emit(Task{b, head, 0, length, first, n, false, true, 4 * n * length});
         }
       }
+    });
   }
 }
 

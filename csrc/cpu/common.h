@@ -326,10 +326,16 @@ FASTBERT_INLINE vfloat exp(vfloat high, vfloat low) {
 // e^x within 1 ULP or so over the whole range: 0 below -104, inf above 88.73, NaN stays NaN.
 FASTBERT_INLINE vfloat exp(vfloat x) { return exp(min(splat(89.f), max(splat(-104.f), x)), vfloat{}); }
 
-// 2^x for -250 < x <= 0 to 3e-6 (minimax fit), for numbers that are rounded to 16 bits.
+// 2^x for x <= 0 to 3e-6 (minimax fit), for numbers that are rounded to 16 bits; 0 below -150.
 FASTBERT_INLINE vfloat exp2_short(vfloat x) {
+#if defined(__AVX512F__)
+  const vfloat r = (vfloat)_mm512_maskz_reduce_ps(0xFFFF, (__m512)x, 0);  // 0 for -inf
+  const vfloat n = x - r;
+#else
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+  x = max(splat(-152.f), x);
   const vfloat n = x + magic - magic, r = x - n;
+#endif
   vfloat p = splat(0.009570103f);
   p = p * r + 0.05591786f;
   p = p * r + 0.24024744f;
@@ -405,17 +411,18 @@ FASTBERT_INLINE void store_pairs(uint16_t* lanes, vulong a, vulong b) {
 
 constexpr int kDropoutBlock = kLanes * 4;  // lanes written at a time: kLanes / 2 counters of eight lanes
 
-// kChains blocks of lanes, interleaved because one chain of multiplications leaves the multiplier idle.
+// kChains blocks of lanes, interleaved because one chain of multiplications leaves the multiplier idle. They
+// lie `columns` counters and `rows` apart, and their lanes `apart`.
 template <int kChains>
 FASTBERT_INLINE void dropout_blocks(uint64_t seed, uint32_t first, uint32_t c1, uint32_t c2, uint32_t c3,
-                                    uint16_t* lanes) {
+                                    int columns, int rows, uint16_t* lanes, int64_t apart) {
   constexpr int width = kLanes / 2;
   vulong place;  // store_pairs' order
   for (int i = 0; i < width; ++i) place[i] = i / 2 + i % 2 * (width / 2);
   vulong a[kChains], b[kChains], c[kChains], d[kChains];
   for (int i = 0; i < kChains; ++i) {
-    a[i] = place + (static_cast<uint64_t>(first) + i * width);
-    b[i] = c1 - vulong{}, c[i] = c2 - vulong{}, d[i] = c3 - vulong{};
+    a[i] = place + (static_cast<uint64_t>(first) + i * columns);
+    b[i] = c1 + i * rows - vulong{}, c[i] = c2 - vulong{}, d[i] = c3 - vulong{};
   }
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round) {
@@ -431,7 +438,7 @@ FASTBERT_INLINE void dropout_blocks(uint64_t seed, uint32_t first, uint32_t c1, 
   }
   const vulong low = 0xFFFFFFFFull - vulong{};
   for (int i = 0; i < kChains; ++i)
-    store_pairs(lanes + i * kDropoutBlock, (a[i] & low) | (b[i] << 32), (c[i] & low) | (d[i] << 32));
+    store_pairs(lanes + i * apart, (a[i] & low) | (b[i] << 32), (c[i] & low) | (d[i] << 32));
 }
 
 // Random 16-bit lanes for counters (first, c1, c2, c3), (first + 1, c1, c2, c3), ...: eight per counter, in
@@ -441,14 +448,30 @@ FASTBERT_INLINE void dropout_lanes(uint64_t seed, uint32_t first, uint32_t c1, u
   constexpr int chains = 2, width = kLanes / 2;
   int64_t done = 0;
   for (; done + (chains - 1) * width < counters; done += chains * width)
-    dropout_blocks<chains>(seed, first + static_cast<uint32_t>(done), c1, c2, c3, lanes + 8 * done);
+    dropout_blocks<chains>(seed, first + static_cast<uint32_t>(done), c1, c2, c3, width, 0, lanes + 8 * done,
+                           kDropoutBlock);
   for (; done < counters; done += width)
-    dropout_blocks<1>(seed, first + static_cast<uint32_t>(done), c1, c2, c3, lanes + 8 * done);
+    dropout_blocks<1>(seed, first + static_cast<uint32_t>(done), c1, c2, c3, 0, 0, lanes + 8 * done, 0);
 }
 
-// 1 where the element is kept, 0 where it is dropped, as a mask for blends: kept where lane >= t.
-FASTBERT_INLINE vint kept(const uint16_t* lanes, uint32_t t) {
-  return (vint)widen(lanes) >= static_cast<int32_t>(t);
+// The same for kRows rows, c1 and those that follow, whose lanes lie `apart`.
+template <int kRows>
+FASTBERT_INLINE void dropout_lanes_of_rows(uint64_t seed, uint32_t first, uint32_t c1, uint32_t c2,
+                                           uint32_t c3, int64_t counters, uint16_t* lanes, int64_t apart) {
+  for (int64_t done = 0; done < counters; done += kLanes / 2)
+    dropout_blocks<kRows>(seed, first + static_cast<uint32_t>(done), c1, c2, c3, 0, 1, lanes + 8 * done,
+                          apart);
+}
+
+// v where the element is kept, which is where its lane >= t, and 0 where it is dropped; t >= 1.
+FASTBERT_INLINE vfloat drop(const uint16_t* lanes, uint32_t t, vfloat v) {
+#if defined(__AVX512F__)
+  const __m256i random = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes));
+  const __m256i last_dropped = _mm256_set1_epi16(static_cast<int16_t>(t - 1));
+  return (vfloat)_mm512_maskz_mov_ps(_mm256_cmpgt_epu16_mask(random, last_dropped), (__m512)v);
+#else
+  return (vint)widen(lanes) >= static_cast<int32_t>(t) ? v : vfloat{};
+#endif
 }
 
 // What a kept element is multiplied by; 0 where everything is dropped.

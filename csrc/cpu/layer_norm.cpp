@@ -37,7 +37,7 @@ FASTBERT_INLINE void add_dropped(const LayerNorm& p, int64_t row, int64_t first,
   if (p.drop_below) draw(p, row, first, n, random);
   sweep<1>(n, [&](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
     vfloat v = lanes.load(x + j);
-    if (p.drop_below) v = kept(random + j, p.drop_below) ? v * scale : vfloat{};
+    if (p.drop_below) v = drop(random + j, p.drop_below, v * scale);
     if (residual) v += lanes.load(residual + j);
     lanes.store(z + j, v);
   });
@@ -136,7 +136,7 @@ void backward(const LayerNorm& p) {
                          g = lanes.load(dy + j) * lanes.load(weight + j);
             const vfloat d = rstd * (g - mean_g - h * mean_gh);
             lanes.store(dz + j, d);
-            if (p.drop_below) lanes.store(dx + j, kept(random + k, p.drop_below) ? d * scale : vfloat{});
+            if (p.drop_below) lanes.store(dx + j, drop(random + k, p.drop_below, d * scale));
           });
         }
       }

@@ -21,13 +21,17 @@ struct Pairs {
     return (vfloat)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
   }
 
-  // Both rounded to bf16 and side by side, `low` first: words to be summed over two rows.
-  FASTBERT_INLINE vuint join(vfloat low, vfloat high) {
+  // Rows `low` and `high` rounded to bf16, one behind the other.
+  FASTBERT_INLINE vuint round(vfloat low, vfloat high) {
+    return (vuint)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  }
+
+  // The same with each column's two elements side by side: words to be summed over two rows.
+  FASTBERT_INLINE vuint join(vuint rows) {
     alignas(64) static const uint16_t kSideBySide[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                          21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                          11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-    return (vuint)_mm512_maskz_permutexvar_epi16(0xFFFFFFFF, _mm512_load_si512(kSideBySide), (__m512i)both);
+    return (vuint)_mm512_maskz_permutexvar_epi16(0xFFFFFFFF, _mm512_load_si512(kSideBySide), (__m512i)rows);
   }
 };
 #endif
@@ -53,7 +57,7 @@ struct Result {
 
 // One tile of C, kept in registers over the whole sum.
 template <typename Words, int rows, int vectors>
-static __attribute__((noinline)) void multiply_tile(int64_t depth, Left a, Right b, Result c, bool add) {
+FASTBERT_INLINE void multiply_tile(int64_t depth, Left a, Right b, Result c, bool add) {
   vfloat sum[rows][vectors];
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i)

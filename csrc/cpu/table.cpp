@@ -24,18 +24,10 @@ static void philox(uint64_t seed, const uint32_t counter[4], uint32_t words[4]) 
 }
 
 extern const Kernels kernels;
-const Kernels kernels = {gelu_forward,
-                         gelu_backward,
-                         layer_norm_forward,
-                         layer_norm_backward,
-                         cross_entropy_forward,
-                         cross_entropy_backward,
-                         attention_forward,
-                         attention_backward,
-                         transpose,
-                         lazy_adam_steps,
-                         lazy_adam_replay,
-                         philox};
+const Kernels kernels = {gelu_forward,        gelu_backward,         layer_norm_forward,
+                         layer_norm_backward, cross_entropy_forward, cross_entropy_backward,
+                         attention_forward,   attention_backward,    transpose,
+                         lazy_adam_steps,     lazy_adam_replay,      philox};
 
 }  // namespace FASTBERT_ISA
 }  // namespace fastbert
