@@ -326,21 +326,22 @@ FASTBERT_INLINE vfloat exp(vfloat high, vfloat low) {
 // e^x within 1 ULP or so over the whole range: 0 below -104, inf above 88.73, NaN stays NaN.
 FASTBERT_INLINE vfloat exp(vfloat x) { return exp(min(splat(89.f), max(splat(-104.f), x)), vfloat{}); }
 
-// 2^x for x <= 0 to 3e-6 (minimax fit), for numbers that are rounded to 16 bits; 0 below -150.
+// 2^x for x <= 0 to 3e-6, for numbers that are rounded to 16 bits; 0 below -150: 2^floor(x) times the minimax
+// fit (Remez) of 2^r over 0 <= r <= 1.
 FASTBERT_INLINE vfloat exp2_short(vfloat x) {
 #if defined(__AVX512F__)
-  const vfloat r = (vfloat)_mm512_maskz_reduce_ps(0xFFFF, (__m512)x, 0);  // 0 for -inf
-  const vfloat n = x - r;
+  const vfloat r = (vfloat)_mm512_maskz_reduce_ps(0xFFFF, (__m512)x, _MM_FROUND_TO_NEG_INF);  // 0 for -inf
+  const vfloat n = x;  // of which scale_exponent takes floor
 #else
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
   x = max(splat(-152.f), x);
-  const vfloat n = x + magic - magic, r = x - n;
+  const vfloat n = x - 0.5f + magic - magic, r = x - n;
 #endif
-  vfloat p = splat(0.009570103f);
-  p = p * r + 0.05591786f;
-  p = p * r + 0.24024744f;
-  p = p * r + 0.6931218f;
-  p = p * r + 0.9999993f;
+  vfloat p = splat(0.0135341678f);
+  p = p * r + 0.0520114601f;
+  p = p * r + 0.241442755f;
+  p = p * r + 0.693003833f;
+  p = p * r + 1.00000262f;
   return scale_exponent(p, n);
 }
 

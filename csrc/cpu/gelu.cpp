@@ -22,6 +22,13 @@ constexpr int64_t kColumns = 4096;
 // From here on tail and its derivative are 0 in float32, and up to here the exponents stay within range.
 constexpr float kExactEnd = 15.f, kTanhEnd = 10.8f;
 
+// Rows whose share of dbias is added up in registers.
+constexpr int kRows = 4;
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+
 struct Tail {
   vfloat value, slope;  // tail(a), tail'(a)
 };
@@ -113,7 +120,6 @@ FASTBERT_INLINE Tiles tiles(const Gelu& p) {
 }
 
 FASTBERT_INLINE void read_bias(const Gelu& p, int64_t first, int64_t n, float* bias) {
-  if (!p.bias) return static_cast<void>(memset(bias, 0, kColumns * sizeof(float)));
   sweep<1>(n, [=](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
     switch (p.bias_dtype) {
       case DType::f32:
@@ -126,27 +132,29 @@ FASTBERT_INLINE void read_bias(const Gelu& p, int64_t first, int64_t n, float* b
   });
 }
 
-template <typename T, bool kTanh>
-void forward(const Gelu& p) {
+template <typename T, bool kTanh, bool kBias>
+void forward_tiles(const Gelu& p) {
   const Tiles grid = tiles(p);
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t tile = 0; tile < grid.chunks * grid.blocks; ++tile) {
     const int64_t chunk = tile / grid.blocks, first = tile % grid.blocks * kColumns;
     const int64_t n = min(kColumns, grid.columns - first);
-    float bias[kColumns];
-    read_bias(p, first, n, bias);
+    float bias[kBias ? kColumns : 1];
+    if (kBias) read_bias(p, first, n, bias);
     for (int64_t r = chunk * grid.rows / grid.chunks; r < (chunk + 1) * grid.rows / grid.chunks; ++r) {
       const T* x = static_cast<const T*>(p.x) + r * grid.columns + first;
       T* y = static_cast<T*>(p.out) + r * grid.columns + first;
       sweep<1>(n, [&](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
-        lanes.store(y + j, gelu<T, kTanh>(lanes.load(x + j) + lanes.load(bias + j)));
+        vfloat u = lanes.load(x + j);
+        if (kBias) u += lanes.load(bias + j);
+        lanes.store(y + j, gelu<T, kTanh>(u));
       });
     }
   }
 }
 
-template <typename T, bool kTanh>
-void backward(const Gelu& p) {
+template <typename T, bool kTanh, bool kBias>
+void backward_tiles(const Gelu& p) {
   const Tiles grid = tiles(p);
 #pragma omp parallel num_threads(p.threads)
   {
@@ -154,23 +162,44 @@ void backward(const Gelu& p) {
     for (int64_t tile = 0; tile < grid.chunks * grid.blocks; ++tile) {
       const int64_t chunk = tile / grid.blocks, first = tile % grid.blocks * kColumns;
       const int64_t n = min(kColumns, grid.columns - first);
-      float bias[kColumns], dbias[kColumns] = {};
-      read_bias(p, first, n, bias);
-      for (int64_t r = chunk * grid.rows / grid.chunks; r < (chunk + 1) * grid.rows / grid.chunks; ++r) {
-        const T* x = static_cast<const T*>(p.x) + r * grid.columns + first;
-        const T* dy = static_cast<const T*>(p.dy) + r * grid.columns + first;
-        T* dx = static_cast<T*>(p.out) + r * grid.columns + first;
+      float bias[kBias ? kColumns : 1], dbias[kBias ? kColumns : 1] = {};
+      if (kBias) read_bias(p, first, n, bias);
+      const int64_t end = (chunk + 1) * grid.rows / grid.chunks;
+      int64_t r = chunk * grid.rows / grid.chunks;
+      const auto rows = [&](auto count) FASTBERT_LAMBDA {
+        const int64_t start = r * grid.columns + first;
+        const T *x = static_cast<const T*>(p.x) + start, *dy = static_cast<const T*>(p.dy) + start;
+        T* dx = static_cast<T*>(p.out) + start;
         sweep<1>(n, [&](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
-          const vfloat d =
-              lanes.load(dy + j) * gelu_slope<T, kTanh>(lanes.load(x + j) + lanes.load(bias + j));
-          lanes.store(dx + j, d);
-          lanes.store(dbias + j, lanes.load(dbias + j) + d);
+          const vfloat b = kBias ? lanes.load(bias + j) : vfloat{};
+          vfloat sum = kBias ? lanes.load(dbias + j) : vfloat{};
+          for (int i = 0; i < count.value; ++i) {
+            const int64_t at = i * grid.columns + j;
+            const vfloat u = kBias ? lanes.load(x + at) + b : lanes.load(x + at);
+            const vfloat d = lanes.load(dy + at) * gelu_slope<T, kTanh>(u);
+            lanes.store(dx + at, d);
+            sum += d;
+          }
+          if (kBias) lanes.store(dbias + j, sum);
         });
-      }
-      if (p.dbias) memcpy(p.scratch + chunk * grid.columns + first, dbias, n * sizeof(float));
+        r += count.value;
+      };
+      while (r + kRows <= end) rows(Count<kRows>{});
+      while (r < end) rows(Count<1>{});
+      if (kBias) memcpy(p.scratch + chunk * grid.columns + first, dbias, n * sizeof(float));
     }
-    if (p.dbias) add_chunks(p.scratch, grid.chunks, p.columns, p.dbias, p.bias_dtype);
+    if (kBias) add_chunks(p.scratch, grid.chunks, p.columns, p.dbias, p.bias_dtype);
   }
+}
+
+template <typename T, bool kTanh>
+void forward(const Gelu& p) {
+  p.bias ? forward_tiles<T, kTanh, true>(p) : forward_tiles<T, kTanh, false>(p);
+}
+
+template <typename T, bool kTanh>
+void backward(const Gelu& p) {
+  p.bias ? backward_tiles<T, kTanh, true>(p) : backward_tiles<T, kTanh, false>(p);
 }
 
 }  // namespace
