@@ -47,6 +47,11 @@ struct f16 {
   uint16_t bits;
 };
 
+template <int n>
+struct Count {  // a number that a lambda can take as a constant
+  static constexpr int value = n;
+};
+
 FASTBERT_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTBERT_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 FASTBERT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -24,10 +24,6 @@ constexpr float kExactEnd = 15.f, kTanhEnd = 10.8f;
 
 // Rows whose share of dbias is added up in registers.
 constexpr int kRows = 4;
-template <int n>
-struct Count {
-  static constexpr int value = n;
-};
 
 struct Tail {
   vfloat value, slope;  // tail(a), tail'(a)

@@ -118,14 +118,15 @@ template <typename Words, int vectors>
 static void multiply_panel(int64_t m, int64_t depth, Left a, Right b, Result c, bool add, Ahead& ahead) {
   constexpr int most = vectors == 4 ? 6 : vectors == 3 ? 8 : kLanes == 16 ? 12 : vectors == 2 ? 6 : 8;
   int64_t i = 0;
-  const auto step = [&](auto tile, int rows) {
-    tile(depth, Left{a.words + i * a.row, a.row, a.step}, b, Result{c.values + i * c.row, c.row}, add);
-    i += rows;
+  const auto step = [&](auto rows) FASTBERT_LAMBDA {
+    const Left left{a.words + i * a.row, a.row, a.step};
+    multiply_tile<Words, rows.value, vectors>(depth, left, b, Result{c.values + i * c.row, c.row}, add);
+    i += rows.value;
   };
-  while (m - i >= most) step(multiply_tile<Words, most, vectors>, most), ahead.some();
-  while (m - i >= 4) step(multiply_tile<Words, 4, vectors>, 4);
-  if (m - i >= 2) step(multiply_tile<Words, 2, vectors>, 2);
-  if (m - i >= 1) step(multiply_tile<Words, 1, vectors>, 1);
+  while (m - i >= most) step(Count<most>{}), ahead.some();
+  while (m - i >= 4) step(Count<4>{});
+  if (m - i >= 2) step(Count<2>{});
+  if (m - i >= 1) step(Count<1>{});
 }
 
 // n is a multiple of kLanes; depth counts words. Panels of at most kPanel vectors, as even as can be.
