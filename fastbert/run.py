@@ -70,7 +70,7 @@ class PretrainConfig:
     bf16: bool = False
     """Compute in bfloat16 (autocast); weights stay float32."""
     linear: Literal["auto", "torch", "onednn"] = "auto"
-    """Library of float32 products on a CPU; auto: the faster one, timed once, when the run starts, and kept."""
+    """Library of the products on a CPU; auto: the faster one, timed once, when the run starts, and kept."""
     seed: int = 0
     """Of everything random."""
 
@@ -141,17 +141,18 @@ def open_run(config: PretrainConfig, resume: bool) -> PretrainConfig:
 
 
 def choose_linear(config: PretrainConfig) -> str:
-    """The library of the run's float32 products: FASTBERT_LINEAR's, the setting's, or for a new run the faster one."""
+    """The library of the run's products: FASTBERT_LINEAR's, the setting's, or for a new run the faster one."""
     name = config.linear if linear.requested() == "auto" else linear.requested()
     linear.check(name)
     if name != "auto":
         return name
-    if config.bf16 or torch.device(config.device).type != "cpu":
+    if torch.device(config.device).type != "cpu":
         return "torch"
     model = BertConfig.preset(config.preset)
     rows = min(config.batch_tokens, 512)  # more take longer and tell no more
-    name, why = linear.fastest(rows, model.hidden_size, model.intermediate_size)
-    print(f"float32 products by {name}: {why}")
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    name, why = linear.fastest(rows, model.hidden_size, model.intermediate_size, dtype)
+    print(f"linear products by {name}: {why}")
     return name
 
 
@@ -194,7 +195,7 @@ def environment(config: PretrainConfig) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "instruction set": native.isa or "none",
         "backend": backend.requested() or "by device",
-        "float32 products": config.linear,
+        "linear products": config.linear,
     }
 
 

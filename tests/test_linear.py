@@ -1,16 +1,19 @@
-"""Linear layers' products by oneDNN: results and gradients against float64, the choice of the library, its bounds."""
+"""Linear layers' products by oneDNN: against float64, with constant weights, the choice of the library, its bounds."""
 
+import copy
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import fastbert
 from fastbert.bert import BertConfig
+from fastbert.nn import Linear, LinearGELU
 from fastbert.ops import linear as op
 from fastbert.testing import assert_close, run
 
@@ -28,7 +31,7 @@ def onednn(monkeypatch):
         seen.append((*x.shape, weight.shape[0]))
         return product(x, weight, bias)
 
-    monkeypatch.setattr(op, "SMALL", 1)
+    monkeypatch.setattr(op, "SMALL", dict.fromkeys(op.SMALL, 1))
     monkeypatch.setattr(op, "onednn_linear", counted)
     with fastbert.use_linear("onednn"):
         yield seen
@@ -38,11 +41,17 @@ def onednn(monkeypatch):
 SHAPES = [((1, 1), 1), ((3, 5), 7), ((8,), 4), ((2, 3, 8), 5), ((2, 1, 3, 16), 33), ((65, 64), 48), ((77, 96), 301)]
 
 
+needs_bfloat16 = pytest.mark.skipif(not op.bfloat16_products, reason=op._NO_BFLOAT16)
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize(("shape", "out"), SHAPES, ids=str)
-def test_close_to_truth(onednn, nan_filled, shape, out, biased):
-    inputs = torch.randn(shape), torch.randn(out, shape[-1]), torch.randn(out) if biased else None
-    dy = torch.randn(*shape[:-1], out)
+def test_close_to_truth(onednn, nan_filled, shape, out, biased, dtype):
+    inputs = [torch.randn(shape), torch.randn(out, shape[-1]), torch.randn(out) if biased else None]
+    inputs = [None if x is None else x.to(dtype) for x in inputs]
+    dy = torch.randn(*shape[:-1], out, dtype=dtype)
     ours, theirs = (run(f, inputs, dy) for f in (fastbert.linear, F.linear))
     truth = run(F.linear, [None if x is None else x.double() for x in inputs], dy.double())
     for name, *results in zip(("y", "dx", "dweight", "dbias"), ours, theirs, truth, strict=False):
@@ -132,24 +141,41 @@ def test_backward_keeps_to_the_library_of_its_forward(onednn):
     assert len(onednn) == 3
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_other_dtypes_are_torch(onednn, dtype):
     x, weight, bias = torch.randn(4, 8).to(dtype), torch.randn(5, 8).to(dtype), torch.randn(5).to(dtype)
     assert torch.equal(fastbert.linear(x, weight, bias), F.linear(x, weight, bias)) and onednn == []
 
 
-def test_autocast_and_other_devices_are_torch(onednn):
+@needs_bfloat16
+def test_autocast(onednn):
+    """bfloat16 whatever the inputs are, and gradients in their own dtypes: as torch's autocast."""
+    dy = torch.randn(4, 5).bfloat16()
+    for kinds in ((torch.float32,) * 3, (torch.bfloat16, torch.float32, torch.float32), (torch.bfloat16,) * 3):
+        inputs = [
+            x.to(kind) for x, kind in zip((torch.randn(4, 8), torch.randn(5, 8), torch.randn(5)), kinds, strict=True)
+        ]
+        with torch.autocast("cpu", torch.bfloat16):
+            ours, theirs = run(fastbert.linear, inputs, dy), run(F.linear, inputs, dy)
+        assert [x.dtype for x in ours] == [torch.bfloat16, *kinds]
+        truth = run(F.linear, [x.bfloat16().double() for x in inputs], dy.double())
+        for results in zip(ours, theirs, truth, strict=True):
+            assert_close(*(x.bfloat16() for x in results[:2]), results[2], scale=8)
+    assert len(onednn) == 9
+
+
+def test_other_autocast_and_other_devices_are_torch(onednn):
     x, weight = torch.randn(4, 8), torch.randn(5, 8)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.float16):
         y = fastbert.linear(x, weight)
-        assert y.dtype == torch.bfloat16 and torch.equal(y, F.linear(x, weight))
+        assert y.dtype == torch.float16 and torch.equal(y, F.linear(x, weight))
     assert fastbert.linear(x.to("meta"), weight.to("meta")).shape == (4, 5)
     assert onednn == []
 
 
 @needs_onednn
 def test_small_products_are_torch():
-    x, small, large = torch.randn(512, 1024), torch.randn(255, 1024), torch.randn(256, 1024)  # 2^27 multiplications
+    x, small, large = torch.randn(256, 1024), torch.randn(255, 1024), torch.randn(256, 1024)  # 2^26 multiplications
     with fastbert.use_linear("onednn"):
         assert type(fastbert.linear(x, small.requires_grad_()).grad_fn).__name__ != "_LinearBackward"
         assert type(fastbert.linear(x, large.requires_grad_()).grad_fn).__name__ == "_LinearBackward"
@@ -177,7 +203,7 @@ def test_custom_op_is_sound():
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiled_equals_eager(monkeypatch, compiler):
     torch.compiler.reset()
-    monkeypatch.setattr(op, "SMALL", 1)
+    monkeypatch.setattr(op, "SMALL", dict.fromkeys(op.SMALL, 1))
     counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(fastbert.linear, fullgraph=True, backend=counter)
     with fastbert.use_linear("onednn"):
@@ -211,6 +237,97 @@ def test_every_product_of_the_model(onednn):
         assert_close(*results, what=name, scale=1.0)
 
 
+# ---- constant weights ----------------------------------------------------------------------------------------------
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layer", [Linear, LinearGELU])
+@pytest.mark.parametrize("biased", [True, False])
+def test_frozen_layers_close_to_truth(nan_filled, layer, dtype, biased):
+    module = layer(24, 40)
+    if not biased:
+        module.bias = None
+    module, truth = module.to(dtype), copy.deepcopy(module.to(dtype)).double()
+    frozen = fastbert.freeze(copy.deepcopy(module))
+    with fastbert.use_backend("reference"):  # which takes float64
+        for shape in [(24,), (1, 24), (0, 24), (3, 5, 24), (1100, 24)]:
+            x = torch.randn(shape).to(dtype)
+            assert_close(frozen(x), module(x), truth(x.double()), what=str(shape))
+        across = torch.randn(24, 7).to(dtype).t()
+        assert torch.equal(frozen(across), frozen(across.contiguous()))
+
+
+@needs_bfloat16
+def test_frozen_model_is_the_model():
+    """In float32, and in bfloat16 under autocast, on padded and packed batches; the weights are gone."""
+    config = BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=8, initializer_range=0.2,
+    )  # fmt: skip
+    model, ids = fastbert.BertModel(config).eval(), torch.randint(1, 50, (3, 8))
+    batches = {"input_ids": ids, "attention_mask": (torch.arange(8) < torch.tensor([[3], [8], [5]])).long()}, {
+        "input_ids": ids.flatten(), "cu_seqlens": torch.tensor([0, 5, 6, 14, 16, 24], dtype=torch.int32),
+    }  # fmt: skip
+    for batch in batches:
+        with torch.no_grad():
+            truth = copy.deepcopy(model).double()(**batch)
+            for dtype in (torch.float32, torch.bfloat16):
+                frozen = fastbert.freeze(copy.deepcopy(model), dtype)
+                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                    for results in zip(frozen(**batch), model(**batch), truth, strict=True):
+                        assert_close(*results)
+    assert not any("dense.weight" in name or "qkv.weight" in name for name, _ in frozen.named_parameters())
+    assert all(not p.requires_grad for p in frozen.parameters()) and not frozen.training
+    again = copy.deepcopy(frozen)
+    assert again.pooler["dense"].weight is frozen.pooler["dense"].weight
+
+
+@needs_onednn
+def test_frozen_layers_refuse_what_they_cannot_do(tmp_path):
+    model = fastbert.freeze(nn.Sequential(Linear(8, 4), nn.Dropout()))
+    x = torch.randn(3, 8)
+    with pytest.raises(RuntimeError, match="gives no gradients: run under"):
+        model(x.requires_grad_())
+    with pytest.raises(TypeError, match=r"in torch\.float32 takes x and bias of that dtype, got torch\.bfloat16"):
+        model(x.detach().bfloat16())
+    with pytest.raises(RuntimeError, match=r"x must be \[\.\.\., 8\]"):
+        model(torch.randn(3, 4))
+    for save in (lambda: model.state_dict(), lambda: torch.save(model[0].weight, tmp_path / "weight.pt")):
+        with pytest.raises(RuntimeError, match="cannot be saved: save the model before it is frozen"):
+            save()
+    with pytest.raises(
+        ValueError, match="Sequential has no fastbert Linear or LinearGELU layer that is not frozen yet"
+    ):
+        fastbert.freeze(model)
+
+
+@needs_onednn
+def test_a_frozen_model_is_not_half_saved(tmp_path):
+    config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    model = fastbert.freeze(fastbert.BertModel(config))
+    with pytest.raises(RuntimeError, match=r"encoder\.layer\.0.* is frozen and cannot be saved"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@needs_onednn
+def test_what_cannot_be_frozen_stays_as_it_was(monkeypatch):
+    model = nn.Sequential(Linear(8, 4), Linear(4, 2).half()).train()
+    with pytest.raises(TypeError, match=r"float32 or bfloat16, got torch\.float16"):
+        fastbert.freeze(model)
+    with pytest.raises(ValueError, match="on the cpu, got one of"):
+        fastbert.freeze(nn.Sequential(Linear(8, 4), Linear(4, 2).to("meta")))
+    monkeypatch.setattr(op, "bfloat16_products", False)
+    with pytest.raises(RuntimeError, match="cannot be frozen in bfloat16 here"):
+        fastbert.freeze(model, torch.bfloat16)
+    monkeypatch.setattr(op, "onednn_missing", "gone")
+    with pytest.raises(RuntimeError, match="cannot be frozen here: gone"):
+        fastbert.freeze(model[:1])
+    assert all(isinstance(layer.weight, nn.Parameter) and layer.weight.requires_grad for layer in model)
+    assert model.training
+
+
 # ---- the choice ----------------------------------------------------------------------------------------------------
 
 
@@ -220,7 +337,7 @@ def test_the_processor_decides_where_nobody_does(monkeypatch):
             monkeypatch.setattr(op, "vendor", vendor)
             monkeypatch.setattr(op, "onednn_missing", missing)
             assert op.chosen() == expected
-            assert f"float32 products by {expected} (auto: {vendor} processor)" in op.info()
+            assert f"linear products by {expected} (auto: {vendor} processor)" in op.info()
 
 
 def test_the_block_decides_and_ends(monkeypatch):
@@ -243,7 +360,7 @@ def test_environment_decides():
             env=os.environ | {"FASTBERT_LINEAR": value}, capture_output=True, text=True, check=False,
         )  # fmt: skip
 
-    assert "float32 products by torch (FASTBERT_LINEAR)" in info("torch").stdout
+    assert "linear products by torch (FASTBERT_LINEAR)" in info("torch").stdout
     refused = info("mkl")
     assert refused.returncode == 1 and "no library of products is called 'mkl'" in refused.stderr
     assert "Traceback" not in refused.stderr
@@ -255,7 +372,7 @@ def test_the_fastest_is_timed_and_must_be_right(monkeypatch):
     name, why = op.fastest(512, 256, 1024)
     assert name in ("torch", "onednn") and why.startswith("onednn took") and "torch" in why
     assert torch.equal(torch.get_rng_state(), before), "timing must leave no trace in the run's random numbers"
-    assert op.fastest(512, 128, 512) == ("torch", "the products are small")
+    assert op.fastest(512, 128, 512, torch.bfloat16) == ("torch", "the products are small")
     product = op.onednn_linear
     monkeypatch.setattr(op, "onednn_linear", lambda *a: product(*a) * 1.001)
     assert op.fastest(512, 256, 1024) == ("torch", "onednn's results differ by more than rounding")

@@ -212,11 +212,11 @@ def test_the_library_of_products_is_chosen_once(settings, finished, tmp_path, mo
     monkeypatch.setattr(linear, "onednn_missing", None)
     monkeypatch.setattr(linear, "_requested", "auto")
     config = runs.open_run(dataclasses.replace(settings, output=tmp_path / "new"), resume=False)
-    assert config.linear == "onednn" and timed == [(512, 128, 512)]
-    assert "float32 products by onednn: a test says so" in capsys.readouterr().out
+    assert config.linear == "onednn" and timed == [(512, 128, 512, torch.float32)]
+    assert "linear products by onednn: a test says so" in capsys.readouterr().out
     with loop.products(config):
         assert linear.chosen() == "onednn"
-    assert runs.environment(config)["float32 products"] == "onednn"
+    assert runs.environment(config)["linear products"] == "onednn"
     assert runs.open_run(config, resume=True) == config and len(timed) == 1, "a resumed run was timed again"
 
     # FASTBERT_LINEAR forces it, which a resumed run says
@@ -224,15 +224,15 @@ def test_the_library_of_products_is_chosen_once(settings, finished, tmp_path, mo
     forced = runs.open_run(config, resume=True)
     assert forced.linear == "torch"
     runs.name_differences(runs.environment(config), forced)
-    assert "float32 products onednn -> torch" in capsys.readouterr().out
+    assert "linear products onednn -> torch" in capsys.readouterr().out
     monkeypatch.setattr(linear, "_requested", "auto")
+    in_bf16 = dataclasses.replace(settings, output=tmp_path / "bf16", bf16=True)
+    assert runs.open_run(in_bf16, resume=False).linear == "onednn" and timed[1:] == [(512, 128, 512, torch.bfloat16)]
+
     monkeypatch.setattr(linear, "onednn_missing", "it is gone")
     with pytest.raises(ValueError, match=r"it is gone\. FASTBERT_LINEAR=torch"):
         runs.open_run(config, resume=True)
-
-    in_bf16 = dataclasses.replace(settings, output=tmp_path / "bf16", bf16=True)
-    assert runs.open_run(in_bf16, resume=False).linear == "torch" and len(timed) == 1
-    assert snapshot.load(finished / "snapshots")["environment"]["float32 products"] == runs.read_config(finished).linear
+    assert snapshot.load(finished / "snapshots")["environment"]["linear products"] == runs.read_config(finished).linear
 
 
 def small(config, **overrides):

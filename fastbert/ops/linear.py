@@ -4,11 +4,12 @@
 
 x is [..., K], weight [N, K], bias [N], y [..., N]; backward saves x and weight.
 
-torch computes float32 products on x86 processors by MKL ("torch" below), which is slow on those of AMD. oneDNN, inside
-the same torch, is reached by the private op `mkldnn::_linear_pointwise`, which has no autograd ("onednn"). They agree
-to rounding, not to the bit. So that a program gives the same bits at every start, nothing is timed behind its back:
-without a choice, processors of AMD take "onednn" and all others "torch". All but float32 on a CPU outside autocast is
-`F.linear` as ever (in bfloat16 that is oneDNN already), and so are small products, at which MKL is the faster one. The
+torch computes float32 products on x86 processors by MKL ("torch" below), which is slow on those of AMD. In bfloat16 it
+asks oneDNN, but writes the bias out first, and has oneDNN read dy across its rows for the weight gradient. The private
+op `mkldnn::_linear_pointwise` of the same torch, which has no autograd, reaches oneDNN without either ("onednn"), with
+dy transposed by a kernel of ours. They agree to rounding, not to the bit. So that a program gives the same bits at
+every start, nothing is timed behind its back: without a choice, processors of AMD take "onednn" and all others "torch".
+All but float32 and bfloat16 on a CPU is `F.linear` as ever, and so are small products, at which torch is no slower. The
 choice holds under torch.compile too, whose own products would be MKL's.
 """
 
@@ -27,7 +28,8 @@ from fastbert import native
 from fastbert.ops.register import fake, register
 
 NAMES = ("auto", "torch", "onednn")
-SMALL = 1 << 27  # multiplications below which oneDNN is no faster: its cost per call, and small matrices rearranged
+_NO_BFLOAT16 = "oneDNN in this torch has no bfloat16 products for this processor"
+SMALL = {torch.float32: 1 << 26, torch.bfloat16: 1 << 29}  # multiplications below which the op is no faster than torch
 
 
 def _vendor() -> str:
@@ -45,15 +47,16 @@ onednn_missing = (
     if hasattr(torch.ops.mkldnn, "_linear_pointwise")
     else f"torch {torch.__version__} here has no mkldnn::_linear_pointwise"
 )
+bfloat16_products = onednn_missing is None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 _requested = os.environ.get("FASTBERT_LINEAR") or "auto"
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`, in float32 on a CPU by the library that `use_linear` describes.
+def linear(x: Tensor, weight: "Tensor | FrozenWeight", bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, in float32 and bfloat16 on a CPU by the library that `use_linear` describes.
 
     Args:
         x: [..., K].
-        weight: [N, K].
+        weight: [N, K], or frozen by `fastbert.freeze`.
         bias: [N] or None.
 
     Returns:
@@ -61,10 +64,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Raises:
         ValueError: FASTBERT_LINEAR names no library, or one that this torch lacks.
-        RuntimeError: shapes or dtypes that `F.linear` refuses.
+        RuntimeError: shapes or dtypes that `F.linear` refuses, or a gradient through a frozen weight.
+        TypeError: a frozen weight of another dtype than x.
     """
+    if isinstance(weight, FrozenWeight):
+        return weight.product(x, bias)
     if chosen() == "torch" or not _fits(x, weight, bias):
         return F.linear(x, weight, bias)
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
     if x.dim() == 2:
         return _Linear.apply(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
@@ -73,12 +82,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether oneDNN takes these and is worth it; what `F.linear` refuses is left to it, for its message."""
+    cast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     for tensor in (x, weight) if bias is None else (x, weight, bias):
-        if tensor.device.type != "cpu" or tensor.dtype != torch.float32 or tensor.layout != torch.strided:
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.dtype not in SMALL:
             return False
-    if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or x.numel() * weight.shape[0] < SMALL:
+        if cast is None and tensor.dtype != x.dtype:
+            return False
+    computed = cast or x.dtype
+    if computed not in SMALL or (computed == torch.bfloat16 and not bfloat16_products):
         return False
-    return (bias is None or bias.shape == weight.shape[:1]) and not torch.is_autocast_enabled("cpu")
+    if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        return False
+    if x.numel() * weight.shape[0] < SMALL[computed]:
+        return False
+    return bias is None or bias.shape == weight.shape[:1]
 
 
 # ---- the choice ----------------------------------------------------------------------------------------------------
@@ -86,7 +103,7 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 @contextlib.contextmanager
 def use_linear(name: str) -> Iterator[None]:
-    """Within the `with` block float32 products on a CPU are computed by `name`, in all threads of the process.
+    """Within the `with` block products on a CPU are computed by `name`, in all threads of the process.
 
     Outside of such blocks the environment variable FASTBERT_LINEAR chooses, and without it "auto". A backward pass uses
     what its forward pass used.
@@ -136,22 +153,30 @@ def check(name: str) -> None:
 def info() -> str:
     """What `fastbert info` says of it."""
     why = f"auto: {vendor} processor" if requested() == "auto" else "FASTBERT_LINEAR"
-    return f"float32 products by {chosen()} ({why}); onednn: {onednn_missing or 'ok'}"
+    return f"linear products by {chosen()} ({why}); onednn: {onednn_missing or 'ok'}"
 
 
-def fastest(rows: int, size: int, inner: int) -> tuple[str, str]:
+def fastest(rows: int, size: int, inner: int, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
     """The faster library for x [rows, size] and weight [inner, size], forward and backward, timed within a second.
+
+    Args:
+        rows, size, inner: of the product.
+        dtype: float32 or bfloat16, in which it is computed.
 
     Returns:
         "torch" or "onednn", and why in words. "onednn" only where its results equal torch's to rounding.
     """
     if onednn_missing:
         return "torch", onednn_missing
-    if rows * size * inner < SMALL:
+    if rows * size * inner < SMALL[dtype]:
         return "torch", "the products are small"
+    if dtype == torch.bfloat16 and not bfloat16_products:
+        return "torch", _NO_BFLOAT16
+    rounding = 2e-2 if dtype == torch.bfloat16 else 1e-5
     draw = torch.Generator().manual_seed(0)
-    x, weight, dy = (torch.randn(shape, generator=draw) for shape in ((rows, size), (inner, size), (rows, inner)))
-    inputs = x.requires_grad_(), weight.requires_grad_(), torch.zeros(inner, requires_grad=True)
+    shapes = (rows, size), (inner, size), (rows, inner)
+    x, weight, dy = (torch.randn(shape, generator=draw).to(dtype) for shape in shapes)
+    inputs = x.requires_grad_(), weight.requires_grad_(), torch.zeros(inner, dtype=dtype, requires_grad=True)
 
     def run(name: str) -> list[Tensor]:
         with use_linear(name):
@@ -159,7 +184,7 @@ def fastest(rows: int, size: int, inner: int) -> tuple[str, str]:
         return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
 
     for ours, theirs in zip(run("onednn"), run("torch"), strict=True):
-        if not (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max():
+        if not (ours - theirs).abs().max() <= rounding * theirs.abs().max():
             return "torch", "onednn's results differ by more than rounding"
     seconds: dict[str, list[float]] = {"torch": [], "onednn": []}
     end = time.perf_counter() + 0.6
@@ -203,3 +228,74 @@ class _Linear(torch.autograd.Function):
         dx = None if weight is None else onednn_linear(dy, weight.t(), None)
         dweight = None if x is None else onednn_linear(dy.t(), x.t(), None)
         return dx, dweight, dy.sum(0) if ctx.needs_input_grad[2] else None
+
+
+# ---- constant weights ----------------------------------------------------------------------------------------------
+
+
+class FrozenWeight:
+    """A linear layer's weight [N, K] as oneDNN multiplies by it fastest: rearranged once, constant from then on.
+
+    A product with an ordinary weight reads it in an order that costs 5 to 10 % of a large product and half of a small
+    one. Copies share it; it cannot be trained or saved.
+
+    Args:
+        weight: [N, K], which is left as it is.
+        dtype: float32 or bfloat16.
+
+    Raises:
+        As `check`.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype):
+        self.check(weight, dtype)
+        self.shape, self.dtype = weight.shape, dtype
+        with torch.no_grad():
+            # 512 rows of x are a guess; the layout it leads to serves other numbers as well
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous(), 512)
+
+    @staticmethod
+    def check(weight: Tensor, dtype: torch.dtype) -> None:
+        """Raises where `weight` cannot be frozen in `dtype`.
+
+        Raises:
+            TypeError: neither float32 nor bfloat16.
+            ValueError: a weight that is empty or not on the CPU.
+            RuntimeError: this torch or processor has no such products.
+        """
+        if dtype not in SMALL:
+            raise TypeError(f"weights are frozen in float32 or bfloat16, got {dtype}")
+        if weight.device.type != "cpu" or weight.numel() == 0:
+            raise ValueError(
+                f"a weight to freeze must be on the cpu, got one of {list(weight.shape)} on {weight.device}"
+            )
+        if onednn_missing:
+            raise RuntimeError(f"weights cannot be frozen here: {onednn_missing}")
+        if dtype == torch.bfloat16 and not bfloat16_products:
+            raise RuntimeError(f"weights cannot be frozen in bfloat16 here: {_NO_BFLOAT16}")
+
+    def __deepcopy__(self, memo: dict) -> "FrozenWeight":
+        return self
+
+    def __reduce__(self):
+        raise RuntimeError("a frozen weight cannot be saved: save the model before it is frozen")
+
+    @torch.compiler.disable
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., K] -> [..., N]; under autocast x and bias are cast, as by `F.linear`."""
+        if torch.is_autocast_enabled("cpu"):
+            x, bias = (None if t is None else t.to(torch.get_autocast_dtype("cpu")) for t in (x, bias))
+        if x.dtype != self.dtype or (bias is not None and bias.dtype != x.dtype):
+            raise TypeError(
+                f"a weight frozen in {self.dtype} takes x and bias of that dtype, got {x.dtype}"
+                f"{'' if bias is None else f' and {bias.dtype}'}: run under torch.autocast, or freeze in another dtype"
+            )
+        if x.shape[-1:] != self.shape[1:]:
+            raise RuntimeError(
+                f"x must be [..., {self.shape[1]}] for a frozen weight {list(self.shape)}, got {list(x.shape)}"
+            )
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            raise RuntimeError("a frozen weight gives no gradients: run under torch.inference_mode or torch.no_grad")
+        if x.numel() == 0:
+            return x.new_empty(*x.shape[:-1], self.shape[0])
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self._packed, bias, "none", [], "")
