@@ -163,10 +163,9 @@ Attention attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t lse, uintpt
   return a;
 }
 
-void transpose(uintptr_t source, uintptr_t target, int64_t rows, int64_t columns, int64_t row,
-               int64_t target_row, int dtype, int threads) {
+void transpose(uintptr_t source, uintptr_t target, int64_t rows, int64_t columns, int64_t row, int threads) {
   selected->kernels->transpose(
-      {at<const void>(source), at<void>(target), rows, columns, row, target_row, DType(dtype), threads});
+      {at<const uint32_t>(source), at<uint32_t>(target), rows, columns, row, threads});
 }
 
 void attention_forward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse,

@@ -156,12 +156,9 @@ class cpu:  # a namespace, spelled as the backend is
 
     @staticmethod
     def transposed(x: Tensor) -> Tensor:
-        """x [M, N], contiguous along N -> [N, M], contiguous along M, an even number of elements from row to row."""
-        rows, columns = x.shape
-        y = x.new_empty(columns, rows + rows % 2)[:, :rows]
-        module.transpose(
-            _address(x), _address(y), rows, columns, x.stride(0), y.stride(0), DTYPES[x.dtype], _threads(x.numel()),
-        )  # fmt: skip
+        """x [M, N] float32, contiguous along N -> [N, M] contiguous."""
+        y = x.new_empty(x.shape[1], x.shape[0])
+        module.transpose(_address(x), _address(y), *x.shape, x.stride(0), _threads(x.numel()))
         return y
 
     @staticmethod

@@ -56,7 +56,7 @@ def test_close_to_truth(onednn, nan_filled, shape, out, biased, dtype):
     truth = run(F.linear, [None if x is None else x.double() for x in inputs], dy.double())
     for name, *results in zip(("y", "dx", "dweight", "dbias"), ours, theirs, truth, strict=False):
         assert_close(*results, what=name, scale=shape[-1] ** 0.5)
-    assert len(onednn) == 3, "not every product was oneDNN's"
+    assert len(onednn) == (3 if dtype == torch.float32 else 1), "not every product was oneDNN's"
 
 
 @pytest.mark.parametrize(("shape", "out"), [((0, 8), 5), ((4, 0), 5), ((4, 8), 0), ((2, 0, 8), 5)], ids=str)
@@ -161,7 +161,7 @@ def test_autocast(onednn):
         truth = run(F.linear, [x.bfloat16().double() for x in inputs], dy.double())
         for results in zip(ours, theirs, truth, strict=True):
             assert_close(*(x.bfloat16() for x in results[:2]), results[2], scale=8)
-    assert len(onednn) == 9
+    assert len(onednn) == 3
 
 
 def test_other_autocast_and_other_devices_are_torch(onednn):

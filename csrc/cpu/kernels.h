@@ -85,12 +85,11 @@ struct Attention {            // packed sequences; element strides of the token 
   int threads;
 };
 
-struct Transpose {     // see transpose.cpp
-  const void* source;  // [M, N]
-  void* target;        // [N, M]
+struct Transpose {         // see transpose.cpp
+  const uint32_t* source;  // [M, N] words of four bytes
+  uint32_t* target;        // [N, M] contiguous
   int64_t rows, columns;
-  int64_t row, target_row;  // elements between the rows of each; of the target whole words of four bytes
-  DType dtype;
+  int64_t row;  // words between the source's rows
   int threads;
 };
 

@@ -5,12 +5,12 @@
 x is [..., K], weight [N, K], bias [N], y [..., N]; backward saves x and weight.
 
 torch computes float32 products on x86 processors by MKL ("torch" below), which is slow on those of AMD. In bfloat16 it
-asks oneDNN, but writes the bias out first, and has oneDNN read dy across its rows for the weight gradient. The private
-op `mkldnn::_linear_pointwise` of the same torch, which has no autograd, reaches oneDNN without either ("onednn"), with
-dy transposed by a kernel of ours. They agree to rounding, not to the bit. So that a program gives the same bits at
-every start, nothing is timed behind its back: without a choice, processors of AMD take "onednn" and all others "torch".
-All but float32 and bfloat16 on a CPU is `F.linear` as ever, and so are small products, at which torch is no slower. The
-choice holds under torch.compile too, whose own products would be MKL's.
+asks oneDNN, but writes the bias out first for the product to be added to. The private op `mkldnn::_linear_pointwise` of
+the same torch, which has no autograd, reaches oneDNN without either detour ("onednn"). They agree to rounding, not to
+the bit. So that a program gives the same bits at every start, nothing is timed behind its back: without a choice,
+processors of AMD take "onednn" and all others "torch". All but float32 and bfloat16 on a CPU is `F.linear` as ever, and
+so are small products, at which torch is no slower, and the two without a bias of a bfloat16 backward pass. The choice
+holds under torch.compile too, whose own products would be MKL's.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from fastbert.ops.register import fake, register
 
 NAMES = ("auto", "torch", "onednn")
 _NO_BFLOAT16 = "oneDNN in this torch has no bfloat16 products for this processor"
-SMALL = {torch.float32: 1 << 26, torch.bfloat16: 1 << 29}  # multiplications below which the op is no faster than torch
+SMALL = {torch.float32: 1 << 26, torch.bfloat16: 1 << 28}  # multiplications below which the op is no faster than torch
 
 
 def _vendor() -> str:
@@ -202,7 +202,7 @@ def fastest(rows: int, size: int, inner: int, dtype: torch.dtype = torch.float32
 
 @register
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [M, K] @ weight [N, K].T + bias [N] -> [M, N], M, N, K >= 1, of any strides; backward's products too."""
+    """x [M, K] @ weight [N, K].T + bias [N] -> [M, N], M, N, K >= 1, of any strides; in float32 for backward too."""
     if bias is not None:
         bias = bias.contiguous()  # oneDNN heeds the strides of the other two only
     if x.stride(0) == 1 and native.module is not None:
@@ -225,8 +225,9 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        dx = None if weight is None else onednn_linear(dy, weight.t(), None)
-        dweight = None if x is None else onednn_linear(dy.t(), x.t(), None)
+        product = onednn_linear if dy.dtype == torch.float32 else F.linear
+        dx = None if weight is None else product(dy, weight.t(), None)
+        dweight = None if x is None else product(dy.t(), x.t(), None)
         return dx, dweight, dy.sum(0) if ctx.needs_input_grad[2] else None
 
 
