@@ -165,7 +165,7 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Makes a model's linear layers constant, in place, for faster inference on a CPU.
 
     Their weights are rearranged once into the layout that oneDNN multiplies by fastest, and the originals are given
-    back to the system: a large batch takes 5 to 10 % less time, single requests up to half. Evaluation mode is set and
+    back to the system: a large batch takes 4 to 7 % less time, a single sentence 35 to 45 %. Evaluation mode is set and
     no parameter takes a gradient any more. A frozen model cannot be trained or saved; copies share its weights;
     torch.compile does not look into its products.
 

@@ -237,8 +237,8 @@ class _Linear(torch.autograd.Function):
 class FrozenWeight:
     """A linear layer's weight [N, K] as oneDNN multiplies by it fastest: rearranged once, constant from then on.
 
-    A product with an ordinary weight reads it in an order that costs 5 to 10 % of a large product and half of a small
-    one. Copies share it; it cannot be trained or saved.
+    An ordinary weight is read in an order that costs 5 % of a large product and a quarter of a small one. Copies share
+    it; it cannot be trained or saved.
 
     Args:
         weight: [N, K], which is left as it is.
