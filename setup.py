@@ -21,7 +21,11 @@ KERNELS = ("gelu", "layer_norm", "cross_entropy", "attention", "transpose", "laz
 
 AVX2 = "-mavx2 -mfma -mf16c -mbmi2"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq"
-X86_INSTRUCTION_SETS = {"sse2": "", "avx2": AVX2, "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
+AVX512_BF16 = f"{AVX512} -mavx512bf16"
+AMX_BF16 = f"{AVX512_BF16} -mamx-tile -mamx-bf16"
+X86_INSTRUCTION_SETS = {
+    "sse2": "", "avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512_BF16, "amx_bf16": AMX_BF16,
+}  # fmt: skip
 INSTRUCTION_SETS = X86_INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
 
 FLAGS = "-O3 -std=c++17 -fPIC -fopenmp -fvisibility=hidden -Wall -Wextra"

@@ -10,6 +10,13 @@
 
 #include "cpu/kernels.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <dlfcn.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace py = pybind11;
 
 namespace fastbert {
@@ -32,6 +39,19 @@ const InstructionSet kCompiled[] = {
 #define FASTBERT_ENTRY(isa) {#isa, &isa::kernels},
     FASTBERT_FOR_EACH_ISA(FASTBERT_ENTRY)};
 
+#if defined(__x86_64__)
+// Linux grants a process AMX's registers on request, and refuses where it does not know them (before 5.16).
+// tests/amx_emulator.cpp, loaded before Python, stands in for a processor that has them.
+bool amx_bf16() {
+  constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  if (dlsym(RTLD_DEFAULT, "fastbert_amx_emulator")) return true;
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTile) && (d & kBf16) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 bool runs_here(const std::string& name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -41,7 +61,9 @@ bool runs_here(const std::string& name) {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (name == "avx2") return avx2;
   if (name == "avx512") return avx512;
-  if (name == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (name == "avx512_bf16") return avx512_bf16;
+  if (name == "amx_bf16") return avx512_bf16 && amx_bf16();
 #endif
   return name == "sse2" || name == "baseline";
 }

@@ -1,12 +1,14 @@
 """Every instruction set this machine has is tested, not only the best.
 
 The op tests visit each in turn within one process, through the fixture `backend`: that they do is held here. A whole
-model runs once per lower instruction set in a process of its own, forced by FASTBERT_CPU_ISA as a user would.
+model runs once per lower instruction set in a process of its own, forced by FASTBERT_CPU_ISA as a user would. Where the
+processor has AVX-512-BF16 but no AMX, the kernels for AMX run with each of its instructions emulated.
 """
 
 import collections
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,3 +49,41 @@ def test_a_model_on_a_lower_instruction_set(isa):
     selection = "(cpu or backend) and not compiles"
     output = pytest_process("-k", selection, TESTS / "test_nn.py", TESTS / "test_bert.py", FASTBERT_CPU_ISA=isa)
     assert int(re.search(r"(\d+) passed", output)[1]) >= 12, output[-1000:]
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    """The library that, loaded before Python, does what AMX's instructions do."""
+    if "avx512_bf16" not in ISAS or "amx_bf16" in ISAS or shutil.which("g++") is None:
+        pytest.skip("needs AVX-512-BF16 without AMX, and g++")
+    library = tmp_path_factory.mktemp("amx") / "amx_emulator.so"
+    source = TESTS / "amx_emulator.cpp"
+    subprocess.run(["g++", "-O2", "-std=c++17", "-fPIC", "-shared", source, "-o", library], check=True)
+    return str(library)
+
+
+def test_attention_on_emulated_amx(emulator):
+    """What attention on tiles is held to is what it is held to on vectors; the slowest combinations are left out."""
+    selection = "amx_bf16 and not torch.float32 and not torch.float16 and not (700 and all)"
+    tests = TESTS / "test_attention.py", f"{TESTS / 'test_shapes.py'}::test_attention"
+    output = pytest_process("-p", "no:faulthandler", "-k", selection, *tests, LD_PRELOAD=emulator)
+    assert int(re.search(r"(\d+) passed", output)[1]) >= 80, output[-1000:]
+
+
+def test_products_use_tiles(emulator):
+    """Counted for a head of 64 and 56 tokens: three whole tiles of 16 rows, columns padded to four."""
+    code = """
+import ctypes, os, torch, fastbert
+torch.set_num_threads(1)  # one task for queries and keys
+products = ctypes.c_int64.in_dll(ctypes.CDLL(os.environ["LD_PRELOAD"]), "fastbert_amx_emulator")
+q, k, v = (torch.randn(56, 1, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+out = fastbert.attention(q, k, v, torch.tensor([0, 56], dtype=torch.int32), 56)
+print(products.value)
+out.sum().backward()
+print(products.value)
+"""
+    environment = {**os.environ, "LD_PRELOAD": emulator, "FASTBERT_BACKEND": "cpu", "FASTBERT_CPU_ISA": "amx_bf16"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    scores, weighted = 3 * 4 * 2, 3 * 4 * 1  # rows x columns x depth: 32 words of a head, 28 of the tokens
+    forward, backward = scores + weighted, 2 * scores + 3 * weighted
+    assert done.stdout.split() == [str(forward), str(forward + backward)]

@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "amx.h"
 #include "common.h"
 
 namespace fastbert {
@@ -127,9 +128,14 @@ static void run(const Attention& p, Plan plan,
   Task* next = tasks;
   plan([&](const Task& task) { *next++ = task; });
   qsort(tasks, count, sizeof(Task), by_work);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(p.threads)
-  for (int64_t i = 0; i < count; ++i)
-    run_task(p, tasks[i], i + p.threads < count ? tasks + i + p.threads : nullptr);
+#pragma omp parallel num_threads(p.threads)
+  {
+    tiles_begin();
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < count; ++i)
+      run_task(p, tasks[i], i + p.threads < count ? tasks + i + p.threads : nullptr);
+    tiles_end();
+  }
   free(tasks);
 }
 

@@ -8,7 +8,8 @@
 #include <cstdint>
 
 #if defined(__x86_64__)
-#define FASTBERT_FOR_EACH_ISA(X) X(sse2) X(avx2) X(avx512) X(avx512_bf16)  // worst first, as in setup.py
+#define FASTBERT_FOR_EACH_ISA(X) \
+  X(sse2) X(avx2) X(avx512) X(avx512_bf16) X(amx_bf16)  // worst first, as in setup.py
 #else
 #define FASTBERT_FOR_EACH_ISA(X) X(baseline)
 #endif

@@ -2,8 +2,9 @@
 //
 // Operands are 32-bit words: a float, or two bf16 that are neighbours along the summed index and go through
 // the dot product instruction of AVX-512-BF16. C[m, n] (+)= sum over k of A[m, k] * B[k, n], A read word by
-// word and broadcast, B in vectors along n.
+// word and broadcast, B in vectors along n. With AMX, whole tiles of 16 x 16 words are multiplied at a time.
 #pragma once
+#include "amx.h"
 #include "common.h"
 
 namespace fastbert {
@@ -35,6 +36,29 @@ struct Pairs {
   }
 };
 #endif
+
+// A square of kLanes x kLanes words: source[i * from + j] -> target[j * to + i]. Halves are zipped
+// log2(kLanes) times.
+FASTBERT_INLINE void transpose(const uint32_t* source, int64_t from, uint32_t* target, int64_t to) {
+  vint low, high;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) low[i] = i / 2 + (i % 2) * kLanes, high[i] = low[i] + kLanes / 2;
+  vuint rows[kLanes], zipped[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) memcpy(&rows[i], source + i * from, sizeof(vuint));
+#pragma GCC unroll 4
+  for (int width = 1; width < kLanes; width *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      zipped[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
+      zipped[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rows[i] = zipped[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) memcpy(target + i * to, &rows[i], sizeof(vuint));
+}
 
 constexpr int kPanel = kLanes == 16 ? 4 : 2;  // vectors of C beside each other: 32 or 16 registers
 
@@ -115,7 +139,7 @@ class Ahead {
 };
 
 template <typename Words, int vectors>
-static void multiply_panel(int64_t m, int64_t depth, Left a, Right b, Result c, bool add, Ahead& ahead) {
+static void multiply_rows(int64_t m, int64_t depth, Left a, Right b, Result c, bool add, Ahead& ahead) {
   constexpr int most = vectors == 4 ? 6 : vectors == 3 ? 8 : kLanes == 16 ? 12 : vectors == 2 ? 6 : 8;
   int64_t i = 0;
   const auto step = [&](auto rows) FASTBERT_LAMBDA {
@@ -127,6 +151,60 @@ static void multiply_panel(int64_t m, int64_t depth, Left a, Right b, Result c, 
   while (m - i >= 4) step(Count<4>{});
   if (m - i >= 2) step(Count<2>{});
   if (m - i >= 1) step(Count<1>{});
+}
+
+#if defined(__AMX_BF16__)
+// body(Count<0>{}), body(Count<1>{}), ...
+template <int count, typename Body>
+FASTBERT_INLINE void for_each(Body body) {
+  if constexpr (count > 0) for_each<count - 1>(body), body(Count<count - 1>{});
+}
+
+// One row of tiles of C, in registers over the whole sum; depth is a multiple of kTile.
+template <int vectors>
+FASTBERT_INLINE void multiply_tiles(int64_t depth, Left a, Right b, Result c, bool add) {
+  constexpr int kLeft = vectors, kRight = vectors + 1;  // behind the tiles of C
+  for_each<vectors>([&](auto j) FASTBERT_LAMBDA {
+    if (add)
+      tile_load<j.value>(c.values + j.value * kTile, c.row);
+    else
+      tile_zero<j.value>();
+  });
+  for (int64_t k = 0; k < depth; k += kTile) {
+    if (a.step == 1) {
+      tile_load<kLeft>(a.words + k, a.row);
+    } else {
+      alignas(64) uint32_t square[kTile * kTile];
+      transpose(a.words + k * a.step, a.step, square, kTile);
+      tile_load<kLeft>(square, kTile);
+    }
+    for_each<vectors>([&](auto j) FASTBERT_LAMBDA {
+      constexpr int right = kRight + j.value % (8 - kRight);
+      tile_load<right>(b.words + k * b.row + j.value * kTile, b.row);
+      tile_multiply<j.value, kLeft, right>();
+    });
+  }
+  for_each<vectors>([&](auto j) FASTBERT_LAMBDA { tile_store<j.value>(c.values + j.value * kTile, c.row); });
+}
+#endif
+
+// What fills no tile, of the rows or of the depth, goes through vectors. Tasks begin at multiples of kTile,
+// so which rows those are follows from the length of the sequence alone, and with it every bit of the result.
+template <typename Words, int vectors>
+static void multiply_panel(int64_t m, int64_t depth, Left a, Right b, Result c, bool add, Ahead& ahead) {
+#if defined(__AMX_BF16__)
+  const int64_t rows = m - m % kTile, words = depth - depth % kTile;
+  if (Words::kDepth == 2 && rows > 0 && words > 0) {
+    for (int64_t i = 0; i < rows; i += kTile, ahead.some())
+      multiply_tiles<vectors>(words, {a.words + i * a.row, a.row, a.step}, b, {c.values + i * c.row, c.row},
+                              add);
+    if (words < depth)
+      multiply_rows<Words, vectors>(rows, depth - words, {a.words + words * a.step, a.row, a.step},
+                                    {b.words + words * b.row, b.row}, c, true, ahead);
+    m -= rows, a.words += rows * a.row, c.values += rows * c.row;
+  }
+#endif
+  multiply_rows<Words, vectors>(m, depth, a, b, c, add, ahead);
 }
 
 // n is a multiple of kLanes; depth counts words. Panels of at most kPanel vectors, as even as can be.
@@ -155,29 +233,6 @@ static void multiply(int64_t m, int64_t n, int64_t depth, Left a, Right b, Resul
     }
     j += width;
   }
-}
-
-// A square of kLanes x kLanes words: source[i * from + j] -> target[j * to + i]. Halves are zipped
-// log2(kLanes) times.
-FASTBERT_INLINE void transpose(const uint32_t* source, int64_t from, uint32_t* target, int64_t to) {
-  vint low, high;
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) low[i] = i / 2 + (i % 2) * kLanes, high[i] = low[i] + kLanes / 2;
-  vuint rows[kLanes], zipped[kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) memcpy(&rows[i], source + i * from, sizeof(vuint));
-#pragma GCC unroll 4
-  for (int width = 1; width < kLanes; width *= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kLanes / 2; ++i) {
-      zipped[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
-      zipped[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) rows[i] = zipped[i];
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) memcpy(target + i * to, &rows[i], sizeof(vuint));
 }
 
 FASTBERT_INLINE int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
