@@ -40,7 +40,7 @@ sanitize: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/*.cpp)
 
 bench: $(VENV)/.installed
 	for stem in gelu layer_norm cross_entropy attention linear lazy_adam pretrain inference; do $(BIN)/python benchmarks/$$stem.py || exit 1; done
