@@ -179,7 +179,7 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
     Raises:
         ValueError: there is nothing to freeze, or not on the CPU. TypeError: another dtype.
-        RuntimeError: this torch or processor has no such products. Nothing is changed then.
+        RuntimeError: this torch has no such products. Nothing is changed then.
     """
     layers = [m for m in model.modules() if isinstance(m, Linear | LinearGELU) and isinstance(m.weight, Tensor)]
     if not layers:

@@ -69,7 +69,7 @@ class PretrainConfig:
     """Rows of the word embeddings that a step moves: all, or those whose word stands in its input or labels."""
     bf16: bool = False
     """Compute in bfloat16 (autocast); weights stay float32."""
-    linear: Literal["auto", "torch", "onednn"] = "auto"
+    linear: Literal["auto", "torch", "onednn", "widened"] = "auto"
     """Library of the products on a CPU; auto: the faster one, timed once, when the run starts, and kept."""
     seed: int = 0
     """Of everything random."""

@@ -41,8 +41,7 @@ def onednn(monkeypatch):
 SHAPES = [((1, 1), 1), ((3, 5), 7), ((8,), 4), ((2, 3, 8), 5), ((2, 1, 3, 16), 33), ((65, 64), 48), ((77, 96), 301)]
 
 
-needs_bfloat16 = pytest.mark.skipif(not op.bfloat16_products, reason=op._NO_BFLOAT16)
-DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)]
+DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -56,7 +55,50 @@ def test_close_to_truth(onednn, nan_filled, shape, out, biased, dtype):
     truth = run(F.linear, [None if x is None else x.double() for x in inputs], dy.double())
     for name, *results in zip(("y", "dx", "dweight", "dbias"), ours, theirs, truth, strict=False):
         assert_close(*results, what=name, scale=shape[-1] ** 0.5)
-    assert len(onednn) == (3 if dtype == torch.float32 else 1), "not every product was oneDNN's"
+    backward_too = dtype == torch.float32 or not op.bfloat16_products
+    assert len(onednn) == (3 if backward_too else 1), "not every product was oneDNN's"
+
+
+@pytest.fixture
+def widened(monkeypatch):
+    monkeypatch.setattr(op, "SMALL", dict.fromkeys(op.SMALL, 1))
+    with fastbert.use_linear("widened"):
+        yield
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(("shape", "out"), SHAPES, ids=str)
+def test_widened(widened, nan_filled, shape, out, biased, autocast):
+    """float32 weights are neither rounded nor are their gradients; bfloat16 results are rounded once."""
+    x, dy = torch.randn(shape).bfloat16(), torch.randn(*shape[:-1], out).bfloat16()
+    parameters = [torch.randn(out, shape[-1]), *([torch.randn(out)] if biased else [])]
+    parameters = parameters if autocast else [p.bfloat16() for p in parameters]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours = run(fastbert.linear, [x, *parameters], dy)
+    in_float32 = run(F.linear, [t.float() for t in (x, *parameters)], dy.float())
+    truth = run(F.linear, [t.double() for t in (x, *parameters)], dy.double())
+    for name, *results in zip(("y", "dx", "dweight", "dbias"), ours, in_float32, truth, strict=False):
+        dtype = torch.bfloat16 if name in ("y", "dx") else parameters[0].dtype
+        assert results[0].dtype == dtype
+        assert_close(results[0], results[1].to(dtype), results[2], what=name, scale=shape[-1] ** 0.5)
+
+
+def test_widened_is_for_bfloat16_alone(widened):
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(5, 8)
+    assert torch.equal(fastbert.linear(x, weight), F.linear(x, weight))
+    assert op.chosen(torch.float32) == "torch" and op.chosen(torch.bfloat16) == "widened"
+
+
+def test_a_processor_without_bfloat16_products_widens(monkeypatch):
+    monkeypatch.setattr(op, "bfloat16_products", False)
+    with fastbert.use_linear("auto"):
+        assert op.chosen(torch.bfloat16) == "widened" and op.chosen(torch.float32) != "widened"
+        assert "no bfloat16 products: they are computed as float32 products" in op.info()
+    with fastbert.use_linear("torch"):
+        assert op.chosen(torch.bfloat16) == "torch"
+        assert "many times slower than float32" in op.info()
+    assert op.fastest(512, 768, 768, torch.bfloat16)[0] == "widened"
 
 
 @pytest.mark.parametrize(("shape", "out"), [((0, 8), 5), ((4, 0), 5), ((4, 8), 0), ((2, 0, 8), 5)], ids=str)
@@ -147,7 +189,6 @@ def test_other_dtypes_are_torch(onednn, dtype):
     assert torch.equal(fastbert.linear(x, weight, bias), F.linear(x, weight, bias)) and onednn == []
 
 
-@needs_bfloat16
 def test_autocast(onednn):
     """bfloat16 whatever the inputs are, and gradients in their own dtypes: as torch's autocast."""
     dy = torch.randn(4, 5).bfloat16()
@@ -158,10 +199,11 @@ def test_autocast(onednn):
         with torch.autocast("cpu", torch.bfloat16):
             ours, theirs = run(fastbert.linear, inputs, dy), run(F.linear, inputs, dy)
         assert [x.dtype for x in ours] == [torch.bfloat16, *kinds]
-        truth = run(F.linear, [x.bfloat16().double() for x in inputs], dy.double())
+        used = [x.bfloat16() for x in inputs] if op.bfloat16_products else [inputs[0].bfloat16(), *inputs[1:]]
+        truth = run(F.linear, [x.double() for x in used], dy.double())
         for results in zip(ours, theirs, truth, strict=True):
             assert_close(*(x.bfloat16() for x in results[:2]), results[2], scale=8)
-    assert len(onednn) == 3
+    assert len(onednn) == (3 if op.bfloat16_products else 9)
 
 
 def test_other_autocast_and_other_devices_are_torch(onednn):
@@ -258,7 +300,7 @@ def test_frozen_layers_close_to_truth(nan_filled, layer, dtype, biased):
         assert torch.equal(frozen(across), frozen(across.contiguous()))
 
 
-@needs_bfloat16
+@needs_onednn
 def test_frozen_model_is_the_model():
     """In float32, and in bfloat16 under autocast, on padded and packed batches; the weights are gone."""
     config = BertConfig(
@@ -318,9 +360,6 @@ def test_what_cannot_be_frozen_stays_as_it_was(monkeypatch):
         fastbert.freeze(model)
     with pytest.raises(ValueError, match="on the cpu, got one of"):
         fastbert.freeze(nn.Sequential(Linear(8, 4), Linear(4, 2).to("meta")))
-    monkeypatch.setattr(op, "bfloat16_products", False)
-    with pytest.raises(RuntimeError, match="cannot be frozen in bfloat16 here"):
-        fastbert.freeze(model, torch.bfloat16)
     monkeypatch.setattr(op, "onednn_missing", "gone")
     with pytest.raises(RuntimeError, match="cannot be frozen here: gone"):
         fastbert.freeze(model[:1])
@@ -333,11 +372,12 @@ def test_what_cannot_be_frozen_stays_as_it_was(monkeypatch):
 
 def test_the_processor_decides_where_nobody_does(monkeypatch):
     with fastbert.use_linear("auto"):
-        for vendor, missing, expected in [("AMD", None, "onednn"), ("other", None, "torch"), ("AMD", "gone", "torch")]:
-            monkeypatch.setattr(op, "vendor", vendor)
+        for slow, missing, expected in [(True, None, "onednn"), (False, None, "torch"), (True, "gone", "torch")]:
+            monkeypatch.setattr(op, "slow_mkl", slow)
             monkeypatch.setattr(op, "onednn_missing", missing)
             assert op.chosen() == expected
-            assert f"linear products by {expected} (auto: {vendor} processor)" in op.info()
+            why = "auto: AMD processor with AVX-512" if slow else "auto"
+            assert f"linear products by {expected} ({why})" in op.info()
 
 
 def test_the_block_decides_and_ends(monkeypatch):
@@ -346,7 +386,9 @@ def test_the_block_decides_and_ends(monkeypatch):
         assert op.chosen() == "torch"
         raise ZeroDivisionError
     assert op.requested() == before
-    with pytest.raises(ValueError, match="'mkl': use_linear and FASTBERT_LINEAR take one of auto, torch, onednn"):
+    with pytest.raises(
+        ValueError, match="'mkl': use_linear and FASTBERT_LINEAR take one of auto, torch, onednn, widened"
+    ):
         fastbert.use_linear("mkl").__enter__()
     monkeypatch.setattr(op, "onednn_missing", "torch 9 has it no more")
     with pytest.raises(ValueError, match=r"torch 9 has it no more\. FASTBERT_LINEAR=torch takes torch's"):
@@ -372,7 +414,7 @@ def test_the_fastest_is_timed_and_must_be_right(monkeypatch):
     name, why = op.fastest(512, 256, 1024)
     assert name in ("torch", "onednn") and why.startswith("onednn took") and "torch" in why
     assert torch.equal(torch.get_rng_state(), before), "timing must leave no trace in the run's random numbers"
-    assert op.fastest(512, 128, 512, torch.bfloat16) == ("torch", "the products are small")
+    assert op.fastest(512, 128, 512, torch.float32) == ("torch", "the products are small")
     product = op.onednn_linear
     monkeypatch.setattr(op, "onednn_linear", lambda *a: product(*a) * 1.001)
     assert op.fastest(512, 256, 1024) == ("torch", "onednn's results differ by more than rounding")

@@ -4,13 +4,17 @@
 
 x is [..., K], weight [N, K], bias [N], y [..., N]; backward saves x and weight.
 
-torch computes float32 products on x86 processors by MKL ("torch" below), which is slow on those of AMD. In bfloat16 it
-asks oneDNN, but writes the bias out first for the product to be added to. The private op `mkldnn::_linear_pointwise` of
-the same torch, which has no autograd, reaches oneDNN without either detour ("onednn"). They agree to rounding, not to
-the bit. So that a program gives the same bits at every start, nothing is timed behind its back: without a choice,
-processors of AMD take "onednn" and all others "torch". All but float32 and bfloat16 on a CPU is `F.linear` as ever, and
-so are small products, at which torch is no slower, and the two without a bias of a bfloat16 backward pass. The choice
-holds under torch.compile too, whose own products would be MKL's.
+torch computes float32 products on x86 processors by MKL ("torch" below), which leaves the AVX-512 of AMD's processors
+unused. In bfloat16 it asks oneDNN, but writes the bias out first for the product to be added to. The private op
+`mkldnn::_linear_pointwise` of the same torch, which has no autograd, reaches oneDNN without either detour ("onednn").
+They agree to rounding, not to the bit. So that a program gives the same bits at every start, nothing is timed behind its
+back: without a choice, processors of AMD with AVX-512 take "onednn" and all others "torch". All but float32 and bfloat16
+on a CPU is `F.linear` as ever, and so are small products, at which torch is no slower, and the two without a bias of a
+bfloat16 backward pass. The choice holds under torch.compile too, whose own products would be MKL's.
+
+A processor without AVX-512 has no bfloat16 products, and the loops that torch has in their place reach a sixth of its
+float32 rate in forward passes and a four-hundredth in backward ones. There "widened" is the choice: bfloat16 by torch's
+float32 products, their results rounded once. float32 weights are taken as they are and their gradients not rounded.
 """
 
 import contextlib
@@ -27,27 +31,28 @@ from torch.nn import functional as F
 from fastbert import native
 from fastbert.ops.register import fake, register
 
-NAMES = ("auto", "torch", "onednn")
-_NO_BFLOAT16 = "oneDNN in this torch has no bfloat16 products for this processor"
-SMALL = {torch.float32: 1 << 26, torch.bfloat16: 1 << 28}  # multiplications below which the op is no faster than torch
+NAMES = ("auto", "torch", "onednn", "widened")
 
 
-def _vendor() -> str:
+def _slow_mkl() -> bool:
     try:
         with open("/proc/cpuinfo") as file:
-            return "AMD" if "AuthenticAMD" in file.read(200) else "other"
+            first = file.read(4096)
     except OSError:
-        return "unknown"
+        return False
+    return "AuthenticAMD" in first and " avx512f" in first
 
 
-# Read once, at import: torch.compile cannot trace either.
-vendor = _vendor()
+# Read once, at import: torch.compile cannot trace them.
+slow_mkl = _slow_mkl()
 onednn_missing = (
     None
     if hasattr(torch.ops.mkldnn, "_linear_pointwise")
     else f"torch {torch.__version__} here has no mkldnn::_linear_pointwise"
 )
-bfloat16_products = onednn_missing is None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+bfloat16_products = onednn_missing is not None or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+# Multiplications below which the op is no faster than torch.
+SMALL = {torch.float32: 1 << 26, torch.bfloat16: 1 << 28 if bfloat16_products else 1}
 _requested = os.environ.get("FASTBERT_LINEAR") or "auto"
 
 
@@ -69,27 +74,28 @@ def linear(x: Tensor, weight: "Tensor | FrozenWeight", bias: Tensor | None = Non
     """
     if isinstance(weight, FrozenWeight):
         return weight.product(x, bias)
-    if chosen() == "torch" or not _fits(x, weight, bias):
-        return F.linear(x, weight, bias)
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
-    if x.dim() == 2:
-        return _Linear.apply(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])
-    return _Linear.apply(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
-
-
-def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether oneDNN takes these and is worth it; what `F.linear` refuses is left to it, for its message."""
     cast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    dtype = cast or x.dtype
+    name = chosen(dtype)
+    if name == "torch" or not _fits(x, weight, bias, cast):
+        return F.linear(x, weight, bias)
+    rows = x.to(dtype).reshape(-1, x.shape[-1])
+    if name == "widened" or (dtype == torch.bfloat16 and not bfloat16_products):
+        y = _Widened.apply(rows, weight, bias, F.linear if name == "widened" else onednn_linear)
+    else:
+        y = _Linear.apply(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, cast: torch.dtype | None) -> bool:
+    """Whether other products than torch's take these and are worth it; what `F.linear` refuses is left to it, for its message."""
     for tensor in (x, weight) if bias is None else (x, weight, bias):
         if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.dtype not in SMALL:
             return False
         if cast is None and tensor.dtype != x.dtype:
             return False
     computed = cast or x.dtype
-    if computed not in SMALL or (computed == torch.bfloat16 and not bfloat16_products):
+    if computed not in SMALL:
         return False
     if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         return False
@@ -109,7 +115,9 @@ def use_linear(name: str) -> Iterator[None]:
     what its forward pass used.
 
     Args:
-        name: "torch" (`F.linear`), "onednn", or "auto": "onednn" on AMD's processors where it is there, else "torch".
+        name: "torch" (`F.linear`), "onednn", "widened" (bfloat16 by torch's float32 products, all else `F.linear`), or
+            "auto": "widened" on processors without bfloat16 products, "onednn" on AMD's that have AVX-512, else "torch".
+            Without bfloat16 products "onednn" computes it in float32 too.
 
     Raises:
         ValueError: no library has that name, or this torch lacks it.
@@ -129,12 +137,14 @@ def requested() -> str:
     return _requested
 
 
-def chosen() -> str:
-    """What computes here and now, "torch" or "onednn"; raises as `use_linear` does."""
+def chosen(dtype: torch.dtype = torch.float32) -> str:
+    """What computes here and now in this dtype, "torch", "onednn" or "widened"; raises as `use_linear` does."""
     name = requested()
+    if name == "auto" and dtype == torch.bfloat16 and not bfloat16_products:
+        return "widened"
     if name == "auto":
-        return "onednn" if vendor == "AMD" and onednn_missing is None else "torch"
-    return name
+        return "onednn" if slow_mkl and onednn_missing is None else "torch"
+    return "torch" if name == "widened" and dtype != torch.bfloat16 else name
 
 
 def check(name: str) -> None:
@@ -152,8 +162,14 @@ def check(name: str) -> None:
 
 def info() -> str:
     """What `fastbert info` says of it."""
-    why = f"auto: {vendor} processor" if requested() == "auto" else "FASTBERT_LINEAR"
-    return f"linear products by {chosen()} ({why}); onednn: {onednn_missing or 'ok'}"
+    auto = "auto: AMD processor with AVX-512" if slow_mkl else "auto"
+    why = auto if requested() == "auto" else "FASTBERT_LINEAR"
+    lines = f"linear products by {chosen()} ({why}); onednn: {onednn_missing or 'ok'}"
+    if not bfloat16_products:
+        torchs = "by torch's loops, many times slower than float32"
+        how = torchs if chosen(torch.bfloat16) == "torch" else "as float32 products"
+        lines += f"\nthis processor has no bfloat16 products: they are computed {how}"
+    return lines
 
 
 def fastest(rows: int, size: int, inner: int, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
@@ -164,14 +180,14 @@ def fastest(rows: int, size: int, inner: int, dtype: torch.dtype = torch.float32
         dtype: float32 or bfloat16, in which it is computed.
 
     Returns:
-        "torch" or "onednn", and why in words. "onednn" only where its results equal torch's to rounding.
+        "torch", "onednn" or "widened", and why in words. "onednn" only where its results equal torch's to rounding.
     """
+    if dtype == torch.bfloat16 and not bfloat16_products:
+        return "widened", "the processor has no bfloat16 products, they are computed in float32"
     if onednn_missing:
         return "torch", onednn_missing
     if rows * size * inner < SMALL[dtype]:
         return "torch", "the products are small"
-    if dtype == torch.bfloat16 and not bfloat16_products:
-        return "torch", _NO_BFLOAT16
     rounding = 2e-2 if dtype == torch.bfloat16 else 1e-5
     draw = torch.Generator().manual_seed(0)
     shapes = (rows, size), (inner, size), (rows, inner)
@@ -231,6 +247,28 @@ class _Linear(torch.autograd.Function):
         return dx, dweight, dy.sum(0) if ctx.needs_input_grad[2] else None
 
 
+class _Widened(torch.autograd.Function):
+    """bfloat16 x, y and their gradients; the weight, the bias and all products in float32, by `product`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, product):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+        ctx.options = weight.dtype, None if bias is None else bias.dtype, product
+        with torch.autocast("cpu", enabled=False):
+            return product(x.float(), weight.float(), None if bias is None else bias.float()).bfloat16()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        weight_dtype, bias_dtype, product = ctx.options
+        dy = dy.float()
+        with torch.autocast("cpu", enabled=False):
+            dx = None if weight is None else product(dy, weight.float().t(), None).bfloat16()
+            dweight = None if x is None else product(dy.t(), x.float().t(), None).to(weight_dtype)
+        return dx, dweight, dy.sum(0).to(bias_dtype) if ctx.needs_input_grad[2] else None, None
+
+
 # ---- constant weights ----------------------------------------------------------------------------------------------
 
 
@@ -242,7 +280,7 @@ class FrozenWeight:
 
     Args:
         weight: [N, K], which is left as it is.
-        dtype: float32 or bfloat16.
+        dtype: float32 or bfloat16, which a processor without bfloat16 products keeps in float32.
 
     Raises:
         As `check`.
@@ -253,7 +291,8 @@ class FrozenWeight:
         self.shape, self.dtype = weight.shape, dtype
         with torch.no_grad():
             # 512 rows of x are a guess; the layout it leads to serves other numbers as well
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous(), 512)
+            packed = dtype if bfloat16_products else torch.float32
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(packed).contiguous(), 512)
 
     @staticmethod
     def check(weight: Tensor, dtype: torch.dtype) -> None:
@@ -262,7 +301,7 @@ class FrozenWeight:
         Raises:
             TypeError: neither float32 nor bfloat16.
             ValueError: a weight that is empty or not on the CPU.
-            RuntimeError: this torch or processor has no such products.
+            RuntimeError: this torch has no such products.
         """
         if dtype not in SMALL:
             raise TypeError(f"weights are frozen in float32 or bfloat16, got {dtype}")
@@ -272,8 +311,6 @@ class FrozenWeight:
             )
         if onednn_missing:
             raise RuntimeError(f"weights cannot be frozen here: {onednn_missing}")
-        if dtype == torch.bfloat16 and not bfloat16_products:
-            raise RuntimeError(f"weights cannot be frozen in bfloat16 here: {_NO_BFLOAT16}")
 
     def __deepcopy__(self, memo: dict) -> "FrozenWeight":
         return self
@@ -299,4 +336,5 @@ class FrozenWeight:
             raise RuntimeError("a frozen weight gives no gradients: run under torch.inference_mode or torch.no_grad")
         if x.numel() == 0:
             return x.new_empty(*x.shape[:-1], self.shape[0])
-        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self._packed, bias, "none", [], "")
+        x, bias = (None if t is None else t.to(self._packed.dtype) for t in (x.contiguous(), bias))
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "").to(self.dtype)
