@@ -7,10 +7,10 @@ x is [..., K], weight [N, K], bias [N], y [..., N]; backward saves x and weight.
 torch computes float32 products on x86 processors by MKL ("torch" below), which leaves the AVX-512 of AMD's processors
 unused. In bfloat16 it asks oneDNN, but writes the bias out first for the product to be added to. The private op
 `mkldnn::_linear_pointwise` of the same torch, which has no autograd, reaches oneDNN without either detour ("onednn").
-They agree to rounding, not to the bit. So that a program gives the same bits at every start, nothing is timed behind its
-back: without a choice, processors of AMD with AVX-512 take "onednn" and all others "torch". All but float32 and bfloat16
-on a CPU is `F.linear` as ever, and so are small products, at which torch is no slower, and the two without a bias of a
-bfloat16 backward pass. The choice holds under torch.compile too, whose own products would be MKL's.
+They agree to rounding, not to the bit. So that a program gives the same bits at every start, nothing is timed behind
+its back: without a choice, processors of AMD with AVX-512 take "onednn" and all others "torch". All but float32 and
+bfloat16 on a CPU is `F.linear` as ever, and so are small products, at which torch is no slower, and the two without a
+bias of a bfloat16 backward pass. The choice holds under torch.compile too, whose own products would be MKL's.
 
 A processor without AVX-512 has no bfloat16 products, and the loops that torch has in their place reach a sixth of its
 float32 rate in forward passes and a four-hundredth in backward ones. There "widened" is the choice: bfloat16 by torch's
@@ -88,7 +88,7 @@ def linear(x: Tensor, weight: "Tensor | FrozenWeight", bias: Tensor | None = Non
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, cast: torch.dtype | None) -> bool:
-    """Whether other products than torch's take these and are worth it; what `F.linear` refuses is left to it, for its message."""
+    """Whether another product is worth it and takes these; what `F.linear` refuses is left to it, for its message."""
     for tensor in (x, weight) if bias is None else (x, weight, bias):
         if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.dtype not in SMALL:
             return False
@@ -116,8 +116,8 @@ def use_linear(name: str) -> Iterator[None]:
 
     Args:
         name: "torch" (`F.linear`), "onednn", "widened" (bfloat16 by torch's float32 products, all else `F.linear`), or
-            "auto": "widened" on processors without bfloat16 products, "onednn" on AMD's that have AVX-512, else "torch".
-            Without bfloat16 products "onednn" computes it in float32 too.
+            "auto": "widened" on processors without bfloat16 products, "onednn" on AMD's that have AVX-512, else
+            "torch". Without bfloat16 products "onednn" computes it in float32 too.
 
     Raises:
         ValueError: no library has that name, or this torch lacks it.
