@@ -13,6 +13,13 @@ from torch.nn import functional as F
 IGNORED = -100  # a label that no loss counts
 
 
+def take_rows(x: Tensor, places: Tensor) -> Tensor:
+    """Rows of x [T, H] at these places, of which T and more read the last; zeros where T is 0."""
+    if x.shape[0] == 0:
+        return x.new_zeros(places.shape[0], x.shape[1])
+    return x.index_select(0, places.clamp(max=x.shape[0] - 1))
+
+
 class Packing(NamedTuple):
     """Where the packed tokens of a batch stand.
 
@@ -40,13 +47,22 @@ class Packing(NamedTuple):
             x = x.new_zeros(self.shape.numel(), x.shape[1]).index_copy(0, self.real, x)
         return x.view(*self.shape, x.shape[1])
 
-    def first_tokens(self, x: Tensor) -> Tensor:
-        """[B, H]: each sequence's first row of x [T, H], zeros for an empty sequence."""
-        starts, ends = self.cu_seqlens[:-1], self.cu_seqlens[1:]
-        if x.shape[0] == 0:
-            return x.new_zeros(starts.shape[0], x.shape[1])
-        first = x.index_select(0, starts.clamp(max=x.shape[0] - 1))
-        return torch.where((starts == ends).unsqueeze(1), 0.0, first)
+    def packed_places(self, places: Tensor) -> Tensor:
+        """int64 places in the batch read as [B * S] -> in the packed tokens; any of these for a place at padding."""
+        if self.real is None:
+            return places
+        packed = places.new_zeros(self.shape.numel())
+        order = torch.arange(self.real.shape[0], device=places.device)
+        return packed.index_copy(0, self.real, order).index_select(0, places)
+
+    def first_places(self) -> Tensor:
+        """int64 [B]: where each sequence's first token is packed; for an empty sequence that of another, or T."""
+        return self.cu_seqlens[:-1].long()
+
+    def without_empty(self, first: Tensor) -> Tensor:
+        """[B, H], a row per sequence, with zeros for an empty one."""
+        empty = self.cu_seqlens[:-1] == self.cu_seqlens[1:]
+        return torch.where(empty.unsqueeze(1), 0.0, first)
 
 
 def pack(

@@ -222,6 +222,26 @@ def test_every_form_of_labels_gives_the_same_losses():
         torch.testing.assert_close(out.prediction_logits[: len(positions)], expected.prediction_logits)
 
 
+def test_last_layer_is_computed_where_it_is_read():
+    """Behind its attention, at labels and first tokens alone; the gradients are those of computing it everywhere."""
+    model, inputs = BertForPreTraining(SMALL).eval(), packed(batch())
+    rows = []
+    for layer in model.bert.encoder["layer"]:
+        layer.output.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+
+    def gradients(loss):
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+    ours = gradients(model(**inputs).loss)
+    read = B + len(inputs["masked_positions"])
+    assert rows == [sum(LENGTHS)] * (SMALL.num_hidden_layers - 1) + [read] and read < sum(LENGTHS)
+    every = model(**inputs | {"labels": None, "masked_positions": None})
+    assert rows[SMALL.num_hidden_layers :] == [sum(LENGTHS)] * SMALL.num_hidden_layers
+    mlm_loss = F.cross_entropy(every.prediction_logits[inputs["masked_positions"]], inputs["labels"])
+    for a, b in zip(ours, gradients(mlm_loss + every.nsp_loss), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_labels_at_padding_are_ignored():
     model, inputs = BertForPreTraining(SMALL).eval(), batch()
     spoiled = torch.where(inputs["attention_mask"] == 0, 7, inputs["labels"])
