@@ -15,6 +15,7 @@
 // number of threads, what a query or a key gets does not: its blocks are summed in the same order in any
 // task. Dao, "FlashAttention-2" (2023).
 #include "attention_tasks.h"
+#include "dropout.h"
 #include "matmul.h"
 
 namespace fastbert {
@@ -77,13 +78,8 @@ FASTBERT_INLINE vfloat weight(vfloat score, float scale, float base) {
     return exp(score * scale - base);
 }
 
-// Random lanes of a block of keys for kDrawn queries, of which some may stand behind the last.
+// Dropout is drawn for so many queries at a time, of which some may stand behind the last.
 constexpr int kDrawn = 4;
-FASTBERT_INLINE void draw(const Attention& p, int64_t head, int64_t token, int64_t key0, int64_t keys,
-                          uint16_t* lanes, int64_t apart) {
-  dropout_lanes_of_rows<kDrawn>(p.seed, static_cast<uint32_t>(key0 / 8), static_cast<uint32_t>(token),
-                                static_cast<uint32_t>(head), 1, ceil_div(keys, 8), lanes, apart);
-}
 
 // What a task reads of its sequence, and what it will write.
 template <typename T>
@@ -110,14 +106,13 @@ FASTBERT_INLINE void ask_for(const Attention& p, const Task& task, bool backward
 // first half where words are pairs). `highest` and `sum` run over the blocks; returns what earlier sums must
 // be multiplied by.
 template <typename Words>
-FASTBERT_INLINE float soften(const Attention& p, float* scores, Sight s, int64_t width, const uint16_t* lanes,
+FASTBERT_INLINE float soften(const Attention& p, float* scores, Sight s, int64_t width, const uint16_t* kept,
                              float* highest, float* sum) {
   if (s.last < s.first) {
     memset(scores, 0, width * sizeof(float));
     return 1.f;
   }
   const float scale = p.scale;  // stores could alias what stands in p
-  const uint32_t t = p.drop_below;
   vfloat most[2] = {splat(-__builtin_inff()), splat(-__builtin_inff())};
   over_keys(s, width, [&](int64_t j, auto seen, int i) FASTBERT_LAMBDA {
     most[i] = max(seen.pick(s, j, load(scores + j) * scale, -__builtin_inff()), most[i]);
@@ -129,7 +124,7 @@ FASTBERT_INLINE float soften(const Attention& p, float* scores, Sight s, int64_t
   over_keys(s, width, [&](int64_t j, auto seen, int i) FASTBERT_LAMBDA {
     vfloat e = seen.pick(s, j, weight<Words>(load(scores + j), scale, base), 0.f);
     total[i] += e;
-    if (t) e = drop(lanes + j, t, e);
+    if (kept) e = drop(kept, j, e);
     if constexpr (Words::kDepth == 2)
       store(reinterpret_cast<bf16*>(scores) + j, e);
     else
@@ -157,7 +152,7 @@ void forward_task(const Attention& p, const Task& task, const Task* next) {
   float* highest = scratch.floats(kRun);
   float* sum = scratch.floats(kRun);
   float* scores = scratch.floats(kQueries * row);
-  uint16_t lanes[kDrawn][kKeys];
+  Dropout<kKeys, kDrawn> dropout(p.seed, p.drop_below, 1);
   const auto at = [&](const void* x, int64_t stride, int64_t token) {
     return static_cast<const T*>(x) + (token0 + token) * stride + task.head * size;
   };
@@ -172,6 +167,7 @@ void forward_task(const Attention& p, const Task& task, const Task* next) {
   if (last_seen < first_key) memset(out, 0, queries * columns * sizeof(float));
   for (int64_t key0 = first_key; key0 <= last_seen; key0 += kKeys) {
     const int64_t keys = min(kKeys, length - key0), padded = round_up(keys, kLanes);
+    if (p.drop_below) dropout.at(static_cast<uint32_t>(key0 / 8), keys, static_cast<uint32_t>(task.head));
     pack_columns<Words>(at(p.k, p.k_stride, key0), p.k_stride, keys, size, kt, row, width, part);
     pack_summed<Words>(at(p.v, p.v_stride, key0), p.v_stride, keys, size, v, columns);
     for (int64_t i0 = 0; i0 < queries; i0 += kQueries) {
@@ -179,9 +175,10 @@ void forward_task(const Attention& p, const Task& task, const Task* next) {
       multiply<Words>(n, padded, depth, {q + i0 * width, width, 1}, {kt, row}, {scores, row}, false, ahead);
       for (int64_t i = 0; i < n; ++i) {
         const int64_t query = task.query + i0 + i;
-        if (p.drop_below && i % kDrawn == 0) draw(p, task.head, token0 + query, key0, keys, lanes[0], kKeys);
+        if (p.drop_below && i % kDrawn == 0) dropout.draw(static_cast<uint32_t>(token0 + query), 0, keys);
         const float shrink = soften<Words>(p, scores + i * row, sight(p, query, key0, keys), padded,
-                                           lanes[i % kDrawn], highest + i0 + i, sum + i0 + i);
+                                           p.drop_below ? dropout.kept(i % kDrawn, 0) : nullptr,
+                                           highest + i0 + i, sum + i0 + i);
         if (shrink != 1.f) {
           float* earlier = out + (i0 + i) * columns;
           for (int64_t d = 0; d < columns; d += kLanes) store(earlier + d, load(earlier + d) * shrink);
@@ -211,7 +208,7 @@ struct Query {
   float *scores, *products;  // q . k and dout . v
   Sight sight;
   float lse, delta;
-  uint16_t* lanes;  // [kBackwardKeys]
+  const uint16_t* kept;  // of the block; null where nothing is dropped
 };
 
 // Scores of two queries become drop(P) and their products dS: in place, or, where words are pairs, side by
@@ -223,7 +220,6 @@ FASTBERT_INLINE void gradients(const Attention& p, const Query (&queries)[2], in
                       min(queries[0].sight.last, queries[1].sight.last)};
   const Query a = queries[0], b = queries[1];
   const float scale = p.scale;  // stores could alias what stands in p
-  const uint32_t t = p.drop_below;
   over_keys(both, width, [&](int64_t j, auto seen, int) FASTBERT_LAMBDA {
     vfloat w[2], ds[2];
 #pragma GCC unroll 2
@@ -232,9 +228,9 @@ FASTBERT_INLINE void gradients(const Attention& p, const Query (&queries)[2], in
       const vfloat full = seen.pick(q.sight, j, weight<Words>(load(q.scores + j), scale, q.lse), 0.f);
       vfloat dw = load(q.products + j);
       w[i] = full;
-      if (t) {
-        w[i] = drop(q.lanes + j, t, full);
-        dw = drop(q.lanes + j, t, dw);
+      if (q.kept) {
+        w[i] = drop(q.kept, j, full);
+        dw = drop(q.kept, j, dw);
       }
       ds[i] = seen.pick(q.sight, j, full * (dw - q.delta), 0.f);
     }
@@ -293,7 +289,7 @@ void backward_task(const Attention& p, const Task& task, const Task* next) {
   uint32_t* dscores =
       paired ? scratch.words(kBackwardQueries / 2 * row) : reinterpret_cast<uint32_t*>(products);
   Query pair[2];
-  uint16_t lanes[kDrawn][kBackwardKeys];
+  Dropout<kBackwardKeys, kDrawn> dropout(p.seed, p.drop_below, 1);
 
   const float scale =
       p.drop_below < 65536 ? dropout_scale(p.drop_below) : 1.f;  // all dropped: out and delta are 0
@@ -326,6 +322,7 @@ void backward_task(const Attention& p, const Task& task, const Task* next) {
   if (some_unseen) memset(dq, 0, min(kSpan, task.queries) * columns * sizeof(float));
   for (int64_t key0 = task.key; key0 < last_key; key0 += kBackwardKeys) {
     const int64_t keys = min(kBackwardKeys, last_key - key0), padded = round_up(keys, kLanes);
+    if (p.drop_below) dropout.at(static_cast<uint32_t>(key0 / 8), keys, static_cast<uint32_t>(task.head));
     pack_columns<Words>(at(p.k, p.k_stride, key0), p.k_stride, keys, size, kt, row, width, part);
     pack_columns<Words>(at(p.v, p.v_stride, key0), p.v_stride, keys, size, vt, row, width, part);
     pack_summed<Words>(at(p.k, p.k_stride, key0), p.k_stride, keys, size, k, columns);
@@ -346,11 +343,12 @@ void backward_task(const Attention& p, const Task& task, const Task* next) {
                         false, ahead);
         for (int64_t i = 0; i < n; i += 2) {
           if (p.drop_below && i % kDrawn == 0)
-            draw(p, task.head, token0 + query0 + i, key0, keys, lanes[0], kBackwardKeys);
+            dropout.draw(static_cast<uint32_t>(token0 + query0 + i), 0, keys);
           for (int64_t r = 0; r < 2; ++r) {
             const int64_t at_row = (i + r) * row, query = query0 + i + r;
             Query& q = pair[r];
-            q.scores = scores + at_row, q.products = products + at_row, q.lanes = lanes[(i + r) % kDrawn];
+            q.scores = scores + at_row, q.products = products + at_row,
+            q.kept = p.drop_below ? dropout.kept((i + r) % kDrawn, 0) : nullptr;
             q.sight = i + r < n ? sight(p, query, key0, keys) : Sight{0, -1};
             q.lse = span.lse[i0 + i + r], q.delta = span.delta[i0 + i + r];
           }

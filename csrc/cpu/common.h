@@ -1,14 +1,13 @@
 // Vectors of the instruction set this file is compiled for, loads and stores of the three activation types,
-// exp, and dropout's random lanes. Everything is inlined and lives in the instruction set's own namespace: a
-// function that the linker could share between instruction sets would crash older processors, so kernels use
-// no templates or inline functions of the standard library that have linkage (a test looks for weak symbols).
+// exp and sums. Everything is inlined and lives in the instruction set's own namespace: a function that the
+// linker could share between instruction sets would crash older processors, so kernels use no templates or
+// inline functions of the standard library that have linkage (a test looks for weak symbols).
 #pragma once
 #include <omp.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
-#include "../philox.h"
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -168,6 +167,28 @@ FASTBERT_INLINE void store(f16* p, vfloat v) {
     const _Float16 h = static_cast<_Float16>(v[i]);
     memcpy(p + i, &h, sizeof h);
   }
+#endif
+}
+
+// A copy past the caches, of multiples of 64 bytes between places that are; `stream_end` ahead of others'
+// reading.
+FASTBERT_INLINE void stream(void* to, const void* from, int64_t bytes) {
+#if defined(__AVX512F__)
+  for (int64_t i = 0; i < bytes; i += 64)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(static_cast<char*>(to) + i),
+                        _mm512_load_si512(static_cast<const char*>(from) + i));
+#elif defined(__x86_64__)
+  for (int64_t i = 0; i < bytes; i += 16)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(static_cast<char*>(to) + i),
+                     _mm_load_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(from) + i)));
+#else
+  memcpy(to, from, bytes);
+#endif
+}
+
+FASTBERT_INLINE void stream_end() {
+#if defined(__x86_64__)
+  _mm_sfence();
 #endif
 }
 
@@ -382,107 +403,6 @@ FASTBERT_INLINE int64_t first_outside(const int64_t* ids, int64_t n, int64_t tab
   for (int64_t i = 0; many > 0; ++i)
     if (static_cast<uint64_t>(ids[i]) >= rows) return i;
   return -1;
-}
-
-// ---- dropout
-// -----------------------------------------------------------------------------------------------
-
-FASTBERT_INLINE vulong multiply_wide(vulong a, uint32_t b) {  // low words of a, times b, in full
-#if defined(__AVX512F__)
-  return (vulong)_mm512_maskz_mul_epu32(0xFF, (__m512i)a, _mm512_set1_epi64(b));
-#elif defined(__AVX2__)
-  return (vulong)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
-#elif defined(__x86_64__)
-  return (vulong)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
-#else
-  return (a & 0xFFFFFFFFu) * b;
-#endif
-}
-
-// a and b hold two 64-bit halves of each of kLanes / 2 counters; writes the counters' 16 bytes one after
-// another, the even places' first.
-FASTBERT_INLINE void store_pairs(uint16_t* lanes, vulong a, vulong b) {
-#if defined(__AVX512F__)
-  const __m512i even = _mm512_maskz_unpacklo_epi64(0xFF, (__m512i)a, (__m512i)b);
-  const __m512i odd = _mm512_maskz_unpackhi_epi64(0xFF, (__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  const __m256i even = _mm256_unpacklo_epi64((__m256i)a, (__m256i)b);
-  const __m256i odd = _mm256_unpackhi_epi64((__m256i)a, (__m256i)b);
-#else
-  const vulong even = {a[0], b[0]}, odd = {a[1], b[1]};
-#endif
-  memcpy(lanes, &even, sizeof even);
-  memcpy(lanes + 2 * kLanes, &odd, sizeof odd);
-}
-
-constexpr int kDropoutBlock = kLanes * 4;  // lanes written at a time: kLanes / 2 counters of eight lanes
-
-// kChains blocks of lanes, interleaved because one chain of multiplications leaves the multiplier idle. They
-// lie `columns` counters and `rows` apart, and their lanes `apart`.
-template <int kChains>
-FASTBERT_INLINE void dropout_blocks(uint64_t seed, uint32_t first, uint32_t c1, uint32_t c2, uint32_t c3,
-                                    int columns, int rows, uint16_t* lanes, int64_t apart) {
-  constexpr int width = kLanes / 2;
-  vulong place;  // store_pairs' order
-  for (int i = 0; i < width; ++i) place[i] = i / 2 + i % 2 * (width / 2);
-  vulong a[kChains], b[kChains], c[kChains], d[kChains];
-  for (int i = 0; i < kChains; ++i) {
-    a[i] = place + (static_cast<uint64_t>(first) + i * columns);
-    b[i] = c1 + i * rows - vulong{}, c[i] = c2 - vulong{}, d[i] = c3 - vulong{};
-  }
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    for (int i = 0; i < kChains; ++i) {  // upper halves hold rubbish, which multiply_wide never reads
-      const vulong p0 = multiply_wide(a[i], kPhiloxM0), p1 = multiply_wide(c[i], kPhiloxM1);
-      a[i] = (p1 >> 32) ^ b[i] ^ static_cast<uint64_t>(k0);
-      c[i] = (p0 >> 32) ^ d[i] ^ static_cast<uint64_t>(k1);
-      b[i] = p1;
-      d[i] = p0;
-    }
-    k0 += kPhiloxW0;
-    k1 += kPhiloxW1;
-  }
-  const vulong low = 0xFFFFFFFFull - vulong{};
-  for (int i = 0; i < kChains; ++i)
-    store_pairs(lanes + i * apart, (a[i] & low) | (b[i] << 32), (c[i] & low) | (d[i] << 32));
-}
-
-// Random 16-bit lanes for counters (first, c1, c2, c3), (first + 1, c1, c2, c3), ...: eight per counter, in
-// order. Writes `counters * 8` lanes rounded up to a multiple of kDropoutBlock.
-FASTBERT_INLINE void dropout_lanes(uint64_t seed, uint32_t first, uint32_t c1, uint32_t c2, uint32_t c3,
-                                   int64_t counters, uint16_t* lanes) {
-  constexpr int chains = 2, width = kLanes / 2;
-  int64_t done = 0;
-  for (; done + (chains - 1) * width < counters; done += chains * width)
-    dropout_blocks<chains>(seed, first + static_cast<uint32_t>(done), c1, c2, c3, width, 0, lanes + 8 * done,
-                           kDropoutBlock);
-  for (; done < counters; done += width)
-    dropout_blocks<1>(seed, first + static_cast<uint32_t>(done), c1, c2, c3, 0, 0, lanes + 8 * done, 0);
-}
-
-// The same for kRows rows, c1 and those that follow, whose lanes lie `apart`.
-template <int kRows>
-FASTBERT_INLINE void dropout_lanes_of_rows(uint64_t seed, uint32_t first, uint32_t c1, uint32_t c2,
-                                           uint32_t c3, int64_t counters, uint16_t* lanes, int64_t apart) {
-  for (int64_t done = 0; done < counters; done += kLanes / 2)
-    dropout_blocks<kRows>(seed, first + static_cast<uint32_t>(done), c1, c2, c3, 0, 1, lanes + 8 * done,
-                          apart);
-}
-
-// v where the element is kept, which is where its lane >= t, and 0 where it is dropped; t >= 1.
-FASTBERT_INLINE vfloat drop(const uint16_t* lanes, uint32_t t, vfloat v) {
-#if defined(__AVX512F__)
-  const __m256i random = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes));
-  const __m256i last_dropped = _mm256_set1_epi16(static_cast<int16_t>(t - 1));
-  return (vfloat)_mm512_maskz_mov_ps(_mm256_cmpgt_epu16_mask(random, last_dropped), (__m512)v);
-#else
-  return (vint)widen(lanes) >= static_cast<int32_t>(t) ? v : vfloat{};
-#endif
-}
-
-// What a kept element is multiplied by; 0 where everything is dropped.
-FASTBERT_INLINE float dropout_scale(uint32_t t) {
-  return t < 65536 ? 65536.f / static_cast<float>(65536 - t) : 0.f;
 }
 
 }  // namespace FASTBERT_ISA

@@ -10,34 +10,43 @@
 // Arithmetic is float32 for every dtype. A row is read from memory once and swept again from L1. The variance
 // is the mean of squared deviations; sums run over blocks of a row, so that long rows lose no digits. The
 // dropout mask is drawn again in backward, not stored. Ba, Kiros and Hinton, "Layer normalization" (2016).
-#include "common.h"
+#include "dropout.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {
 namespace {
 
-constexpr int64_t kColumns = 1024;  // a block: sums within it, and dropout lanes drawn at a time
+constexpr int64_t kColumns = 256;  // a block: sums within it, and random numbers, between reads of memory
+constexpr int64_t kDrawn = 1024;   // columns of a row whose random numbers are kept
 constexpr int kSums = 4;
+
+// From this size on z goes past the caches, which would have lost it when backward reads it.
+constexpr int64_t kStreamed = 8 << 20;  // bytes
 
 FASTBERT_INLINE vfloat add_up(const vfloat* sums) { return (sums[0] + sums[1]) + (sums[2] + sums[3]); }
 
-// Random lanes of a block of a row.
-FASTBERT_INLINE void draw(const LayerNorm& p, int64_t row, int64_t first, int64_t n, uint16_t* lanes) {
-  dropout_lanes(p.seed, static_cast<uint32_t>(first / 8), static_cast<uint32_t>(row), 0, 0, ceil_div(n, 8),
-                lanes);
+using RowDropout = Dropout<kDrawn, 1>;
+
+// Which of a block of a row are kept.
+FASTBERT_INLINE const uint16_t* draw(const LayerNorm& p, RowDropout& dropout, int64_t row, int64_t first,
+                                     int64_t n) {
+  const int64_t start = first / kDrawn * kDrawn;
+  dropout.at(static_cast<uint32_t>(start / 8), min(kDrawn, p.columns - start), 0);
+  dropout.draw(static_cast<uint32_t>(row), first - start, n);
+  return dropout.kept(0, first - start);
 }
 
 // z = residual + dropout(x) for a block at x, residual and z.
 template <typename T>
-FASTBERT_INLINE void add_dropped(const LayerNorm& p, int64_t row, int64_t first, int64_t n, T* z) {
+FASTBERT_INLINE void add_dropped(const LayerNorm& p, RowDropout& dropout, int64_t row, int64_t first,
+                                 int64_t n, T* z) {
   const T* x = static_cast<const T*>(p.x) + row * p.columns + first;
   const T* residual = p.residual ? static_cast<const T*>(p.residual) + row * p.columns + first : nullptr;
   const vfloat scale = splat(dropout_scale(p.drop_below));
-  uint16_t random[kColumns];
-  if (p.drop_below) draw(p, row, first, n, random);
+  const uint16_t* kept = p.drop_below ? draw(p, dropout, row, first, n) : nullptr;
   sweep<1>(n, [&](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
     vfloat v = lanes.load(x + j);
-    if (p.drop_below) v = drop(random + j, p.drop_below, v * scale);
+    if (kept) v = drop(kept, j, v * scale);
     if (residual) v += lanes.load(residual + j);
     lanes.store(z + j, v);
   });
@@ -47,42 +56,54 @@ template <typename T, typename W>
 void forward(const LayerNorm& p) {
   const int64_t columns = p.columns;
   const float share = 1.f / static_cast<float>(columns);
+  const int64_t bytes = columns * sizeof(T);  // of a row
+  const bool streamed = p.z && columns <= kDrawn && p.rows * bytes >= kStreamed && bytes % 64 == 0 &&
+                        reinterpret_cast<uintptr_t>(p.z) % 64 == 0;
   const W* weight = static_cast<const W*>(p.weight);
   const W* bias = static_cast<const W*>(p.bias);
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t row = 0; row < p.rows; ++row) {
-    const T* z = static_cast<const T*>(p.z ? p.z : p.x) + row * columns;
-    T* y = static_cast<T*>(p.y) + row * columns;
+#pragma omp parallel num_threads(p.threads)
+  {
+    RowDropout dropout(p.seed, p.drop_below, 0);
+    alignas(64) T buffer[kDrawn];
+#pragma omp for schedule(static) nowait
+    for (int64_t row = 0; row < p.rows; ++row) {
+      T* stored = p.z ? static_cast<T*>(p.z) + row * columns : nullptr;
+      T* written = streamed ? buffer : stored;
+      const T* z = written ? written : static_cast<const T*>(p.x) + row * columns;
+      T* y = static_cast<T*>(p.y) + row * columns;
 
-    // statistics
-    vfloat total = {};
-    for (int64_t first = 0; first < columns; first += kColumns) {
-      const int64_t n = min(kColumns, columns - first);
-      if (p.z) add_dropped(p, row, first, n, static_cast<T*>(p.z) + row * columns + first);
-      vfloat sums[kSums] = {};
-      sweep<kSums>(
-          n, [&](int64_t j, int i, auto lanes) FASTBERT_LAMBDA { sums[i] += lanes.load(z + first + j); });
-      total += add_up(sums);
-    }
-    const float mean = reduce_add(total) * share;
-    total = vfloat{};
-    for (int64_t first = 0; first < columns; first += kColumns) {
-      vfloat sums[kSums] = {};
-      sweep<kSums>(min(kColumns, columns - first), [&](int64_t j, int i, auto lanes) FASTBERT_LAMBDA {
-        const vfloat d = lanes.keep(lanes.load(z + first + j) - mean);
-        sums[i] += d * d;
+      // statistics
+      vfloat total = {};
+      for (int64_t first = 0; first < columns; first += kColumns) {
+        const int64_t n = min(kColumns, columns - first);
+        if (written) add_dropped(p, dropout, row, first, n, written + first);
+        vfloat sums[kSums] = {};
+        sweep<kSums>(
+            n, [&](int64_t j, int i, auto lanes) FASTBERT_LAMBDA { sums[i] += lanes.load(z + first + j); });
+        total += add_up(sums);
+      }
+      if (streamed) stream(stored, buffer, bytes);
+      const float mean = reduce_add(total) * share;
+      total = vfloat{};
+      for (int64_t first = 0; first < columns; first += kColumns) {
+        vfloat sums[kSums] = {};
+        sweep<kSums>(min(kColumns, columns - first), [&](int64_t j, int i, auto lanes) FASTBERT_LAMBDA {
+          const vfloat d = lanes.keep(lanes.load(z + first + j) - mean);
+          sums[i] += d * d;
+        });
+        total += add_up(sums);
+      }
+      const float rstd = 1.f / __builtin_sqrtf(reduce_add(total) * share + p.eps);
+      p.mean[row] = mean;
+      p.rstd[row] = rstd;
+
+      // normalize, affine
+      sweep<2>(columns, [&](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
+        const vfloat h = (lanes.load(z + j) - mean) * rstd;
+        lanes.store(y + j, h * lanes.load(weight + j) + lanes.load(bias + j));
       });
-      total += add_up(sums);
     }
-    const float rstd = 1.f / __builtin_sqrtf(reduce_add(total) * share + p.eps);
-    p.mean[row] = mean;
-    p.rstd[row] = rstd;
-
-    // normalize, affine
-    sweep<2>(columns, [&](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
-      const vfloat h = (lanes.load(z + j) - mean) * rstd;
-      lanes.store(y + j, h * lanes.load(weight + j) + lanes.load(bias + j));
-    });
+    stream_end();
   }
 }
 
@@ -94,6 +115,7 @@ void backward(const LayerNorm& p) {
   const W* weight = static_cast<const W*>(p.weight);
 #pragma omp parallel num_threads(p.threads)
   {
+    RowDropout dropout(p.seed, p.drop_below, 0);
 #pragma omp for schedule(static)
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       float* dweight = p.scratch + chunk * columns;
@@ -110,8 +132,10 @@ void backward(const LayerNorm& p) {
         // sums over the row, and over the rows
         vfloat total_g = {}, total_gh = {};
         for (int64_t first = 0; first < columns; first += kColumns) {
+          const int64_t n = min(kColumns, columns - first);
+          if (p.drop_below && columns <= kDrawn) draw(p, dropout, row, first, n);
           vfloat sum_g[kSums] = {}, sum_gh[kSums] = {};
-          sweep<kSums>(min(kColumns, columns - first), [&](int64_t k, int i, auto lanes) FASTBERT_LAMBDA {
+          sweep<kSums>(n, [&](int64_t k, int i, auto lanes) FASTBERT_LAMBDA {
             const int64_t j = first + k;
             const vfloat d = lanes.load(dy + j), h = (lanes.load(z + j) - mean) * rstd;
             const vfloat g = d * lanes.load(weight + j);
@@ -128,15 +152,16 @@ void backward(const LayerNorm& p) {
         // gradients of the row
         for (int64_t first = 0; first < columns; first += kColumns) {
           const int64_t n = min(kColumns, columns - first);
-          uint16_t random[kColumns];
-          if (p.drop_below) draw(p, row, first, n, random);
+          const uint16_t* kept = !p.drop_below       ? nullptr
+                                 : columns <= kDrawn ? dropout.kept(0, first)
+                                                     : draw(p, dropout, row, first, n);
           sweep<2>(n, [&](int64_t k, int, auto lanes) FASTBERT_LAMBDA {
             const int64_t j = first + k;
             const vfloat h = (lanes.load(z + j) - mean) * rstd,
                          g = lanes.load(dy + j) * lanes.load(weight + j);
             const vfloat d = rstd * (g - mean_g - h * mean_gh);
             lanes.store(dz + j, d);
-            if (p.drop_below) lanes.store(dx + j, drop(random + k, p.drop_below, d * scale));
+            if (kept) lanes.store(dx + j, drop(kept, k, d * scale));
           });
         }
       }

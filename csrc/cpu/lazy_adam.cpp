@@ -17,7 +17,7 @@
 
 #include <type_traits>
 
-#include "common.h"
+#include "dropout.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {

@@ -1,5 +1,5 @@
 // The addresses of one instruction set's kernels.
-#include "common.h"
+#include "dropout.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {
