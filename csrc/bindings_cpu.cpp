@@ -17,6 +17,11 @@
 #include <unistd.h>
 #endif
 
+#if defined(FASTBERT_EMULATE)  // these in AVX2's instructions, see tests/avx512_emulator.h
+#undef FASTBERT_FOR_EACH_ISA
+#define FASTBERT_FOR_EACH_ISA(X) X(avx512) X(avx512_bf16)
+#endif
+
 namespace py = pybind11;
 
 namespace fastbert {
@@ -57,6 +62,9 @@ bool runs_here(const std::string& name) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+#if defined(FASTBERT_EMULATE)
+  return avx2;
+#endif
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (name == "avx2") return avx2;

@@ -321,22 +321,17 @@ FASTBERT_INLINE float reduce_max(vfloat v) {
 #endif
 }
 
-// p * 2^n for whole n; |n| up to 250.
-FASTBERT_INLINE vfloat scale_exponent(vfloat p, vfloat n) {
-#if defined(__AVX512F__)
-  return (vfloat)_mm512_maskz_scalef_ps(0xFFFF, (__m512)p, (__m512)n);
-#else
-  const vint whole = __builtin_convertvector(n, vint), half = whole >> 1;
-  return p * (vfloat)((half + 127) << 23) * (vfloat)((whole - half + 127) << 23);
-#endif
-}
+// Adding it to a float of less than 2^22 rounds that to a whole number n, and the sum's low bits are n + 127.
+constexpr float kWhole = 12582912.f + 127.f;  // 1.5 * 2^23
 
-// e^(high + low) for -170 < high <= 89 and small `low`, which enters after high's reduction and so keeps its
-// own digits: high + low = n ln 2 + r, a polynomial in r, and 2^n applied so that subnormal and largest
-// results come out right.
+// 2^n for such a sum: 0 for n = -127, inf for 128.
+FASTBERT_INLINE vfloat power_of_two(vfloat sum) { return as_float(as_uint(sum) << 23); }
+
+// e^(high + low) for -88 <= high <= 89 and small `low`, which enters after high's reduction and so keeps its
+// own digits: high + low = n ln 2 + r, a polynomial in r, and 2^n. Below -87.7, where results would be
+// subnormal, they are 0.
 FASTBERT_INLINE vfloat exp(vfloat high, vfloat low) {
-  const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
-  const vfloat n = high * 1.44269504f + magic - magic;
+  const vfloat sum = high * 1.44269504f + kWhole, n = sum - kWhole;
   vfloat r = high - n * 0.693359375f;
   r = r + n * 2.12194440e-4f + low;
   vfloat p = splat(1.3814539e-3f);
@@ -346,29 +341,31 @@ FASTBERT_INLINE vfloat exp(vfloat high, vfloat low) {
   p = p * r + 0.49999994f;
   p = p * r + 1.f;
   p = p * r + 1.f;
-  return scale_exponent(p, n);
+  return p * power_of_two(sum);
 }
 
-// e^x within 1 ULP or so over the whole range: 0 below -104, inf above 88.73, NaN stays NaN.
-FASTBERT_INLINE vfloat exp(vfloat x) { return exp(min(splat(89.f), max(splat(-104.f), x)), vfloat{}); }
+// e^x within 1 ULP or so: 0 below -87.7, inf above 88.73, NaN stays NaN.
+FASTBERT_INLINE vfloat exp(vfloat x) { return exp(min(splat(89.f), max(splat(-88.f), x)), vfloat{}); }
 
-// 2^x for x <= 0 to 3e-6, for numbers that are rounded to 16 bits; 0 below -150: 2^floor(x) times the minimax
+// 2^x for x <= 0 to 3e-6, for numbers that are rounded to 16 bits; 0 below -126: 2^floor(x) times the minimax
 // fit (Remez) of 2^r over 0 <= r <= 1.
 FASTBERT_INLINE vfloat exp2_short(vfloat x) {
 #if defined(__AVX512F__)
   const vfloat r = (vfloat)_mm512_maskz_reduce_ps(0xFFFF, (__m512)x, _MM_FROUND_TO_NEG_INF);  // 0 for -inf
-  const vfloat n = x;  // of which scale_exponent takes floor
 #else
-  const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
-  x = max(splat(-152.f), x);
-  const vfloat n = x - 0.5f + magic - magic, r = x - n;
+  x = max(splat(-126.9f), x);
+  const vfloat sum = x - 0.5f + kWhole, r = x - (sum - kWhole);
 #endif
   vfloat p = splat(0.0135341678f);
   p = p * r + 0.0520114601f;
   p = p * r + 0.241442755f;
   p = p * r + 0.693003833f;
   p = p * r + 1.00000262f;
-  return scale_exponent(p, n);
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_maskz_scalef_ps(0xFFFF, (__m512)p, (__m512)x);  // which takes floor(x)
+#else
+  return p * power_of_two(sum);
+#endif
 }
 
 // out[j] = the sum of scratch[chunk, j], [chunks, columns], in the order of the chunks. Every thread of a
