@@ -1,6 +1,7 @@
 # make demo    virtual environment, install, film reviews, a small BERT trained on them for about four minutes
 # make test    virtual environment, install, all tests
 # make sanitize  the kernels' tests, the kernels watched by AddressSanitizer and UndefinedBehaviorSanitizer
+# make emulate  the kernels' tests for AVX-512, in AVX2's instructions; needs a processor with those
 # make lint    style of Python and C++
 # make bench   every benchmark; results go to benchmarks/results/
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV = .venv
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test sanitize lint bench clean
+.PHONY: demo test sanitize emulate lint bench clean
 
 # Editable, so that Python files take effect at once; C++ is compiled anew when a source changes.
 $(VENV)/.installed: $(SOURCES)
@@ -37,10 +38,17 @@ sanitize: $(VENV)/.installed
 		$(BIN)/python -m pytest -q -p no:cacheprovider -k "cpu or sanitizer" tests/test_shapes.py \
 		$(foreach op,gelu layer_norm cross_entropy attention lazy_adam lazy_adam_replay,tests/test_$(op).py)
 
+EMULATED = $(CURDIR)/build/emulate/lib
+emulate: $(VENV)/.installed
+	FASTBERT_EMULATE=1 $(BIN)/python setup.py --quiet build --build-base build/emulate --build-lib $(EMULATED)
+	PYTHONPATH=$(EMULATED) PYTHONSAFEPATH=1 FASTBERT_CPU_ISA= OMP_NUM_THREADS=2 \
+		$(BIN)/python -m pytest -q -p no:cacheprovider -k "avx512 or known_answers" \
+		$(foreach stem,gelu layer_norm cross_entropy attention lazy_adam lazy_adam_replay philox shapes,tests/test_$(stem).py)
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/*.h tests/*.cpp)
 
 bench: $(VENV)/.installed
 	for stem in gelu layer_norm cross_entropy attention linear lazy_adam pretrain inference; do $(BIN)/python benchmarks/$$stem.py || exit 1; done

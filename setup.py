@@ -2,7 +2,8 @@
 
 `csrc/` includes nothing of torch, so the build needs no torch and one build serves every torch version.
 FASTBERT_BUILD=0 leaves the module out; CXX names another compiler; FASTBERT_SANITIZE=1 builds the kernels with
-AddressSanitizer and UndefinedBehaviorSanitizer, for `make sanitize` alone.
+AddressSanitizer and UndefinedBehaviorSanitizer, for `make sanitize` alone; FASTBERT_EMULATE=1 builds those for AVX-512
+in AVX2's instructions, for `make emulate` and its test.
 """
 
 import os
@@ -34,6 +35,10 @@ LINK_FLAGS = "-s"
 if os.environ.get("FASTBERT_SANITIZE") == "1":
     LINK_FLAGS = "-fsanitize=address,undefined"
     KERNEL_FLAGS += f" -O1 -g {LINK_FLAGS} -fno-sanitize-recover=all"
+if os.environ.get("FASTBERT_EMULATE") == "1":
+    FLAGS += " -O1 -fexpensive-optimizations -DFASTBERT_EMULATE"  # quick to compile, and still with FMA
+    EMULATED = f"{AVX2} -Wno-psabi -include {ROOT / 'tests/avx512_emulator.h'}"
+    INSTRUCTION_SETS = {"avx512": EMULATED, "avx512_bf16": f"{EMULATED} -DFASTBERT_EMULATE_BF16"}
 
 
 class BuildKernels(build_ext):

@@ -5,9 +5,10 @@
 Cases: the lengths of a batch evenly spaced from a quarter of the longest to all of it, with dropout 0.1; and full
 length without dropout. Counted are the products that the real tokens need: 4 S^2 D for each head and sequence of S
 tokens forward, 14 S^2 D forward and backward. They are held against the rate of torch's own 2048^3 product in the same
-dtype. We take one packed projection, torch q, k and v. The bytes that must move are 4TNDe + 4TN forward and
-12TNDe + 16TN in both. Values and gradients are checked against float64, with our dropout mask, before anything is
-timed. Variants run in turn in one process, under the same allocator setting.
+dtype, in float32 where the processor has no bfloat16 products. We take one packed projection, torch q, k and v. The
+bytes that must move are 4TNDe + 4TN forward and 12TNDe + 16TN in both. Values and gradients are checked against
+float64, with our dropout mask, before anything is timed. Variants run in turn in one process, under the same allocator
+setting.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastbert
+from fastbert.ops.linear import bfloat16_products
 from fastbert.testing import assert_close, run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -110,7 +112,7 @@ def with_grad(op: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor) -
 def measure(
     case: dict[str, object], calls: dict[str, Callable[[], object]], operations: int, size: int, repeats: int
 ) -> list[dict[str, object]]:
-    dtype = DTYPES[str(case["dtype"])]
+    dtype = DTYPES[str(case["dtype"])] if bfloat16_products else torch.float32
     a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
     stats = interleaved({"matmul": lambda: a @ b, **calls}, repeats=repeats)
     peak = 2 * 2048**3 / stats.pop("matmul").median

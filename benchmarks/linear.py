@@ -1,11 +1,11 @@
-"""The products of BERT's linear layers: torch's own routine against oneDNN's and frozen weights, as TFLOP/s.
+"""The products of BERT's linear layers: torch's own routine against others and frozen weights, as TFLOP/s.
 
     python benchmarks/linear.py [--rows 512 77] [--preset base] [--vocab-size 30522] [--dtypes float32] [--repeats 20]
 
 Forward and backward take three products of M x N x K multiplications, M rows (tokens, or words to predict); frozen
 weights have the forward pass only. Values and gradients are checked against float64 before anything is timed. All run
 in turn in one process, under the same allocator setting. Products too small for oneDNN (`fastbert.ops.linear.SMALL`)
-are left out: both would be torch's.
+are left out: both would be torch's. bfloat16 is also computed in float32 ("widened").
 """
 
 import argparse
@@ -21,6 +21,9 @@ from fastbert.bert import BertConfig
 from fastbert.ops.linear import SMALL, FrozenWeight, onednn_missing
 from fastbert.testing import assert_close, run
 
+NAMES = ("y", "dx", "dweight", "dbias")
+LIBRARIES = {torch.float32: ("torch", "onednn"), torch.bfloat16: ("torch", "onednn", "widened")}
+
 
 def by(library: str):
     def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -32,16 +35,17 @@ def by(library: str):
 
 def benchmark(name: str, m: int, k: int, n: int, dtype: torch.dtype, repeats: int) -> list[dict[str, object]]:
     *inputs, dy = (torch.randn(shape).to(dtype) for shape in ((m, k), (n, k), (n,), (m, n)))
-    results = run(by("onednn"), inputs, dy), run(by("torch"), inputs, dy)
+    ops = {library: by(library) for library in LIBRARIES[dtype]}
     truth = run(F.linear, [x.double() for x in inputs], dy.double())
-    for what, *values in zip(("y", "dx", "dweight", "dbias"), *results, truth, strict=True):
-        assert_close(*values, what=what)
+    results = {library: run(op, inputs, dy) for library, op in ops.items()}
+    for library in ops:
+        for what, *values in zip(NAMES, results[library], results["torch"], truth, strict=True):
+            assert_close(*values, what=f"{what} by {library}")
     x, weight, bias = inputs
     weight = FrozenWeight(weight, dtype)
-    assert_close(fastbert.linear(x, weight, bias), results[1][0], truth[0], what="frozen y")
+    assert_close(fastbert.linear(x, weight, bias), results["torch"][0], truth[0], what="frozen y")
 
     rows = []
-    ops = {library: by(library) for library in ("torch", "onednn")}
     passes = {
         ("forward", 1): {library: forward(op, inputs) for library, op in ops.items()}
         | {"frozen": lambda: fastbert.linear(x, weight, bias)},

@@ -2,7 +2,8 @@
 
 The op tests visit each in turn within one process, through the fixture `backend`: that they do is held here. A whole
 model runs once per lower instruction set in a process of its own, forced by FASTBERT_CPU_ISA as a user would. Where the
-processor has AVX-512-BF16 but no AMX, the kernels for AMX run with each of its instructions emulated.
+processor has AVX-512-BF16 but no AMX, the kernels for AMX run with each of its instructions emulated; where it has AVX2
+but no AVX-512, the kernels for AVX-512 and AVX-512-BF16 are compiled into AVX2's instructions.
 """
 
 import collections
@@ -87,3 +88,20 @@ print(products.value)
     scores, weighted = 3 * 4 * 2, 3 * 4 * 1  # rows x columns x depth: 32 words of a head, 28 of the tokens
     forward, backward = scores + weighted, 2 * scores + 3 * weighted
     assert done.stdout.split() == [str(forward), str(forward + backward)]
+
+
+def test_every_op_on_emulated_avx512(tmp_path):
+    """Left out is what `make emulate` runs besides: float16, numbers of threads, and the slowest combinations."""
+    if "avx2" not in ISAS or "avx512" in ISAS or shutil.which("g++") is None:
+        pytest.skip("needs AVX2 without AVX-512, and g++")
+    library = tmp_path / "lib"
+    build = [sys.executable, "setup.py", "-q", "build", "--build-base", tmp_path / "build", "--build-lib", library]
+    environment = {**os.environ, "FASTBERT_EMULATE": "1", "CXX": "g++"}
+    subprocess.run(build, cwd=TESTS.parent, env=environment, check=True)
+    tests = [TESTS / f"test_{stem}.py" for stem in (*OPS, "philox", "shapes")]
+    selection = (
+        "(avx512 or known_answers) and not torch.float16 and not threads and not long and not adamw and not sound"
+    )
+    environment = {"PYTHONPATH": str(library), "PYTHONSAFEPATH": "1", "FASTBERT_CPU_ISA": ""}
+    output = pytest_process("-k", selection, *tests, **environment)
+    assert int(re.search(r"(\d+) passed", output)[1]) >= 1000, output[-1000:]

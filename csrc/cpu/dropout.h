@@ -155,6 +155,9 @@ FASTBERT_INLINE void store_kept(uint16_t* kept, vulong random, uint32_t t) {
 FASTBERT_INLINE vfloat drop(const uint16_t* kept, int64_t j, vfloat v) {
 #if defined(__AVX512F__)
   return (vfloat)_mm512_maskz_mov_ps(kept[j / kLanes], (__m512)v);
+#elif defined(__AVX2__)
+  const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kept + j));
+  return as_float(as_uint(v) & (vuint)_mm256_cvtepi16_epi32(words));
 #else
   return (vint)widen(kept + j) != 0 ? v : vfloat{};
 #endif
