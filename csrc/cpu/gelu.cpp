@@ -19,9 +19,10 @@ namespace {
 // Columns of a tile: whole rows of BERT base, as memory likes it, while bias and dbias stay in cache.
 constexpr int64_t kColumns = 4096;
 
-// Here exp becomes 0, and with it tail and its derivative, which are below 1e-37; up to here exponents stay
-// within its range.
-constexpr float kExactEnd = 13.25f, kTanhEnd = 10.03f;
+// Here the exponential becomes 0 on every instruction set, and with it tail and its derivative, which are
+// below 1e-37. Up to here exponents stay within the range of `exp`.
+constexpr float kExactEnd = 13.25f, kTanhEnd = 10.03f;         // by exp
+constexpr float kExactEndShort = 15.f, kTanhEndShort = 10.8f;  // by exp2_short
 
 // Rows whose share of dbias is added up in registers.
 constexpr int kRows = 4;
@@ -39,7 +40,7 @@ FASTBERT_INLINE vfloat reciprocal(vfloat x) {
   return 1.f / x;
 }
 
-// exp(-a*a/2) for 0 <= a <= kExactEnd. In float32 the square needs more than its own digits, so it comes in
+// exp(-a*a/2) up to the end. In float32 the square needs more than its own digits, so it comes in
 // two parts: `high`, the square of a's upper 12 bits, is exact, and the rest enters where exp's argument has
 // been reduced. That gives about 1 ULP.
 template <bool kShort>
@@ -89,7 +90,9 @@ FASTBERT_INLINE Tail tail_tanh(vfloat a) {
 template <typename T, bool kTanh>
 FASTBERT_INLINE Tail tail(vfloat u) {
   constexpr bool is_short = sizeof(T) == 2;
-  const vfloat a = min(splat(kTanh ? kTanhEnd : kExactEnd), absolute(u));  // NaN stays
+  constexpr float exact_end = is_short ? kExactEndShort : kExactEnd;
+  constexpr float tanh_end = is_short ? kTanhEndShort : kTanhEnd;
+  const vfloat a = min(splat(kTanh ? tanh_end : exact_end), absolute(u));  // NaN stays
   return kTanh ? tail_tanh<is_short>(a) : tail_exact<is_short>(a);
 }
 
