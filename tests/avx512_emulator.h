@@ -88,21 +88,11 @@ EMULATED __m512i set1_epi16(int16_t x) { return whole(_mm256_set1_epi16(x), _mm2
 EMULATED __m512i set1_epi32(int32_t x) { return whole(_mm256_set1_epi32(x), _mm256_set1_epi32(x)); }
 EMULATED __m512i set1_epi64(int64_t x) { return whole(_mm256_set1_epi64x(x), _mm256_set1_epi64x(x)); }
 
-EMULATED void fault_unless_aligned(const void* p) {
-  if (reinterpret_cast<uintptr_t>(p) % 64 != 0) __builtin_trap();
-}
-
 EMULATED __m512i load_si512(const void* p) {
-  fault_unless_aligned(p);
+  if (reinterpret_cast<uintptr_t>(p) % 64 != 0) __builtin_trap();
   __m512i v;
   memcpy(&v, p, sizeof v);
   return v;
-}
-
-EMULATED void stream_si512(__m512i* p, __m512i v) {
-  fault_unless_aligned(p);
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), halves(v).low);
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p) + 1, halves(v).high);
 }
 
 EMULATED __m256i extracti64x4_epi64(uint32_t mask, __m512i a, const int half) {
@@ -266,5 +256,4 @@ EMULATED __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
 #define _mm512_set1_epi16 avx512_emulator::set1_epi16
 #define _mm512_set1_epi32 avx512_emulator::set1_epi32
 #define _mm512_set1_epi64 avx512_emulator::set1_epi64
-#define _mm512_stream_si512 avx512_emulator::stream_si512
 #define _mm512_ternarylogic_epi64 avx512_emulator::ternarylogic_epi64

@@ -170,28 +170,6 @@ FASTBERT_INLINE void store(f16* p, vfloat v) {
 #endif
 }
 
-// A copy past the caches, of multiples of 64 bytes between places that are; `stream_end` ahead of others'
-// reading.
-FASTBERT_INLINE void stream(void* to, const void* from, int64_t bytes) {
-#if defined(__AVX512F__)
-  for (int64_t i = 0; i < bytes; i += 64)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(static_cast<char*>(to) + i),
-                        _mm512_load_si512(static_cast<const char*>(from) + i));
-#elif defined(__x86_64__)
-  for (int64_t i = 0; i < bytes; i += 16)
-    _mm_stream_si128(reinterpret_cast<__m128i*>(static_cast<char*>(to) + i),
-                     _mm_load_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(from) + i)));
-#else
-  memcpy(to, from, bytes);
-#endif
-}
-
-FASTBERT_INLINE void stream_end() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-}
-
 // The first n < kLanes elements; the other lanes read as `fill`.
 template <typename T>
 FASTBERT_INLINE vfloat load_n(const T* p, int64_t n, float fill = 0.f) {

@@ -20,9 +20,6 @@ constexpr int64_t kColumns = 256;  // a block: sums within it, and random number
 constexpr int64_t kDrawn = 1024;   // columns of a row whose random numbers are kept
 constexpr int kSums = 4;
 
-// From this size on z goes past the caches, which would have lost it when backward reads it.
-constexpr int64_t kStreamed = 8 << 20;  // bytes
-
 FASTBERT_INLINE vfloat add_up(const vfloat* sums) { return (sums[0] + sums[1]) + (sums[2] + sums[3]); }
 
 using RowDropout = Dropout<kDrawn, 1>;
@@ -56,19 +53,14 @@ template <typename T, typename W>
 void forward(const LayerNorm& p) {
   const int64_t columns = p.columns;
   const float share = 1.f / static_cast<float>(columns);
-  const int64_t bytes = columns * sizeof(T);  // of a row
-  const bool streamed = p.z && columns <= kDrawn && p.rows * bytes >= kStreamed && bytes % 64 == 0 &&
-                        reinterpret_cast<uintptr_t>(p.z) % 64 == 0;
   const W* weight = static_cast<const W*>(p.weight);
   const W* bias = static_cast<const W*>(p.bias);
 #pragma omp parallel num_threads(p.threads)
   {
     RowDropout dropout(p.seed, p.drop_below, 0);
-    alignas(64) T buffer[kDrawn];
-#pragma omp for schedule(static) nowait
+#pragma omp for schedule(static)
     for (int64_t row = 0; row < p.rows; ++row) {
-      T* stored = p.z ? static_cast<T*>(p.z) + row * columns : nullptr;
-      T* written = streamed ? buffer : stored;
+      T* written = p.z ? static_cast<T*>(p.z) + row * columns : nullptr;
       const T* z = written ? written : static_cast<const T*>(p.x) + row * columns;
       T* y = static_cast<T*>(p.y) + row * columns;
 
@@ -82,7 +74,6 @@ void forward(const LayerNorm& p) {
             n, [&](int64_t j, int i, auto lanes) FASTBERT_LAMBDA { sums[i] += lanes.load(z + first + j); });
         total += add_up(sums);
       }
-      if (streamed) stream(stored, buffer, bytes);
       const float mean = reduce_add(total) * share;
       total = vfloat{};
       for (int64_t first = 0; first < columns; first += kColumns) {
@@ -103,7 +94,6 @@ void forward(const LayerNorm& p) {
         lanes.store(y + j, h * lanes.load(weight + j) + lanes.load(bias + j));
       });
     }
-    stream_end();
   }
 }
 
