@@ -84,6 +84,20 @@ def test_widened(widened, nan_filled, shape, out, biased, autocast):
         assert_close(results[0], results[1].to(dtype), results[2], what=name, scale=shape[-1] ** 0.5)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
+def test_widened_compiled_equals_eager(widened):
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(fastbert.linear, fullgraph=True, backend=counter)
+    with torch.autocast("cpu", torch.bfloat16):
+        for rows in (12, 40, 56):
+            inputs, dy = (torch.randn(rows, 24), torch.randn(16, 24), torch.randn(16)), torch.randn(rows, 16).bfloat16()
+            for ours, eager in zip(run(compiled, inputs, dy), run(fastbert.linear, inputs, dy), strict=True):
+                assert ours.dtype == eager.dtype
+                torch.testing.assert_close(ours, eager)
+    assert counter.frame_count <= 2
+
+
 def test_widened_is_for_bfloat16_alone(widened):
     x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(5, 8)
     assert torch.equal(fastbert.linear(x, weight), F.linear(x, weight))
