@@ -13,7 +13,7 @@ bfloat16 on a CPU is `F.linear` as ever, and so are small products, at which tor
 bias of a bfloat16 backward pass. The choice holds under torch.compile too, whose own products would be MKL's.
 
 A processor without AVX-512 has no bfloat16 products, and the loops that torch has in their place reach a sixth of its
-float32 rate in a forward pass and a fortieth in forward and backward. There "widened" is the choice: bfloat16 by torch's
+float32 rate in a forward pass and a fortieth through both. There "widened" is the choice: bfloat16 by torch's
 float32 products, their results rounded once. float32 weights are taken as they are and their gradients not rounded.
 """
 
