@@ -96,7 +96,7 @@ class BertModelOutput(NamedTuple):
     """What `BertModel` returns; also readable under Hugging Face's names.
 
     Attributes:
-        sequence_output: [B, S, H], zeros at padding, or packed [T, H].
+        sequence_output: [B, S, H], zeros at padding, or packed [T, H]; [M, H] where `masked_positions` were given.
         pooled_output: [B, H], tanh of a dense layer over each sequence's first token.
     """
 
@@ -237,6 +237,7 @@ class BertModel(BertPreTrainedModel):
         *,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        masked_positions: Tensor | None = None,
     ) -> BertModelOutput:
         """Encodes a padded batch, or a packed one where `cu_seqlens` is given.
 
@@ -249,50 +250,42 @@ class BertModel(BertPreTrainedModel):
             cu_seqlens: int32 [B + 1], where each packed sequence starts, and T.
             max_seqlen: tokens of the longest packed sequence, or more; None looks at `cu_seqlens`, so on a GPU it
                 waits for the device.
+            masked_positions: int64 [M], the only places whose output is wanted: places in the packed tokens, or in the
+                padded batch read as [B * S] (at padding: any token's output). Behind its attention the last layer is
+                then computed at these and at the first tokens alone. None for all.
 
         Returns:
             BertModelOutput. An empty sequence pools a zero vector in place of its first token.
 
         Raises:
             ValueError, TypeError: shapes or dtypes that do not fit, a sequence longer than the position table, and, on
-                a CPU outside torch.compile, ids outside their tables or boundaries that do not hold.
+                a CPU outside torch.compile, ids or places out of range or boundaries that do not hold.
         """
         packing, position_ids = inputs.pack(
-            self.config, input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen
+            self.config,
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            cu_seqlens,
+            max_seqlen,
+            masked_positions,
         )
-        x = self.encode(packing, input_ids, token_type_ids, position_ids)
-        pooled = self.pool(packing, inputs.take_rows(x, packing.first_places()))
-        return BertModelOutput(packing.put_padding_back(x), pooled)
-
-    def encode(
-        self,
-        packing: inputs.Packing,
-        input_ids: Tensor,
-        token_type_ids: Tensor | None,
-        position_ids: Tensor,
-        read: Tensor | None = None,
-    ) -> Tensor:
-        """The last layer's output, for a batch that `inputs.pack` has checked.
-
-        Args:
-            packing: of the batch.
-            input_ids, token_type_ids, position_ids: int64 or int32 of the batch's shape; token types None for all 0.
-            read: int64 [R], the packed places that are wanted; None for all. Behind its attention the last layer is
-                computed there alone. T and more read the last token, as `Packing.first_places` has them.
-
-        Returns:
-            [T, H], or [R, H].
-        """
         ids = (packing.remove_padding(x) for x in (input_ids, token_type_ids, position_ids))
         x = self.embeddings(*ids)  # [T, H]
         *earlier, last = self.encoder["layer"]
         for layer in earlier:
             x = layer(x, packing.cu_seqlens, packing.max_seqlen)
-        return last(x, packing.cu_seqlens, packing.max_seqlen, read)
-
-    def pool(self, packing: inputs.Packing, first: Tensor) -> Tensor:
-        """tanh of a dense layer over the sequences' first rows: [B, H] -> [B, H], an empty sequence's taken as 0."""
-        return torch.tanh(self.pooler["dense"](packing.without_empty(first)))
+        first = packing.first_places()
+        if masked_positions is None:
+            x = last(x, packing.cu_seqlens, packing.max_seqlen)
+            sequence_output, first = packing.put_padding_back(x), inputs.take_rows(x, first)
+        else:
+            read = torch.cat([first, packing.packed_places(masked_positions)])
+            x = last(x, packing.cu_seqlens, packing.max_seqlen, read)
+            first, sequence_output = x[: len(first)], x[len(first) :]
+        pooled_output = torch.tanh(self.pooler["dense"](packing.without_empty(first)))
+        return BertModelOutput(sequence_output, pooled_output)
 
 
 class BertPredictions(nn.Module):
@@ -359,27 +352,24 @@ class BertForPreTraining(BertPreTrainedModel):
             ValueError, TypeError: as `BertModel.forward`; and labels or positions of the wrong shape, dtype or range.
         """
         inputs.check_targets(self.config, input_ids, cu_seqlens, labels, next_sentence_label, masked_positions)
-        packing, position_ids = inputs.pack(
-            self.config, input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen
-        )
         if labels is not None and masked_positions is None:
             masked_positions = (labels.flatten() != inputs.IGNORED).nonzero().squeeze(1)
             labels = labels.flatten().index_select(0, masked_positions)
+        hidden, pooled = self.bert(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            masked_positions=masked_positions,
+        )
         if labels is not None and attention_mask is not None:
             padding = attention_mask.flatten().index_select(0, masked_positions) == 0
             labels = labels.masked_fill(padding, inputs.IGNORED)
 
-        first, read = packing.first_places(), None
-        if masked_positions is not None:
-            read = torch.cat([first, packing.packed_places(masked_positions)])
-        hidden = self.bert.encode(packing, input_ids, token_type_ids, position_ids, read)
-        if read is None:
-            pooled = self.bert.pool(packing, inputs.take_rows(hidden, first))
-            logits = self.cls["predictions"](packing.put_padding_back(hidden).flatten(0, -2), self.word_embeddings)
-            logits = logits.view(*input_ids.shape, logits.shape[1])
-        else:
-            pooled = self.bert.pool(packing, hidden[: len(first)])
-            logits = self.cls["predictions"](hidden[len(first) :], self.word_embeddings)
+        logits = self.cls["predictions"](hidden.flatten(0, -2), self.word_embeddings)
+        logits = logits.view(*hidden.shape[:-1], logits.shape[1])
         seq_relationship_logits = self.cls["seq_relationship"](pooled)
 
         mlm_loss = None if labels is None else cross_entropy(logits, labels, inputs.IGNORED)

@@ -73,6 +73,7 @@ def pack(
     position_ids: Tensor | None,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
+    masked_positions: Tensor | None = None,
 ) -> tuple[Packing, Tensor]:
     """Checks the arguments of an encoder's `forward`; returns the packing, and position ids of input_ids' shape."""
     shape, longest, real = input_ids.shape, config.max_position_embeddings, None
@@ -97,6 +98,8 @@ def pack(
     if token_type_ids is not None:
         _check_ids("token_type_ids", token_type_ids, shape, config.type_vocab_size, "type_vocab_size")
     _check_ids("position_ids", position_ids, shape, longest, "max_position_embeddings")
+    if masked_positions is not None:
+        _check_positions(masked_positions, input_ids.numel())
     return Packing(shape, cu_seqlens, max_seqlen, real), position_ids
 
 
@@ -108,7 +111,7 @@ def check_targets(
     next_sentence_label: Tensor | None,
     masked_positions: Tensor | None,
 ) -> None:
-    """Checks what the pretraining heads are to predict, and where."""
+    """Checks what the pretraining heads are to predict, and where, ahead of the encoder."""
     if masked_positions is not None:
         _check_positions(masked_positions, input_ids.numel())
     if labels is not None:

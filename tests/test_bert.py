@@ -242,6 +242,21 @@ def test_last_layer_is_computed_where_it_is_read():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("form", [lambda padded: padded, packed], ids=["padded", "packed"])
+def test_the_encoder_gives_the_states_that_are_asked_for(form):
+    """And is called as a module by the pretraining model, so that hooks on it (FSDP2's among them) see the call."""
+    model, inputs = BertForPreTraining(SMALL).eval(), form(batch())
+    outputs = []
+    model.bert.register_forward_hook(lambda module, args, out: outputs.append(out))
+    model(**inputs)
+    places = (batch()["labels"].flatten() != -100).nonzero().squeeze(1)
+    places = inputs.get("masked_positions", places)
+    every = model.bert(**encoder_inputs(inputs))
+    assert len(outputs) == 2 and outputs[0].sequence_output.shape == (len(places), SMALL.hidden_size)
+    torch.testing.assert_close(outputs[0].sequence_output, every.sequence_output.flatten(0, -2)[places])
+    torch.testing.assert_close(outputs[0].pooled_output, every.pooled_output)
+
+
 def test_labels_at_padding_are_ignored():
     model, inputs = BertForPreTraining(SMALL).eval(), batch()
     spoiled = torch.where(inputs["attention_mask"] == 0, 7, inputs["labels"])
