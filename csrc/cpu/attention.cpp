@@ -68,14 +68,15 @@ FASTBERT_INLINE void over_keys(Sight s, int64_t width, Body body) {
   for (j = last; j < width; j += kLanes) body(j, SomeSeen{}, 0);
 }
 
-// e^(score * scale - base); as exact as the words that it is rounded to.
+// e^(score * scale - base), where base is at least the score less 11 (log of dropout's factor); as exact as
+// the words that it is rounded to.
 template <typename Words>
 FASTBERT_INLINE vfloat weight(vfloat score, float scale, float base) {
   constexpr float log2e = 1.44269504f;
   if constexpr (Words::kDepth == 2)
     return exp2_short(score * (scale * log2e) - base * log2e);
   else
-    return exp(score * scale - base);
+    return exp_below(score * scale - base);
 }
 
 // Dropout is drawn for so many queries at a time, of which some may stand behind the last.

@@ -121,7 +121,24 @@ FASTBERT_INLINE vfloat load(const float* p) {
   return v;
 }
 
-FASTBERT_INLINE vfloat load(const bf16* p) { return as_float(widen(p) << 16); }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Eight words of 16 bits -> eight of 32, made of the bytes that `bytes` names, -1 for one of 0: one
+// instruction where widening them and what follows it would take two.
+FASTBERT_INLINE __m256i spread(const void* p, __m256i bytes) {
+  const __m128i words = _mm_loadu_si128(static_cast<const __m128i*>(p));
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(words), bytes);
+}
+#endif
+
+FASTBERT_INLINE vfloat load(const bf16* p) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  constexpr char z = -1;
+  return (vfloat)spread(p, _mm256_setr_epi8(z, z, 0, 1, z, z, 2, 3, z, z, 4, 5, z, z, 6, 7,  //
+                                            z, z, 8, 9, z, z, 10, 11, z, z, 12, 13, z, z, 14, 15));
+#else
+  return as_float(widen(p) << 16);
+#endif
+}
 
 FASTBERT_INLINE vfloat load(const f16* p) {
 #if defined(__AVX512F__)
@@ -141,16 +158,24 @@ FASTBERT_INLINE vfloat load(const f16* p) {
 
 FASTBERT_INLINE void store(float* p, vfloat v) { memcpy(p, &v, sizeof v); }
 
-// Upper half after rounding to nearest, ties to even; NaN keeps its sign and becomes quiet.
+// Upper half after rounding to nearest, ties to even. A NaN keeps its sign and its upper half, which is one
+// too: `v` is a result, and arithmetic makes quiet ones.
 FASTBERT_INLINE void store(bf16* p, vfloat v) {
 #if defined(__AVX512BF16__)
   const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
   memcpy(p, &half, sizeof half);
 #else
   const vuint bits = as_uint(v);
-  const vuint rounded = bits + 0x7FFF + ((bits >> 16) & 1);
-  const vuint quiet = bits | 0x00400000;
-  narrow(p, (v == v ? rounded : quiet) >> 16);
+  const vuint rounded = bits + ((0x7FFF + ((bits >> 16) & 1)) & (vuint)(v == v));
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i upper = _mm256_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, 2, 3, 6, 7, 10, 11, 14, 15,  //
+                                         2, 3, 6, 7, 10, 11, 14, 15, 2, 3, 6, 7, 10, 11, 14, 15);
+  const __m256i halves = _mm256_shuffle_epi8((__m256i)rounded, upper);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 8)));
+#else
+  narrow(p, rounded >> 16);
+#endif
 #endif
 }
 
@@ -305,25 +330,31 @@ constexpr float kWhole = 12582912.f + 127.f;  // 1.5 * 2^23
 // 2^n for such a sum: 0 for n = -127, inf for 128.
 FASTBERT_INLINE vfloat power_of_two(vfloat sum) { return as_float(as_uint(sum) << 23); }
 
-// e^(high + low) for -88 <= high <= 89 and small `low`, which enters after high's reduction and so keeps its
-// own digits: high + low = n ln 2 + r, a polynomial in r, and 2^n. Below -87.7, where results would be
-// subnormal, they are 0.
-FASTBERT_INLINE vfloat exp(vfloat high, vfloat low) {
-  const vfloat sum = high * 1.44269504f + kWhole, n = sum - kWhole;
-  vfloat r = high - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f + low;
-  vfloat p = splat(1.3814539e-3f);
-  p = p * r + 8.3687454e-3f;
-  p = p * r + 4.1668389e-2f;
-  p = p * r + 0.16666521f;
-  p = p * r + 0.49999994f;
-  p = p * r + 1.f;
-  p = p * r + 1.f;
-  return p * power_of_two(sum);
+// x = n ln 2 + r with a whole n, for -88 <= x <= 89; `sum` is what power_of_two takes for n.
+struct Reduced {
+  vfloat sum, r;
+};
+
+FASTBERT_INLINE Reduced reduce(vfloat x) {
+  const vfloat sum = x * 1.44269504f + kWhole, n = sum - kWhole;
+  return {sum, (x - n * 0.693359375f) + n * 2.12194440e-4f};
 }
 
-// e^x within 1 ULP or so: 0 below -87.7, inf above 88.73, NaN stays NaN.
-FASTBERT_INLINE vfloat exp(vfloat x) { return exp(min(splat(89.f), max(splat(-88.f), x)), vfloat{}); }
+// e^x within 1 ULP or so. Below -87.7, where results would be subnormal, they are 0.
+FASTBERT_INLINE vfloat exp(Reduced x) {
+  vfloat p = splat(1.3814539e-3f);
+  p = p * x.r + 8.3687454e-3f;
+  p = p * x.r + 4.1668389e-2f;
+  p = p * x.r + 0.16666521f;
+  p = p * x.r + 0.49999994f;
+  p = p * x.r + 1.f;
+  p = p * x.r + 1.f;
+  return p * power_of_two(x.sum);
+}
+
+// The same for x <= 89, and for all x: inf above 88.73. NaN stays NaN.
+FASTBERT_INLINE vfloat exp_below(vfloat x) { return exp(reduce(max(splat(-88.f), x))); }
+FASTBERT_INLINE vfloat exp(vfloat x) { return exp_below(min(splat(89.f), x)); }
 
 // 2^x for x <= 0 to 3e-6, for numbers that are rounded to 16 bits; 0 below -126: 2^floor(x) times the minimax
 // fit (Remez) of 2^r over 0 <= r <= 1.

@@ -156,8 +156,9 @@ FASTBERT_INLINE vfloat drop(const uint16_t* kept, int64_t j, vfloat v) {
 #if defined(__AVX512F__)
   return (vfloat)_mm512_maskz_mov_ps(kept[j / kLanes], (__m512)v);
 #elif defined(__AVX2__)
-  const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kept + j));
-  return as_float(as_uint(v) & (vuint)_mm256_cvtepi16_epi32(words));
+  const __m256i twice = _mm256_setr_epi8(0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7, 6, 7,  //
+                                         8, 9, 8, 9, 10, 11, 10, 11, 12, 13, 12, 13, 14, 15, 14, 15);
+  return as_float(as_uint(v) & (vuint)spread(kept + j, twice));
 #else
   return (vint)widen(kept + j) != 0 ? v : vfloat{};
 #endif

@@ -41,14 +41,15 @@ FASTBERT_INLINE vfloat reciprocal(vfloat x) {
 }
 
 // exp(-a*a/2) up to the end. In float32 the square needs more than its own digits, so it comes in
-// two parts: `high`, the square of a's upper 12 bits, is exact, and the rest enters where exp's argument has
-// been reduced. That gives about 1 ULP.
+// two parts: the square of a's upper 12 bits is exact, and the rest enters where exp's argument has been
+// reduced. That gives about 1 ULP.
 template <bool kShort>
 FASTBERT_INLINE vfloat gauss(vfloat a) {
   if (kShort) return exp2_short(a * a * -0.72134752f);
   const vfloat head = as_float(as_uint(a) & 0xFFFFF000u);
-  const vfloat high = -0.5f * (head * head), low = -0.5f * ((a - head) * (a + head));
-  return exp(high, low);
+  Reduced x = reduce(-0.5f * (head * head));
+  x.r -= 0.5f * ((a - head) * (a + head));
+  return exp(x);
 }
 
 // Phi(-a) = exp(-a*a/2) * s * Q(s), s = 1 / (a + k). Q is the minimax fit of exp(a*a/2) * Phi(-a) / s in
@@ -81,7 +82,7 @@ FASTBERT_INLINE Tail tail_tanh(vfloat a) {
   constexpr float k = 2.f * 0.79788456f;  // 2 sqrt(2/pi): 2w = k * (a + 0.044715 a^3)
   const vfloat square = a * a;
   const vfloat e = kShort ? exp2_short(a * (square * (k * 0.044715f * -1.442695f) + k * -1.442695f))
-                          : exp(a * (square * (k * -0.044715f) - k), vfloat{});
+                          : exp(reduce(a * (square * (k * -0.044715f) - k)));
   const vfloat s = reciprocal<kShort>(e + 1.f), q = e * s;
   const vfloat turn = a * (square * (k * 3.f * 0.044715f) + k);  // a * d(2w)/da
   return {a * q, q - q * (turn * s)};
