@@ -31,6 +31,9 @@ INSTRUCTION_SETS = X86_INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD
 
 FLAGS = "-O3 -std=c++17 -fPIC -fopenmp -fvisibility=hidden -Wall -Wextra"
 KERNEL_FLAGS = "-fno-math-errno -fno-exceptions -fno-rtti"
+# GCC interleaves independent chains of instructions only if told to. These two take 5 to 25 % less time by it with AVX2,
+# no other kernel does.
+STEM_FLAGS = dict.fromkeys(("gelu", "cross_entropy"), "-fschedule-insns -fsched-pressure")
 LINK_FLAGS = "-s"
 if os.environ.get("FASTBERT_SANITIZE") == "1":
     LINK_FLAGS = "-fsanitize=address,undefined"
@@ -79,12 +82,13 @@ def build_plan(compiler: str, target: Path) -> str:
         f"  flags = {FLAGS} {include}",
     ]
     objects = ["bindings.o"]
+    stem_flags = {} if "clang" in Path(compiler).name else STEM_FLAGS  # clang always does, and knows no such flag
     for name, flags in INSTRUCTION_SETS.items():
         for stem in KERNELS:
             objects.append(f"{stem}.{name}.o")
             plan += [
                 f"build {objects[-1]}: compile {ROOT / 'csrc/cpu' / stem}.cpp",
-                f"  flags = {FLAGS} {KERNEL_FLAGS} {flags} -DFASTBERT_ISA={name}",
+                f"  flags = {FLAGS} {KERNEL_FLAGS} {stem_flags.get(stem, '')} {flags} -DFASTBERT_ISA={name}",
             ]
     return "\n".join([*plan, f"build {target}: link {' '.join(objects)}", ""])
 

@@ -17,6 +17,7 @@ namespace FASTBERT_ISA {
 namespace {
 
 constexpr int64_t kBlock = 4096;  // columns; in float32 half of a small L1 cache
+constexpr int kUnroll = 4;
 
 template <typename T>
 FASTBERT_INLINE vfloat load_or(AllLanes, const T* p, float) {
@@ -30,7 +31,6 @@ FASTBERT_INLINE vfloat load_or(FirstLanes lanes, const T* p, float fill) {
 
 template <typename T>
 void forward(const CrossEntropy& p) {
-  constexpr int kUnroll = 4;
   const float lowest = -__builtin_inff();
 #pragma omp parallel for num_threads(p.threads) schedule(dynamic)
   for (int64_t r = 0; r < p.rows; ++r) {
@@ -69,14 +69,14 @@ template <typename T>
 void backward(const CrossEntropy& p) {
 #pragma omp parallel for num_threads(p.threads) schedule(dynamic)
   for (int64_t r = 0; r < p.rows; ++r) {
-    T* dx = static_cast<T*>(p.dlogits) + r * p.columns;
+    T* __restrict dx = static_cast<T*>(p.dlogits) + r * p.columns;
     if (p.labels[r] == p.ignore_index) {
       memset(dx, 0, p.columns * sizeof(T));
       continue;
     }
     const T* x = static_cast<const T*>(p.logits) + r * p.columns;
     const float maximum = p.maximum[r], dloss = p.dlosses[r], scale = dloss / p.sum[r];
-    sweep<1>(p.columns, [=](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
+    sweep<kUnroll>(p.columns, [=](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
       lanes.store(dx + j, exp(lanes.load(x + j) - maximum) * scale);
     });
     const int64_t label = p.labels[r];

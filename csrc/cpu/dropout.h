@@ -32,7 +32,7 @@ FASTBERT_INLINE vulong mix(vulong product, vulong beside, uint32_t key) {
   return (vulong)_mm512_ternarylogic_epi64((__m512i)(product >> 32), (__m512i)beside, _mm512_set1_epi64(key),
                                            0x96);
 #else
-  return (product >> 32) ^ beside ^ static_cast<uint64_t>(key);
+  return (product >> 32) ^ (beside ^ static_cast<uint64_t>(key));  // these two need not wait for the product
 #endif
 }
 

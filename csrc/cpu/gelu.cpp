@@ -24,8 +24,11 @@ constexpr int64_t kColumns = 4096;
 constexpr float kExactEnd = 13.25f, kTanhEnd = 10.03f;         // by exp
 constexpr float kExactEndShort = 15.f, kTanhEndShort = 10.8f;  // by exp2_short
 
-// Rows whose share of dbias is added up in registers.
-constexpr int kRows = 4;
+// Vectors computed side by side, in a row, or in as many rows, whose share of dbias is then added up in
+// registers. One after the other they would wait for themselves: a vector is a chain of 60 cycles, and a
+// processor looks ahead over one or two. GCC interleaves them by -fschedule-insns (see setup.py), as far as
+// results that it knows to stand elsewhere (__restrict) let it.
+constexpr int kTogether = 4;
 
 struct Tail {
   vfloat value, slope;  // tail(a), tail'(a)
@@ -142,8 +145,8 @@ void forward_tiles(const Gelu& p) {
     if (kBias) read_bias(p, first, n, bias);
     for (int64_t r = chunk * grid.rows / grid.chunks; r < (chunk + 1) * grid.rows / grid.chunks; ++r) {
       const T* x = static_cast<const T*>(p.x) + r * grid.columns + first;
-      T* y = static_cast<T*>(p.out) + r * grid.columns + first;
-      sweep<1>(n, [&](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
+      T* __restrict y = static_cast<T*>(p.out) + r * grid.columns + first;
+      sweep<kTogether>(n, [=, &bias](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
         vfloat u = lanes.load(x + j);
         if (kBias) u += lanes.load(bias + j);
         lanes.store(y + j, gelu<T, kTanh>(u));
@@ -168,10 +171,11 @@ void backward_tiles(const Gelu& p) {
       const auto rows = [&](auto count) FASTBERT_LAMBDA {
         const int64_t start = r * grid.columns + first;
         const T *x = static_cast<const T*>(p.x) + start, *dy = static_cast<const T*>(p.dy) + start;
-        T* dx = static_cast<T*>(p.out) + start;
-        sweep<1>(n, [&](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
+        T* __restrict dx = static_cast<T*>(p.out) + start;
+        sweep<kTogether / count.value>(n, [=, &bias, &dbias](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
           const vfloat b = kBias ? lanes.load(bias + j) : vfloat{};
           vfloat sum = kBias ? lanes.load(dbias + j) : vfloat{};
+#pragma GCC unroll 4
           for (int i = 0; i < count.value; ++i) {
             const int64_t at = i * grid.columns + j;
             const vfloat u = kBias ? lanes.load(x + at) + b : lanes.load(x + at);
@@ -183,7 +187,7 @@ void backward_tiles(const Gelu& p) {
         });
         r += count.value;
       };
-      while (r + kRows <= end) rows(Count<kRows>{});
+      while (kBias && r + kTogether <= end) rows(Count<kTogether>{});
       while (r < end) rows(Count<1>{});
       if (kBias) memcpy(p.scratch + chunk * grid.columns + first, dbias, n * sizeof(float));
     }

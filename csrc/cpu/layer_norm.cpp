@@ -61,12 +61,12 @@ FASTBERT_INLINE const uint16_t* draw(const LayerNorm& p, RowDropout& dropout, in
 // z = residual + dropout(x) for a block at x, residual and z.
 template <typename T>
 FASTBERT_INLINE void add_dropped(const LayerNorm& p, RowDropout& dropout, int64_t row, int64_t first,
-                                 int64_t n, T* z) {
+                                 int64_t n, T* __restrict z) {
   const T* x = static_cast<const T*>(p.x) + row * p.columns + first;
   const T* residual = p.residual ? static_cast<const T*>(p.residual) + row * p.columns + first : nullptr;
   const vfloat scale = splat(dropout_scale(p.drop_below));
   const uint16_t* kept = p.drop_below ? draw(p, dropout, row, first, n) : nullptr;
-  sweep<1>(n, [&](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
+  sweep<4>(n, [=](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
     vfloat v = lanes.load(x + j);
     if (kept) v = drop(kept, j, v * scale);
     if (residual) v += lanes.load(residual + j);
@@ -88,7 +88,7 @@ void forward(const LayerNorm& p) {
     for (int64_t row = 0; row < p.rows; ++row) {
       T* written = p.z ? static_cast<T*>(p.z) + row * columns : nullptr;
       const T* z = written ? written : static_cast<const T*>(p.x) + row * columns;
-      T* y = static_cast<T*>(p.y) + row * columns;
+      T* __restrict y = static_cast<T*>(p.y) + row * columns;
 
       // statistics
       vfloat total = {};
@@ -116,7 +116,7 @@ void forward(const LayerNorm& p) {
       p.rstd[row] = rstd;
 
       // normalize, affine
-      sweep<2>(columns, [&](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
+      sweep<4>(columns, [=](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
         const vfloat h = (lanes.load(z + j) - mean) * rstd;
         lanes.store(y + j, h * lanes.load(weight + j) + lanes.load(bias + j));
       });
@@ -136,15 +136,15 @@ void backward(const LayerNorm& p) {
     RowDropout dropout(p.seed, p.drop_below, 0);
 #pragma omp for schedule(static)
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      float* dweight = p.scratch + chunk * columns;
-      float* dbias = p.scratch + (chunks + chunk) * columns;
+      float* __restrict dweight = p.scratch + chunk * columns;
+      float* __restrict dbias = p.scratch + (chunks + chunk) * columns;
       memset(dweight, 0, columns * sizeof(float));
       memset(dbias, 0, columns * sizeof(float));
       for (int64_t row = chunk * p.rows / chunks; row < (chunk + 1) * p.rows / chunks; ++row) {
         const T* dy = static_cast<const T*>(p.dy) + row * columns;
         const T* z = static_cast<const T*>(p.x) + row * columns;
-        T* dz = static_cast<T*>(p.y) + row * columns;
-        T* dx = static_cast<T*>(p.z) + (p.drop_below ? row * columns : 0);
+        T* __restrict dz = static_cast<T*>(p.y) + row * columns;
+        T* __restrict dx = static_cast<T*>(p.z) + (p.drop_below ? row * columns : 0);
         const float mean = p.mean[row], rstd = p.rstd[row];
 
         // sums over the row, and over the rows
@@ -173,7 +173,7 @@ void backward(const LayerNorm& p) {
           const uint16_t* kept = !p.drop_below       ? nullptr
                                  : columns <= kDrawn ? dropout.kept(0, first)
                                                      : draw(p, dropout, row, first, n);
-          sweep<2>(n, [&](int64_t k, int i, auto lanes) FASTBERT_LAMBDA {
+          sweep<4>(n, [=](int64_t k, int i, auto lanes) FASTBERT_LAMBDA {
             const int64_t j = first + k;
             if (asks<T>(i)) ahead.ask((row + 1) * columns + j);
             const vfloat h = (lanes.load(z + j) - mean) * rstd,
