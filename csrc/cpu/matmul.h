@@ -104,37 +104,42 @@ FASTBERT_INLINE void multiply_tile(int64_t depth, Left a, Right b, Result c, boo
     for (int j = 0; j < vectors; ++j) store(c.values + i * c.row + j * kLanes, sum[i][j]);
 }
 
-// Rows that will be read or written soon, asked for between tiles, where memory has nothing to do.
+// Rows that will be read or written soon, asked for between tiles, where memory has nothing to do: a few
+// after each, as a core waits for some 24 lines at a time and is held up by more.
 class Ahead {
  public:
-  void begin(int64_t rows, int64_t bytes) { count_ = 0, row_ = 0, rows_ = rows, bytes_ = bytes; }
+  void begin(int64_t rows, int64_t bytes) { count_ = array_ = 0, row_ = 0, rows_ = rows, bytes_ = bytes; }
 
-  // One of at most kArrays; `stride` bytes from row to row.
+  // One of kAtOnce or kArrays; `stride` bytes from row to row.
   void add(const void* first, int64_t stride, bool written) {
     arrays_[count_++] = {static_cast<const char*>(first), stride, written};
   }
 
   FASTBERT_MEMBER void some() {
-    for (const int64_t end = min(rows_, row_ + 2); row_ < end; ++row_)
-      for (int i = 0; i < count_; ++i) {
-        const char* row = arrays_[i].first + row_ * arrays_[i].stride;
+    for (int turn = 0; turn < kTurns && row_ < rows_; ++turn) {
+      for (int i = 0; i < kAtOnce; ++i) {
+        const Array& array = arrays_[array_ + i];
+        const char* row = array.first + row_ * array.stride;
         for (int64_t b = 0; b < bytes_; b += 64) {
-          if (arrays_[i].written)
+          if (array.written)
             __builtin_prefetch(row + b, 1, 2);
           else
             __builtin_prefetch(row + b, 0, 2);
         }
       }
+      array_ += kAtOnce;
+      if (array_ == count_) array_ = 0, ++row_;
+    }
   }
 
  private:
-  static constexpr int kArrays = 8;
-  struct {
+  static constexpr int kArrays = 8, kAtOnce = 4, kTurns = kLanes == 16 ? 2 : 1;
+  struct Array {
     const char* first;
     int64_t stride;
     bool written;
   } arrays_[kArrays];
-  int count_ = 0;
+  int count_ = 0, array_ = 0;  // this array and row come next
   int64_t row_ = 0, rows_ = 0, bytes_ = 0;
 };
 
