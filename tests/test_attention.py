@@ -9,6 +9,8 @@ from fastbert.ops import attention as op
 from fastbert.ops import philox
 from fastbert.testing import assert_close, run
 
+raw = torch.ops.fastbert  # as the dispatcher has them
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SEED = torch.tensor([0x123456789ABCDEF])
 
@@ -217,9 +219,11 @@ def test_custom_op_is_sound(backend):
     q, k, v = qkv.unbind(1)
     for t, seed, causal, window in ((0, None, False, None), (6554, SEED, True, [2, 3])):
         options = cu_seqlens, 9, 0.3, t, seed, causal, window, ""
-        torch.library.opcheck(op.attention_forward, (q, k, v, *options))
+        torch.library.opcheck(raw.attention_forward.default, (q, k, v, *options))
         out, lse = op.attention_forward(q, k, v, *options)
-        torch.library.opcheck(op.attention_backward, (torch.randn_like(out), q, k, v, out, lse, *options))
+        torch.library.opcheck(
+            torch.ops.fastbert.attention_backward.default, (torch.randn_like(out), q, k, v, out, lse, *options)
+        )
 
 
 def test_autocast_computes_in_its_dtype():

@@ -6,6 +6,8 @@ import fastbert
 from fastbert.ops import cross_entropy as op
 from fastbert.testing import assert_close, run
 
+raw = torch.ops.fastbert  # as the dispatcher has them
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # A width of one, below, at and above a vector, one block of 4096 and the element after it, and BERT's vocabulary.
 SHAPES = [(0, 8), (1, 1), (3, 2), (5, 7), (4, 16), (3, 65), (2, 4096), (3, 4097), (2, 12_345), (5, 30_522)]
@@ -142,12 +144,16 @@ def test_bits_do_not_depend_on_threads(backend, threads, dtype):
 def test_custom_op_is_sound(backend):
     x, labels, dlosses = problem(6, 24, torch.float32)
     losses, maximum, total = op.cross_entropy_forward(x, labels, -100, "")
-    torch.library.opcheck(op.cross_entropy_forward, (x, labels, -100, ""))
-    torch.library.opcheck(op.cross_entropy_forward, (x.bfloat16(), labels, -100, ""))
-    torch.library.opcheck(op.cross_entropy_backward, (dlosses, x, labels, maximum, total, -100, ""))
+    torch.library.opcheck(raw.cross_entropy_forward.default, (x, labels, -100, ""))
+    torch.library.opcheck(raw.cross_entropy_forward.default, (x.bfloat16(), labels, -100, ""))
+    torch.library.opcheck(
+        torch.ops.fastbert.cross_entropy_backward.default, (dlosses, x, labels, maximum, total, -100, "")
+    )
     strided = x.T.contiguous().T
-    torch.library.opcheck(op.cross_entropy_forward, (strided, labels, -100, ""))
-    torch.library.opcheck(op.cross_entropy_backward, (dlosses, strided, labels, maximum, total, -100, ""))
+    torch.library.opcheck(raw.cross_entropy_forward.default, (strided, labels, -100, ""))
+    torch.library.opcheck(
+        torch.ops.fastbert.cross_entropy_backward.default, (dlosses, strided, labels, maximum, total, -100, "")
+    )
     torch.testing.assert_close(losses, torch_loss(x, labels))
 
 
