@@ -105,7 +105,8 @@ class cpu:  # a namespace, spelled as the backend is
         rows = x.numel() // columns if columns else 0
         y = torch.empty_like(x)
         z = x.new_empty(0) if residual is None and t == 0 else torch.empty_like(x)
-        mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+        mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
+        rstd = torch.empty_like(mean)
         module.layer_norm_forward(
             _address(x), _address(residual), _address(weight), _address(bias), _address(y),
             _address(z) if z.dim() == x.dim() else 0, _address(mean), _address(rstd), rows, columns, eps, t,

@@ -6,9 +6,8 @@ from torch import Tensor
 
 def autocast(x: Tensor) -> Tensor:
     """Under autocast a float32 activation is cast to the autocast dtype, as the products around the op would do."""
-    kind = x.device.type
-    if x.dtype == torch.float32 and torch.is_autocast_enabled(kind):
-        return x.to(torch.get_autocast_dtype(kind))
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
 
