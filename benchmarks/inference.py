@@ -142,7 +142,7 @@ def main() -> None:
                 "attention": options.attention, "memory_kept": kept, "transformers": transformers.__version__,
             })  # fmt: skip
     if not options.quick:
-        write_csv(results_path("inference"), rows)
+        write_csv(results_path("inference", *options.dtype), rows)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def main() -> None:
         rows += table_case(*(int(number) for number in case.split(",")), args.repeats)
     if not args.no_bert:
         rows += dense_case(torch.float32, args.repeats) + dense_case(torch.bfloat16, args.repeats)
-    path = results_path("lazy_adam" if args.allocator == "keep" else "lazy_adam-default-allocator")
+    path = results_path("lazy_adam", *([] if args.allocator == "keep" else ["default-allocator"]))
     if not args.no_plot:
         measured = {vocabulary: vocabulary_case(vocabulary, args.repeats) for vocabulary in VOCABULARIES}
         rows += [row for its in measured.values() for row in its]

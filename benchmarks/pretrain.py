@@ -210,7 +210,7 @@ def main() -> None:
             })  # fmt: skip
         torch.compiler.reset()
     if not options.quick:
-        write_csv(results_path("pretrain"), rows)
+        write_csv(results_path("pretrain", *options.dtype), rows)
 
 
 if __name__ == "__main__":

@@ -82,9 +82,13 @@ def machine() -> dict[str, str | int]:
     }
 
 
-def results_path(stem: str) -> Path:
-    """`benchmarks/results/STEM-YEAR-MONTH-DAY.csv` of today; a second run of the day replaces the first."""
-    return RESULTS / f"{stem}-{datetime.date.today().isoformat()}.csv"
+def results_path(stem: str, *what: str) -> Path:
+    """`benchmarks/results/STEM-ISA-WHAT-YEAR-MONTH-DAY.csv`; a second run of the day on such a processor replaces it.
+
+    ISA is the best instruction set of the processor as torch names it, `what` tells runs with other settings apart.
+    """
+    isa = torch.backends.cpu.get_cpu_capability().lower()
+    return RESULTS / ("-".join([stem, isa, *what, datetime.date.today().isoformat()]) + ".csv")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
