@@ -1,9 +1,8 @@
-"""BERT: configuration, padded and packed forms, losses, compile, bad input, training beside a plain PyTorch BERT."""
-
-import math
+"""BERT: padded and packed forms, losses, compile, training beside a plain PyTorch BERT."""
 
 import pytest
 import torch
+from bert_batches import LENGTHS, SMALL, B, S, V, batch, encoder_inputs, packed
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
@@ -14,112 +13,6 @@ from fastbert.checkpoint import to_hugging_face
 from fastbert.testing import assert_close
 
 BACKENDS = fastbert.backends()
-B, S, V = 4, 12, 50
-LENGTHS = [12, 7, 3, 1]
-SMALL = BertConfig(
-    vocab_size=V,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    intermediate_size=64,
-    max_position_embeddings=16,
-    initializer_range=0.2,
-)
-
-
-def batch(seed: int = 0, lengths: list[int] = LENGTHS) -> dict[str, Tensor]:
-    """A padded batch with labels at every third token."""
-    generator = torch.Generator().manual_seed(seed)
-    mask = (torch.arange(S) < torch.tensor(lengths)[:, None]).long()
-    ids = torch.randint(1, V, (len(lengths), S), generator=generator) * mask
-    labels = torch.where((torch.arange(S) % 3 == 0) & (mask == 1), ids, -100)
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "token_type_ids": (torch.arange(S) > 4).long().expand_as(ids) * mask,
-        "labels": labels,
-        "next_sentence_label": torch.arange(len(lengths)) % 2,
-    }
-
-
-def packed(padded: dict[str, Tensor]) -> dict[str, Tensor | int]:
-    """The same batch without padding, with its labelled positions."""
-    real = padded["attention_mask"].bool()
-    labels = padded["labels"][real]
-    positions = (labels != -100).nonzero().squeeze(1)
-    return {
-        "input_ids": padded["input_ids"][real],
-        "token_type_ids": padded["token_type_ids"][real],
-        "cu_seqlens": F.pad(real.sum(1).cumsum(0), (1, 0)).int(),
-        "max_seqlen": S,
-        "masked_positions": positions,
-        "labels": labels[positions],
-        "next_sentence_label": padded["next_sentence_label"],
-    }
-
-
-def encoder_inputs(inputs: dict) -> dict:
-    return {k: v for k, v in inputs.items() if k not in ("labels", "next_sentence_label", "masked_positions")}
-
-
-# --- configuration ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "layers", "hidden", "heads", "inner"),
-    [
-        ("tiny", 2, 128, 2, 512),
-        ("mini", 4, 256, 4, 1024),
-        ("small", 4, 512, 8, 2048),
-        ("base", 12, 768, 12, 3072),
-        ("large", 24, 1024, 16, 4096),
-    ],
-)
-def test_presets(name, layers, hidden, heads, inner):
-    config = BertConfig.preset(name, vocab_size=7)
-    sizes = config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.intermediate_size
-    assert (*sizes, config.vocab_size) == (layers, hidden, heads, inner, 7)
-
-
-def test_an_unknown_preset_lists_those_there_are():
-    with pytest.raises(ValueError, match=r"'huge'.*tiny, mini, small, base, large"):
-        BertConfig.preset("huge")
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("hidden_size", 30, "multiple of num_attention_heads"),
-        ("vocab_size", 0, "vocab_size must be an int of at least 1"),
-        ("num_hidden_layers", 2.0, "num_hidden_layers must be an int"),
-        ("hidden_dropout_prob", 1.5, "probability"),
-        ("layer_norm_eps", math.nan, "finite"),
-        ("hidden_act", "relu", "gelu, gelu_new"),
-        ("pad_token_id", V, "pad_token_id"),
-    ],
-)
-def test_a_configuration_no_bert_can_have_is_refused(field, value, message):
-    with pytest.raises(ValueError, match=message):
-        BertConfig(**{"hidden_size": 32, "num_attention_heads": 4, "vocab_size": V, field: value})
-
-
-def test_base_has_110_million_parameters():
-    with torch.device("meta"):
-        model = BertForPreTraining(BertConfig())
-    assert sum(p.numel() for p in model.parameters()) == 110_106_428  # what transformers counts, the decoder tied
-
-
-def test_initial_weights():
-    model = BertForPreTraining(BertConfig.preset("tiny", vocab_size=3000, initializer_range=0.02))
-    words = model.bert.embeddings.word_embeddings.weight
-    assert words[0].abs().max() == 0
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            assert parameter.abs().max() == 0, name
-        elif "LayerNorm" in name:
-            assert (parameter == 1).all(), name
-        elif parameter.numel() > 10_000:
-            assert abs(parameter.std().item() / 0.02 - 1) < 0.03, name
 
 
 # --- forms of input --------------------------------------------------------------------------------------------------
@@ -378,73 +271,6 @@ def test_dropout_compiles_too():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     losses = {compiled(**inputs).loss.item() for _ in range(3)}
     assert len(losses) == 3, "the mask was drawn once, while compiling"
-
-
-# --- bad input -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"input_ids": torch.full((B, S), V)}, ValueError, rf"input_ids must lie in \[0, {V}\).*vocab_size"),
-        ({"input_ids": torch.full((B, S), -1)}, ValueError, "from -1 to -1"),
-        ({"input_ids": torch.zeros(B, S)}, TypeError, "input_ids must be int64 or int32, got torch.float32"),
-        ({"token_type_ids": torch.full((B, S), 2)}, ValueError, "token_type_ids.*type_vocab_size"),
-        (
-            {"token_type_ids": torch.zeros(B, 1, dtype=torch.long)},
-            ValueError,
-            r"token_type_ids must have shape \[4, 12",
-        ),
-        ({"position_ids": torch.full((B, S), 16)}, ValueError, "position_ids.*max_position_embeddings"),
-        ({"position_ids": torch.zeros(3, S, dtype=torch.long)}, ValueError, r"position_ids must have shape \[4, 12\]"),
-        ({"attention_mask": torch.zeros(B, S)}, TypeError, "bool or integer.*mask == 0"),
-        (
-            {"attention_mask": torch.ones(B, 3, dtype=torch.long)},
-            ValueError,
-            "attention_mask must have input_ids' shape",
-        ),
-        ({"labels": torch.full((B, S), V)}, ValueError, "labels must lie in"),
-        ({"labels": torch.full((B, S), -1)}, ValueError, "or be -100 to be ignored; got -1"),
-        ({"labels": torch.zeros(B, 2, dtype=torch.long)}, ValueError, "labels must have shape"),
-        ({"labels": torch.zeros(B, S)}, TypeError, "labels must be int64"),
-        ({"next_sentence_label": torch.full((B,), 2)}, ValueError, r"next_sentence_label must lie in \[0, 2\)"),
-        ({"next_sentence_label": torch.zeros(3, dtype=torch.long)}, ValueError, r"must have shape \[4\]"),
-        ({"masked_positions": torch.zeros(2)}, ValueError, "masked_positions must be int64"),
-        ({"masked_positions": torch.tensor([B * S])}, ValueError, r"masked_positions must lie in \[0, 48\)"),
-    ],
-)
-def test_bad_padded_input_gets_a_sentence(change, error, message):
-    with pytest.raises(error, match=message):
-        BertForPreTraining(SMALL)(**batch() | change)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"cu_seqlens": torch.tensor([0, 12, 19, 22, 23])}, r"cu_seqlens must be int32 \[B \+ 1\]"),
-        ({"cu_seqlens": torch.tensor([0, 12, 19, 22, 24], dtype=torch.int32)}, "end at the number of tokens, 23"),
-        ({"cu_seqlens": torch.tensor([0, 12, 7, 22, 23], dtype=torch.int32)}, "never decrease"),
-        ({"max_seqlen": 11}, "longest sequence has 12"),
-        ({"max_seqlen": 17}, "17 tokens, but the position table"),
-        ({"input_ids": torch.zeros(1, 23, dtype=torch.long)}, r"packed \[T\]"),
-        ({"attention_mask": torch.ones(23, dtype=torch.long)}, "leave attention_mask out"),
-        ({"masked_positions": torch.tensor([23] * 9)}, r"must lie in \[0, 23\)"),
-    ],
-)
-def test_bad_packed_input_gets_a_sentence(change, message):
-    with pytest.raises(ValueError, match=message):
-        BertForPreTraining(SMALL)(**packed(batch()) | change)
-
-
-@pytest.mark.parametrize("shape", [(S,), (2, 2, 2), (2, 0)])
-def test_ids_of_another_rank_without_cu_seqlens(shape):
-    with pytest.raises(ValueError, match=r"\[B, S\] with S >= 1, or packed \[T\] together with cu_seqlens"):
-        BertModel(SMALL)(torch.zeros(shape, dtype=torch.long))
-
-
-def test_a_sequence_longer_than_the_position_table_says_what_to_do():
-    with pytest.raises(ValueError, match=r"17 tokens.*max_position_embeddings.* holds 16: truncate"):
-        BertModel(SMALL)(torch.zeros(2, 17, dtype=torch.long))
 
 
 # --- training beside a plain PyTorch BERT ----------------------------------------------------------------------------

@@ -1,0 +1,54 @@
+"""A small BERT and its batch, padded and packed, for the tests of the model."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastbert.bert import BertConfig
+
+B, S, V = 4, 12, 50
+LENGTHS = [12, 7, 3, 1]
+SMALL = BertConfig(
+    vocab_size=V,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=64,
+    max_position_embeddings=16,
+    initializer_range=0.2,
+)
+
+
+def batch(seed: int = 0, lengths: list[int] = LENGTHS) -> dict[str, Tensor]:
+    """A padded batch with labels at every third token."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = (torch.arange(S) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(1, V, (len(lengths), S), generator=generator) * mask
+    labels = torch.where((torch.arange(S) % 3 == 0) & (mask == 1), ids, -100)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "token_type_ids": (torch.arange(S) > 4).long().expand_as(ids) * mask,
+        "labels": labels,
+        "next_sentence_label": torch.arange(len(lengths)) % 2,
+    }
+
+
+def packed(padded: dict[str, Tensor]) -> dict[str, Tensor | int]:
+    """The same batch without padding, with its labelled positions."""
+    real = padded["attention_mask"].bool()
+    labels = padded["labels"][real]
+    positions = (labels != -100).nonzero().squeeze(1)
+    return {
+        "input_ids": padded["input_ids"][real],
+        "token_type_ids": padded["token_type_ids"][real],
+        "cu_seqlens": F.pad(real.sum(1).cumsum(0), (1, 0)).int(),
+        "max_seqlen": S,
+        "masked_positions": positions,
+        "labels": labels[positions],
+        "next_sentence_label": padded["next_sentence_label"],
+    }
+
+
+def encoder_inputs(inputs: dict) -> dict:
+    return {k: v for k, v in inputs.items() if k not in ("labels", "next_sentence_label", "masked_positions")}
