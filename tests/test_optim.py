@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from optim_state import bits
 from torch import nn
 
 from fastbert import LazyAdam, clip_grad_norm_
@@ -32,10 +33,6 @@ def backward(embedding, ids, seed=0):
     target = torch.randn(*ids.shape, embedding.embedding_dim, generator=torch.Generator().manual_seed(seed))
     embedding.weight.grad = None
     (embedding(ids) * target).sum().backward()
-
-
-def bits(optimizer, param):
-    return [param.detach().clone(), *(x.clone() for x in optimizer.state[param].values())]
 
 
 # ---- dense: AdamW --------------------------------------------------------------------------------------------------
@@ -361,97 +358,3 @@ def test_compiled_step_equals_eager(backend):
     for a, b in zip(eager[:2], compiled[:2], strict=True):
         torch.testing.assert_close(a, b)
     assert compiled[2].state[compiled[0]]["step"] == 3
-
-
-# ---- errors, before anything is changed ----------------------------------------------------------------------------
-
-
-def two_sparse_axes(param):
-    param.grad = torch.eye(3, 2).to_sparse()
-
-
-def bad_sparse_ids(param):
-    ids, values = torch.tensor([[0, 3]]), torch.ones(2, 2)
-    param.grad = torch.sparse_coo_tensor(ids, values, (3, 2), check_invariants=False)
-
-
-def sparse_with_rows(param):
-    param.grad = torch.eye(3, 2).to_sparse(1)
-    return torch.tensor([0])
-
-
-WRONG = {
-    "id beyond the table": (ValueError, r"\[0, 3\), got 3", lambda p: torch.tensor([[0], [3]])),
-    "negative id": (ValueError, "got -1", lambda p: torch.tensor([-1])),
-    "float ids": (TypeError, "integer tensor of row ids, got torch.float32", lambda p: torch.tensor([0.0])),
-    "a mask": (TypeError, "got torch.bool", lambda p: torch.tensor([True, False, True])),
-    "a list": (TypeError, "got <class 'list'>", lambda p: [0]),
-    "rows of a sparse gradient": (ValueError, "is sparse and holds them itself", sparse_with_rows),
-    "two sparse axes": (ValueError, "1 sparse axis", two_sparse_axes),
-    "sparse id beyond the table": (ValueError, r"\[0, 3\), got 3", bad_sparse_ids),
-}
-
-
-@pytest.mark.parametrize("what", WRONG)
-def test_bad_gradients_change_nothing(backend, what):
-    error, message, spoil = WRONG[what]
-    first, last = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(3, 2))
-    optimizer = LazyAdam([first, last])
-    first.grad, last.grad = torch.ones(4), torch.ones(3, 2)
-    optimizer.step()
-    before = bits(optimizer, first) + bits(optimizer, last)
-    ids = spoil(last)
-    rows = None if ids is None else {last: ids}
-    with pytest.raises(error, match=message):
-        optimizer.step(rows=rows)
-    with pytest.raises(error, match=message):
-        clip_grad_norm_([first, last], 1e-3, rows=rows)
-    after = bits(optimizer, first) + bits(optimizer, last)
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) and first.grad.tolist() == [1, 1, 1, 1]
-
-
-def test_bad_arguments(backend):
-    param, stranger = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3, 2))
-    param.grad = torch.ones(3, 2)
-    optimizer = LazyAdam([param])
-    for call in (optimizer.step, lambda rows: clip_grad_norm_([param], 1.0, rows=rows)):
-        with pytest.raises(ValueError, match="the keys must be the parameters themselves"):
-            call(rows={stranger: torch.tensor([0])})
-    optimizer.param_groups[0]["lr"] = float("nan")
-    with pytest.raises(ValueError, match="lr must be a finite number, got nan"):
-        optimizer.step()
-    assert param.tolist() == [[1, 1]] * 3 and not optimizer.state
-    with pytest.raises(ValueError, match="max_norm must be"):
-        clip_grad_norm_([param], float("nan"))
-    for options, message in (
-        ({"lr": -1.0}, "lr must be"),
-        ({"lr": float("nan")}, "lr must be"),
-        ({"lr": torch.ones(2)}, "lr must be a float or a tensor of one element"),
-        ({"betas": (1.0, 0.9)}, r"beta1 must lie in \[0, 1\), got 1.0"),
-        ({"betas": (0.9, -0.1)}, "beta2"),
-        ({"eps": -1e-8}, "eps must be"),
-        ({"weight_decay": -0.1}, "weight_decay must be"),
-        ({"lazy": True}, "lazy must be one of None, 'rows', 'nonzero', got True"),
-        ({"eps_mode": "sparse"}, "eps_mode must be one of"),
-        ({"bias_correction": "none"}, "bias_correction must be one of"),
-        ({"missed": "skip"}, "missed must be one of"),
-        ({"exp_avg_dtype": torch.float16}, "exp_avg_dtype must be one of"),
-        ({"padding_idx": 3}, "padding_idx must be a row"),
-        ({"padding_idx": -1}, "padding_idx must be a row"),
-        ({"missed": "replay", "betas": (0.9, 0.81)}, r"beta1 < sqrt\(beta2\)"),
-        ({"missed": "replay", "amsgrad": True}, "does not go with amsgrad"),
-        ({"missed": "replay", "bias_correction": "row"}, "does not go with bias_correction"),
-        ({"missed": "replay", "lazy": "nonzero"}, "does not go with lazy"),
-        ({"missed": "replay", "row_wise": True}, "does not go with row_wise"),
-        ({"missed": "replay", "exp_avg_dtype": torch.bfloat16}, "does not go with exp_avg_dtype"),
-        ({"missed": "replay", "weight_decay": 0.1, "decoupled_weight_decay": False}, "does not go with coupled"),
-        ({"differentiable": True}, "differentiable=False"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            LazyAdam([param], **options)
-        with pytest.raises(ValueError, match=message):
-            optimizer.add_param_group({"params": [stranger], **options})
-    for bad in (torch.ones(2, dtype=torch.complex64), torch.ones(2, dtype=torch.int64)):
-        with pytest.raises(TypeError, match="dense floating parameters"):
-            optimizer.add_param_group({"params": [nn.Parameter(bad, requires_grad=False)]})
-    assert len(optimizer.param_groups) == 1

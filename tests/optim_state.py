@@ -1,0 +1,6 @@
+"""What a step may change, for the tests of the optimizer."""
+
+
+def bits(optimizer, param):
+    """Copies of the parameter and of all its state."""
+    return [param.detach().clone(), *(x.clone() for x in optimizer.state[param].values())]
