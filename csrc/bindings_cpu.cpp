@@ -193,6 +193,23 @@ Attention attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t lse, uintpt
   return a;
 }
 
+void linear_product(uintptr_t a, uintptr_t b, uintptr_t bias, uintptr_t c, int64_t a_row, int64_t a_column,
+                    int64_t b_row, int64_t b_column, int64_t rows, int64_t columns, int64_t depth,
+                    int a_dtype, int b_dtype, int c_dtype, int bias_dtype, bool packed, int threads) {
+  selected->kernels->linear_product({at<void>(a), at<void>(b), at<void>(bias), at<void>(c), a_row, a_column,
+                                     b_row, b_column, rows, columns, depth, DType(a_dtype), DType(b_dtype),
+                                     DType(c_dtype), DType(bias_dtype), packed, threads});
+}
+
+void linear_pack(uintptr_t b, uintptr_t packed, int64_t b_row, int64_t b_column, int64_t columns,
+                 int64_t depth, int b_dtype, int threads) {
+  LinearProduct p{};
+  p.b = at<void>(b), p.c = at<void>(packed), p.b_row = b_row, p.b_column = b_column, p.columns = columns,
+  p.depth = depth;
+  p.b_dtype = DType(b_dtype), p.threads = threads;
+  selected->kernels->linear_pack(p);
+}
+
 void transpose(uintptr_t source, uintptr_t target, int64_t rows, int64_t columns, int64_t row, int threads) {
   selected->kernels->transpose(
       {at<const uint32_t>(source), at<uint32_t>(target), rows, columns, row, threads});
@@ -287,6 +304,12 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("cross_entropy_backward", cross_entropy_backward, no_gil);
   m.def("attention_forward", attention_forward, no_gil);
   m.def("attention_backward", attention_backward, no_gil);
+  m.def("linear_product", linear_product, no_gil);
+  m.def("linear_pack", linear_pack, no_gil);
+  m.def(
+      "linear_packed",
+      [](int64_t depth, int64_t columns) { return selected->kernels->linear_packed(depth, columns); },
+      "Words of a packed right operand of linear_product.");
   m.def("transpose", transpose, no_gil);
   m.def("lazy_adam_steps", lazy_adam_steps);
   m.def("lazy_adam_replay_scratch", lazy_adam_replay_scratch,

@@ -63,6 +63,11 @@ def _heads(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
+def _along(x: Tensor) -> Tensor:
+    """A matrix as `linear_product` takes it: elements of its rows or of its columns side by side."""
+    return x if 1 in x.stride() else x.contiguous()
+
+
 class cpu:  # a namespace, spelled as the backend is
     """The op contract on CPU tensors, run by `fastbert._cpu`."""
 
@@ -154,6 +159,38 @@ class cpu:  # a namespace, spelled as the backend is
             _address(dlogits), *logits.shape, ignore_index, DTYPES[logits.dtype], _threads(logits.numel()),
         )  # fmt: skip
         return dlogits
+
+    @staticmethod
+    def linear_product(
+        x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, shape: tuple[int, int] | None = None
+    ) -> Tensor:
+        """x [M, K] @ weight [N, K].T + bias [N] -> [M, N] in `dtype`; all in float32 or bfloat16, M, N, K >= 1.
+
+        With `shape`, the weight's, `weight` is what `linear_packed` made of it.
+        """
+        x = _along(x)
+        weight = weight if shape else _along(weight)
+        (columns, depth), (row, column) = shape or weight.shape, (0, 0) if shape else weight.stride()
+        bias = None if bias is None else bias.contiguous()
+        y = x.new_empty(x.shape[0], columns, dtype=dtype)
+        module.linear_product(
+            _address(x), _address(weight), _address(bias), _address(y), *x.stride(), column, row, x.shape[0], columns,
+            depth, DTYPES[x.dtype], DTYPES[weight.dtype], DTYPES[dtype],
+            DTYPES[torch.float32 if bias is None else bias.dtype], shape is not None, torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+    @staticmethod
+    def linear_packed(weight: Tensor) -> Tensor:
+        """weight [N, K] in float32 or bfloat16 -> float32 numbers in the order in which `linear_product` reads them."""
+        weight = _along(weight)
+        columns, depth = weight.shape
+        packed = weight.new_empty(module.linear_packed(depth, columns), dtype=torch.float32)
+        module.linear_pack(
+            _address(weight), _address(packed), weight.stride(1), weight.stride(0), columns, depth,
+            DTYPES[weight.dtype], _threads(weight.numel()),
+        )  # fmt: skip
+        return packed
 
     @staticmethod
     def transposed(x: Tensor) -> Tensor:

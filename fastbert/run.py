@@ -69,8 +69,8 @@ class PretrainConfig:
     """Rows of the word embeddings that a step moves: all, or those whose word stands in its input or labels."""
     bf16: bool = False
     """Compute in bfloat16 (autocast); weights stay float32."""
-    linear: Literal["auto", "torch", "onednn", "widened"] = "auto"
-    """Library of the products on a CPU; auto: the faster one, timed once, when the run starts, and kept."""
+    linear: Literal["auto", "torch", "onednn", "widened", "fastbert"] = "auto"
+    """Library of the products on a CPU; auto: the fastest one, timed once, when the run starts, and kept."""
     seed: int = 0
     """Of everything random."""
 
@@ -141,7 +141,7 @@ def open_run(config: PretrainConfig, resume: bool) -> PretrainConfig:
 
 
 def choose_linear(config: PretrainConfig) -> str:
-    """The library of the run's products: FASTBERT_LINEAR's, the setting's, or for a new run the faster one."""
+    """The library of the run's products: FASTBERT_LINEAR's, the setting's, or for a new run the fastest one."""
     name = config.linear if linear.requested() == "auto" else linear.requested()
     linear.check(name)
     if name != "auto":

@@ -5,6 +5,7 @@ import torch
 
 import fastbert
 from fastbert import native
+from fastbert.ops import linear
 
 BACKENDS = ["reference"] + [f"cpu:{isa}" for isa in (native.module.instruction_sets() if native.module else [])]
 
@@ -41,3 +42,14 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["onednn", "fastbert"])
+def library(request):
+    """Each library besides torch's own that is here, chosen within the test."""
+    try:
+        linear.check(request.param)
+    except ValueError as missing:
+        pytest.skip(str(missing))
+    with fastbert.use_linear(request.param):
+        yield request.param

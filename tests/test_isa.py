@@ -19,7 +19,7 @@ import pytest
 from fastbert import native
 
 TESTS = Path(__file__).parent
-OPS = ("gelu", "layer_norm", "cross_entropy", "attention", "lazy_adam", "lazy_adam_replay")
+OPS = ("gelu", "layer_norm", "cross_entropy", "attention", "linear_product", "lazy_adam", "lazy_adam_replay")
 ISAS = native.module.instruction_sets() if native.module else []
 
 

@@ -1,10 +1,7 @@
 // How attention's work is cut into tasks for any number of threads, and the memory a task works in.
 #pragma once
-#include <stdio.h>
-#include <stdlib.h>
-
 #include "amx.h"
-#include "common.h"
+#include "scratch.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {
@@ -12,35 +9,6 @@ namespace FASTBERT_ISA {
 constexpr int64_t kRun = 512;  // queries of a forward task, at most, for which a block of keys is packed once
 constexpr int64_t kSpan = 2048;  // queries of a backward task that are packed once; scratch is for so many
 constexpr int64_t kPiece = 128;  // queries, or keys, of a backward task where a sequence takes several
-
-static thread_local uint32_t* scratch_memory = nullptr;
-static thread_local int64_t scratch_words = 0;
-
-// Memory of this thread, kept for its next call: taking it anew would cost page faults at every layer.
-class Scratch {
- public:
-  explicit Scratch(int64_t words) {
-    if (words <= scratch_words) return;
-    free(scratch_memory);
-    scratch_memory = static_cast<uint32_t*>(aligned_alloc(4096, ceil_div(words, 1024) * 4096));
-    if (!scratch_memory) {
-      fprintf(stderr, "fastbert: attention could not allocate %lld bytes\n",
-              static_cast<long long>(words * 4));
-      abort();
-    }
-    scratch_words = words;
-  }
-
-  uint32_t* words(int64_t n) {
-    uint32_t* place = scratch_memory + used_;
-    used_ += ceil_div(n, 16) * 16;
-    return place;
-  }
-  float* floats(int64_t n) { return reinterpret_cast<float*>(words(n)); }
-
- private:
-  int64_t used_ = 0;
-};
 
 // ---- tasks
 // ------------------------------------------------------------------------------------

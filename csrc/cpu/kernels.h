@@ -86,6 +86,18 @@ struct Attention {            // packed sequences; element strides of the token 
   int threads;
 };
 
+struct LinearProduct {  // c = a @ b + bias, M, N, K >= 1; see linear.cpp
+  const void* a;        // [M, K] a_dtype
+  const void* b;        // [K, N] b_dtype, or what linear_pack made of it
+  const void* bias;     // [N] bias_dtype, or null
+  void* c;              // [M, N] c_dtype contiguous; linear_pack: linear_packed(K, N) words
+  int64_t a_row, a_column, b_row, b_column;     // elements between rows and columns, 1 for one of each pair
+  int64_t rows, columns, depth;                 // M, N, K
+  DType a_dtype, b_dtype, c_dtype, bias_dtype;  // float32 or bf16
+  bool packed;                                  // b is
+  int threads;
+};
+
 struct Transpose {         // see transpose.cpp
   const uint32_t* source;  // [M, N] words of four bytes
   uint32_t* target;        // [N, M] contiguous
@@ -158,6 +170,9 @@ struct Kernels {
   void (*cross_entropy_backward)(const CrossEntropy&);
   void (*attention_forward)(const Attention&);
   void (*attention_backward)(const Attention&);
+  void (*linear_product)(const LinearProduct&);
+  void (*linear_pack)(const LinearProduct&);
+  int64_t (*linear_packed)(int64_t depth, int64_t columns);  // words of packed b
   void (*transpose)(const Transpose&);
   // -1, or which of the steps names a row outside its table: then nothing was done
   int64_t (*lazy_adam_steps)(const LazyAdam* steps, int64_t count, int threads);

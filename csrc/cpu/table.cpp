@@ -12,6 +12,9 @@ void cross_entropy_forward(const CrossEntropy&);
 void cross_entropy_backward(const CrossEntropy&);
 void attention_forward(const Attention&);
 void attention_backward(const Attention&);
+void linear_product(const LinearProduct&);
+void linear_pack(const LinearProduct&);
+int64_t linear_packed(int64_t depth, int64_t columns);
 void transpose(const Transpose&);
 int64_t lazy_adam_steps(const LazyAdam* steps, int64_t count, int threads);
 int64_t lazy_adam_replay(const LazyAdamReplay&);
@@ -24,10 +27,10 @@ static void philox(uint64_t seed, const uint32_t counter[4], uint32_t words[4]) 
 }
 
 extern const Kernels kernels;
-const Kernels kernels = {gelu_forward,        gelu_backward,         layer_norm_forward,
-                         layer_norm_backward, cross_entropy_forward, cross_entropy_backward,
-                         attention_forward,   attention_backward,    transpose,
-                         lazy_adam_steps,     lazy_adam_replay,      philox};
+const Kernels kernels = {
+    gelu_forward,           gelu_backward,     layer_norm_forward, layer_norm_backward, cross_entropy_forward,
+    cross_entropy_backward, attention_forward, attention_backward, linear_product,      linear_pack,
+    linear_packed,          transpose,         lazy_adam_steps,    lazy_adam_replay,    philox};
 
 }  // namespace FASTBERT_ISA
 }  // namespace fastbert

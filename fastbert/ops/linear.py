@@ -1,4 +1,4 @@
-"""The product of a linear layer by whichever of torch's two libraries suits the processor.
+"""The product of a linear layer by whichever library suits the processor: one of torch's two, or this package's.
 
     y = x @ weight.T + bias,   dx = dy @ weight,   dweight = dy.T @ x,   dbias = column sums of dy
 
@@ -7,14 +7,17 @@ x is [..., K], weight [N, K], bias [N], y [..., N]; backward saves x and weight.
 torch computes float32 products on x86 processors by MKL ("torch" below), which leaves the AVX-512 of AMD's processors
 unused. In bfloat16 it asks oneDNN, but writes the bias out first for the product to be added to. The private op
 `mkldnn::_linear_pointwise` of the same torch, which has no autograd, reaches oneDNN without either detour ("onednn").
-They agree to rounding, not to the bit. So that a program gives the same bits at every start, nothing is timed behind
-its back: without a choice, processors of AMD with AVX-512 take "onednn" and all others "torch". All but float32 and
-bfloat16 on a CPU is `F.linear` as ever, and so are small products, at which torch is no slower, and the two without a
-bias of a bfloat16 backward pass. The choice holds under torch.compile too, whose own products would be MKL's.
+On AMD's processors without AVX-512 both fall behind `csrc/cpu/linear.cpp` ("fastbert"): a little where there are many
+rows, by a half and more where there are few. They agree to rounding, not to the bit. So that a program gives the same
+bits at every start, nothing is timed behind its back: without a choice, processors of AMD take "onednn" with AVX-512
+and "fastbert" without, and all others "torch". All but float32 and bfloat16 on a CPU is `F.linear` as ever, and so are
+small products, at which torch is no slower, and the two without a bias of a bfloat16 backward pass by "onednn". The
+choice holds under torch.compile too, whose own products would be MKL's.
 
 A processor without AVX-512 has no bfloat16 products, and the loops that torch has in their place reach a sixth of its
-float32 rate in a forward pass and a fortieth through both. There "widened" is the choice: bfloat16 by torch's
-float32 products, their results rounded once. float32 weights are taken as they are and their gradients not rounded.
+float32 rate in a forward pass and a fortieth through both. There bfloat16 is multiplied in float32 and the results
+rounded once: by "fastbert", which reads and writes bfloat16, or where that is not the choice by torch's own products
+between two copies ("widened"). float32 weights are taken as they are and their gradients not rounded.
 """
 
 import contextlib
@@ -28,31 +31,39 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fastbert import native
+from fastbert import backend, native
 from fastbert.ops.register import fake, register
 
-NAMES = ("auto", "torch", "onednn", "widened")
+NAMES = ("auto", "torch", "onednn", "widened", "fastbert")
+DTYPES = (torch.float32, torch.bfloat16)
 
 
-def _slow_mkl() -> bool:
+def _processor() -> str:
     try:
         with open("/proc/cpuinfo") as file:
-            first = file.read(4096)
+            return file.read(4096)
     except OSError:
-        return False
-    return "AuthenticAMD" in first and " avx512f" in first
+        return ""
 
 
 # Read once, at import: torch.compile cannot trace them.
-slow_mkl = _slow_mkl()
+_amd, _avx512 = "AuthenticAMD" in _processor(), " avx512f" in _processor()
+slow_mkl = _amd and _avx512
+slow_libraries = _amd and not _avx512 and native.isa == "avx2"
 onednn_missing = (
     None
     if hasattr(torch.ops.mkldnn, "_linear_pointwise")
     else f"torch {torch.__version__} here has no mkldnn::_linear_pointwise"
 )
 bfloat16_products = onednn_missing is not None or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-# Multiplications below which the op is no faster than torch.
-SMALL = {torch.float32: 1 << 26, torch.bfloat16: 1 << 28 if bfloat16_products else 1}
+# Multiplications below which a library is no faster than torch.
+SMALL = {
+    ("onednn", torch.float32): 1 << 26,
+    ("onednn", torch.bfloat16): 1 << 28 if bfloat16_products else 1,
+    ("fastbert", torch.float32): 3 << 24,
+    ("fastbert", torch.bfloat16): 3 << 24 if bfloat16_products else 1,
+    ("widened", torch.bfloat16): 1,
+}
 _requested = os.environ.get("FASTBERT_LINEAR") or "auto"
 
 
@@ -77,29 +88,29 @@ def linear(x: Tensor, weight: "Tensor | FrozenWeight", bias: Tensor | None = Non
     cast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     dtype = cast or x.dtype
     name = chosen(dtype)
-    if name == "torch" or not _fits(x, weight, bias, cast):
+    if name == "torch" or not _fits(x, weight, bias, cast, name):
         return F.linear(x, weight, bias)
     rows = x.to(dtype).reshape(-1, x.shape[-1])
-    if name == "widened" or (dtype == torch.bfloat16 and not bfloat16_products):
-        y = _Widened.apply(rows, weight, bias, F.linear if name == "widened" else onednn_linear)
-    else:
+    if name == "onednn" and (dtype == torch.float32 or bfloat16_products):
         y = _Linear.apply(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+    else:
+        y = _InFloat32.apply(rows, weight, bias, _PRODUCTS[name])
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, cast: torch.dtype | None) -> bool:
-    """Whether another product is worth it and takes these; what `F.linear` refuses is left to it, for its message."""
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, cast: torch.dtype | None, name: str) -> bool:
+    """Whether `name` is worth it and takes these; what `F.linear` refuses is left to it, for its message."""
     for tensor in (x, weight) if bias is None else (x, weight, bias):
-        if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.dtype not in SMALL:
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.dtype not in DTYPES:
             return False
         if cast is None and tensor.dtype != x.dtype:
             return False
     computed = cast or x.dtype
-    if computed not in SMALL:
+    if computed not in DTYPES:
         return False
     if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         return False
-    if x.numel() * weight.shape[0] < SMALL[computed]:
+    if x.numel() * weight.shape[0] < SMALL[name, computed]:
         return False
     return bias is None or bias.shape == weight.shape[:1]
 
@@ -115,12 +126,13 @@ def use_linear(name: str) -> Iterator[None]:
     what its forward pass used.
 
     Args:
-        name: "torch" (`F.linear`), "onednn", "widened" (bfloat16 by torch's float32 products, all else `F.linear`), or
-            "auto": "widened" on processors without bfloat16 products, "onednn" on AMD's that have AVX-512, else
-            "torch". Without bfloat16 products "onednn" computes it in float32 too.
+        name: "torch" (`F.linear`), "onednn", "fastbert" (this package's, in float32), "widened" (bfloat16 by torch's
+            float32 products, all else `F.linear`), or "auto": "onednn" on AMD's processors with AVX-512, "fastbert" on
+            those without (not where the backend "reference" is asked for), else "torch", and for bfloat16 "widened" on
+            processors without such products. There "onednn" computes it in float32 too.
 
     Raises:
-        ValueError: no library has that name, or this torch lacks it.
+        ValueError: no library has that name, or it is missing here.
     """
     global _requested
     check(name)
@@ -138,8 +150,10 @@ def requested() -> str:
 
 
 def chosen(dtype: torch.dtype = torch.float32) -> str:
-    """What computes here and now in this dtype, "torch", "onednn" or "widened"; raises as `use_linear` does."""
+    """What computes here and now in this dtype, never "auto"; raises as `use_linear` does."""
     name = requested()
+    if name == "auto" and slow_libraries and backend.requested() != "reference":
+        return "fastbert"
     if name == "auto" and dtype == torch.bfloat16 and not bfloat16_products:
         return "widened"
     if name == "auto":
@@ -158,11 +172,13 @@ def check(name: str) -> None:
             f"products by 'onednn' were asked for and cannot run here: {onednn_missing}. FASTBERT_LINEAR=torch takes "
             "torch's, equal to rounding"
         )
+    if name == "fastbert" and native.module is None:
+        raise ValueError(f"products by 'fastbert' were asked for and cannot run here: {native.cpu_missing}")
 
 
 def info() -> str:
     """What `fastbert info` says of it."""
-    auto = "auto: AMD processor with AVX-512" if slow_mkl else "auto"
+    auto = f"auto: AMD processor with{'' if slow_mkl else 'out'} AVX-512" if slow_mkl or slow_libraries else "auto"
     why = auto if requested() == "auto" else "FASTBERT_LINEAR"
     lines = f"linear products by {chosen()} ({why}); onednn: {onednn_missing or 'ok'}"
     if not bfloat16_products:
@@ -173,21 +189,22 @@ def info() -> str:
 
 
 def fastest(rows: int, size: int, inner: int, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
-    """The faster library for x [rows, size] and weight [inner, size], forward and backward, timed within a second.
+    """The fastest library for x [rows, size] and weight [inner, size], forward and backward, timed within a second.
 
     Args:
         rows, size, inner: of the product.
         dtype: float32 or bfloat16, in which it is computed.
 
     Returns:
-        "torch", "onednn" or "widened", and why in words. "onednn" only where its results equal torch's to rounding.
+        Its name, never "auto", and why in words. One whose results do not equal the first's to rounding does not count.
     """
-    if dtype == torch.bfloat16 and not bfloat16_products:
-        return "widened", "the processor has no bfloat16 products, they are computed in float32"
-    if onednn_missing:
-        return "torch", onednn_missing
-    if rows * size * inner < SMALL[dtype]:
-        return "torch", "the products are small"
+    first = "torch" if dtype == torch.float32 or bfloat16_products else "widened"
+    others = [name for name, why_not in (("onednn", onednn_missing), ("fastbert", native.cpu_missing)) if not why_not]
+    if dtype == torch.bfloat16 and bfloat16_products:
+        others = [name for name in others if name != "fastbert"]  # it computes in float32
+    others = [name for name in others if rows * size * inner >= SMALL[name, dtype]]
+    if not others:
+        return first, "the products are small, or no other library is there"
     rounding = 2e-2 if dtype == torch.bfloat16 else 1e-5
     draw = torch.Generator().manual_seed(0)
     shapes = (rows, size), (inner, size), (rows, inner)
@@ -199,18 +216,21 @@ def fastest(rows: int, size: int, inner: int, dtype: torch.dtype = torch.float32
             y = linear(*inputs)
         return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
 
-    for ours, theirs in zip(run("onednn"), run("torch"), strict=True):
-        if not (ours - theirs).abs().max() <= rounding * theirs.abs().max():
-            return "torch", "onednn's results differ by more than rounding"
-    seconds: dict[str, list[float]] = {"torch": [], "onednn": []}
-    end = time.perf_counter() + 0.6
-    while len(seconds["torch"]) < 3 or time.perf_counter() < end:
+    def agree(name: str) -> bool:
+        pairs = zip(run(name), run(first), strict=True)
+        return all((ours - theirs).abs().max() <= rounding * theirs.abs().max() for ours, theirs in pairs)
+
+    wrong = [name for name in others if not agree(name)]
+    seconds: dict[str, list[float]] = {name: [] for name in (first, *others) if name not in wrong}
+    end = time.perf_counter() + 0.3 * len(seconds)
+    while len(seconds[first]) < 3 or time.perf_counter() < end:
         for name, taken in seconds.items():
             start = time.perf_counter()
             run(name)
             taken.append(time.perf_counter() - start)
     median = {name: 1e3 * statistics.median(taken) for name, taken in seconds.items()}
-    return min(median, key=median.get), f"onednn took {median['onednn']:.1f} ms and torch {median['torch']:.1f}"
+    took = [f"{name} took {milliseconds:.1f} ms" for name, milliseconds in median.items()]
+    return min(median, key=median.get), ", ".join(took + [f"{name} differs by more than rounding" for name in wrong])
 
 
 # ---- the op --------------------------------------------------------------------------------------------------------
@@ -247,36 +267,66 @@ class _Linear(torch.autograd.Function):
         return dx, dweight, dy.sum(0) if ctx.needs_input_grad[2] else None
 
 
-class _Widened(torch.autograd.Function):
-    """bfloat16 x, y and their gradients; the weight, the bias and all products in float32, by `product`."""
+@register
+def fastbert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x [M, K] @ weight [N, K].T + bias [N] -> [M, N] in `dtype`, M, N, K >= 1, of any strides; computed in float32.
+
+    All are float32 or bfloat16, each for itself.
+    """
+    return native.cpu.linear_product(x, weight, bias, dtype)
+
+
+@fake("fastbert_linear")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+
+
+def _widened(product):
+    """A product of float32 with the arguments of `fastbert_linear`."""
+
+    def between_copies(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return product(x.float(), weight.float(), None if bias is None else bias.float()).to(dtype)
+
+    return between_copies
+
+
+_PRODUCTS = {
+    "widened": _widened(F.linear),
+    "onednn": _widened(lambda x, weight, bias: onednn_linear(x, weight, bias)),
+    "fastbert": fastbert_linear,
+}
+
+
+class _InFloat32(torch.autograd.Function):
+    """By `product` in float32: y and dx in x's dtype, the gradients of weight and bias in theirs."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, product):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
-        ctx.options = weight.dtype, None if bias is None else bias.dtype, product
-        with torch.autocast("cpu", enabled=False):
-            return product(x.float(), weight.float(), None if bias is None else bias.float()).bfloat16()
+        ctx.options = x.dtype, weight.dtype, None if bias is None else bias.dtype, product
+        return product(x, weight, bias, x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        weight_dtype, bias_dtype, product = ctx.options
-        dy = dy.float()
-        with torch.autocast("cpu", enabled=False):
-            dx = None if weight is None else product(dy, weight.float().t(), None).bfloat16()
-            dweight = None if x is None else product(dy.t(), x.float().t(), None).to(weight_dtype)
-        return dx, dweight, dy.sum(0).to(bias_dtype) if ctx.needs_input_grad[2] else None, None
+        x_dtype, weight_dtype, bias_dtype, product = ctx.options
+        dy = dy if product is fastbert_linear else dy.float()  # once for both
+        dx = None if weight is None else product(dy, weight.t(), None, x_dtype)
+        dweight = None if x is None else product(dy.t(), x.t(), None, weight_dtype)
+        dbias = dy.sum(0, dtype=torch.float32).to(bias_dtype) if ctx.needs_input_grad[2] else None
+        return dx, dweight, dbias, None
 
 
 # ---- constant weights ----------------------------------------------------------------------------------------------
 
 
 class FrozenWeight:
-    """A linear layer's weight [N, K] as oneDNN multiplies by it fastest: rearranged once, constant from then on.
+    """A linear layer's weight [N, K] rearranged once for products by oneDNN, or by "fastbert" where that is chosen.
 
-    An ordinary weight is read in an order that costs 5 % of a large product and a quarter of a small one. Copies share
-    it; it cannot be trained or saved.
+    An ordinary weight is read in an order that costs 5 % of a large product and a quarter to a half of a small one.
+    Copies share it; it is constant from then on and cannot be trained or saved.
 
     Args:
         weight: [N, K], which is left as it is.
@@ -289,7 +339,11 @@ class FrozenWeight:
     def __init__(self, weight: Tensor, dtype: torch.dtype):
         self.check(weight, dtype)
         self.shape, self.dtype = weight.shape, dtype
+        self._ours = chosen(dtype) == "fastbert"
         with torch.no_grad():
+            if self._ours:
+                self._packed = native.cpu.linear_packed(weight.to(dtype))
+                return
             # 512 rows of x are a guess; the layout it leads to serves other numbers as well
             packed = dtype if bfloat16_products else torch.float32
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(packed).contiguous(), 512)
@@ -303,13 +357,13 @@ class FrozenWeight:
             ValueError: a weight that is empty or not on the CPU.
             RuntimeError: this torch has no such products.
         """
-        if dtype not in SMALL:
+        if dtype not in DTYPES:
             raise TypeError(f"weights are frozen in float32 or bfloat16, got {dtype}")
         if weight.device.type != "cpu" or weight.numel() == 0:
             raise ValueError(
                 f"a weight to freeze must be on the cpu, got one of {list(weight.shape)} on {weight.device}"
             )
-        if onednn_missing:
+        if onednn_missing and chosen(dtype) != "fastbert":
             raise RuntimeError(f"weights cannot be frozen here: {onednn_missing}")
 
     def __deepcopy__(self, memo: dict) -> "FrozenWeight":
@@ -336,5 +390,10 @@ class FrozenWeight:
             raise RuntimeError("a frozen weight gives no gradients: run under torch.inference_mode or torch.no_grad")
         if x.numel() == 0:
             return x.new_empty(*x.shape[:-1], self.shape[0])
+        if self._ours:
+            rows = x.reshape(-1, self.shape[1])
+            return native.cpu.linear_product(rows, self._packed, bias, self.dtype, tuple(self.shape)).view(
+                *x.shape[:-1], self.shape[0]
+            )
         x, bias = (None if t is None else t.to(self._packed.dtype) for t in (x.contiguous(), bias))
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "").to(self.dtype)

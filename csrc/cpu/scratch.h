@@ -1,0 +1,41 @@
+// Memory that a kernel works in, a piece of its own for each thread.
+#pragma once
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "common.h"
+
+namespace fastbert {
+namespace FASTBERT_ISA {
+
+static thread_local uint32_t* scratch_memory = nullptr;
+static thread_local int64_t scratch_words = 0;
+
+// Memory of this thread, kept for its next call: taking it anew would cost page faults at every layer.
+class Scratch {
+ public:
+  explicit Scratch(int64_t words) {
+    if (words <= scratch_words) return;
+    free(scratch_memory);
+    scratch_memory = static_cast<uint32_t*>(aligned_alloc(4096, ceil_div(words, 1024) * 4096));
+    if (!scratch_memory) {
+      fprintf(stderr, "fastbert: a kernel could not allocate %lld bytes\n",
+              static_cast<long long>(words * 4));
+      abort();
+    }
+    scratch_words = words;
+  }
+
+  uint32_t* words(int64_t n) {
+    uint32_t* place = scratch_memory + used_;
+    used_ += ceil_div(n, 16) * 16;
+    return place;
+  }
+  float* floats(int64_t n) { return reinterpret_cast<float*>(words(n)); }
+
+ private:
+  int64_t used_ = 0;
+};
+
+}  // namespace FASTBERT_ISA
+}  // namespace fastbert
