@@ -18,7 +18,9 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-KERNELS = ("gelu", "layer_norm", "cross_entropy", "attention", "linear", "transpose", "lazy_adam", "lazy_adam_replay", "table")
+KERNELS = (
+    "gelu", "layer_norm", "cross_entropy", "attention", "linear", "transpose", "lazy_adam", "lazy_adam_replay", "table"
+)  # fmt: skip
 
 AVX2 = "-mavx2 -mfma -mf16c -mbmi2"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq"

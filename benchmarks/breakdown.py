@@ -22,7 +22,7 @@ from fastbert.bert import BertConfig, BertForPreTraining
 
 STEPS = 4
 KINDS = {
-    "products": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"),
+    "products": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise", "fastbert::fastbert_linear"),
     "attention": ("fastbert::attention_forward", "fastbert::attention_backward"),
     "LayerNorm": ("fastbert::layer_norm_forward", "fastbert::layer_norm_backward"),
     "GELU": ("fastbert::gelu_forward", "fastbert::gelu_backward"),
