@@ -4,11 +4,12 @@
 
 Forward and backward take three products of M x N x K multiplications, M rows (tokens, or words to predict); frozen
 weights have the forward pass only. Values and gradients are checked against float64 before anything is timed. All run
-in turn in one process, under the same allocator setting. Products too small for oneDNN (`fastbert.ops.linear.SMALL`)
-are left out: both would be torch's. bfloat16 is also computed in float32 ("widened").
+in turn in one process, under the same allocator setting. Where a product is too small for a library
+(`fastbert.ops.linear.SMALL`), it is left out. bfloat16 is also computed in float32 ("widened", "fastbert").
 """
 
 import argparse
+import functools
 
 import torch
 from bandwidth import DTYPES, forward, forward_backward
@@ -17,12 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastbert
+from fastbert import native
 from fastbert.bert import BertConfig
 from fastbert.ops.linear import SMALL, FrozenWeight, onednn_missing
 from fastbert.testing import assert_close, run
 
 NAMES = ("y", "dx", "dweight", "dbias")
-LIBRARIES = {torch.float32: ("torch", "onednn"), torch.bfloat16: ("torch", "onednn", "widened")}
+MISSING = {"onednn": onednn_missing, "fastbert": native.cpu_missing, "widened": None}
 
 
 def by(library: str):
@@ -35,20 +37,25 @@ def by(library: str):
 
 def benchmark(name: str, m: int, k: int, n: int, dtype: torch.dtype, repeats: int) -> list[dict[str, object]]:
     *inputs, dy = (torch.randn(shape).to(dtype) for shape in ((m, k), (n, k), (n,), (m, n)))
-    ops = {library: by(library) for library in LIBRARIES[dtype]}
+    others = [other for other, why in MISSING.items() if not why and m * k * n >= SMALL.get((other, dtype), 1 << 62)]
+    ops = {library: by(library) for library in ("torch", *others)}
     truth = run(F.linear, [x.double() for x in inputs], dy.double())
     results = {library: run(op, inputs, dy) for library, op in ops.items()}
     for library in ops:
         for what, *values in zip(NAMES, results[library], results["torch"], truth, strict=True):
             assert_close(*values, what=f"{what} by {library}")
     x, weight, bias = inputs
-    weight = FrozenWeight(weight, dtype)
-    assert_close(fastbert.linear(x, weight, bias), results["torch"][0], truth[0], what="frozen y")
+    frozen = {}
+    for library in ("onednn", "fastbert"):
+        if not MISSING[library]:
+            with fastbert.use_linear(library):
+                frozen[f"{library} frozen"] = functools.partial(fastbert.linear, x, FrozenWeight(weight, dtype), bias)
+    for what, call in frozen.items():
+        assert_close(call(), results["torch"][0], truth[0], what=what)
 
     rows = []
     passes = {
-        ("forward", 1): {library: forward(op, inputs) for library, op in ops.items()}
-        | {"frozen": lambda: fastbert.linear(x, weight, bias)},
+        ("forward", 1): {library: forward(op, inputs) for library, op in ops.items()} | frozen,
         ("forward+backward", 3): {library: forward_backward(op, inputs, dy) for library, op in ops.items()},
     }
     for (what, products), calls in passes.items():
@@ -60,12 +67,12 @@ def benchmark(name: str, m: int, k: int, n: int, dtype: torch.dtype, repeats: in
                 "p20_ms": round(taken.p20 * 1e3, 3), "median_ms": round(taken.median * 1e3, 3),
                 "p80_ms": round(taken.p80 * 1e3, 3),
                 "tflop_per_s": round(2 * products * m * n * k / taken.median / 1e12, 4),
-                "time_over_onednn": round(taken.median / stats["onednn"].median, 2),
+                "torch_time_over_this": round(stats["torch"].median / taken.median, 2),
             }  # fmt: skip
             print(
-                f"{name:14} {row['dtype']:9} {m:5} x {k:5} x {n:5} {what:17} {library:7} {row['median_ms']:9.2f} ms "
+                f"{name:14} {row['dtype']:9} {m:5} x {k:5} x {n:5} {what:17} {library:15} {row['median_ms']:9.2f} ms "
                 f"[{row['p20_ms']:.2f}, {row['p80_ms']:.2f}] {1e3 * row['tflop_per_s']:7.0f} GFLOP/s "
-                f"{row['time_over_onednn']:6.2f} x onednn",
+                f"{row['torch_time_over_this']:6.2f}x",
                 flush=True,
             )
             rows.append(row)
@@ -80,8 +87,6 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
-    if onednn_missing:
-        raise SystemExit(f"there is nothing to compare: {onednn_missing}")
     fastbert.keep_memory()
     torch.manual_seed(0)
     config, (tokens, words) = BertConfig.preset(args.preset), args.rows
@@ -93,10 +98,8 @@ def main() -> None:
     rows = []
     for dtype in (DTYPES[name] for name in args.dtypes):
         for name, (m, k, n) in layers.items():
-            if m * k * n >= SMALL[dtype]:
-                rows += benchmark(name, m, k, n, dtype, args.repeats)
-    if rows:
-        write_csv(results_path("linear"), rows)
+            rows += benchmark(name, m, k, n, dtype, args.repeats)
+    write_csv(results_path("linear", *(args.dtypes if len(args.dtypes) < len(DTYPES) else [])), rows)
 
 
 if __name__ == "__main__":
