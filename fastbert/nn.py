@@ -165,8 +165,8 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Makes a model's linear layers constant, in place, for faster inference on a CPU.
 
     Their weights are rearranged once into the layout that oneDNN, or "fastbert" where `use_linear` says so, multiplies
-    by fastest, and the originals are given back to the system: a large batch takes 4 to 7 % less time, a single
-    sentence 35 to 45 %. Evaluation mode is set and
+    by fastest, and the originals are given back to the system: a large batch takes up to 7 % less time, a single
+    sentence 30 to 45 %. Evaluation mode is set and
     no parameter takes a gradient any more. A frozen model cannot be trained or saved; copies share its weights;
     torch.compile does not look into its products.
 

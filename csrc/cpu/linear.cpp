@@ -14,12 +14,13 @@ namespace FASTBERT_ISA {
 namespace {
 
 constexpr int64_t kColumns = kPanel * kLanes;         // of b in a panel
-constexpr int64_t kDepth = kLanes == 16 ? 128 : 384;  // of a panel at a time: 24 or 32 KB
+constexpr int64_t kDepth = kLanes == 16 ? 128 : 384;  // of a panel at a time: 12, 24 or 32 KB
 constexpr int64_t kRows = 96;                         // of a at a time: 150 KB
 constexpr int64_t kWidth = 384;                       // columns of a task, at most
 constexpr int64_t kResident = 1536;                   // depth of b that is packed at a time
 constexpr int64_t kChunk = 2048;  // rows whose sums are kept for that, where b is deeper than kResident
 constexpr int64_t kLeast = 96;    // columns of a task, at least, where its rows can be split instead
+static_assert(kResident % kDepth == 0 && kDepth % kLanes == 0, "a piece of the depth is packed whole");
 
 struct Range {
   int64_t begin, end;
