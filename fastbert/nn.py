@@ -166,9 +166,8 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
     Their weights are rearranged once into the layout that oneDNN, or "fastbert" where `use_linear` says so, multiplies
     by fastest, and the originals are given back to the system: a large batch takes up to 7 % less time, a single
-    sentence 30 to 45 %. Evaluation mode is set and
-    no parameter takes a gradient any more. A frozen model cannot be trained or saved; copies share its weights;
-    torch.compile does not look into its products.
+    sentence 30 to 45 %. Evaluation mode is set and no parameter takes a gradient any more. A frozen model cannot be
+    trained or saved; copies share its weights; torch.compile does not look into its products.
 
     Args:
         model: any module that has layers of this package's `Linear` and `LinearGELU` in it, such as `BertModel`, on
