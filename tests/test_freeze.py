@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from bert_batches import SMALL
 from torch import nn
 
 import fastbert
-from fastbert.bert import BertConfig
 from fastbert.nn import Linear, LinearGELU
 from fastbert.ops import linear as op
 from fastbert.testing import assert_close
@@ -35,11 +35,7 @@ def test_frozen_layers_close_to_truth(library, nan_filled, layer, dtype, biased)
 
 def test_frozen_model_is_the_model(library):
     """In float32, and in bfloat16 under autocast, on padded and packed batches; the weights are gone."""
-    config = BertConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=8, initializer_range=0.2,
-    )  # fmt: skip
-    model, ids = fastbert.BertModel(config).eval(), torch.randint(1, 50, (3, 8))
+    model, ids = fastbert.BertModel(SMALL).eval(), torch.randint(1, 50, (3, 8))
     batches = {"input_ids": ids, "attention_mask": (torch.arange(8) < torch.tensor([[3], [8], [5]])).long()}, {
         "input_ids": ids.flatten(), "cu_seqlens": torch.tensor([0, 5, 6, 14, 16, 24], dtype=torch.int32),
     }  # fmt: skip
@@ -76,8 +72,7 @@ def test_frozen_layers_refuse_what_they_cannot_do(library, tmp_path):
 
 
 def test_a_frozen_model_is_not_half_saved(library, tmp_path):
-    config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-    model = fastbert.freeze(fastbert.BertModel(config))
+    model = fastbert.freeze(fastbert.BertModel(SMALL))
     with pytest.raises(RuntimeError, match=r"encoder\.layer\.0.* is frozen and cannot be saved"):
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 import torch
+from bert_batches import SMALL
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import fastbert
 from fastbert import native
-from fastbert.bert import BertConfig
 from fastbert.ops import linear as op
 from fastbert.testing import assert_close, run
 
@@ -281,11 +281,7 @@ def test_compiled_equals_eager(library, monkeypatch, compiler):
 
 def test_every_product_of_the_model(products):
     """Of two layers four each, then pooler, masked word head and decoder; forward and both gradients."""
-    config = BertConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=8, initializer_range=0.2,
-    )  # fmt: skip
-    model, ids = fastbert.BertForPreTraining(config).eval(), torch.randint(1, 50, (3, 8))
+    model, ids = fastbert.BertForPreTraining(SMALL).eval(), torch.randint(1, 50, (3, 8))
     labels, pairs = torch.where(torch.arange(8) % 3 == 0, ids, -100), torch.tensor([0, 1, 0])
 
     def gradients(model):
