@@ -10,14 +10,14 @@
 //
 // Arithmetic is float32 for every dtype; w is rounded once, to nearest or stochastically. State is float32,
 // but m may be bf16, and v and u one number per row, fed by the mean of g * g. A sparse gradient is taken as
-// it comes, R rows with their ids; rows of one id are added up in the order they stand in. To bring them
-// together the positions 0..R-1 are sorted by id (a stable radix sort): no time and no memory that grows with
-// V, and the table is then walked in the order of memory. Everything moves once: sums stay in L1.
+// it comes, R rows with their ids; rows of one id are added up in the order they stand in. Everything moves
+// once: sums stay in L1.
 #include <math.h>
 
 #include <type_traits>
 
 #include "dropout.h"
+#include "lazy_adam_groups.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {
@@ -27,87 +27,8 @@ constexpr int64_t kColumns = 1024;    // columns of a task; the sum of its gradi
 constexpr int64_t kChunk = 32768;     // numbers of a dense tensor's task; fewer in all are left to one thread
 constexpr int64_t kAhead = 4;         // rows asked for in advance, so many groups ahead,
 constexpr int64_t kAheadLines = 8;    // so many cache lines each: the processor foresees the rest
-constexpr int64_t kSorted = 16384;    // positions that one thread sorts before another is worth starting
 constexpr int64_t kLong = 4096;       // gradients of one row beyond which threads share its columns,
 constexpr int64_t kLongColumns = 32;  // so many each
-
-// ---- touched rows: positions sorted by id, and where each id begins -------------------------------------
-
-struct Groups {
-  const int32_t* order;  // [R] positions; null: row g is touched by gradient g alone
-  const int32_t* start;  // [count + 1]: group g is order[start[g]..start[g + 1])
-  int64_t count;
-};
-
-FASTBERT_INLINE int32_t* counters(const LazyAdam& p) { return p.scratch + 2 * (p.touched + 1); }
-
-// Sorts the positions by id, first the lowest digit. Every thread of a parallel region calls it. Each counts
-// the digits of its own stretch and later places it, so that equal ids stay in order for any number of
-// threads.
-FASTBERT_INLINE int32_t* sort_positions(const LazyAdam& p, int thread, int threads) {
-  const int bits = p.table_rows > 1 ? 64 - __builtin_clzll(p.table_rows - 1) : 1;
-  const int passes = ceil_div(bits, kLazyAdamDigit), digit = ceil_div(bits, passes), digits = 1 << digit;
-  const int64_t begin = p.touched * thread / threads, end = p.touched * (thread + 1) / threads;
-  int32_t *from = p.scratch, *to = from + p.touched + 1;
-  int32_t* mine = counters(p) + thread * digits;
-  for (int pass = 0; pass < passes; ++pass) {
-    const int shift = pass * digit;
-    memset(mine, 0, digits * sizeof(int32_t));
-    for (int64_t i = begin; i < end; ++i) ++mine[p.rows[pass == 0 ? i : from[i]] >> shift & (digits - 1)];
-#pragma omp barrier
-#pragma omp single
-    for (int32_t d = 0, sum = 0; d < digits; ++d) {
-      for (int t = 0; t < threads; ++t) {
-        int32_t* place = counters(p) + t * digits + d;
-        const int32_t count = *place;
-        *place = sum;
-        sum += count;
-      }
-    }
-    for (int64_t i = begin; i < end; ++i) {
-      const int32_t position = pass == 0 ? static_cast<int32_t>(i) : from[i];
-      to[mine[p.rows[position] >> shift & (digits - 1)]++] = position;
-    }
-#pragma omp barrier
-    int32_t* swap = from;
-    from = to;
-    to = swap;
-  }
-  return from;
-}
-
-// Every thread of a parallel region calls it and gets the same answer.
-FASTBERT_INLINE Groups group(const LazyAdam& p, int thread, int threads) {
-  const int32_t* order = sort_positions(p, thread, threads);
-  int32_t* start = order == p.scratch ? p.scratch + p.touched + 1 : p.scratch;
-  const int64_t begin = p.touched * thread / threads, end = p.touched * (thread + 1) / threads;
-  const auto opens = [&](int64_t i) { return i == 0 || p.rows[order[i]] != p.rows[order[i - 1]]; };
-  int32_t opened = 0;
-  for (int64_t i = begin; i < end; ++i) opened += opens(i);
-  counters(p)[thread] = opened;
-#pragma omp barrier
-  int64_t before = 0, count = 0;
-  for (int t = 0; t < threads; ++t) {
-    before += t < thread ? counters(p)[t] : 0;
-    count += counters(p)[t];
-  }
-  for (int64_t i = begin; i < end; ++i)
-    if (opens(i)) start[before++] = static_cast<int32_t>(i);
-  if (thread == 0) start[count] = static_cast<int32_t>(p.touched);
-#pragma omp barrier
-  return {order, start, count};
-}
-
-Groups group(const LazyAdam& p, int threads) {
-  if (!p.rows) return {nullptr, nullptr, p.table_rows};
-  Groups groups = {};
-#pragma omp parallel num_threads(min(min(threads, kLazyAdamSorters), max(1, p.touched / kSorted)))
-  {
-    const Groups same = group(p, omp_get_thread_num(), omp_get_num_threads());
-    if (omp_get_thread_num() == 0) groups = same;
-  }
-  return groups;
-}
 
 // ---- gradient -------------------------------------------------------------------------------------------
 
