@@ -371,5 +371,7 @@ def test_the_fastest_is_timed_and_must_be_right(monkeypatch):
     name, why = op.fastest(512, 256, 1024)
     assert name == "torch" and why.split(", ")[1:] == [f"{name} differs by more than rounding" for name in names]
     monkeypatch.setattr(op, "onednn_missing", "gone")
+    with fastbert.use_backend("reference"):
+        assert op.fastest(512, 256, 1024) == ("torch", nothing)
     monkeypatch.setattr(native, "cpu_missing", "gone")
     assert op.fastest(512, 256, 1024) == ("torch", nothing)

@@ -36,6 +36,9 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype = t
         for kind in (torch.float32, torch.float64)
     )
     assert y.dtype == dtype and y.is_contiguous()
+    if dtype == torch.bfloat16:
+        unrounded = native.cpu.linear_product(x, weight, bias, torch.float32)
+        assert torch.equal(y, unrounded.bfloat16()), "not rounded once"
     assert_close(y, widened.to(dtype), truth, scale=x.shape[1] ** 0.5)
     return y
 

@@ -200,8 +200,9 @@ def fastest(rows: int, size: int, inner: int, dtype: torch.dtype = torch.float32
     """
     first = "torch" if dtype == torch.float32 or bfloat16_products else "widened"
     others = [name for name, why_not in (("onednn", onednn_missing), ("fastbert", native.cpu_missing)) if not why_not]
-    if dtype == torch.bfloat16 and bfloat16_products:
-        others = [name for name in others if name != "fastbert"]  # it computes in float32
+    in_vain = dtype == torch.bfloat16 and bfloat16_products  # "fastbert" computes in float32
+    if in_vain or backend.requested() == "reference":
+        others = [name for name in others if name != "fastbert"]
     others = [name for name in others if rows * size * inner >= SMALL[name, dtype]]
     if not others:
         return first, "the products are small, or no other library is there"
