@@ -81,9 +81,10 @@ struct Result {
 
 constexpr int kUnrolled = kLanes == 8 ? 4 : 1;  // of the summed index; with 16 lanes it made no difference
 
-// One tile of C, kept in registers over the whole sum.
+// One tile of C, kept in registers over the whole sum; `bias` is added to every row, or is null.
 template <typename Words, int rows, int vectors>
-FASTBERT_INLINE void multiply_tile(int64_t depth, Left a, Right b, Result c, bool add) {
+FASTBERT_INLINE void multiply_tile(int64_t depth, Left a, Right b, Result c, bool add,
+                                   const float* bias = nullptr) {
   vfloat sum[rows][vectors];
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i)
@@ -106,7 +107,9 @@ FASTBERT_INLINE void multiply_tile(int64_t depth, Left a, Right b, Result c, boo
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; ++j) {
       float* place = c.values + i * c.row + j * kLanes;
-      store(place, add ? load(place) + sum[i][j] : sum[i][j]);
+      vfloat value = add ? load(place) + sum[i][j] : sum[i][j];
+      if (bias) value += load(bias + j * kLanes);
+      store(place, value);
     }
 }
 
@@ -276,11 +279,12 @@ FASTBERT_INLINE void pack_rows(const T* source, int64_t stride, int64_t n, int64
 }
 
 // Words of rows with the row in the lanes: [width, round_up(n, kLanes)], `row` words apart; 0 behind the last
-// row. `part` is room for kLanes rows.
+// row. `part` is room for kLanes rows. Where rows are less than n rounded up apart, the last lanes are
+// written first and what they cover of the next row is written after them.
 template <typename Words, typename T>
 FASTBERT_INLINE void pack_columns(const T* source, int64_t stride, int64_t n, int64_t size, uint32_t* target,
                                   int64_t row, int64_t width, uint32_t* part) {
-  for (int64_t i = 0; i < n; i += kLanes) {
+  for (int64_t i = round_up(n, kLanes) - kLanes; i >= 0; i -= kLanes) {
     const int64_t rows = min(kLanes, n - i);
     if constexpr (sizeof(T) == sizeof(uint32_t)) {
       if (rows == kLanes && size == width) {
