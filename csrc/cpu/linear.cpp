@@ -4,9 +4,9 @@
 // K. Goto, R. van de Geijn: Anatomy of high-performance matrix multiplication, 2008. Rows of a are copied
 // into groups as high as a tile, once and by all threads; then each takes columns of c and copies its part of
 // b into panels as wide as a tile. A block of groups stays in L2 while the panels pass by, one of them in L1.
-// Both lie in the order in which a tile reads them, as memory foresees nothing else. Sums are taken over
-// kDepth at a time and these added up in order, in float32, so neither tasks nor threads change a bit of the
-// result.
+// Both lie in the order in which a tile reads them: six rows apart from each other arrive late from L2. Sums
+// are taken over kDepth at a time and these added up in order, in float32, so neither tasks nor threads
+// change a bit of the result.
 #include "matmul.h"
 #include "scratch.h"
 
@@ -22,7 +22,7 @@ constexpr int64_t kRows = 240;                        // of a block at a time: 3
 constexpr int64_t kWidth = 384;                       // columns of a task, at most
 constexpr int64_t kLeast = 96;        // columns or rows of a task, at least, where there is more than one
 constexpr int64_t kResident = 768;    // depth of a and b that is packed at a time
-constexpr int64_t kShared = 1 << 22;  // words of a, or of sums, that are kept for that
+constexpr int64_t kShared = 1 << 22;  // words of a, and of sums to be rounded, for that: 16 MB
 static_assert(kResident % kDepth == 0 && kDepth % kLanes == 0, "a piece of the depth is packed whole");
 static_assert(kRows % kGroup == 0 && kLeast % kGroup == 0, "blocks begin with a group");
 
