@@ -253,7 +253,8 @@ void linear_pack(const LinearProduct& p) {
 void linear_product(const LinearProduct& p) {
   const int64_t deep = min(p.depth, kResident), wide = round_up(p.columns, kColumns);
   const bool keep = p.c_dtype == DType::bf16 && p.depth > kResident;
-  const int64_t chunk = max(1, kShared / (keep ? max(deep, wide) : deep) / kRows) * kRows;
+  const int64_t words = max(Groups::stride(deep) / kGroup, keep ? wide : 0);  // for a row
+  const int64_t chunk = max(1, kShared / words / kRows) * kRows;
   const int64_t across = p.threads * ceil_div(p.columns, p.threads * kWidth);
   const int64_t column_parts = min(across, ceil_div(p.columns, kLeast));
   const int64_t group_words = Groups::all(min(chunk, p.rows), deep);
