@@ -3,13 +3,14 @@
 # make sanitize  the kernels' tests, the kernels watched by AddressSanitizer and UndefinedBehaviorSanitizer
 # make emulate  the kernels' tests for AVX-512, in AVX2's instructions; needs a processor with those
 # make lint    style of Python and C++
+# make gpu-check  on a machine with an NVIDIA GPU: tests and measurements there, by a $(PYTHON) that has what they need
 # make bench   every benchmark; results go to benchmarks/results/
 PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test sanitize emulate lint bench clean
+.PHONY: demo test sanitize emulate lint bench gpu-check clean
 
 # Editable, so that Python files take effect at once; C++ is compiled anew when a source changes.
 $(VENV)/.installed: $(SOURCES)
@@ -52,6 +53,14 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	for stem in gelu layer_norm cross_entropy attention linear lazy_adam pretrain inference; do $(BIN)/python benchmarks/$$stem.py || exit 1; done
+
+# The Python that is there: a GPU's torch fits its driver, and takes gigabytes to install.
+gpu-check:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m pytest -q tests/test_gpu.py
+	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/lazy_adam.py --device cuda --allocator default
+	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/pretrain.py --device cuda --layers 12 --batch 64 --shortest 32 \
+		--variants fastbert "fastbert touched rows" "transformers eager"
 
 clean:
 	rm -rf build $(VENV) fastbert/*.so *.egg-info

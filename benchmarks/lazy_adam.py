@@ -1,6 +1,6 @@
 """LazyAdam against torch.optim.SparseAdam, AdamW(fused=True) and FBGEMM on embedding tables, and on dense tensors.
 
-    python benchmarks/lazy_adam.py [--case 30522,768,4096] [--allocator default] [--repeats 20]
+    python benchmarks/lazy_adam.py [--case 30522,768,4096] [--allocator default] [--repeats 20] [--device cuda]
 
 Token ids follow Zipf's law; every step has another batch and a gradient fresh from backward, for every variant.
 Measured are `step()` alone and forward + backward + step; one plot has the cost of `step()` over the vocabulary. GB/s
@@ -42,11 +42,13 @@ def main() -> None:
     parser.add_argument("--case", action="append", help=f"vocabulary,width,tokens; default: {' '.join(CASES)}")
     parser.add_argument("--allocator", choices=["keep", "default"], default="keep")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--device", default="cpu", help="cuda: on a GPU, where ours runs in plain PyTorch")
     parser.add_argument("--no-plot", action="store_true", help="leave out the vocabularies up to ten million (15 GB)")
     parser.add_argument("--no-bert", action="store_true", help="leave out the dense tensors of BERT base")
     args = parser.parse_args()
     if args.allocator == "keep" and not fastbert.keep_memory():
         raise SystemExit("the allocator's setting could not be changed here: pass --allocator default")
+    torch.set_default_device(args.device)
     torch.manual_seed(0)
     rows = []
     for case in args.case or CASES:

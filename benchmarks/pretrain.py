@@ -42,6 +42,13 @@ class Batch:
     packed: dict[str, Tensor | int]
     tokens: int
 
+    def to(self, device: str) -> "Batch":
+        padded, packed = (
+            {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+            for inputs in (self.padded, self.packed)
+        )
+        return Batch(padded, packed, self.tokens)
+
 
 def make_batch(size: int, seq_len: int, vocab_size: int, generator: torch.Generator, shortest: int = 1) -> Batch:
     """Random words; 15 % of each sequence's tokens, one at least, are to be predicted."""
@@ -71,7 +78,7 @@ def make_batch(size: int, seq_len: int, vocab_size: int, generator: torch.Genera
     return Batch(padded, packed, int(lengths.sum()))
 
 
-def models(config: BertConfig, attention: str) -> tuple[BertForPreTraining, nn.Module]:
+def models(config: BertConfig, attention: str, device: str) -> tuple[BertForPreTraining, nn.Module]:
     """Ours and theirs with the same random weights."""
     ours = BertForPreTraining(config)
     transformers.utils.logging.set_verbosity_error()
@@ -79,13 +86,14 @@ def models(config: BertConfig, attention: str) -> tuple[BertForPreTraining, nn.M
     with tempfile.TemporaryDirectory() as folder:
         ours.save_pretrained(folder)
         theirs = transformers.BertForPreTraining.from_pretrained(folder, attn_implementation=attention)
-    return ours, theirs
+    return ours.to(device), theirs.to(device)
 
 
 def verify(ours: nn.Module, theirs: nn.Module, batch: Batch, dtype: torch.dtype) -> None:
     """Stops the benchmark where the two losses differ without dropout."""
     allowed = 1e-4 if dtype == torch.float32 else 2e-2
-    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    device = next(ours.parameters()).device.type
+    with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
         a = ours.eval()(**batch.packed).loss.item()
         b = theirs.eval()(**batch.padded).loss.item()
     if not abs(a - b) < allowed:
@@ -102,13 +110,13 @@ def step(model: nn.Module, run: Callable, inputs: list[dict], dtype: torch.dtype
     """
     lazy = fastbert.LazyAdam if rows else partial(torch.optim.AdamW, fused=True)
     optimizer = lazy(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    taken = 0
+    device, taken = next(model.parameters()).device.type, 0
 
     def call() -> None:
         nonlocal taken
         batch = inputs[taken % len(inputs)]
         model.train()
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             loss = run(**batch).loss
         loss.backward()
         if rows:
@@ -130,7 +138,7 @@ def variants(config: BertConfig, batches: list[Batch], dtype: torch.dtype, optio
     padded, packed = [batch.padded for batch in batches], [batch.packed for batch in batches]
     chosen = {}
     for name in options.variants:
-        ours, theirs = models(config, options.attention)
+        ours, theirs = models(config, options.attention, options.device)
         verify(ours, theirs, batches[0], dtype)
         is_ours = name.startswith("fastbert")
         model, inputs = (ours, packed) if is_ours else (theirs, padded)
@@ -155,6 +163,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--device", default="cpu", help="cuda: on a GPU, where our ops run in plain PyTorch")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="of transformers")
     parser.add_argument("--compile-mode", default="default", help="of torch.compile")
@@ -183,6 +192,8 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     sizes = options.batch, options.seq_len, options.vocab_size
     batches = [make_batch(*sizes, generator, options.shortest) for _ in range(4)]
+    torch.set_default_device(options.device)
+    batches = [batch.to(options.device) for batch in batches]
     tokens = batches[0].tokens
     share = tokens / (options.batch * options.seq_len)
     print(f"{', '.join(f'{k} {v}' for k, v in machine().items())}, memory kept: {kept}")
@@ -190,6 +201,7 @@ def main() -> None:
         f"BERT {options.preset}, {options.layers} layers; {options.batch} x {options.seq_len}, {share:.0%} real tokens"
     )
 
+    backend = "reference" if options.device != "cpu" else fastbert.backends()[-1]
     rows = []
     for name in options.dtype:
         stats: dict[str, Stats] = interleaved(variants(config, batches, DTYPES[name], options), options.repeats)
@@ -205,7 +217,7 @@ def main() -> None:
                 "layers": options.layers, "batch": options.batch, "seq_len": options.seq_len,
                 "shortest": options.shortest, "vocab_size": options.vocab_size, "dropout": options.dropout,
                 "repeats": options.repeats,
-                "attention": options.attention, "backend": fastbert.backends()[-1], "memory_kept": kept,
+                "attention": options.attention, "backend": backend, "memory_kept": kept,
                 "transformers": transformers.__version__,
             })  # fmt: skip
         torch.compiler.reset()

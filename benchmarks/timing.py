@@ -66,13 +66,19 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def gpu() -> str:
+    """Name of the GPU that the results are of, where it is torch's default device; "" on a CPU."""
+    return torch.cuda.get_device_name() if torch.get_default_device().type == "cuda" else ""
+
+
 def machine() -> dict[str, str | int]:
-    """Columns that say where a result comes from: processor, cores, threads, torch, Python and the day."""
+    """Columns that say where a result comes from: GPU if any, processor, cores, threads, torch, Python and the day."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
         "date": datetime.date.today().isoformat(),
+        "gpu": gpu(),
         "cpu": names[0] if names else platform.processor() or platform.machine(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
@@ -85,9 +91,10 @@ def machine() -> dict[str, str | int]:
 def results_path(stem: str, *what: str) -> Path:
     """`benchmarks/results/STEM-ISA-WHAT-YEAR-MONTH-DAY.csv`; a second run of the day on such a processor replaces it.
 
-    ISA is the best instruction set of the processor as torch names it, `what` tells runs with other settings apart.
+    ISA is the best instruction set of the processor as torch names it, or the name of the GPU; `what` tells runs with
+    other settings apart.
     """
-    isa = torch.backends.cpu.get_cpu_capability().lower()
+    isa = (gpu() or torch.backends.cpu.get_cpu_capability()).lower().replace(" ", "-")
     return RESULTS / ("-".join([stem, isa, *what, datetime.date.today().isoformat()]) + ".csv")
 
 

@@ -176,9 +176,12 @@ class LazyAdam(Optimizer):
         for param, gradient, group, formula, _ in planned:
             if group["missed"] == "replay" or "last_step" in self.state[param]:
                 self._record(param, gradient, group, formula)
-        counts = [self.state[param]["step"] for param, *_ in planned]
-        if counts:
-            torch._foreach_add_(counts, torch.ones(()), alpha=1.0)
+        counts: dict[torch.device, list[Tensor]] = {}
+        for param, *_ in planned:
+            count = self.state[param]["step"]
+            counts.setdefault(count.device, []).append(count)
+        for device, its in counts.items():  # a number in place of the tensor takes three times as long
+            torch._foreach_add_(its, torch.ones((), device=device), alpha=1.0)
         update(steps, requested())
         for (param, gradient, *_), (table, *_) in zip(planned, steps, strict=True):
             if table is not param:

@@ -25,7 +25,7 @@ State = dict[str, Any]
 def begin(param: Tensor, state: State) -> None:
     """From here on rows may stay behind; now they all stand at the last step."""
     state["last_step"] = torch.full(param.shape[:1], int(state["step"]), dtype=torch.int32, device=param.device)
-    state["history"] = torch.zeros(2, STEPS, dtype=torch.float64)
+    state["history"] = torch.zeros(2, STEPS, dtype=torch.float64, device="cpu")
     state["recorded"] = 0
     state["recorded_with"] = ()
 
@@ -35,7 +35,7 @@ def record(param: Tensor, state: State, lr: float, decay: float, options: tuple,
     if state["recorded"] == STEPS or state["recorded_with"] != options:
         catch_up(param, state, None, padding_idx)
         state["recorded"], state["recorded_with"] = 0, options
-    state["history"][:, state["recorded"]] = torch.tensor([lr, decay], dtype=torch.float64)
+    state["history"][:, state["recorded"]] = torch.tensor([lr, decay], dtype=torch.float64, device="cpu")
     state["recorded"] += 1
 
 

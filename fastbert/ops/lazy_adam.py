@@ -161,18 +161,23 @@ class reference:  # a namespace, spelled as the backend is
         ]
         columns = tables[0].shape[1]
         # gradient
-        if rows is None or flags & GRAD_BY_ROW:
-            ids = torch.arange(table_rows, device=param.device) if rows is None else rows.unique()
+        if rows is None:
+            ids, g = torch.arange(table_rows, device=param.device), wide(grad.reshape(table_rows, columns))
+        elif flags & GRAD_BY_ROW:
+            ids = rows.unique()
             g = wide(grad.reshape(table_rows, columns)[ids])
         else:
             ids, g = sum_duplicates(rows, grad.reshape(rows.numel(), columns))
-        moves = ids != padding_idx
-        if flags & SKIP_ZERO:
-            moves &= (g != 0).any(1)
-        ids, g = ids[moves], g[moves]
+        places = slice(None)  # where all rows move nothing is gathered, and no device waited for
+        if rows is not None or flags & SKIP_ZERO or padding_idx >= 0:
+            moves = ids != padding_idx
+            if flags & SKIP_ZERO:
+                moves &= (g != 0).any(1)
+            places = ids = ids[moves]
+            g = g[moves]
         # update
-        w, m, v, u = (None if x is None else wide(x[ids]) for x in tables)
-        t = step.double() if row_steps is None else row_steps[ids].double().unsqueeze(1) + 1
+        w, m, v, u = (None if x is None else wide(x[places]) for x in tables)
+        t = step.double() if row_steps is None else row_steps[places].double().unsqueeze(1) + 1
         if flags & NO_BIAS_CORRECTION:
             t = t * math.inf
         size = (lr / (1 - beta1**t)).to(w.dtype)
@@ -193,9 +198,9 @@ class reference:  # a namespace, spelled as the backend is
             w = _round_stochastically(w, ids, step, number, seed)
         for table, new in zip(tables, (w, m, v, u), strict=True):
             if table is not None:
-                table[ids] = new.to(table.dtype)
+                table[places] = new.to(table.dtype)
         if row_steps is not None:
-            row_steps[ids] += 1
+            row_steps[places] += 1
 
 
 def _round_stochastically(w: Tensor, rows: Tensor, step: Tensor, number: int, seed: Tensor) -> Tensor:
