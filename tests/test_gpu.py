@@ -174,6 +174,30 @@ def test_a_dense_step_never_waits(capturable):
             optimizer.step()
 
 
+def test_a_captured_step_equals_eager_ones():
+    def build():
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape, device=GPU)) for shape in ((30, 8), (8,))]
+        for param in params:
+            param.grad = torch.randn_like(param)
+        return params, fastbert.LazyAdam(params, lr=0.1, weight_decay=0.1, capturable=True)
+
+    (eager, optimizer), (captured, other) = build(), build()
+    for _ in range(5):
+        optimizer.step()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        other.step()  # makes the state
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        other.step()
+    for _ in range(4):  # capturing does nothing
+        graph.replay()
+    assert other.state[captured[0]]["step"] == 5
+    for ours, theirs in zip(captured, eager, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_steps_on_the_gpu_are_reproducible():
     def trained():
         torch.manual_seed(0)
@@ -229,6 +253,18 @@ def test_a_packed_step_never_waits(dtype):
             loss = model(**inputs).loss
         loss.backward()
         fastbert.clip_grad_norm_(model.parameters(), 1.0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # the compiler's own
+def test_the_packed_form_compiles_whole():
+    model, inputs = BertForPreTraining(SMALL).to(GPU).eval(), to_gpu(packed(batch()))
+    results = []
+    for call in (model, torch.compile(model, fullgraph=True)):
+        model.zero_grad()
+        loss = call(**inputs).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-3)
 
 
 def test_what_runs_instead_of_cuda_kernels_is_said():
