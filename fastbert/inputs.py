@@ -214,7 +214,8 @@ def _check_positions(masked_positions: Tensor, tokens: int) -> None:
 def _places(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """Each packed token's place in its own sequence, int64 [T], without waiting for the device."""
     order = torch.arange(tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), order, right=True)
+    # Never in a slice of cu_seqlens: compiled for a GPU, torch 2.11 searches as if it began at 0 (pytorch#182343).
+    sequence = torch.searchsorted(cu_seqlens.contiguous(), order, right=True) - 1
     return (order - cu_seqlens[sequence]).long()
 
 

@@ -230,7 +230,7 @@ class _Padding:
         self.real = self.token < end
         # Where packed token i stands in the padded batch read as [B * S].
         order = torch.arange(tokens, device=cu_seqlens.device)
-        sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), order.int(), right=True)
+        sequence = torch.searchsorted(cu_seqlens.contiguous(), order.int(), right=True) - 1
         self.slot = sequence * max_seqlen + order - cu_seqlens[sequence]
 
     def pad(self, x: Tensor) -> Tensor:
