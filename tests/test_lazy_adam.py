@@ -1,5 +1,7 @@
 """The op: every backend and instruction set against the twin in float64, which is held to torch.optim.AdamW."""
 
+import os
+
 import pytest
 import torch
 
@@ -254,6 +256,28 @@ def test_bits_do_not_depend_on_threads(backend, threads, kind, dtype):
             assert torch.equal(a, b) and torch.equal(a, c)
 
 
+def test_a_step_starts_no_threads(threads):
+    """A region of fewer threads than the pool has would end the others, their memory with them."""
+    if "cpu" not in fastbert.backends():
+        pytest.skip("no kernels here")
+
+    def ours():
+        step(tables(1000, 2), torch.randint(0, 1000, (40000,)), torch.randn(40000, 2), backend="cpu")
+        return set(os.listdir("/proc/self/task"))
+
+    torch.set_num_threads(4)
+    before = ours()
+    assert ours() == before and len(before) >= 4
+
+
+def test_rows_without_columns_step(backend):
+    param = torch.nn.Parameter(torch.zeros(5, 0))
+    param.grad = torch.zeros(5, 0)
+    optimizer = fastbert.LazyAdam([param], row_wise=True, bias_correction="row", lazy="nonzero")
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 1
+
+
 def test_order_of_duplicates_is_the_order_they_stand_in(backend):
     """1e8 + 1 - 1e8 in float32 is 0 from left to right, 1 with the large ones first."""
     for values, total in (((1e8, 1.0, -1e8), 0.0), ((1e8, -1e8, 1.0), 1.0)):
@@ -312,6 +336,7 @@ BAD = {
     "a float32 param to round": (ValueError, "takes a bfloat16 param", dict(seed=torch.tensor([1]))),
     "zeros of a sparse gradient": (ValueError, "gradient by row", dict(flags=SKIP_ZERO)),
     "row steps of another shape": (ValueError, r"row_steps must be int32 \[6\]", dict(row_steps=torch.zeros(5).int())),
+    "strided row steps": (ValueError, "contiguous", dict(row_steps=torch.zeros(12).int()[::2])),
 }
 
 

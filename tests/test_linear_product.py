@@ -1,5 +1,9 @@
 """The kernel of csrc/cpu/linear.cpp: against float64, on every instruction set, in every order of memory and dtype."""
 
+import resource
+import threading
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -102,6 +106,24 @@ def test_what_is_not_finite_stays_in_its_row(backend):
     rows = torch.arange(20)[:, None].expand(20, 40)
     assert torch.equal(~y.isfinite(), (rows == 3) | (rows == 5) | (rows == 7))
     assert y[3].isnan().all() and torch.equal(y[5], weight[:, 0].sign() * torch.inf)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2), (2, 0, 2), (2, 3, 0)], ids=str)
+def test_nothing_to_multiply_is_refused(shape):
+    with pytest.raises(ValueError, match="all at least 1"):
+        check(*operands(*shape))
+
+
+def test_memory_goes_with_its_thread():
+    """Of a thread that the caller started, as of those that OpenMP ends."""
+    inputs, sizes = operands(240, 768, 768), []
+    for _ in range(3):
+        for _ in range(10):
+            thread = threading.Thread(target=native.cpu.linear_product, args=(*inputs, torch.float32))
+            thread.start()
+            thread.join()
+        sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+    assert sizes[2] - sizes[1] < 10 * 2**20, [size >> 20 for size in sizes]  # 27 MB, if they left theirs
 
 
 @on_every_isa

@@ -247,7 +247,7 @@ void step_row_wise(const LazyAdam& p, Row r, const Coefficients& c) {
 // A table whose rows differ in what they take.
 template <typename T, typename M, bool kAmsgrad>
 void step_table(const LazyAdam& p, int threads) {
-  const int64_t width = p.row_wise ? p.columns : kColumns, blocks = ceil_div(p.columns, width);
+  const int64_t width = p.row_wise ? max(1, p.columns) : kColumns, blocks = ceil_div(p.columns, width);
   const Coefficients same = coefficients(p, p.step);
   const Groups groups = group(p, threads);
   const int64_t tasks = groups.count * blocks, chunk = max(1, tasks / (16 * threads));

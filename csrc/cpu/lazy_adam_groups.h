@@ -17,18 +17,20 @@ struct Groups {
 
 FASTBERT_INLINE int32_t* counters(const LazyAdam& p) { return p.scratch + 2 * (p.touched + 1); }
 
-// Sorts the positions by id, first the lowest digit. Every thread of a parallel region calls it. Each counts
-// the digits of its own stretch and later places it, so that equal ids stay in order for any number of
-// threads.
+// Sorts the positions by id, first the lowest digit. Every thread of a parallel region calls it, those behind
+// the first `threads` only to wait. Each counts the digits of its own stretch and later places it, so that
+// equal ids stay in order for any number of threads.
 FASTBERT_INLINE int32_t* sort_positions(const LazyAdam& p, int thread, int threads) {
   const int bits = p.table_rows > 1 ? 64 - __builtin_clzll(p.table_rows - 1) : 1;
   const int passes = ceil_div(bits, kLazyAdamDigit), digit = ceil_div(bits, passes), digits = 1 << digit;
-  const int64_t begin = p.touched * thread / threads, end = p.touched * (thread + 1) / threads;
+  const bool sorts = thread < threads;
+  const int64_t begin = p.touched * thread / threads,
+                end = sorts ? p.touched * (thread + 1) / threads : begin;
   int32_t *from = p.scratch, *to = from + p.touched + 1;
   int32_t* mine = counters(p) + thread * digits;
   for (int pass = 0; pass < passes; ++pass) {
     const int shift = pass * digit;
-    memset(mine, 0, digits * sizeof(int32_t));
+    if (sorts) memset(mine, 0, digits * sizeof(int32_t));
     for (int64_t i = begin; i < end; ++i) ++mine[p.rows[pass == 0 ? i : from[i]] >> shift & (digits - 1)];
 #pragma omp barrier
 #pragma omp single
@@ -52,15 +54,17 @@ FASTBERT_INLINE int32_t* sort_positions(const LazyAdam& p, int thread, int threa
   return from;
 }
 
-// Every thread of a parallel region calls it and gets the same answer.
+// Every thread of a parallel region calls it and gets the same answer; the first `threads` share the work.
 FASTBERT_INLINE Groups group(const LazyAdam& p, int thread, int threads) {
   const int32_t* order = sort_positions(p, thread, threads);
   int32_t* start = order == p.scratch ? p.scratch + p.touched + 1 : p.scratch;
-  const int64_t begin = p.touched * thread / threads, end = p.touched * (thread + 1) / threads;
+  const bool sorts = thread < threads;
+  const int64_t begin = p.touched * thread / threads,
+                end = sorts ? p.touched * (thread + 1) / threads : begin;
   const auto opens = [&](int64_t i) { return i == 0 || p.rows[order[i]] != p.rows[order[i - 1]]; };
   int32_t opened = 0;
   for (int64_t i = begin; i < end; ++i) opened += opens(i);
-  counters(p)[thread] = opened;
+  if (sorts) counters(p)[thread] = opened;
 #pragma omp barrier
   int64_t before = 0, count = 0;
   for (int t = 0; t < threads; ++t) {
@@ -77,9 +81,11 @@ FASTBERT_INLINE Groups group(const LazyAdam& p, int thread, int threads) {
 static Groups group(const LazyAdam& p, int threads) {
   if (!p.rows) return {nullptr, nullptr, p.table_rows};
   Groups groups = {};
-#pragma omp parallel num_threads(min(min(threads, kLazyAdamSorters), max(1, p.touched / kSorted)))
+  const int sorters = static_cast<int>(min(kLazyAdamSorters, max(1, p.touched / kSorted)));
+  // All threads or one: between the two, OpenMP would end the others and start them anew at its next call.
+#pragma omp parallel num_threads(sorters == 1 ? 1 : threads)
   {
-    const Groups same = group(p, omp_get_thread_num(), omp_get_num_threads());
+    const Groups same = group(p, omp_get_thread_num(), min(sorters, omp_get_num_threads()));
     if (omp_get_thread_num() == 0) groups = same;
   }
   return groups;

@@ -268,7 +268,7 @@ def check(
             )
     if max_exp_avg_sq is not None and max_exp_avg_sq.shape != exp_avg_sq.shape:
         raise ValueError("exp_avg_sq and max_exp_avg_sq must have one shape")
-    for x in tables:
+    for x in tables if row_steps is None else [*tables, row_steps]:
         if not x.is_contiguous():
             raise ValueError("param and its state must be contiguous: they are changed in place")
     if (rows is not None or row_steps is not None) and param.dim() == 0:
