@@ -114,7 +114,7 @@ class cpu:  # a namespace, spelled as the backend is
         rstd = torch.empty_like(mean)
         module.layer_norm_forward(
             _address(x), _address(residual), _address(weight), _address(bias), _address(y),
-            _address(z) if z.dim() == x.dim() else 0, _address(mean), _address(rstd), rows, columns, eps, t,
+            _address(z) if z.numel() else 0, _address(mean), _address(rstd), rows, columns, eps, t,
             _seed(seed), DTYPES[x.dtype], DTYPES[weight.dtype], _threads(x.numel()),
         )  # fmt: skip
         return y, z, mean, rstd
@@ -171,6 +171,10 @@ class cpu:  # a namespace, spelled as the backend is
         x = _along(x)
         weight = weight if shape else _along(weight)
         (columns, depth), (row, column) = shape or weight.shape, (0, 0) if shape else weight.stride()
+        if min(*x.shape, columns) == 0 or x.shape[1] != depth:
+            raise ValueError(
+                f"x [M, K] @ weight [N, K].T: all at least 1, got {list(x.shape)} and [{columns}, {depth}]"
+            )
         bias = None if bias is None else bias.contiguous()
         y = x.new_empty(x.shape[0], columns, dtype=dtype)
         module.linear_product(
@@ -195,6 +199,8 @@ class cpu:  # a namespace, spelled as the backend is
     @staticmethod
     def transposed(x: Tensor) -> Tensor:
         """x [M, N] float32, contiguous along N -> [N, M] contiguous."""
+        if x.dtype != torch.float32:
+            raise TypeError(f"the kernel moves words of four bytes, float32, got {x.dtype}")
         y = x.new_empty(x.shape[1], x.shape[0])
         module.transpose(_address(x), _address(y), *x.shape, x.stride(0), _threads(x.numel()))
         return y
@@ -282,12 +288,22 @@ class cpu:  # a namespace, spelled as the backend is
             padding_idx, beta1, beta2, eps, flags, _threads((named or table_rows) * columns),
         )  # fmt: skip
         if bad >= 0:
-            raise ValueError(
-                f"row ids must lie in [0, {table_rows}), got {int(rows[bad])} at position {bad}; nothing was changed"
-            )
+            row = bad if rows is None else int(rows[bad])
+            if 0 <= row < table_rows:
+                raise ValueError(behind_the_record(row, int(last_step[row]), step, lr.numel()))
+            raise ValueError(f"row ids must lie in [0, {table_rows}), got {row} at position {bad}; nothing was changed")
+
+
+def behind_the_record(row: int, last_step: int, step: int, recorded: int) -> str:
+    """Says that lazy_adam_replay does not know the steps a row missed."""
+    return (
+        f"last_step must be {step - recorded} or more, as the {recorded} steps up to {step} are recorded; got "
+        f"{last_step} for row {row}; nothing was changed"
+    )
 
 
 def _window(causal: bool, window: list[int] | None) -> tuple[int, int]:
     """(left, right): key j is visible to query i where i - left <= j <= i + right."""
-    left, right = (_UNLIMITED, _UNLIMITED) if window is None else window
+    left, right = (_UNLIMITED, _UNLIMITED) if window is None else (min(x, _UNLIMITED) for x in window)
+    left, right = max(left, -_UNLIMITED), max(right, -_UNLIMITED)
     return left, min(right, 0) if causal else right

@@ -1,4 +1,5 @@
 import math
+import sys
 
 import pytest
 import torch
@@ -177,6 +178,32 @@ def test_bits_do_not_depend_on_threads(backend, threads, dtype, lengths, mask):
         for a, b, c in zip(first, again, ours(), strict=True):
             assert torch.equal(a, b)
             assert backend == "reference" or torch.equal(a, c)
+
+
+def test_what_is_not_finite_is_so_for_any_number_of_threads(backend, threads):
+    """Behind a window too, where a weight of 0 meets it or does not."""
+    qkv, cu_seqlens = pack([1100], 2, 16, torch.float32)
+    qkv[5, 2] = torch.inf
+    results = []
+    for count in (torch.get_num_threads(), 1):
+        torch.set_num_threads(count)
+        out = fastbert.attention(*qkv.unbind(1), cu_seqlens, 1100, window=(10, 10))
+        results.append(out.nan_to_num(nan=7.0, posinf=8.0))
+    assert torch.equal(*results)
+
+
+def test_a_query_whose_scores_are_all_minus_infinity_gives_0(backend):
+    q, v = torch.full((12, 2, 8), 1e20), torch.randn(12, 2, 8)
+    cu_seqlens, dout = torch.tensor([0, 7, 12], dtype=torch.int32), torch.randn(12, 2, 8)
+    results = run(lambda *qkv: fastbert.attention(*qkv, cu_seqlens, 7), (q, -q, v), dout)
+    assert all(not x.any() for x in results)
+
+
+def test_a_window_as_wide_as_ints_sees_all(backend):
+    qkv, cu_seqlens = pack([600], 2, 16, torch.float32)
+    whole = fastbert.attention(*qkv.unbind(1), cu_seqlens, 600)
+    for window in ((sys.maxsize, sys.maxsize), (sys.maxsize, 600), (600, sys.maxsize)):
+        assert torch.equal(fastbert.attention(*qkv.unbind(1), cu_seqlens, 600, window=window), whole)
 
 
 def test_a_sequence_longer_than_a_task(threads):

@@ -60,8 +60,12 @@ def test_frozen_layers_refuse_what_they_cannot_do(library, tmp_path):
         model(x.requires_grad_())
     with pytest.raises(TypeError, match=r"in torch\.float32 takes x and bias of that dtype, got torch\.bfloat16"):
         model(x.detach().bfloat16())
-    with pytest.raises(RuntimeError, match=r"x must be \[\.\.\., 8\]"):
-        model(torch.randn(3, 4))
+    for wrong in (torch.randn(3, 4), torch.randn(3, 8, device="meta")):
+        with pytest.raises(RuntimeError, match=r"x must be \[\.\.\., 8\] on the cpu"):
+            model(wrong)
+    for wrong in (torch.randn(3), torch.randn(4, device="meta")):
+        with pytest.raises(RuntimeError, match=r"bias must be \[4\] on the cpu"), torch.no_grad():
+            fastbert.linear(x.detach(), model[0].weight, wrong)
     for save in (lambda: model.state_dict(), lambda: torch.save(model[0].weight, tmp_path / "weight.pt")):
         with pytest.raises(RuntimeError, match="cannot be saved: save the model before it is frozen"):
             save()

@@ -125,6 +125,15 @@ def test_bits_do_not_depend_on_threads(backend, threads):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_rows_ahead_stay_where_they_are(backend):
+    state = [torch.randn(4, 3), torch.randn(4, 3), torch.rand(4, 3), torch.tensor([9, 5, 3, 6]).int()]
+    before, lr = [x.clone() for x in state], torch.ones(3).double()
+    call(state, None, lr, 0 * lr, 5, betas=(0.9, 0.999), eps=1e-8)
+    assert state[3].tolist() == [9, 5, 5, 6]
+    moved = [(a != b).flatten(1).any(1).tolist() for a, b in zip(state[:3], before[:3], strict=True)]
+    assert moved == 3 * [[False, False, True, False]]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -136,6 +145,9 @@ def test_bits_do_not_depend_on_threads(backend, threads):
         ({"flags": 1}, "flags must be EPS_UNCORRECTED"),
         ({"param": torch.zeros(3, 2).half()}, "param must have param's shape"),
         ({"last_step": torch.zeros(3)}, "last_step must be int32"),
+        ({"last_step": torch.zeros(6).int()[::2]}, "last_step must be contiguous"),
+        ({"step": 7}, r"last_step must be 5 or more, as the 2 steps up to 7 are recorded; got 0 for row 0"),
+        ({"step": 7, "rows": torch.tensor([2, 1])}, "got 0 for row [12]; nothing was changed"),
     ],
 )
 def test_bad_input_changes_nothing(backend, change, message):

@@ -143,6 +143,14 @@ def test_any_strides(products):
     assert len(products) == 18
 
 
+def test_what_transposes_moves_words_of_four_bytes(library):
+    """Inputs of two go another way."""
+    x, weight = torch.randn(1024, 512).bfloat16().t(), torch.randn(512, 1024).bfloat16()
+    torch.testing.assert_close(fastbert.linear(x, weight), F.linear(x, weight), rtol=2e-2, atol=1.0)
+    with pytest.raises(TypeError, match=r"float32, got torch\.bfloat16"):
+        native.cpu.transposed(x.t())
+
+
 @pytest.mark.parametrize(
     "wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1), (0, 0, 0)], ids=str
 )

@@ -27,11 +27,10 @@ void attention_backward(const Attention&);
 namespace {
 
 // Blocks of keys, multiples of 8 for dropout's counters, and of queries.
-constexpr int64_t kKeys = 512, kQueries = 48;
+constexpr int64_t kKeys = 512;
 constexpr int64_t kBackwardKeys = 128, kBackwardQueries = 64;  // even, for pairs
 
-// ---- what a query sees of a block of keys: lanes first to last of it, none where last < first
-// --------------------
+// ---- what a query sees of a block of keys: lanes first to last of it, none where last < first --------
 
 struct Sight {
   int64_t first, last;
@@ -100,8 +99,7 @@ FASTBERT_INLINE void ask_for(const Attention& p, const Task& task, bool backward
   }
 }
 
-// ---- forward
-// -----------------------------------------------------------------------------------------------------
+// ---- forward -----------------------------------------------------------------------------------------
 
 // Scores of one query against a block become dropped, unnormalised weights, in place (as bf16 in the row's
 // first half where words are pairs). `highest` and `sum` run over the blocks; returns what earlier sums must
@@ -164,18 +162,18 @@ void forward_task(const Attention& p, const Task& task, const Task* next) {
 
   const int64_t first_seen = max(0, task.query - p.window_left);
   const int64_t last_seen = min(length - 1, task.query + queries - 1 + p.window_right);
-  const int64_t first_key = first_seen / kKeys * kKeys;
-  if (last_seen < first_key) memset(out, 0, queries * columns * sizeof(float));
-  for (int64_t key0 = first_key; key0 <= last_seen; key0 += kKeys) {
+  for (int64_t key0 = first_seen / kKeys * kKeys; key0 <= last_seen; key0 += kKeys) {
     const int64_t keys = min(kKeys, length - key0), padded = round_up(keys, kLanes);
     if (p.drop_below) dropout.at(static_cast<uint32_t>(key0 / 8), keys, static_cast<uint32_t>(task.head));
     pack_columns<Words>(at(p.k, p.k_stride, key0), p.k_stride, keys, size, kt, row, width, part);
     pack_summed<Words>(at(p.v, p.v_stride, key0), p.v_stride, keys, size, v, columns);
     for (int64_t i0 = 0; i0 < queries; i0 += kQueries) {
-      const int64_t n = min(kQueries, queries - i0);
+      const int64_t n = min(kQueries, queries - i0), query0 = task.query + i0;
+      const int64_t first_key = max(0, query0 - p.window_left) / kKeys * kKeys;
+      if (key0 < first_key || key0 > query0 + n - 1 + p.window_right) continue;  // sees none of them
       multiply<Words>(n, padded, depth, {q + i0 * width, width, 1}, {kt, row}, {scores, row}, false, ahead);
       for (int64_t i = 0; i < n; ++i) {
-        const int64_t query = task.query + i0 + i;
+        const int64_t query = query0 + i;
         if (p.drop_below && i % kDrawn == 0) dropout.draw(static_cast<uint32_t>(token0 + query), 0, keys);
         const float shrink = soften<Words>(p, scores + i * row, sight(p, query, key0, keys), padded,
                                            p.drop_below ? dropout.kept(i % kDrawn, 0) : nullptr,
@@ -192,16 +190,15 @@ void forward_task(const Attention& p, const Task& task, const Task* next) {
   }
   for (int64_t i = 0; i < queries; ++i) {
     const int64_t place = (token0 + task.query + i) * p.heads + task.head;
-    const Sight s = sight(p, task.query + i, 0, length);
-    const bool blind = s.last < s.first;
+    const bool blind = sum[i] == 0.f;  // sees no key, or scores of -inf alone
+    if (blind) memset(out + i * columns, 0, size * sizeof(float));
     p.lse[place] = blind ? -__builtin_inff() : highest[i] + __builtin_logf(sum[i]);
     store_row(static_cast<T*>(p.result) + place * size, out + i * columns, size,
               blind ? 0.f : dropout_scale(p.drop_below) / sum[i]);
   }
 }
 
-// ---- backward
-// ----------------------------------------------------------------------------------------------------
+// ---- backward ----------------------------------------------------------------------------------------
 
 // One query against a block. Dropout's factor is in `lse` and `delta`: with c = 1 / (1 - p),
 // c P = exp(s - (lse - log c)) and dS = c P * (kept(dout . v) - delta / c).
@@ -350,8 +347,8 @@ void backward_task(const Attention& p, const Task& task, const Task* next) {
             Query& q = pair[r];
             q.scores = scores + at_row, q.products = products + at_row,
             q.kept = p.drop_below ? dropout.kept((i + r) % kDrawn, 0) : nullptr;
-            q.sight = i + r < n ? sight(p, query, key0, keys) : Sight{0, -1};
             q.lse = span.lse[i0 + i + r], q.delta = span.delta[i0 + i + r];
+            q.sight = i + r < n && q.lse != -__builtin_inff() ? sight(p, query, key0, keys) : Sight{0, -1};
           }
           gradients<Words>(p, pair, padded, weights + i / 2 * row, dscores + i / 2 * row);
         }
@@ -379,8 +376,7 @@ void backward_task(const Attention& p, const Task& task, const Task* next) {
     store_row(gradient(0, task.query + i), dq + i * columns, size, p.scale);
 }
 
-// ---- launchers
-// ---------------------------------------------------------------------------------------------------
+// ---- launchers ---------------------------------------------------------------------------------------
 
 #if defined(__AVX512BF16__)
 using Bf16Words = Pairs;

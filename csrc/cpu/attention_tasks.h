@@ -6,12 +6,12 @@
 namespace fastbert {
 namespace FASTBERT_ISA {
 
-constexpr int64_t kRun = 512;  // queries of a forward task, at most, for which a block of keys is packed once
+constexpr int64_t kQueries = 48;         // queries of a block of a forward task,
+constexpr int64_t kRun = 11 * kQueries;  // and of the task at most, for which a block of keys is packed once
 constexpr int64_t kSpan = 2048;  // queries of a backward task that are packed once; scratch is for so many
 constexpr int64_t kPiece = 128;  // queries, or keys, of a backward task where a sequence takes several
 
-// ---- tasks
-// ------------------------------------------------------------------------------------
+// ---- tasks -------------------------------------------------------------------------------------------
 
 // Forward: a run of queries against all keys. Backward: gradients of a run of queries, of a run of keys, or,
 // where both runs are the whole sequence, of all at once for 5 products instead of 3 and 4.
@@ -46,8 +46,8 @@ static void plan_forward(const Attention& p, Emit emit) {
     for (int64_t b = 0; b < p.sequences; ++b) tasks += ceil_div(length_of(p, b), run) * p.heads;
     return tasks;
   };
-  int64_t run = kRun;
-  while (run > 64 && count(run) < 4 * p.threads) run /= 2;
+  int64_t run = kRun;  // whole blocks: a NaN of an unseen key spoils the block, in any task
+  while (run > kQueries && count(run) < 4 * p.threads) run = run / kQueries / 2 * kQueries;
   for (int64_t b = 0; b < p.sequences; ++b) {
     const int64_t length = length_of(p, b);
     over_heads(p, [&](int64_t head) {

@@ -257,8 +257,7 @@ FASTBERT_INLINE void sweep(int64_t n, Body body) {
   if (j < n) body(j, 0, FirstLanes{n - j});
 }
 
-// ---- arithmetic
-// --------------------------------------------------------------------------------------------
+// ---- arithmetic --------------------------------------------------------------------------------------
 
 FASTBERT_INLINE vfloat square_root(vfloat x) {
 #if defined(__AVX512F__)
@@ -398,8 +397,7 @@ FASTBERT_INLINE void add_chunks(const float* scratch, int64_t chunks, int64_t co
     });
 }
 
-// ---- rows named by id
-// ------------------------------------------------------------------------------------------
+// ---- rows named by id --------------------------------------------------------------------------------
 
 // The position of the first id outside a table of so many rows, -1 if there is none.
 FASTBERT_INLINE int64_t first_outside(const int64_t* ids, int64_t n, int64_t table_rows) {

@@ -128,8 +128,7 @@ FASTBERT_INLINE void dropout_lanes(uint64_t seed, uint32_t first, uint32_t c1, u
   }
 }
 
-// ---- what is kept
-// ------------------------------------------------------------------------------------------
+// ---- what is kept ------------------------------------------------------------------------------------
 
 // Of kLanes elements: AVX-512 has a bit for each, the others a word of ones or zeros.
 #if defined(__AVX512F__)

@@ -156,9 +156,11 @@ void go_walking(const LazyAdamReplay& p, const History& history, const Way& way,
 int64_t lazy_adam_replay(const LazyAdamReplay& p) {
   const int64_t bad = first_outside(p.rows, p.rows ? p.named : 0, p.table_rows);
   if (bad >= 0) return bad;
-  const History history = recall(p);
   const int64_t count = p.rows ? p.named : p.table_rows, chunk = max(1, count / (16 * p.threads));
   const auto row_at = [&](int64_t i) { return p.rows ? p.rows[i] : i; };
+  for (int64_t i = 0; i < count; ++i)
+    if (p.last_step[row_at(i)] < p.step - p.steps && row_at(i) != p.padding_idx) return i;
+  const History history = recall(p);
 #pragma omp parallel for schedule(dynamic, chunk) num_threads(p.threads)
   for (int64_t i = 0; i < count; ++i) {
     if (i + kAhead < count) {
@@ -171,7 +173,11 @@ int64_t lazy_adam_replay(const LazyAdamReplay& p) {
     }
     const int64_t row = row_at(i);
     // Whoever finds a row first brings it; a duplicate finds it there.
-    const int32_t s = __atomic_exchange_n(p.last_step + row, static_cast<int32_t>(p.step), __ATOMIC_RELAXED);
+    int32_t* place = p.last_step + row;
+    int32_t s = __atomic_load_n(place, __ATOMIC_RELAXED);
+    while (s < p.step && !__atomic_compare_exchange_n(place, &s, static_cast<int32_t>(p.step), false,
+                                                      __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
     if (s >= p.step || row == p.padding_idx) continue;
     float *w = p.param + row * p.columns, *m = p.exp_avg + row * p.columns,
           *v = p.exp_avg_sq + row * p.columns;

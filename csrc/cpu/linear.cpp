@@ -22,7 +22,7 @@ constexpr int64_t kRows = 240;                        // of a block at a time: 3
 constexpr int64_t kWidth = 384;                       // columns of a task, at most
 constexpr int64_t kLeast = 96;        // columns or rows of a task, at least, where there is more than one
 constexpr int64_t kResident = 768;    // depth of a and b that is packed at a time
-constexpr int64_t kShared = 1 << 22;  // words of a, and of sums to be rounded, for that: 16 MB
+constexpr int64_t kShared = 1 << 22;  // words of a, and of sums, at a time: 16 MB each, or kRows rows
 static_assert(kResident % kDepth == 0 && kDepth % kLanes == 0, "a piece of the depth is packed whole");
 static_assert(kRows % kGroup == 0 && kLeast % kGroup == 0, "blocks begin with a group");
 
@@ -45,8 +45,7 @@ FASTBERT_INLINE void for_type(DType dtype, const void* data, Body body) {
     body(static_cast<const float*>(data));
 }
 
-// ---- packing
-// ------------------------------------------------------------------------------------------------
+// ---- packing -----------------------------------------------------------------------------------------
 
 // b[depth, columns] -> panels [columns / kColumns][depth rounded up to lanes][kColumns], by a cache line's
 // worth of rows at a time; 0 behind the last column.
@@ -126,12 +125,11 @@ static void pack_groups(const T* a, int64_t row, int64_t column, int64_t rows, i
   }
 }
 
-// ---- one task
-// -----------------------------------------------------------------------------------------------
+// ---- one task ----------------------------------------------------------------------------------------
 
 // c[rows, kColumns] (+)= groups @ panel + bias. The next rows of c are asked for before a tile, the next
 // panel after it.
-static void multiply_panel(int64_t rows, int64_t depth, const uint32_t* groups, const uint32_t* panel,
+static void multiply_groups(int64_t rows, int64_t depth, const uint32_t* groups, const uint32_t* panel,
                            Result c, bool add, const float* bias, Ahead& ahead) {
   for (int64_t i = 0; i < rows; i += kGroup, groups += Groups::stride(depth), ahead.some()) {
     const auto step = [&](int64_t first, auto count) FASTBERT_LAMBDA {
@@ -164,13 +162,13 @@ static void multiply_block(int64_t rows, int64_t columns, int64_t depth, const u
     const float* some_bias = bias ? bias + j : nullptr;
     float* values = c.values + j;
     if (columns - j >= kColumns) {
-      multiply_panel(rows, depth, groups, panel, {values, c.row}, add, some_bias, ahead);
+      multiply_groups(rows, depth, groups, panel, {values, c.row}, add, some_bias, ahead);
       continue;
     }
     float edge[kRows * kColumns];
     const size_t size = (columns - j) * sizeof(float);
     for (int64_t i = 0; i < rows && add; ++i) memcpy(edge + i * kColumns, values + i * c.row, size);
-    multiply_panel(rows, depth, groups, panel, {edge, kColumns}, add, some_bias, ahead);
+    multiply_groups(rows, depth, groups, panel, {edge, kColumns}, add, some_bias, ahead);
     for (int64_t i = 0; i < rows; ++i) memcpy(values + i * c.row, edge + i * kColumns, size);
   }
 }
@@ -232,8 +230,7 @@ static void run_task(const LinearProduct& p, const Part& part, Range rows, Range
 
 }  // namespace
 
-// ---- launchers
-// ---------------------------------------------------------------------------------------------------
+// ---- launchers ---------------------------------------------------------------------------------------
 
 int64_t linear_packed(int64_t depth, int64_t columns) {
   return round_up(columns, kColumns) * round_up(depth, kLanes);

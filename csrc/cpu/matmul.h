@@ -254,8 +254,7 @@ FASTBERT_INLINE int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(
 // Rows of packed blocks are not a power of two apart, where they would share a few sets of the cache.
 FASTBERT_INLINE int64_t row_of(int64_t n) { return round_up(n, kLanes) + 16; }
 
-// ---- packing: rows [n, D] of T at `source`, `stride` elements apart
-// ----------------------------------------------
+// ---- packing: rows [n, D] of T at `source`, `stride` elements apart ----------------------------------
 
 // n rows of `width` words with D elements in order, the rest 0; width is a multiple of kLanes.
 template <typename Words, typename T>

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastbert.backend import pick
+from fastbert.native import behind_the_record
 from fastbert.ops.lazy_adam import EPS_UNCORRECTED, NO_BIAS_CORRECTION, check_rows
 
 _END = 1e-20  # the twin's walk ends when momentum has become so small a part
@@ -53,7 +54,8 @@ def lazy_adam_replay(
         backend: runs on this backend or raises; "" chooses by the tensor's device.
 
     Raises:
-        ValueError: a shape, dtype or flag that does not fit, beta1 >= sqrt(beta2), or a row id outside the table.
+        ValueError: a shape, dtype or flag that does not fit, beta1 >= sqrt(beta2), a row id outside the table, or a
+            row that stands before the recorded steps.
         RuntimeError: an explicit backend that cannot run here.
     """
     _check(param, exp_avg, exp_avg_sq, last_step, rows, lr, decay, step, beta1, beta2, flags)
@@ -98,6 +100,9 @@ class reference:  # a namespace, spelled as the backend is
         ids = behind.nonzero().squeeze(1)
         ids, standing = ids[ids != padding_idx], ids
         since = last_step[ids].long()
+        if ids.numel() and int(since.min()) < step - lr.numel():
+            row = int(ids[since.argmin()])
+            raise ValueError(behind_the_record(row, int(last_step[row]), step, lr.numel()))
         last_step[standing] = step
         if ids.numel() == 0:
             return
@@ -158,6 +163,7 @@ def _check(
                 f"missed steps are made up for in float32 (or float64): {name} must have param's shape "
                 f"{list(param.shape)} and such a dtype, got {x.dtype} {list(x.shape)}"
             )
+    for name, x in (("param", param), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("last_step", last_step)):
         if not x.is_contiguous():
             raise ValueError(f"{name} must be contiguous: it is changed in place")
     if last_step.dtype != torch.int32 or last_step.shape != param.shape[:1]:

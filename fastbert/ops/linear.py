@@ -239,10 +239,13 @@ def fastest(rows: int, size: int, inner: int, dtype: torch.dtype = torch.float32
 
 @register
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [M, K] @ weight [N, K].T + bias [N] -> [M, N], M, N, K >= 1, of any strides; in float32 for backward too."""
+    """x [M, K] @ weight [N, K].T + bias [N] -> [M, N] of one dtype, M, N, K >= 1, of any strides.
+
+    Used for backward in float32 alone.
+    """
     if bias is not None:
         bias = bias.contiguous()  # oneDNN heeds the strides of the other two only
-    if x.stride(0) == 1 and native.module is not None:
+    if x.stride(0) == 1 and x.dtype == torch.float32 and native.module is not None:
         x = native.cpu.transposed(x.t())  # torch would, six times as slowly
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
@@ -383,9 +386,15 @@ class FrozenWeight:
                 f"a weight frozen in {self.dtype} takes x and bias of that dtype, got {x.dtype}"
                 f"{'' if bias is None else f' and {bias.dtype}'}: run under torch.autocast, or freeze in another dtype"
             )
-        if x.shape[-1:] != self.shape[1:]:
+        if x.shape[-1:] != self.shape[1:] or x.device.type != "cpu":
             raise RuntimeError(
-                f"x must be [..., {self.shape[1]}] for a frozen weight {list(self.shape)}, got {list(x.shape)}"
+                f"x must be [..., {self.shape[1]}] on the cpu for a frozen weight {list(self.shape)}, got "
+                f"{list(x.shape)} on {x.device}"
+            )
+        if bias is not None and (bias.shape != self.shape[:1] or bias.device.type != "cpu"):
+            raise RuntimeError(
+                f"bias must be [{self.shape[0]}] on the cpu for a frozen weight {list(self.shape)}, got "
+                f"{list(bias.shape)} on {bias.device}"
             )
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             raise RuntimeError("a frozen weight gives no gradients: run under torch.inference_mode or torch.no_grad")
