@@ -130,7 +130,7 @@ static void pack_groups(const T* a, int64_t row, int64_t column, int64_t rows, i
 // c[rows, kColumns] (+)= groups @ panel + bias. The next rows of c are asked for before a tile, the next
 // panel after it.
 static void multiply_groups(int64_t rows, int64_t depth, const uint32_t* groups, const uint32_t* panel,
-                           Result c, bool add, const float* bias, Ahead& ahead) {
+                            Result c, bool add, const float* bias, Ahead& ahead) {
   for (int64_t i = 0; i < rows; i += kGroup, groups += Groups::stride(depth), ahead.some()) {
     const auto step = [&](int64_t first, auto count) FASTBERT_LAMBDA {
       multiply_tile<Floats, count.value, kPanel>(depth, {groups + first, 1, kGroup}, {panel, kColumns},
