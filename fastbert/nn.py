@@ -6,7 +6,6 @@ torch's default generator, once per call, so `torch.manual_seed` reproduces a ru
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fastbert.backend import requested
 from fastbert.ops import philox
@@ -14,6 +13,7 @@ from fastbert.ops.attention import attention_qkv
 from fastbert.ops.gelu import gelu
 from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm, layer_norm_forward
 from fastbert.ops.linear import FrozenWeight, linear
+from fastbert.ops.register import once_differentiable
 
 
 class LayerNorm(nn.Module):
@@ -72,8 +72,10 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-class LinearGELU(nn.Linear):
+class LinearGELU(nn.Module):
     """`gelu(linear(x))` with the linear layer's bias added inside GELU's own pass over memory.
+
+    Not an `nn.Linear`, which adapters and quantizers would take for one that is linear.
 
     Args:
         in_features, out_features: sizes of the last axis before and after.
@@ -83,11 +85,16 @@ class LinearGELU(nn.Linear):
     """
 
     def __init__(self, in_features: int, out_features: int, approximate: str = "none"):
-        super().__init__(in_features, out_features)
-        self.approximate = approximate
+        super().__init__()
+        self.in_features, self.out_features, self.approximate = in_features, out_features, approximate
+        layer = nn.Linear(in_features, out_features)
+        self.weight, self.bias = layer.weight, layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
         return gelu(linear(x, self.weight), self.bias, self.approximate)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, approximate={self.approximate!r}"
 
 
 class MultiHeadAttention(nn.Module):

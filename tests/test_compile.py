@@ -91,3 +91,21 @@ def test_a_gradient_of_a_gradient_is_refused(case):
     (dx,) = torch.autograd.grad(function(*inputs).square().sum(), inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+    weight = torch.ones((), requires_grad=True)  # behind an input; what comes in is a constant
+    inputs = [(weight * x.detach()).requires_grad_() for x in inputs]
+    (dx,) = torch.autograd.grad(function(*inputs).sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="as of a gradient penalty"):
+        dx.square().sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="as of a gradient penalty"):
+        torch.autograd.grad(dx.sum(), inputs, allow_unused=True)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
+def test_a_compiled_graph_looks_at_its_sequences():
+    torch.compiler.reset()
+    compiled = torch.compile(lambda qkv, bounds: fastbert.attention_qkv(qkv, bounds, 16), backend="aot_eager")
+    qkv = torch.randn(16, 3, 2, 8)
+    compiled(qkv, torch.tensor([0, 8, 16], dtype=torch.int32))
+    for wrong in ([0, 8, 2_000_000], [0, 8, 12], [0, 16, 8]):
+        with pytest.raises(ValueError, match="cu_seqlens must start at 0"):
+            compiled(qkv, torch.tensor(wrong, dtype=torch.int32))

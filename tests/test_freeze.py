@@ -6,6 +6,7 @@ import pytest
 import torch
 from bert_batches import SMALL
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import fastbert
 from fastbert.nn import Linear, LinearGELU
@@ -73,6 +74,14 @@ def test_frozen_layers_refuse_what_they_cannot_do(library, tmp_path):
         ValueError, match="Sequential has no fastbert Linear or LinearGELU layer that is not frozen yet"
     ):
         fastbert.freeze(model)
+
+
+def test_frozen_products_by_our_own_kernel_are_seen_by_those_who_look_at_ops():
+    with fastbert.use_linear("fastbert"):
+        weight = op.FrozenWeight(torch.randn(5, 8), torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        y = weight.product(torch.randn(2, 3, 8), None)
+    assert mode.is_our_fake(y) and y.shape == (2, 3, 5)
 
 
 def test_a_frozen_model_is_not_half_saved(library, tmp_path):

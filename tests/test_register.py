@@ -81,6 +81,17 @@ def test_fake_tensors_run_no_kernel():
     assert y.shape == dx.shape == (4, 24) and dweight.shape == dbias.shape == (24,)
 
 
+def test_batched_gradients_and_lazy_negatives_are_seen():
+    x, weight, bias = inputs()
+    y, directions = fastbert.layer_norm(x, weight, bias), torch.randn(3, 4, 24)
+    batched = torch.autograd.grad(y, (x, weight, bias), directions, is_grads_batched=True, retain_graph=True)
+    for i, direction in enumerate(directions):
+        for a, b in zip(batched, torch.autograd.grad(y, (x, weight, bias), direction, retain_graph=True), strict=True):
+            torch.testing.assert_close(a[i], b)
+    minus_one = torch.complex(torch.zeros(1), torch.ones(1)).conj().imag
+    assert minus_one.is_neg() and fastbert.gelu(minus_one) < 0
+
+
 @register
 def probe(x: Tensor) -> Tensor:
     return x * 2

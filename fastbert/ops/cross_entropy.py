@@ -12,11 +12,10 @@ softmax" (2018).
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastbert.backend import pick, requested
 from fastbert.ops.checks import check_activation, wide
-from fastbert.ops.register import fake, register
+from fastbert.ops.register import fake, once_differentiable, register
 
 REDUCTIONS = ("mean", "sum", "none")
 

@@ -12,11 +12,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastbert.backend import pick, requested
 from fastbert.ops.checks import autocast, check_activation, check_vector, wide
-from fastbert.ops.register import fake, register
+from fastbert.ops.register import fake, once_differentiable, register
 
 
 def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none", *, backend: str | None = None) -> Tensor:

@@ -16,12 +16,11 @@ Source: Ba, Kiros and Hinton, "Layer normalization" (2016).
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastbert.backend import pick, requested
 from fastbert.ops import philox
 from fastbert.ops.checks import autocast, check_activation, check_vector, wide
-from fastbert.ops.register import fake, register
+from fastbert.ops.register import fake, once_differentiable, register
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12, *, backend: str | None = None) -> Tensor:

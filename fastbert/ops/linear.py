@@ -28,11 +28,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 from torch.nn import functional as F
 
 from fastbert import backend, native
-from fastbert.ops.register import fake, register
+from fastbert.ops.register import fake, once_differentiable, register
 
 NAMES = ("auto", "torch", "onednn", "widened", "fastbert")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -101,6 +101,8 @@ def linear(x: Tensor, weight: "Tensor | FrozenWeight", bias: Tensor | None = Non
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, cast: torch.dtype | None, name: str) -> bool:
     """Whether `name` is worth it and takes these; what `F.linear` refuses is left to it, for its message."""
     for tensor in (x, weight) if bias is None else (x, weight, bias):
+        if type(tensor) not in (Tensor, Parameter):
+            return False
         if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.dtype not in DTYPES:
             return False
         if cast is None and tensor.dtype != x.dtype:
@@ -205,7 +207,7 @@ def fastest(rows: int, size: int, inner: int, dtype: torch.dtype = torch.float32
         others = [name for name in others if name != "fastbert"]
     others = [name for name in others if rows * size * inner >= SMALL[name, dtype]]
     if not others:
-        return first, "the products are small, or no other library is there"
+        return first, f"{rows} x {size} x {inner} is small, or no other library is there"
     rounding = 2e-2 if dtype == torch.bfloat16 else 1e-5
     draw = torch.Generator().manual_seed(0)
     shapes = (rows, size), (inner, size), (rows, inner)
@@ -283,6 +285,17 @@ def fastbert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch
 @fake("fastbert_linear")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+
+
+@register
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, columns: int, depth: int) -> Tensor:
+    """`fastbert_linear` in x's dtype with a weight [columns, depth] that `native.cpu.linear_packed` rearranged."""
+    return native.cpu.linear_product(x, packed, bias, x.dtype, (columns, depth))
+
+
+@fake("packed_linear")
+def _(x: Tensor, packed: Tensor, bias: Tensor | None, columns: int, depth: int) -> Tensor:
+    return x.new_empty(x.shape[0], columns)
 
 
 def _widened(product):
@@ -402,8 +415,6 @@ class FrozenWeight:
             return x.new_empty(*x.shape[:-1], self.shape[0])
         if self._ours:
             rows = x.reshape(-1, self.shape[1])
-            return native.cpu.linear_product(rows, self._packed, bias, self.dtype, tuple(self.shape)).view(
-                *x.shape[:-1], self.shape[0]
-            )
+            return packed_linear(rows, self._packed, bias, *self.shape).view(*x.shape[:-1], self.shape[0])
         x, bias = (None if t is None else t.to(self._packed.dtype) for t in (x.contiguous(), bias))
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "").to(self.dtype)
