@@ -76,6 +76,10 @@ def pack(
     masked_positions: Tensor | None = None,
 ) -> tuple[Packing, Tensor]:
     """Checks the arguments of an encoder's `forward`; returns the packing, and position ids of input_ids' shape."""
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace would keep this batch's lengths for every other batch: use torch.compile or torch.export"
+        )
     shape, longest, real = input_ids.shape, config.max_position_embeddings, None
     if cu_seqlens is not None:
         if attention_mask is not None:

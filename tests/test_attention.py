@@ -259,6 +259,17 @@ def test_autocast_computes_in_its_dtype():
     assert out.dtype == torch.bfloat16 and qkv.grad.dtype == torch.float32
 
 
+def test_autocast_rounds_nothing_within(backend):
+    """Its cast of the inputs aside: scores and sums are float32 in the twin too."""
+    qkv, cu_seqlens = pack([30, 34], 2, 32, torch.float32)
+    dout = torch.randn(64, 2, 32).bfloat16()
+    function = lambda x: fastbert.attention_qkv(x, cu_seqlens, 34)  # noqa: E731
+    expected = run(function, (qkv.bfloat16(),), dout)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, dqkv = run(function, (qkv,), dout)
+    assert torch.equal(out, expected[0]) and torch.equal(dqkv, expected[1].float())
+
+
 def test_bad_input():
     qkv, cu_seqlens = pack([5, 4], 2, 8, torch.float32)
     q, k, v = qkv.unbind(1)

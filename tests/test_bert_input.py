@@ -133,3 +133,11 @@ def test_ids_of_another_rank_without_cu_seqlens(shape):
 def test_a_sequence_longer_than_the_position_table_says_what_to_do():
     with pytest.raises(ValueError, match=r"17 tokens.*max_position_embeddings.* holds 16: truncate"):
         BertModel(SMALL)(torch.zeros(2, 17, dtype=torch.long))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of tracing
+def test_tracing_is_refused():
+    """Traced, the lengths of one batch would be those of all."""
+    model = BertModel(SMALL).eval()
+    with pytest.raises(RuntimeError, match=r"use torch\.compile or torch\.export"):
+        torch.jit.trace(lambda ids: model(ids).sequence_output, (torch.ones(2, 8, dtype=torch.long),))

@@ -26,12 +26,11 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastbert.backend import pick, requested
 from fastbert.ops import philox
-from fastbert.ops.checks import autocast, check_activation, wide
-from fastbert.ops.register import fake, register
+from fastbert.ops.checks import autocast, check_activation, wide, without_autocast
+from fastbert.ops.register import fake, once_differentiable, register
 
 
 def attention(
@@ -71,7 +70,7 @@ def attention(
         RuntimeError: an explicit backend that cannot run here.
     """
     q, k, v = autocast(q), autocast(k), autocast(v)
-    _check(q, k, v, cu_seqlens, max_seqlen)
+    _check(q, k, v, cu_seqlens)
     options = _options(q, max_seqlen, dropout_p, seed, scale, causal, window, backend)
     return _Attention.apply(cu_seqlens, *options, q, k, v)
 
@@ -102,7 +101,7 @@ def attention_qkv(
     qkv = autocast(qkv)
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv must be [tokens, 3, heads, head size], got shape {list(qkv.shape)}")
-    _check(*qkv.unbind(1), cu_seqlens, max_seqlen)
+    _check(*qkv.unbind(1), cu_seqlens)
     options = _options(qkv, max_seqlen, dropout_p, seed, scale, causal, window, backend)
     return _Attention.apply(cu_seqlens, *options, qkv)
 
@@ -126,7 +125,7 @@ def _options(
     return max_seqlen, scale, t, seed, causal, None if window is None else list(window), requested(backend)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
     check_activation("attention", q)
     if q.dim() != 3:
         raise ValueError(f"q must be [tokens, heads, head size], got shape {list(q.shape)}")
@@ -143,16 +142,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int)
         )
     if cu_seqlens.device != q.device:
         raise ValueError(f"cu_seqlens must be on q's device {q.device}, got {cu_seqlens.device}")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        bounds = cu_seqlens.tolist()
-        lengths = [b - a for a, b in itertools.pairwise(bounds)]
-        if bounds[0] != 0 or bounds[-1] != q.shape[0] or any(length < 0 for length in lengths):
-            raise ValueError(
-                f"cu_seqlens must start at 0, never decrease and end at the number of tokens, {q.shape[0]}; got "
-                f"{bounds[:3]} ... {bounds[-1]}"
-            )
-        if max(lengths, default=0) > max_seqlen:
-            raise ValueError(f"max_seqlen is {max_seqlen}, but the longest sequence has {max(lengths)} tokens")
 
 
 class reference:  # a namespace, spelled as the backend is
@@ -162,6 +151,7 @@ class reference:  # a namespace, spelled as the backend is
     """
 
     @staticmethod
+    @without_autocast
     def attention_forward(
         q: Tensor,
         k: Tensor,
@@ -184,6 +174,7 @@ class reference:  # a namespace, spelled as the backend is
         return layout.unpad(weights @ layout.pad(v)).to(q.dtype), layout.unpad(lse.unsqueeze(-1)).squeeze(-1)
 
     @staticmethod
+    @without_autocast
     def attention_backward(
         dout: Tensor,
         q: Tensor,
@@ -259,6 +250,22 @@ class _Padding:
         return torch.where(keep, weights * philox.scale(t), 0.0)
 
 
+def _check_sequences(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> None:
+    """Raises unless the sequences make up the tokens. On a device they are not waited for."""
+    if cu_seqlens.device.type != "cpu":
+        return
+    bounds = cu_seqlens.tolist()
+    lengths = [b - a for a, b in itertools.pairwise(bounds)]
+    if bounds[0] != 0 or bounds[-1] != tokens or any(length < 0 for length in lengths):
+        raise ValueError(
+            f"cu_seqlens must start at 0, never decrease and end at the number of tokens, {tokens}; got {bounds[:3]} "
+            f"... {bounds[-1]}"
+        )
+    if max(lengths, default=0) > max_seqlen:
+        raise ValueError(f"max_seqlen is {max_seqlen}, but the longest sequence has {max(lengths)} tokens")
+
+
+# The sequences are looked at inside the op, so that a compiled graph does it too, at run time.
 @register
 def attention_forward(
     q: Tensor,
@@ -273,6 +280,7 @@ def attention_forward(
     window: list[int] | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    _check_sequences(cu_seqlens, max_seqlen, q.shape[0])
     chosen = pick("attention", backend, q, reference)
     return chosen.attention_forward(q, k, v, cu_seqlens, max_seqlen, scale, t, seed, causal, window)
 

@@ -1,14 +1,32 @@
 """What every op asks of its inputs, and the autocast rule: one wording for all."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
 def autocast(x: Tensor) -> Tensor:
     """Under autocast a float32 activation is cast to the autocast dtype, as the products around the op would do."""
-    if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
+    if x.dtype != torch.float32 or not (x.is_cpu or torch.amp.is_autocast_available(x.device.type)):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+
+
+def without_autocast(function: Callable) -> Callable:
+    """Decorator: the function computes in the dtypes it is given; its first argument says on which device."""
+
+    @functools.wraps(function)
+    def call(x: Tensor, *others: Any) -> Any:
+        kind = x.device.type
+        if not torch.amp.is_autocast_available(kind):
+            return function(x, *others)
+        with torch.autocast(kind, enabled=False):
+            return function(x, *others)
+
+    return call
 
 
 def check_activation(op: str, x: Tensor) -> None:
