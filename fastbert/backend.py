@@ -52,6 +52,13 @@ def _check(name: str) -> None:
         raise RuntimeError(f"backend {name!r} was asked for and cannot run here: {reason}")
 
 
+def check() -> None:
+    """Raises ValueError where FASTBERT_BACKEND names a backend that does not exist or cannot run here."""
+    reason = why_not(_requested) if _requested else None
+    if reason is not None:
+        raise ValueError(f"FASTBERT_BACKEND={_requested} was asked for and cannot run here: {reason}")
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Within the `with` block every op of this package runs on backend `name`, in all threads of the process.
@@ -116,6 +123,7 @@ def info() -> str:
     """What `fastbert info` prints: versions, instruction set, threads, and every op by every backend."""
     from fastbert.version import __version__
 
+    check()
     module: ModuleType | None = native.module
     lines = [
         f"fastbert {__version__}, torch {torch.__version__}",

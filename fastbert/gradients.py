@@ -74,9 +74,10 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Scales gradients so that their common L2 norm is at most `max_norm`; the norm is over what will be applied.
 
-    As `torch.nn.utils.clip_grad_norm_`, with two differences: sparse gradients count with their duplicates added up
-    first, and of a dense gradient with named rows these rows alone count and are scaled, as `LazyAdam.step(rows=rows)`
-    will apply them; the others are left as they are. Does not depend on the number of threads.
+    As `torch.nn.utils.clip_grad_norm_` for that norm, with two differences: sparse gradients count with their
+    duplicates added up first, and of a dense gradient with named rows these rows alone count and are scaled, as
+    `LazyAdam.step(rows=rows)` will apply them; the others are left as they are. Does not depend on the number of
+    threads.
 
     Args:
         parameters: parameters; those whose `grad` is None are left out.

@@ -247,14 +247,14 @@ class cpu:  # a namespace, spelled as the backend is
             weight_decay, flags, padding_idx, number,
         ) in steps:  # fmt: skip
             table_rows, touched = param.shape[0] if param.dim() else 1, 0
-            scratch, grad = None, grad.contiguous()
+            scratch, grad = None, (grad if grad.dtype in DTYPES else grad.float()).resolve_neg().contiguous()
             if rows is not None:
                 touched, rows = rows.numel(), rows.contiguous()
                 if touched == 0:
                     continue  # its address is null, which the kernel reads as every row
                 if touched >= 2**31:
                     raise ValueError(f"a step takes fewer than 2**31 gradient rows, got {touched}: split the batch")
-                scratch = torch.empty(module.lazy_adam_scratch(touched), dtype=torch.int32)
+                scratch = param.new_empty(module.lazy_adam_scratch(touched), dtype=torch.int32)
             elements = param.numel()
             arguments.append((
                 param.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(), _address(max_exp_avg_sq),
@@ -280,7 +280,7 @@ class cpu:  # a namespace, spelled as the backend is
         if param.numel() == 0 or (rows is not None and named == 0):
             return
         rows = None if rows is None else rows.contiguous()
-        scratch = torch.empty(module.lazy_adam_replay_scratch(lr.numel()), dtype=torch.float64)
+        scratch = param.new_empty(module.lazy_adam_replay_scratch(lr.numel()), dtype=torch.float64)
         lr, decay = lr.contiguous(), decay.contiguous()
         bad = module.lazy_adam_replay(
             _address(param), _address(exp_avg), _address(exp_avg_sq), _address(last_step), _address(rows),

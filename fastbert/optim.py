@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from fastbert import gradients, replay
 from fastbert.backend import requested
 from fastbert.gradients import Gradient, Rows
-from fastbert.ops.lazy_adam import GRAD_BY_ROW, SKIP_ZERO, check, row_wise_shape, update
+from fastbert.ops.lazy_adam import GRAD_BY_ROW, SKIP_ZERO, backend_of, check, row_wise_shape, update
 from fastbert.options import DEFAULTS, Formula, check_options, check_param, formula_of
 
 
@@ -173,6 +173,7 @@ class LazyAdam(Optimizer):
         steps = [self._arguments(*plan) for plan in planned]
         for arguments in steps:
             check(*arguments)
+            backend_of(arguments[0], requested())
         for param, gradient, group, formula, _ in planned:
             if group["missed"] == "replay" or "last_step" in self.state[param]:
                 self._record(param, gradient, group, formula)

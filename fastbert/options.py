@@ -48,6 +48,8 @@ def check_options(options: dict[str, Any]) -> None:
     ):
         if options[name] not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {options[name]!r}")
+    if not isinstance(options["seed"], int) or not -(2**63) <= options["seed"] < 2**63:
+        raise ValueError(f"seed must be an int of 64 bits, got {options['seed']!r}")
     if options["missed"] == "replay":
         _check_replay(options)
 
@@ -69,6 +71,11 @@ def _check_replay(options: dict[str, Any]) -> None:
 def check_param(param: Tensor, options: dict[str, Any]) -> None:
     if not param.is_floating_point() or param.layout != torch.strided:
         raise TypeError(f"LazyAdam takes dense floating parameters, got {param.dtype} with {param.layout}")
+    if hasattr(param, "__tensor_flatten__"):
+        raise TypeError(
+            f"LazyAdam changes a parameter's memory in place and cannot reach that of a {type(param).__name__}: leave "
+            "it to torch.optim.AdamW, or train unsharded parameters with DistributedDataParallel"
+        )
     if options["missed"] == "replay" and param.dtype not in (torch.float32, torch.float64):
         raise ValueError(f'missed="replay" follows dense AdamW in float32, got a {param.dtype} parameter')
     if options["stochastic_rounding"] and param.dtype == torch.float16:

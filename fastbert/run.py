@@ -102,7 +102,8 @@ class PretrainConfig:
         _expect(self.minutes is None or self.minutes > 0, "minutes", "more than 0", self.minutes)
         _expect(self.lr > 0 and math.isfinite(self.lr), "lr", "a positive number", self.lr)
         _expect(0 <= self.warmup <= 1, "warmup", "a share from 0 to 1", self.warmup)
-        _expect(0 < self.held_out < 1, "held_out", "a share between 0 and 1", self.held_out)
+        _expect(0 < self.held_out <= 0.5, "held_out", "a share above 0 and at most 0.5", self.held_out)
+        _expect(self.vocab_size >= 64, "vocab_size", "at least 64", self.vocab_size)
         _expect(self.clip > 0, "clip", "more than 0", self.clip)
         _expect(0 <= self.beta2 < 1, "beta2", "a number from 0 to below 1", self.beta2)
         _expect(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
@@ -113,6 +114,12 @@ class PretrainConfig:
             f"from 8 to the rows of the position table, max_position_embeddings={self.max_position_embeddings}",
             self.seq_len,
         )
+        rule = f"at least one sample's, seq_len={self.seq_len}"
+        _expect(self.batch_tokens >= self.seq_len, "batch_tokens", rule, self.batch_tokens)
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ValueError(f"device must be one that torch has here, got {self.device!r}: {error}") from error
 
 
 def _expect(holds: bool, name: str, rule: str, value: object) -> None:
@@ -129,6 +136,7 @@ def open_run(config: PretrainConfig, resume: bool) -> PretrainConfig:
     if path.exists():
         raise ValueError(f"{config.output} already holds a run: pass --resume to continue it, or another --output")
     config.check()
+    backend.check()
     if config.steps is not None and config.minutes is not None:
         raise ValueError(f"a run ends after steps or minutes, not both: got {config.steps} and {config.minutes:g}")
     if config.corpus is None:
@@ -161,9 +169,12 @@ def read_config(folder: Path) -> PretrainConfig:
     path = folder / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no run to resume: there is no {path}")
-    stored = {"linear": "torch"} | json.loads(path.read_text())  # what runs had before there was a choice
-    corpus = None if stored["corpus"] is None else Path(stored["corpus"])
-    config = PretrainConfig(**stored | {"output": folder, "corpus": corpus})
+    try:
+        stored = {"linear": "torch"} | json.loads(path.read_text())  # what runs had before there was a choice
+        corpus = None if stored["corpus"] is None else Path(stored["corpus"])
+        config = PretrainConfig(**stored | {"output": folder, "corpus": corpus})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} does not hold the settings of a run: {error}") from error
     config.check()
     return config
 

@@ -308,6 +308,33 @@ def test_gradient_of_another_dtype_and_stride(backend):
     )
 
 
+def test_a_float64_gradient_of_a_float32_parameter(backend):
+    state, rows, grad = tables(9, 5), torch.tensor([2, 7, 2]), torch.randn(3, 5)
+    expected = step(copies(state), rows, grad)
+    for ours, theirs in zip(step(state, rows, grad.double()), expected, strict=True):
+        assert ours is theirs is None or torch.allclose(ours, theirs)
+
+
+@pytest.mark.parametrize("missed", ["leave", "replay"])
+def test_the_default_device_is_of_no_account(backend, missed):
+    """Scratch memory is where the table is."""
+
+    def trained(device):
+        torch.manual_seed(0)
+        table = torch.nn.Embedding(20, 4, sparse=True)
+        optimizer = fastbert.LazyAdam(table.parameters(), missed=missed)
+        optimizer.attach(table)
+        for ids in (torch.tensor([1, 2, 1]), torch.tensor([2, 3, 4])):
+            table(ids).square().sum().backward()
+            with torch.device(device):
+                optimizer.step()
+                optimizer.flush()
+            optimizer.zero_grad()
+        return table.weight
+
+    assert torch.equal(trained("meta"), trained("cpu"))
+
+
 def test_any_shape(backend):
     for shape in ((), (0, 4), (3,), (2, 3, 5)):
         w, grad = torch.randn(shape), torch.randn(shape)

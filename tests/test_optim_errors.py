@@ -4,7 +4,9 @@ import pytest
 import torch
 from optim_state import bits
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
+import fastbert
 from fastbert import LazyAdam, clip_grad_norm_
 
 
@@ -52,6 +54,18 @@ def test_bad_gradients_change_nothing(backend, what):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) and first.grad.tolist() == [1, 1, 1, 1]
 
 
+def test_a_step_that_no_backend_takes_does_not_count():
+    params = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2).double())]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer = LazyAdam(params)
+    optimizer.step()
+    before = bits(optimizer, params[0])
+    with fastbert.use_backend("cpu"), pytest.raises(RuntimeError, match=r"got torch\.float64"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, bits(optimizer, params[0]), strict=True))
+
+
 def test_bad_arguments(backend):
     param, stranger = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3, 2))
     param.grad = torch.ones(3, 2)
@@ -88,6 +102,8 @@ def test_bad_arguments(backend):
         ({"missed": "replay", "exp_avg_dtype": torch.bfloat16}, "does not go with exp_avg_dtype"),
         ({"missed": "replay", "weight_decay": 0.1, "decoupled_weight_decay": False}, "does not go with coupled"),
         ({"differentiable": True}, "differentiable=False"),
+        ({"seed": None}, "seed must be an int of 64 bits, got None"),
+        ({"seed": 2**63}, "seed must be an int of 64 bits"),
     ):
         with pytest.raises(ValueError, match=message):
             LazyAdam([param], **options)
@@ -96,4 +112,6 @@ def test_bad_arguments(backend):
     for bad in (torch.ones(2, dtype=torch.complex64), torch.ones(2, dtype=torch.int64)):
         with pytest.raises(TypeError, match="dense floating parameters"):
             optimizer.add_param_group({"params": [nn.Parameter(bad, requires_grad=False)]})
+    with pytest.raises(TypeError, match="cannot reach that of a TwoTensor"):  # as of FSDP2's DTensor
+        LazyAdam([nn.Parameter(TwoTensor(torch.ones(2), torch.ones(2)))])
     assert len(optimizer.param_groups) == 1

@@ -346,6 +346,21 @@ def test_bad_input_gets_a_sentence(tmp_path, corpus, finished, capsys, monkeypat
         "--corpus", corpus, "--steps", 5, "--seq-len", 600, "--batch-tokens", 6000
     )
     assert "lr must be a positive number, got nan" in said("--corpus", corpus, "--steps", 5, "--lr", "nan")
+    for setting, value, message in (
+        ("batch-tokens", 64, "batch_tokens must be at least one sample's, seq_len=128, got 64"),
+        ("vocab-size", 10, "vocab_size must be at least 64, got 10"),
+        ("held-out", 0.7, "held_out must be a share above 0 and at most 0.5, got 0.7"),
+        ("device", "gpu", "device must be one that torch has here, got 'gpu'"),
+    ):
+        new = tmp_path / setting
+        assert message in said("--corpus", corpus, "--steps", 5, f"--{setting}", value, output=new)
+        assert not new.exists()
+    damaged = tmp_path / "config.json"
+    for text, problem in (("{", "Expecting"), ('{"corpus": null, "colour": 1}', "colour"), ("{}", "corpus")):
+        damaged.write_text(text)
+        ended = said("--resume", output=tmp_path)
+        assert "config.json does not hold the settings of a run: " in ended and problem in ended
+    damaged.unlink()
     assert "holds no run to resume" in said("--resume")
     assert "already holds a run: pass --resume" in said("--corpus", corpus, "--steps", 5, output=finished)
     changed = said("--resume", "--lr", 0.5, output=finished)
@@ -365,6 +380,9 @@ def test_a_damaged_store_is_named(settings, finished, tmp_path, capsys, monkeypa
 def test_info():
     ended = fastbert("info")
     assert ended.returncode == 0 and "instruction set" in ended.stdout and "attention" in ended.stdout
+    for name, why in (("cuda", "no cuda kernels yet"), ("gpu", "no backend is called 'gpu'")):
+        refused = fastbert("info", FASTBERT_BACKEND=name)
+        assert refused.returncode == 1 and why in refused.stderr and "Traceback" not in refused.stderr
 
 
 def test_help_names_every_setting():

@@ -116,6 +116,11 @@ def _(
     return None
 
 
+def backend_of(param: Tensor, backend: str) -> Any:
+    """The namespace that a step of `param` runs in; RuntimeError where `backend` was asked for and cannot."""
+    return pick("lazy_adam", backend, param, reference)
+
+
 def update(steps: Sequence[tuple], backend: str) -> None:
     """Many `lazy_adam_step`s as the optimizer takes them: their arguments up to `number`, checked by `check`.
 
@@ -129,7 +134,7 @@ def update(steps: Sequence[tuple], backend: str) -> None:
         return
     chosen: dict[Any, list[tuple]] = {}
     for arguments in steps:
-        chosen.setdefault(pick("lazy_adam", backend, arguments[0], reference), []).append(arguments)
+        chosen.setdefault(backend_of(arguments[0], backend), []).append(arguments)
     for namespace, its in chosen.items():
         namespace.lazy_adam_steps(its)
     changed = [tensor for arguments in steps for tensor in arguments[:5] if tensor is not None]
@@ -153,7 +158,7 @@ class reference:  # a namespace, spelled as the backend is
         rows: Tensor | None, grad: Tensor, lr: float | Tensor, step: Tensor, seed: Tensor | None, beta1: float,
         beta2: float, eps: float, weight_decay: float, flags: int, padding_idx: int, number: int,
     ) -> None:  # fmt: skip
-        lr = torch.as_tensor(lr, dtype=torch.float64)
+        lr = lr.double() if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
         table_rows = param.shape[0] if param.dim() else 1
         tables = [
             None if x is None else x.view(table_rows, x.numel() // max(table_rows, 1))
@@ -177,6 +182,7 @@ class reference:  # a namespace, spelled as the backend is
             g = g[moves]
         # update
         w, m, v, u = (None if x is None else wide(x[places]) for x in tables)
+        g = g.to(w.dtype)
         t = step.double() if row_steps is None else row_steps[places].double().unsqueeze(1) + 1
         if flags & NO_BIAS_CORRECTION:
             t = t * math.inf
