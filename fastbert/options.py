@@ -71,7 +71,7 @@ def _check_replay(options: dict[str, Any]) -> None:
 def check_param(param: Tensor, options: dict[str, Any]) -> None:
     if not param.is_floating_point() or param.layout != torch.strided:
         raise TypeError(f"LazyAdam takes dense floating parameters, got {param.dtype} with {param.layout}")
-    if hasattr(param, "__tensor_flatten__"):
+    if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # it stands for other tensors
         raise TypeError(
             f"LazyAdam changes a parameter's memory in place and cannot reach that of a {type(param).__name__}: leave "
             "it to torch.optim.AdamW, or train unsharded parameters with DistributedDataParallel"
