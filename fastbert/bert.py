@@ -260,6 +260,7 @@ class BertModel(BertPreTrainedModel):
         Raises:
             ValueError, TypeError: shapes or dtypes that do not fit, a sequence longer than the position table, and, on
                 a CPU outside torch.compile, ids or places out of range or boundaries that do not hold.
+            RuntimeError: within `torch.jit.trace`.
         """
         packing, position_ids = inputs.pack(
             self.config,

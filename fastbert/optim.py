@@ -77,7 +77,8 @@ class LazyAdam(Optimizer):
 
     Raises:
         ValueError: an option outside its range, or options that do not go together.
-        TypeError: a parameter that is complex, an integer or sparse itself.
+        TypeError: a parameter that is complex, an integer or sparse itself, or one that stands for other tensors, such
+            as FSDP2's DTensor.
     """
 
     def __init__(

@@ -80,7 +80,7 @@ def linear(x: Tensor, weight: "Tensor | FrozenWeight", bias: Tensor | None = Non
 
     Raises:
         ValueError: FASTBERT_LINEAR names no library, or one that this torch lacks.
-        RuntimeError: shapes or dtypes that `F.linear` refuses, or a gradient through a frozen weight.
+        RuntimeError: shapes, dtypes or devices that `F.linear` refuses, or a gradient through a frozen weight.
         TypeError: a frozen weight of another dtype than x.
     """
     if isinstance(weight, FrozenWeight):
