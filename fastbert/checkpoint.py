@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastbert import files
+
 _PREFIX, _HEADS = "bert.", "cls."
 _QKV, _PARTS = ".attention.self.qkv.", (".attention.self.query.", ".attention.self.key.", ".attention.self.value.")
 _DECODER, _DECODER_BIAS = "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"
@@ -210,8 +212,7 @@ def save(model: nn.Module, folder: str | os.PathLike, fields: dict[str, Any], to
         "model.safetensors": safetensors.save(tensors, metadata={"format": "pt"}),
     }
     contents |= _tokenizer_files(tokenizer)
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace_files(folder, contents)
+    files.write(folder, contents)
 
 
 def _json(value: dict[str, Any]) -> bytes:
@@ -237,26 +238,3 @@ def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
         "tokenizer_config.json": _json({"tokenizer_class": "BertTokenizer"} | special),
         "vocab.txt": "".join(f"{token}\n" for token in sorted(vocabulary, key=vocabulary.get)).encode(),
     }
-
-
-def _replace_files(folder: Path, contents: dict[str, bytes]) -> None:
-    """Writes every file beside its place, then moves all of them there; on an error removes what it wrote."""
-    staged = {folder / name: folder / f".{name}.{os.getpid()}.tmp" for name in contents}
-    try:
-        for (path, temporary), data in zip(staged.items(), contents.values(), strict=True):
-            try:
-                with open(temporary, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-            except OSError as error:
-                raise OSError(
-                    error.errno,
-                    f"{error.strerror}; free some space or choose another folder: what was there before is unchanged",
-                    str(path),
-                ) from error
-        for path, temporary in staged.items():
-            os.replace(temporary, path)
-    finally:
-        for temporary in staged.values():
-            temporary.unlink(missing_ok=True)

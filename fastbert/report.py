@@ -1,8 +1,9 @@
 """What a training run says about itself: a JSON-lines file, TensorBoard, and the loss curve as a picture."""
 
 import json
-import os
 from pathlib import Path
+
+from fastbert import files
 
 
 class Metrics:
@@ -17,9 +18,7 @@ class Metrics:
 
         self.path = folder / "metrics.jsonl"
         kept = [record for record in read_metrics(self.path) if record["step"] <= last_step]
-        fresh = self.path.with_suffix(".writing")
-        fresh.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(fresh, self.path)
+        files.write(folder, {self.path.name: "".join(json.dumps(record) + "\n" for record in kept).encode()})
         self._file = self.path.open("a")
         self._board = SummaryWriter(folder / "tensorboard", purge_step=last_step + 1)
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import platform
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastbert import backend, native
+from fastbert import backend, files, native
 from fastbert.bert import BertConfig
 from fastbert.data.corpus import iter_documents
 from fastbert.ops import linear
@@ -180,10 +179,8 @@ def read_config(folder: Path) -> PretrainConfig:
 
 
 def write_config(config: PretrainConfig) -> None:
-    path = config.output / "config.json"
-    fresh = path.with_suffix(".writing")
-    fresh.write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
-    os.replace(fresh, path)
+    settings = json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
+    files.write(config.output, {"config.json": settings.encode()})
 
 
 def random_state(device: str) -> dict[str, Tensor]:

@@ -7,12 +7,13 @@ leaves the snapshots before it as they were.
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastbert import files
 
 _WRITING = ".writing-"
 
@@ -40,10 +41,10 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
         size, digest = _digest(writing / "state.pt")
         (writing / "manifest.json").write_text(json.dumps({"step": step, "bytes": size, "sha256": digest}))
         for path in (writing / "state.pt", writing / "manifest.json", writing):
-            flush(path)
+            files.flush(path)
         shutil.rmtree(target, ignore_errors=True)
         writing.rename(target)
-        flush(folder)
+        files.flush(folder)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         shutil.rmtree(writing, ignore_errors=True)
         before = steps(folder)
@@ -103,12 +104,3 @@ def _digest(path: Path) -> tuple[int, str]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
     return path.stat().st_size, digest.hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Waits until a file's or folder's content is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

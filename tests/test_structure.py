@@ -15,8 +15,8 @@ PACKAGE = Path(fastbert.__file__).parent
 
 # A module may import only from layers below its own.
 LAYERS = [
-    {"version", "allocator", "_cpu", "testing", "snapshot", "report"},
-    {"native"},
+    {"version", "allocator", "_cpu", "testing", "files"},
+    {"native", "snapshot", "report"},
     {"backend"},
     {"ops"},
     {"nn", "gradients", "replay", "options", "inputs"},

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import NamedTuple
 
 import tokenizers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from fastbert import files
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -115,8 +116,6 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, max_length: int 
     `transformers.AutoTokenizer.from_pretrained(folder)` gives the same ids. `max_length`: the model's longest sequence.
     Each file appears whole or not at all, tokenizer.json last, so where it is the others are.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     special = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS, strict=True))
     normalizer = json.loads(tokenizer.to_str())["normalizer"]
     config = {
@@ -133,13 +132,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, max_length: int 
         "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
         "tokenizer.json": tokenizer.to_str(pretty=True),
     }
-    for name, text in contents.items():
-        partial = folder / f".{name}.partial"
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(folder / name)
+    files.write(folder, {name: text.encode() for name, text in contents.items()})
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

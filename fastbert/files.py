@@ -1,0 +1,50 @@
+"""Files that are written whole or not at all: the one way in which this package writes what must survive a kill."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def write(folder: str | os.PathLike, contents: Mapping[str, bytes]) -> None:
+    """Writes files into `folder`, which is made where it does not exist.
+
+    Every file is first written under a hidden name and flushed to the disk; then all are moved into place in the order
+    given. After a full disk or a kill each file is as it was or as it should be, and what was half-written is gone, or
+    is hidden and replaced by the next try.
+
+    Args:
+        folder: where they go.
+        contents: file name -> bytes; what a reader looks for first comes last.
+
+    Raises:
+        OSError: a file could not be written; the error names it and nothing is changed.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    staged = {folder / name: folder / f".{name}.writing" for name in contents}
+    try:
+        for (path, temporary), data in zip(staged.items(), contents.values(), strict=True):
+            try:
+                temporary.write_bytes(data)
+                flush(temporary)
+            except OSError as error:
+                raise OSError(
+                    error.errno,
+                    f"{error.strerror}; free some space or choose another folder: what was there before is unchanged",
+                    str(path),
+                ) from error
+        for path, temporary in staged.items():
+            os.replace(temporary, path)
+        flush(folder)
+    finally:
+        for temporary in staged.values():
+            temporary.unlink(missing_ok=True)
+
+
+def flush(path: str | os.PathLike) -> None:
+    """Waits until a file's or folder's content is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
