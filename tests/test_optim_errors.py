@@ -74,7 +74,7 @@ def test_bad_arguments(backend):
         with pytest.raises(ValueError, match="the keys must be the parameters themselves"):
             call(rows={stranger: torch.tensor([0])})
     optimizer.param_groups[0]["lr"] = float("nan")
-    with pytest.raises(ValueError, match="lr must be a finite number, got nan"):
+    with pytest.raises(ValueError, match="lr must be a finite number >= 0, got nan"):
         optimizer.step()
     assert param.tolist() == [[1, 1]] * 3 and not optimizer.state
     with pytest.raises(ValueError, match="max_norm must be"):
