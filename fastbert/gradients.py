@@ -1,6 +1,7 @@
 """What a gradient touches: its rows, its norm, its clipping, and its exchange between processes."""
 
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -105,9 +106,11 @@ def clip_grad_norm_(
 
     Raises:
         ValueError: max_norm is negative or NaN, or as in `LazyAdam.step`.
-        TypeError: as in `LazyAdam.step`.
+        TypeError: max_norm is no number, or as in `LazyAdam.step`.
         RuntimeError: `error_if_nonfinite` and the norm is not finite; gradients are as they were.
     """
+    if not isinstance(max_norm, (Real, Tensor)):
+        raise TypeError(f"max_norm must be a number >= 0, got {max_norm!r}")
     if not max_norm >= 0:
         raise ValueError(f"max_norm must be a number >= 0, got {max_norm}")
     params = [parameters] if isinstance(parameters, Tensor) else list(dict.fromkeys(parameters))
@@ -135,6 +138,7 @@ def all_gather_rows(param: Tensor, *, average: bool = True, group: dist.ProcessG
     called by every process between backward and the optimizer's step. `param.grad` becomes the rows of all processes in
     the order of their ranks, not coalesced, so that every process takes the same step, bit for bit. Works on every
     backend of torch.distributed that has all_gather, which NCCL's sparse all-reduce has not.
+    With `missed="replay"` see `all_gather_ids`.
 
     Args:
         param: its grad is sparse COO with one sparse axis, or None for no rows from this process.
