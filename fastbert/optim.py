@@ -28,6 +28,7 @@ from fastbert.options import (
     choices_of,
     decay_groups,
     formula_of,
+    name_dtype,
 )
 
 
@@ -91,7 +92,7 @@ class LazyAdam(Optimizer):
         missed: "leave" or "replay".
         stochastic_rounding: of bfloat16 parameters, so that steps below their resolution count on average.
         seed: of stochastic rounding; the same seed rounds the same way on every backend.
-        exp_avg_dtype: torch.bfloat16 halves the first moment.
+        exp_avg_dtype: torch.bfloat16 halves the first moment; groups hold the name, "bfloat16".
         row_wise: one number of second moment per row, fed by the row's mean square; for parameters of two or more axes.
 
     Raises:
@@ -123,11 +124,12 @@ class LazyAdam(Optimizer):
         missed: str = "leave",
         stochastic_rounding: bool = False,
         seed: int = 0,
-        exp_avg_dtype: torch.dtype | None = None,
+        exp_avg_dtype: torch.dtype | str | None = None,
         row_wise: bool = False,
     ) -> None:
         options = dict(locals())
         defaults = {name: value for name, value in options.items() if name not in ("self", "params", "__class__")}
+        name_dtype(defaults)
         self._padding: dict[Tensor, int] = {}  # of attached embeddings
         self._checked: list[tuple] = []  # of each group, the options that were found to hold
         self.is_raw = False
@@ -144,6 +146,9 @@ class LazyAdam(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters; its options override the constructor's. Raises as the constructor does."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"a parameter group must be a dict with the key 'params', got {type(param_group)}")
+        name_dtype(param_group)
         options = {**self.defaults, **param_group}
         check_options(options)
         super().add_param_group(param_group)
@@ -233,6 +238,7 @@ class LazyAdam(Optimizer):
         """Checks the groups whose options are not those that were checked last; numbers are checked at every step."""
         del self._checked[len(self.param_groups) :]
         for number, group in enumerate(self.param_groups):
+            name_dtype(group)
             choices = choices_of(group)
             if self._checked[number : number + 1] == [choices]:
                 continue

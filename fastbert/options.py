@@ -34,6 +34,12 @@ CHOICES = (  # options that a training loop seldom changes: checked again only w
 )
 
 
+def name_dtype(options: dict[str, Any]) -> None:
+    """Puts its name in a dtype's place: torch.distributed.checkpoint takes no dtype among a group's options."""
+    if isinstance(options.get("exp_avg_dtype"), torch.dtype):
+        options["exp_avg_dtype"] = str(options["exp_avg_dtype"]).removeprefix("torch.")
+
+
 def check_options(options: dict[str, Any]) -> None:
     """Raises TypeError or ValueError for an option of another type, outside its range, or that does not go with others.
 
@@ -97,7 +103,7 @@ def check_choices(options: dict[str, Any]) -> None:
         ("eps_mode", ("adam", "sparse_adam")),
         ("bias_correction", ("global", "row", None)),
         ("missed", ("leave", "replay")),
-        ("exp_avg_dtype", (None, torch.float32, torch.bfloat16)),
+        ("exp_avg_dtype", (None, "float32", "bfloat16")),
     ):
         if options[name] not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {options[name]!r}")
@@ -113,7 +119,7 @@ def _check_replay(options: dict[str, Any]) -> None:
         ('bias_correction="row"', options["bias_correction"] == "row", "dense AdamW has no counts by row"),
         ('lazy="nonzero"', options["lazy"] == "nonzero", "rows must be known before they are read"),
         ("row_wise=True", options["row_wise"], "dense AdamW has a second moment for every number"),
-        ("exp_avg_dtype", options["exp_avg_dtype"] == torch.bfloat16, "it follows dense AdamW in float32"),
+        ("exp_avg_dtype", options["exp_avg_dtype"] == "bfloat16", "it follows dense AdamW in float32"),
     ):
         if given:
             raise ValueError(f'missed="replay" does not go with {name}: {why}')

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastbert import replay
 from fastbert.gradients import Gradient
 from fastbert.ops.lazy_adam import row_wise_shape
-from fastbert.options import check_options, check_param
+from fastbert.options import check_options, check_param, name_dtype
 
 State = dict[str, Any]
 Group = dict[str, Any]
@@ -64,7 +64,7 @@ def shape_and_dtype(name: str, param: Tensor, group: Group) -> tuple[tuple[int, 
         return tuple(param.shape[:1]), torch.int32
     dtype = torch.promote_types(param.dtype, torch.float32)
     if name == "exp_avg":
-        return tuple(param.shape), group["exp_avg_dtype"] or dtype
+        return tuple(param.shape), getattr(torch, group["exp_avg_dtype"]) if group["exp_avg_dtype"] else dtype
     return row_wise_shape(param) if group["row_wise"] else tuple(param.shape), dtype
 
 
@@ -117,6 +117,7 @@ def check_saved(state_dict: Mapping[str, Any], groups: list[Group]) -> list[Grou
         own = dict(groups[number]) if number < len(groups) else {}  # torch compares the numbers, and says so
         own.pop("param_names", None)
         merged.append({**own, **saved})
+        name_dtype(merged[-1])
     strangers = state_dict["state"].keys() - {key for group in merged for key in group["params"]}
     if strangers:
         raise ValueError(f"state of {sorted(map(str, strangers))[:5]} is in the state dict, and no group names them")

@@ -136,6 +136,8 @@ def test_bad_arguments(backend):
             optimizer.add_param_group({"params": [stranger], **options})
     with pytest.raises(TypeError, match=r"rows must be a dict of parameters and their row ids"):
         optimizer.step(rows=torch.tensor([0]))
+    with pytest.raises(TypeError, match="a parameter group must be a dict"):
+        optimizer.add_param_group([stranger])
     for bad in (torch.ones(2, dtype=torch.complex64), torch.ones(2, dtype=torch.int64)):
         with pytest.raises(TypeError, match="dense floating parameters"):
             optimizer.add_param_group({"params": [nn.Parameter(bad, requires_grad=False)]})

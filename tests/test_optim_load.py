@@ -141,10 +141,10 @@ def same(model, other):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # the intent, as no_dist says
-@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize("how", [{}, {"flatten_optimizer_state_dict": True}, {"cpu_offload": True}], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_resumed_from_a_distributed_checkpoint_is_bitwise_unbroken(options, flat, tmp_path):
-    how = StateDictOptions(flatten_optimizer_state_dict=flat)
+def test_resumed_from_a_distributed_checkpoint_is_bitwise_unbroken(options, how, tmp_path):
+    how = StateDictOptions(**how)
     whole, unbroken = build(**options)
     train(whole, unbroken, range(8))
 
