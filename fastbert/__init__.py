@@ -3,7 +3,7 @@
 from fastbert.allocator import keep_memory
 from fastbert.backend import backends, use_backend
 from fastbert.bert import BertConfig, BertForPreTraining, BertModel
-from fastbert.gradients import all_gather_rows, clip_grad_norm_
+from fastbert.gradients import all_gather_ids, all_gather_rows, clip_grad_norm_
 from fastbert.nn import freeze
 from fastbert.ops.attention import attention, attention_qkv
 from fastbert.ops.cross_entropy import cross_entropy
@@ -19,6 +19,7 @@ __all__ = [
     "BertModel",
     "LazyAdam",
     "__version__",
+    "all_gather_ids",
     "all_gather_rows",
     "attention",
     "attention_qkv",

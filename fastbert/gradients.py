@@ -1,6 +1,7 @@
 """What a gradient touches: its rows, its norm, its clipping, and its exchange between processes."""
 
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -33,24 +34,35 @@ def read(param: Tensor, rows: Rows) -> Gradient | None:
             )
         if grad.sparse_dim() != 1:
             raise ValueError(f"a sparse gradient must have 1 sparse axis, the rows, got {grad.sparse_dim()}")
-        gradient = Gradient(grad._indices()[0], grad._values(), False)
-    elif grad.layout != torch.strided:
+        ids = grad._indices()[0]
+        check_rows(ids, param.shape[0])
+        return Gradient(ids, grad._values(), False)
+    if grad.layout != torch.strided:
         raise TypeError(f"a gradient must be dense or sparse COO, got {grad.layout}")
-    elif rows and param in rows:
-        ids = rows[param]
-        if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise TypeError(f"rows must be an integer tensor of row ids, got {getattr(ids, 'dtype', type(ids))}")
-        if param.dim() == 0:
-            raise ValueError("a parameter without dimensions has no rows to name")
-        gradient = Gradient(ids.reshape(-1).to(param.device, torch.int64), grad, True)
-    else:
-        return Gradient(None, grad, False)
-    check_rows(gradient.rows, param.shape[0])
-    return gradient
+    if rows and param in rows:
+        return Gradient(row_ids(rows[param], param), grad, True)
+    return Gradient(None, grad, False)
+
+
+def row_ids(ids: Tensor, param: Tensor) -> Tensor:
+    """ids of any shape and integer type as int64 [n] on the parameter's device, checked to be rows of it."""
+    _check_integers(ids)
+    if param.dim() == 0:
+        raise ValueError("a parameter without dimensions has no rows to name")
+    rows = ids.reshape(-1).to(param.device, torch.int64)
+    check_rows(rows, param.shape[0])
+    return rows
+
+
+def _check_integers(ids: Tensor) -> None:
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"rows must be an integer tensor of row ids, got {getattr(ids, 'dtype', type(ids))}")
 
 
 def check_named(rows: Rows, params: set[Tensor], whose: str) -> None:
-    """Raises unless every key of `rows` is one of `params`."""
+    """Raises unless `rows` is a mapping whose keys are all among `params`."""
+    if not isinstance(rows, Mapping):
+        raise TypeError(f"rows must be a dict of parameters and their row ids, {{param: ids}}, got {type(rows)}")
     for param in rows:
         if param not in params:
             raise ValueError(
@@ -62,7 +74,7 @@ def check_named(rows: Rows, params: set[Tensor], whose: str) -> None:
 def total_norm(parameters: Iterable[Tensor], rows: Rows | None = None, error_if_nonfinite: bool = False) -> Tensor:
     """The L2 norm of all gradients together as they will be applied; see `clip_grad_norm_`, which has the arguments."""
     params = list(dict.fromkeys(parameters))
-    return _total(_read_all(params, rows or {}), error_if_nonfinite)[0]
+    return _total(_read_all(params, rows), error_if_nonfinite)[0]
 
 
 def clip_grad_norm_(
@@ -82,7 +94,7 @@ def clip_grad_norm_(
     Args:
         parameters: parameters; those whose `grad` is None are left out.
         max_norm: the largest norm allowed.
-        rows: the same that `LazyAdam.step` will be given.
+        rows: the same ids that `LazyAdam.step` will be given.
         error_if_nonfinite: raise where the norm is NaN or infinite, which waits for the device; otherwise such a norm
             makes gradients NaN or 0, as in torch.
 
@@ -94,14 +106,16 @@ def clip_grad_norm_(
 
     Raises:
         ValueError: max_norm is negative or NaN, or as in `LazyAdam.step`.
-        TypeError: as in `LazyAdam.step`.
+        TypeError: max_norm is no number, or as in `LazyAdam.step`.
         RuntimeError: `error_if_nonfinite` and the norm is not finite; gradients are as they were.
     """
+    if not isinstance(max_norm, (Real, Tensor)):
+        raise TypeError(f"max_norm must be a number >= 0, got {max_norm!r}")
     if not max_norm >= 0:
         raise ValueError(f"max_norm must be a number >= 0, got {max_norm}")
     params = [parameters] if isinstance(parameters, Tensor) else list(dict.fromkeys(parameters))
     with torch.no_grad():
-        gradients = _read_all(params, rows or {})
+        gradients = _read_all(params, rows)
         total, applied = _total(gradients, error_if_nonfinite)
         factor = (max_norm / (total.double() + 1e-6)).clamp(max=1.0)
         if factor.device.type == "cpu" and factor == 1:
@@ -124,6 +138,7 @@ def all_gather_rows(param: Tensor, *, average: bool = True, group: dist.ProcessG
     called by every process between backward and the optimizer's step. `param.grad` becomes the rows of all processes in
     the order of their ranks, not coalesced, so that every process takes the same step, bit for bit. Works on every
     backend of torch.distributed that has all_gather, which NCCL's sparse all-reduce has not.
+    With `missed="replay"` see `all_gather_ids`.
 
     Args:
         param: its grad is sparse COO with one sparse axis, or None for no rows from this process.
@@ -144,28 +159,74 @@ def all_gather_rows(param: Tensor, *, average: bool = True, group: dist.ProcessG
             values = param.new_empty(0, *param.shape[1:])
         else:
             rows, values = gradient.rows, gradient.values
-        processes = dist.get_world_size(group)
-        counts = [torch.zeros(1, dtype=torch.int64, device=param.device) for _ in range(processes)]
-        dist.all_gather(counts, torch.tensor([rows.numel()], device=param.device), group=group)
-        sizes = [int(count) for count in counts]
-        largest = max(sizes)
+        sizes = _all_sizes(rows, group)
+        rows, values = (_all_gather(x, sizes, group) for x in (rows, values))
+        param.grad = _sparse(param, rows.unsqueeze(0), values / len(sizes) if average else values, False)
 
-        def gather(x: Tensor) -> Tensor:
-            padded = x.new_zeros(largest, *x.shape[1:])
-            padded[: len(x)] = x
-            parts = [torch.empty_like(padded) for _ in sizes]
-            dist.all_gather(parts, padded, group=group)
-            return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
-        rows, values = gather(rows), gather(values)
-        param.grad = _sparse(param, rows.unsqueeze(0), values / processes if average else values, False)
+def all_gather_ids(ids: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The row ids of all processes, for a table whose gradient they share.
+
+    Under DistributedDataParallel every process has the same dense gradient, averaged over all, but its own batch. Were
+    each to name the rows of its own batch, each would move other rows, and the tables would part without a word. With
+    the ids of all of them every process takes the same step, bit for bit:
+
+        model = DistributedDataParallel(net)  # net.embedding is an nn.Embedding with a dense gradient
+        optimizer = fastbert.LazyAdam(model.parameters())
+        weight = net.embedding.weight
+        for ids, labels in batches:  # each process its own
+            rows = {weight: fastbert.all_gather_ids(ids)}
+            optimizer.catch_up(weight, rows[weight])  # for missed="replay", before the forward pass
+            loss(model(ids), labels).backward()
+            fastbert.clip_grad_norm_(model.parameters(), 1.0, rows=rows)
+            optimizer.step(rows=rows)
+            optimizer.zero_grad()
+
+    With `missed="replay"` the rows that another process reads must be brought up to date here too, because its gradient
+    for them is applied here: `catch_up` with the ids of all, whether gradients are then exchanged by DDP or by
+    `all_gather_rows`. A process that does not raises at the step. Where one process alone reads rows for another
+    purpose, such as evaluation, call `optimizer.flush()` in all of them first: rows brought in two goes are rounded
+    otherwise than rows brought in one.
+
+    Called by every process of the group.
+
+    Args:
+        ids: of any shape and integer type, on a device that the group's backend exchanges. May be empty.
+        group: the process group; None for the default one.
+
+    Returns:
+        int64 [n], the ids of all processes in the order of their ranks, duplicates kept.
+
+    Raises:
+        TypeError: ids that are not an integer tensor.
+    """
+    _check_integers(ids)
+    ids = ids.detach().reshape(-1).to(torch.int64)
+    return _all_gather(ids, _all_sizes(ids, group), group)
+
+
+def _all_sizes(x: Tensor, group: dist.ProcessGroup | None) -> list[int]:
+    """Length of the first axis in every process."""
+    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, torch.tensor([len(x)], device=x.device), group=group)
+    return [int(count) for count in counts]
+
+
+def _all_gather(x: Tensor, sizes: list[int], group: dist.ProcessGroup | None) -> Tensor:
+    """The processes' x, of `sizes` rows each, one after the other."""
+    padded = x.new_zeros(max(sizes), *x.shape[1:])
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
 def _sparse(param: Tensor, indices: Tensor, values: Tensor, is_coalesced: bool) -> Tensor:
     return torch.sparse_coo_tensor(indices, values, param.shape, check_invariants=False, is_coalesced=is_coalesced)
 
 
-def _read_all(params: list[Tensor], rows: Rows) -> list[tuple[Tensor, Gradient]]:
+def _read_all(params: list[Tensor], rows: Rows | None) -> list[tuple[Tensor, Gradient]]:
+    rows = {} if rows is None else rows
     check_named(rows, set(params), "among the parameters given")
     return [(param, gradient) for param in params if (gradient := read(param, rows)) is not None]
 

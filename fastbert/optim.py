@@ -1,22 +1,35 @@
 """LazyAdam: one optimizer for dense parameters and for tables of which a batch touches a few rows.
 
-The update itself is an op (`fastbert.ops.lazy_adam`); here are state, parameter groups and what counts as touched.
-Everything is checked before anything is changed.
+The update itself is an op (`fastbert.ops.lazy_adam`); here are parameter groups and what counts as touched. Options,
+gradients, state and missed steps have a file each. Everything is checked before anything is changed.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastbert import gradients, replay
+from fastbert import gradients, replay, state
 from fastbert.backend import requested
 from fastbert.gradients import Gradient, Rows
-from fastbert.ops.lazy_adam import GRAD_BY_ROW, SKIP_ZERO, backend_of, check, row_wise_shape, update
-from fastbert.options import DEFAULTS, Formula, check_options, check_param, formula_of
+from fastbert.ops.lazy_adam import GRAD_BY_ROW, SKIP_ZERO, backend_of, check, update
+from fastbert.options import (
+    DEFAULTS,
+    Formula,
+    check_choices,
+    check_memory,
+    check_options,
+    check_padding_idx,
+    check_param,
+    check_touched,
+    choices_of,
+    decay_groups,
+    formula_of,
+    name_dtype,
+)
 
 
 class LazyAdam(Optimizer):
@@ -48,7 +61,14 @@ class LazyAdam(Optimizer):
     lazy cost, any schedule included. `attach(embedding)` has rows brought before they are read and all of them before
     `state_dict()` of the module. The optimizer's own `state_dict()` changes nothing: it keeps how far each row is, and
     a resumed run is bitwise the unbroken one, if the model was saved within `with optimizer.raw():`. Call `flush()`
-    before the state goes to another optimizer or the model is copied. For float32 parameters.
+    before the state goes to another optimizer and before the model is copied or averaged
+    (`torch.optim.swa_utils.AveragedModel`). A table that is read otherwise than through the attached module, as a tied
+    decoder reads all of it, has to be brought by `catch_up` before; a step whose gradient is of rows that were not
+    brought raises. Where processes exchange rows see `fastbert.all_gather_ids`. For float32 parameters.
+
+    **Checkpoints of `torch.distributed.checkpoint`.** Its `get_optimizer_state_dict` and `set_optimizer_state_dict`
+    have state made by a step with learning rate 0 and gradients of zero. As an optimizer's first, such a step makes the
+    state that the options need and is not counted, so that training goes on as if it had not been.
 
     Sources: Kingma and Ba, "Adam: a method for stochastic optimization" (2015); Loshchilov and Hutter, "Decoupled
     weight decay regularization" (2019); the lazy form is TensorFlow's LazyAdamOptimizer, with AdamW's eps.
@@ -72,13 +92,14 @@ class LazyAdam(Optimizer):
         missed: "leave" or "replay".
         stochastic_rounding: of bfloat16 parameters, so that steps below their resolution count on average.
         seed: of stochastic rounding; the same seed rounds the same way on every backend.
-        exp_avg_dtype: torch.bfloat16 halves the first moment.
+        exp_avg_dtype: torch.bfloat16 halves the first moment; groups hold the name, "bfloat16".
         row_wise: one number of second moment per row, fed by the row's mean square; for parameters of two or more axes.
 
     Raises:
-        ValueError: an option outside its range, or options that do not go together.
-        TypeError: a parameter that is complex, an integer or sparse itself, or one that stands for other tensors, such
-            as FSDP2's DTensor.
+        ValueError: an option outside its range, options that do not go together, or a parameter whose elements share
+            memory. An option that is changed in a group later is held to the same rules at the next step.
+        TypeError: an option of another type; a parameter that is complex, an integer or sparse itself, or one that
+            stands for other tensors, such as FSDP2's DTensor.
     """
 
     def __init__(
@@ -103,12 +124,14 @@ class LazyAdam(Optimizer):
         missed: str = "leave",
         stochastic_rounding: bool = False,
         seed: int = 0,
-        exp_avg_dtype: torch.dtype | None = None,
+        exp_avg_dtype: torch.dtype | str | None = None,
         row_wise: bool = False,
     ) -> None:
         options = dict(locals())
         defaults = {name: value for name, value in options.items() if name not in ("self", "params", "__class__")}
+        name_dtype(defaults)
         self._padding: dict[Tensor, int] = {}  # of attached embeddings
+        self._checked: list[tuple] = []  # of each group, the options that were found to hold
         self.is_raw = False
         super().__init__(params, defaults)
 
@@ -123,6 +146,9 @@ class LazyAdam(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters; its options override the constructor's. Raises as the constructor does."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"a parameter group must be a dict with the key 'params', got {type(param_group)}")
+        name_dtype(param_group)
         options = {**self.defaults, **param_group}
         check_options(options)
         super().add_param_group(param_group)
@@ -132,6 +158,7 @@ class LazyAdam(Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        self._checked.append(choices_of(self.param_groups[-1]))
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
@@ -143,7 +170,8 @@ class LazyAdam(Optimizer):
             closure: evaluates the model anew and returns the loss; runs first, with gradients enabled.
             rows: for parameters with a dense gradient, the ids of the rows that step: any shape, any integer type,
                 duplicates count once. A named row with zero gradient takes an ordinary step. Ids on a device other
-                than the CPU are not checked here, which would wait for the device.
+                than the CPU are not checked here, which would wait for the device. Of processes that share a gradient
+                each must name the rows of all: `fastbert.all_gather_ids(ids)`.
 
         Returns:
             What `closure` returned, else None.
@@ -151,69 +179,79 @@ class LazyAdam(Optimizer):
         Raises:
             ValueError: ids outside the table, ids for a parameter that is not this optimizer's or whose gradient is
                 sparse, a gradient with more than one sparse axis, a dense gradient without ids where `lazy="rows"`, L2
-                decay on rows, a learning rate that is NaN or infinite.
-            TypeError: ids that are not an integer tensor, a gradient of another layout than strided or COO.
-            RuntimeError: `missed="replay"` and a row that was read before it was brought up to date.
+                decay on rows, an option that was changed to what the constructor would refuse.
+            TypeError: ids that are not an integer tensor, a gradient of another layout than strided or COO, an option
+                as above.
+            RuntimeError: `missed="replay"` and a gradient for a row that was not brought up to date before it was read,
+                or for the whole table where any row was not.
+
+        A step that raises has changed nothing, the closure apart.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        rows = rows or {}
-        if rows:
-            gradients.check_named(rows, set(self._parameters()), "this optimizer's")
+        rows = {} if rows is None else rows
+        gradients.check_named(rows, set(self._parameters()) if rows else set(), "this optimizer's")
+        self._check_changed_options()
         planned, number = [], 0
         for group in self.param_groups:
             formula = formula_of(group)
             for param in group["params"]:
                 gradient = gradients.read(param, rows)
                 if gradient is not None:
-                    self._check_gradient(param, gradient, group)
                     planned.append((param, gradient, group, formula, number))
                 number += 1
-        steps = [self._arguments(*plan) for plan in planned]
+        if closure is None and not self.state and state.is_asked_for(self.param_groups, [plan[1] for plan in planned]):
+            for param, _, group, *_ in planned:
+                self.state[param] = state.complete({}, param, group)
+            return loss
+        steps, states = [], []
+        for param, gradient, group, formula, number in planned:
+            check_touched(group, param.shape, gradient.rows is not None)
+            if group["missed"] == "replay":
+                replay.check_gradient(gradient, self.state.get(param, {}), self._padding_idx(param, group))
+            states.append(state.complete(self.state.get(param, {}), param, group))
+            steps.append(self._arguments(param, gradient, group, formula, number, states[-1]))
         for arguments in steps:
             check(*arguments)
             backend_of(arguments[0], requested())
-        for param, gradient, group, formula, _ in planned:
-            if group["missed"] == "replay" or "last_step" in self.state[param]:
+        # from here on something changes
+        for (param, gradient, group, formula, _), its in zip(planned, states, strict=True):
+            self.state[param] = its
+            if "last_step" in its:
                 self._record(param, gradient, group, formula)
         counts: dict[torch.device, list[Tensor]] = {}
-        for param, *_ in planned:
-            count = self.state[param]["step"]
-            counts.setdefault(count.device, []).append(count)
-        for device, its in counts.items():  # a number in place of the tensor takes three times as long
-            torch._foreach_add_(its, torch.ones((), device=device), alpha=1.0)
+        for its in states:
+            counts.setdefault(its["step"].device, []).append(its["step"])
+        for device, steps_taken in counts.items():  # a number in place of the tensor takes three times as long
+            torch._foreach_add_(steps_taken, torch.ones((), device=device), alpha=1.0)
         update(steps, requested())
-        for (param, gradient, *_), (table, *_) in zip(planned, steps, strict=True):
+        for (param, gradient, *_), its, (table, *_) in zip(planned, states, steps, strict=True):
             if table is not param:
                 param.copy_(table)
-            if "last_step" in self.state[param]:
-                replay.note(self.state[param], gradient.rows)
+            if "last_step" in its:
+                replay.note(its, gradient.rows)
         return loss
 
-    def _check_gradient(self, param: Tensor, gradient: Gradient, group: dict[str, Any]) -> None:
-        if gradient.rows is None and group["lazy"] == "rows":
-            raise ValueError(
-                f'lazy="rows": the dense gradient of a parameter of shape {list(param.shape)} came without its rows; '
-                "pass step(rows={param: ids})"
-            )
-        is_lazy = gradient.rows is not None or group["lazy"] == "nonzero"
-        if is_lazy and group["weight_decay"] and not group["decoupled_weight_decay"]:
-            raise ValueError(
-                "an L2 penalty (decoupled_weight_decay=False) gives every row a gradient, and only some step: set "
-                "weight_decay=0, or decouple it"
-            )
-        if group["missed"] == "replay" and gradient.rows is not None:
-            if gradient.by_row:
-                replay.check_rest_is_zero(gradient.values, gradient.rows)
-            replay.check_current(self.state.get(param, {}), gradient.rows)
+    def _check_changed_options(self) -> None:
+        """Checks the groups whose options are not those that were checked last; numbers are checked at every step."""
+        del self._checked[len(self.param_groups) :]
+        for number, group in enumerate(self.param_groups):
+            name_dtype(group)
+            choices = choices_of(group)
+            if self._checked[number : number + 1] == [choices]:
+                continue
+            check_choices(group)
+            for param in group["params"]:
+                check_param(param, group)
+                state.check_kept(self.state.get(param, {}), param, group)
+            self._checked[number : number + 1] = [choices]
 
     def _arguments(
-        self, param: Tensor, gradient: Gradient, group: dict[str, Any], formula: Formula, number: int
+        self, param: Tensor, gradient: Gradient, group: dict[str, Any], formula: Formula, number: int, its: state.State
     ) -> tuple:
-        """Of `lazy_adam_step`, up to `number`; the count of steps is yet to be raised."""
-        state = self._state(param, group)
+        """Of `lazy_adam_step`, up to `number`; `its` state, whose count of steps is yet to be raised."""
         flags, seed = formula.flags, None
         if gradient.by_row:
             flags += GRAD_BY_ROW
@@ -221,39 +259,23 @@ class LazyAdam(Optimizer):
             flags += SKIP_ZERO
         if group["stochastic_rounding"] and param.dtype == torch.bfloat16:
             seed = torch.tensor([group["seed"]], device=param.device)
+        if not param.is_contiguous():
+            check_memory(param)
         return (
-            param.contiguous(), state["exp_avg"], state["exp_avg_sq"],
-            state["max_exp_avg_sq"] if group["amsgrad"] else None,
-            state["row_steps"] if group["bias_correction"] == "row" and param.dim() else None, gradient.rows,
-            gradient.values, formula.lr, state["step"], seed, formula.beta1, formula.beta2, group["eps"],
+            param.contiguous(), its["exp_avg"], its["exp_avg_sq"], its["max_exp_avg_sq"] if group["amsgrad"] else None,
+            its["row_steps"] if group["bias_correction"] == "row" and param.dim() else None, gradient.rows,
+            gradient.values, formula.lr, its["step"], seed, formula.beta1, formula.beta2, group["eps"],
             group["weight_decay"], flags, self._padding_idx(param, group), number,
         )  # fmt: skip
 
     def _record(self, param: Tensor, gradient: Gradient, group: dict[str, Any], formula: Formula) -> None:
         """Before a step: what rows that it leaves out will have missed."""
-        state, padding_idx = self.state[param], self._padding_idx(param, group)
-        if gradient.rows is None:
-            replay.catch_up(param, state, None, padding_idx)
-        elif "last_step" not in state:
-            replay.begin(param, state)
-        if "last_step" in state:
+        its, padding_idx = self.state[param], self._padding_idx(param, group)
+        if group["missed"] != "replay":  # any more
+            replay.end(param, its, padding_idx)
+        elif gradient.rows is not None:
             options = (formula.beta1, formula.beta2, group["eps"], formula.flags & replay.FLAGS)
-            replay.record(param, state, float(formula.lr), group["weight_decay"], options, padding_idx)
-
-    def _state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        """The parameter's state, with what its options need and it does not have yet."""
-        state = self.state[param]
-        squares = ("exp_avg_sq", "max_exp_avg_sq")[: 2 if group["amsgrad"] else 1]
-        for name in ("exp_avg", *squares):
-            if name not in state:
-                shape, dtype = _shape_and_dtype(name, param, group)
-                state[name] = torch.zeros(shape, dtype=dtype, device=param.device)
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if group["capturable"] else "cpu")
-        if group["bias_correction"] == "row" and param.dim() and "row_steps" not in state:
-            # rows that stepped before stand at the parameter's count
-            state["row_steps"] = torch.full(param.shape[:1], int(state["step"]), dtype=torch.int32, device=param.device)
-        return state
+            replay.record(param, its, float(formula.lr), group["weight_decay"], options, padding_idx)
 
     def grad_norm(self, *, rows: Rows | None = None, error_if_nonfinite: bool = False) -> Tensor:
         """The L2 norm over what the gradients of all groups will apply, a scalar; see `fastbert.clip_grad_norm_`."""
@@ -268,9 +290,13 @@ class LazyAdam(Optimizer):
         and all of them before its `state_dict()`, except within `raw()`.
 
         Raises:
-            ValueError: its weight is not this optimizer's.
+            ValueError: its weight is not this optimizer's, or its padding_idx is not a row.
+            TypeError: it is no embedding.
         """
+        if not isinstance(getattr(embedding, "weight", None), Tensor) or not hasattr(embedding, "padding_idx"):
+            raise TypeError(f"attach takes an nn.Embedding or nn.EmbeddingBag, got {type(embedding)}")
         group = self._group_of(embedding.weight)
+        check_padding_idx(embedding.padding_idx, embedding.weight)
         if embedding.padding_idx is not None:
             self._padding[embedding.weight] = embedding.padding_idx
         if group["missed"] == "replay":
@@ -287,10 +313,14 @@ class LazyAdam(Optimizer):
 
         Raises:
             ValueError: ids outside the table, or a parameter that is not this optimizer's.
+            TypeError: ids that are not an integer tensor.
+            RuntimeError: a row to be brought has a gradient already, which was computed from where it stood before.
         """
         group = self._group_of(param)
-        rows = None if ids is None else ids.reshape(-1).to(param.device, torch.int64)
-        replay.catch_up(param, self.state.get(param, {}), rows, self._padding_idx(param, group))
+        rows = None if ids is None else gradients.row_ids(ids, param)
+        its, padding_idx = self.state.get(param, {}), self._padding_idx(param, group)
+        replay.check_unread(param, its, rows, padding_idx)
+        replay.catch_up(param, its, rows, padding_idx)
 
     def flush(self) -> None:
         """Brings all rows of all parameters to the last step."""
@@ -328,7 +358,8 @@ class LazyAdam(Optimizer):
         return {**super().__getstate__(), "_padding": self._padding}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.is_raw = False
+        self.__dict__.setdefault("is_raw", False)
+        self._checked = []
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in {**self.defaults, **DEFAULTS}.items():
@@ -340,37 +371,26 @@ class LazyAdam(Optimizer):
         Options that the saved groups do not name stay as they are here.
 
         Raises:
-            ValueError: groups or state that do not fit, or options that LazyAdam does not have.
+            ValueError: groups or state of another optimizer, or that do not fit or lack a part; options outside their
+                range. Nothing was loaded.
+            TypeError: not a dict, or an option of another type.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"load_state_dict takes the dict that state_dict() returned, got {type(state_dict)}")
         saved = {}
 
         # torch casts state to the parameter's dtype while it loads, which would cost float32 moments of bfloat16
         # parameters their bits: the state is read again, after the users' hooks before and before those after.
         def check(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            groups = [
-                {**{name: value for name, value in own.items() if name not in ("params", "param_names")}, **group}
-                for group, own in zip(state_dict["param_groups"], self.param_groups, strict=False)
-            ]
-            saved.update(state_dict, param_groups=groups + state_dict["param_groups"][len(groups) :])
-            for group in groups:
-                check_options(group)
-            for key, param, group in self._by_saved_key(saved["param_groups"]):
-                check_param(param, group)
-                for name, value in saved["state"].get(key, {}).items():
-                    if name in _TABLES and tuple(value.shape) != _shape_and_dtype(name, param, group)[0]:
-                        raise ValueError(
-                            f"{name} of a parameter of shape {list(param.shape)} must have shape "
-                            f"{list(_shape_and_dtype(name, param, group)[0])}, and was saved with {list(value.shape)}: "
-                            "the state belongs to another model or to other options"
-                        )
+            saved.update(state_dict, param_groups=state.check_saved(state_dict, self.param_groups))
             return saved
 
         def restore(_: Optimizer) -> None:
-            for key, param, group in self._by_saved_key(saved["param_groups"]):
-                if key in saved["state"]:
-                    self.state[param] = {
-                        name: _restored(name, value, param, group) for name, value in saved["state"][key].items()
-                    }
+            self.state.clear()
+            for group, own in zip(saved["param_groups"], self.param_groups, strict=True):
+                for key, param in zip(group["params"], own["params"], strict=True):
+                    if its := saved["state"].get(key):
+                        self.state[param] = state.restored(its, param, own)
 
         before = self.register_load_state_dict_pre_hook(check)
         after = self.register_load_state_dict_post_hook(restore, prepend=True)
@@ -379,41 +399,3 @@ class LazyAdam(Optimizer):
         finally:
             before.remove()
             after.remove()
-
-    def _by_saved_key(self, saved_groups: list[dict[str, Any]]) -> Iterator[tuple[Any, Tensor, dict[str, Any]]]:
-        for saved, own in zip(saved_groups, self.param_groups, strict=False):  # torch compares the numbers and says so
-            for key, param in zip(saved["params"], own["params"], strict=False):
-                yield key, param, saved
-
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two parameter groups: matrices with weight decay; biases and LayerNorm, all that has one axis, without."""
-    params = list(model.parameters())
-    matrices = [param for param in params if param.dim() > 1]
-    vectors = [param for param in params if param.dim() <= 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-
-
-# ---- state -----------------------------------------------------------------------------------------------------------
-
-_TABLES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "row_steps", "last_step")
-
-
-def _shape_and_dtype(name: str, param: Tensor, group: dict[str, Any]) -> tuple[tuple[int, ...], torch.dtype]:
-    """Of one of `_TABLES`."""
-    if name in ("row_steps", "last_step"):
-        return tuple(param.shape[:1]), torch.int32
-    dtype = torch.promote_types(param.dtype, torch.float32)
-    if name == "exp_avg":
-        return tuple(param.shape), group["exp_avg_dtype"] or dtype
-    return row_wise_shape(param) if group["row_wise"] else tuple(param.shape), dtype
-
-
-def _restored(name: str, value: Any, param: Tensor, group: dict[str, Any]) -> Any:
-    """A copy of a loaded state value as `step` keeps it."""
-    if name == "step":
-        return torch.tensor(float(value), dtype=torch.float32, device=param.device if group["capturable"] else "cpu")
-    if name in _TABLES:
-        dtype = _shape_and_dtype(name, param, group)[1]
-        return value.to(param.device, dtype, copy=True, memory_format=torch.contiguous_format)
-    return value.clone() if isinstance(value, Tensor) else value

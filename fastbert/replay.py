@@ -1,8 +1,9 @@
 """`missed="replay"`: what LazyAdam keeps of past steps, so that a row can be brought to where dense AdamW has it.
 
 Per parameter: `last_step`, the step each row stands at; `history`, learning rate and weight decay of the steps since;
-how many of its columns are `recorded`, and `recorded_with` which betas, eps and flags. A row is brought before it is
-read, and all are before the history is full or an option changes.
+how many of its columns are `recorded` (0: no row is behind), and `recorded_with` which betas, eps and flags. A row is
+brought before it is read, and all are before the history is full or an option changes. A gradient of a row that was
+read without being brought is refused, wherever it can be told: at the step, or when the row is brought afterwards.
 """
 
 import weakref
@@ -13,29 +14,42 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastbert.backend import requested
+from fastbert.gradients import Gradient
 from fastbert.ops.lazy_adam import EPS_UNCORRECTED, NO_BIAS_CORRECTION
 from fastbert.ops.lazy_adam_replay import lazy_adam_replay
 
-STEPS = 4096  # of history; then all rows are brought, which costs one dense step
+STEPS = 4096  # of history at most; then all rows are brought, which costs one dense step
 FLAGS = EPS_UNCORRECTED | NO_BIAS_CORRECTION  # those that say how a step without a gradient moves a row
+NAMES = ("last_step", "history", "recorded", "recorded_with")
 
 State = dict[str, Any]
 
 
-def begin(param: Tensor, state: State) -> None:
-    """From here on rows may stay behind; now they all stand at the last step."""
-    state["last_step"] = torch.full(param.shape[:1], int(state["step"]), dtype=torch.int32, device=param.device)
-    state["history"] = torch.zeros(2, STEPS, dtype=torch.float64, device="cpu")
-    state["recorded"] = 0
-    state["recorded_with"] = ()
+def begin(param: Tensor, step: int) -> State:
+    """What is kept from here on, where all rows stand at the last step. A small parameter has a short history."""
+    steps = min(STEPS, max(64, param.numel() // 64))
+    return {
+        "last_step": torch.full(param.shape[:1], step, dtype=torch.int32, device=param.device),
+        "history": torch.zeros(2, steps, dtype=torch.float64, device="cpu"),
+        "recorded": 0,
+        "recorded_with": torch.zeros(4, dtype=torch.float64, device="cpu"),
+    }
+
+
+def end(param: Tensor, state: State, padding_idx: int) -> None:
+    """Brings all rows to the last step and keeps nothing from here on."""
+    catch_up(param, state, None, padding_idx)
+    for name in NAMES:
+        del state[name]
 
 
 def record(param: Tensor, state: State, lr: float, decay: float, options: tuple, padding_idx: int) -> None:
-    """Notes the step that is about to be done. `options`: beta1, beta2, eps, flags."""
-    if state["recorded"] == STEPS or state["recorded_with"] != options:
+    """Notes the step by rows that is about to be done. `options`: beta1, beta2, eps, flags."""
+    history = state["history"]
+    if state["recorded"] == history.shape[1] or state["recorded_with"].tolist() != list(options):
         catch_up(param, state, None, padding_idx)
-        state["recorded"], state["recorded_with"] = 0, options
-    state["history"][:, state["recorded"]] = torch.tensor([lr, decay], dtype=torch.float64, device="cpu")
+        state["recorded"], state["recorded_with"] = 0, torch.tensor(options, dtype=torch.float64, device="cpu")
+    history[:, state["recorded"]] = torch.tensor([lr, decay], dtype=torch.float64, device="cpu")
     state["recorded"] += 1
 
 
@@ -53,24 +67,69 @@ def catch_up(param: Tensor, state: State, rows: Tensor | None, padding_idx: int)
     if not state.get("recorded"):
         return
     lr, decay = state["history"][:, : state["recorded"]]
+    beta1, beta2, eps, flags = state["recorded_with"].tolist()
     lazy_adam_replay(
         param, state["exp_avg"], state["exp_avg_sq"], state["last_step"], rows, lr, decay, int(state["step"]),
-        *state["recorded_with"], padding_idx, requested(),
+        beta1, beta2, eps, int(flags), padding_idx, requested(),
     )  # fmt: skip
 
 
-def check_current(state: State, rows: Tensor) -> None:
-    """Raises where a row was read as it stood before steps that it missed. Rows on a device are not waited for."""
-    if "last_step" not in state or rows.device.type != "cpu":
+_REMEDY = (
+    "call optimizer.attach(embedding) once and read the table through that module alone, or call "
+    "optimizer.catch_up(param, ids) before each forward pass, without ids where it reads the whole table, with "
+    "fastbert.all_gather_ids(ids) where processes exchange their rows"
+)
+
+
+def check_gradient(gradient: Gradient, state: State, padding_idx: int) -> None:
+    """Raises where a step's gradient is not the one dense AdamW would have had.
+
+    That is: it is for rows that stand before steps they missed (of a dense gradient without named rows: any row, as the
+    whole table may have been read), or rows that are not named have one too.
+    """
+    if gradient.by_row:
+        _check_rest_is_zero(gradient.values, gradient.rows)
+    if not state.get("recorded"):
         return
-    if (state["last_step"][rows] < int(state["step"])).any():
+    behind = _behind(state, gradient.rows, padding_idx)
+    if behind.any():
         raise RuntimeError(
-            'with missed="replay" rows must be brought up to date before the forward pass reads them: call '
-            "optimizer.attach(embedding) once, or optimizer.catch_up(param, ids) before each forward pass"
+            'with missed="replay" rows must be brought up to date before the forward pass reads them, and this '
+            f"gradient is for {int(behind.sum())} that were not: {_REMEDY}"
         )
 
 
-def check_rest_is_zero(grad: Tensor, rows: Tensor) -> None:
+def check_unread(param: Tensor, state: State, rows: Tensor | None, padding_idx: int) -> None:
+    """Raises where a row that is about to be brought has a gradient already, which is of where it stood before."""
+    grad = param.grad
+    if grad is None or not state.get("recorded"):
+        return
+    if grad.layout == torch.sparse_coo:
+        touched = grad._indices()[0]
+        rows = touched if rows is None else touched[torch.isin(touched, rows)]
+        behind = _behind(state, rows, padding_idx)
+    else:
+        behind = _behind(state, rows, padding_idx)
+        behind = (grad if rows is None else grad[rows])[behind] != 0
+    if behind.any():
+        raise RuntimeError(
+            'with missed="replay" rows must be brought up to date before the forward pass reads them, and a gradient '
+            f"has been computed from rows that were not: call zero_grad(); from then on {_REMEDY}"
+        )
+
+
+def _behind(state: State, rows: Tensor | None, padding_idx: int) -> Tensor:
+    """bool [n], or [V] without rows: which stand before the last step. The padding row never moves, so never does."""
+    last_step = state["last_step"] if rows is None else state["last_step"][rows]
+    behind = last_step < int(state["step"])
+    if padding_idx >= 0 and rows is None:
+        behind[padding_idx] = False
+    elif padding_idx >= 0:
+        behind &= rows != padding_idx
+    return behind
+
+
+def _check_rest_is_zero(grad: Tensor, rows: Tensor) -> None:
     """Raises where a row that is not named has a gradient: dropping it is not dense AdamW's trajectory."""
     touched = (grad.flatten(1) != 0).any(1) if grad.dim() > 1 else grad != 0
     if touched.index_fill_(0, rows, False).any():

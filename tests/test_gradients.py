@@ -1,5 +1,6 @@
 """The norm and the clipping of mixed gradients, and the exchange of rows between processes."""
 
+import gc
 import os
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastbert import LazyAdam, all_gather_rows, clip_grad_norm_
+from fastbert import LazyAdam, all_gather_ids, all_gather_rows, clip_grad_norm_
 
 
 def test_clips_dense_as_torch(backend):
@@ -108,76 +109,130 @@ def test_grad_scaler(backend):
 
 # ---- two processes -------------------------------------------------------------------------------------------------
 
-V, D = 50, 4
+V, D, STEPS = 50, 4, 12
+EXCHANGES = ["rows", "sum", "ddp", "ids", "replay rows", "replay ids"]
 
 
-def ids_of(rank):
-    """Of each of two steps. Row 7 is in both processes; the second has none at the second step."""
-    return [[torch.tensor([1, 7, 7]), torch.tensor([2, 9])], [torch.tensor([7, 30]), None]][rank]
+def ids_of(rank, step):
+    """Row 7 is in both processes at the first step; the second process has none at the second."""
+    if step < 2:
+        return torch.tensor([[[1, 7, 7], [2, 9]], [[7, 30], []]][rank][step], dtype=torch.int64)
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    return (V * torch.rand(3, generator=generator) ** 3).long()
 
 
-def train(exchange):
-    """Run in each of two processes: prints the bits of the table after two steps."""
+def build(exchange):
+    torch.manual_seed(0)
+    dense = exchange in ("ids", "replay ids", "dense AdamW")
+    return nn.Embedding(V, D, sparse=not dense), torch.randn(V, D)
+
+
+def options_of(exchange):
+    return {"lr": 0.1, "weight_decay": 0.1, "missed": "replay" if "replay" in exchange else "leave"}
+
+
+def train(exchange, rank, steps=STEPS):
+    """Run in each of two processes. The table and its gradient after some steps."""
+    table, target = build(exchange)
+    weight = table.weight
+    model = DistributedDataParallel(table) if exchange in ("ddp", "ids", "replay ids") else table
+    optimizer = LazyAdam(model.parameters(), **options_of(exchange))
+    optimizer.attach(table)
+    for step in range(steps):
+        optimizer.zero_grad()
+        ids, rows = ids_of(rank, step), None
+        if exchange.startswith("replay") or exchange == "ids":
+            rows = {weight: all_gather_ids(ids)}
+            optimizer.catch_up(weight, rows[weight])
+        if len(ids) or model is not table:
+            (model(ids) * target[ids]).sum().backward()
+        if exchange in ("rows", "sum", "replay rows", "forgotten replay"):
+            all_gather_rows(weight, average=exchange != "sum")
+        optimizer.step(rows=rows if "ids" in exchange else None)
+    grad, stood = weight.grad, weight.detach().clone()
+    optimizer.zero_grad()
+    optimizer.flush()
+    return stood, weight.detach(), grad.coalesce() if grad.is_sparse else grad
+
+
+def run(folder):
+    """In each of two processes: every exchange in turn."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    torch.manual_seed(0)
-    table = nn.Embedding(V, D, sparse=True)
-    target = torch.randn(V, D)
-    model = DistributedDataParallel(table) if exchange == "ddp" else table
-    optimizer = LazyAdam(table.parameters(), lr=0.1, weight_decay=0.1)
-    for ids in ids_of(rank):
-        optimizer.zero_grad()
-        if ids is not None or exchange == "ddp":
-            ids = torch.tensor([], dtype=torch.int64) if ids is None else ids
-            (model(ids) * target[ids]).sum().backward()
-        if exchange == "rows":
-            all_gather_rows(table.weight)
-        elif exchange == "sum":
-            all_gather_rows(table.weight, average=False)
-        optimizer.step()
+    results = {exchange: train(exchange, rank) for exchange in EXCHANGES}
+    try:
+        train("forgotten replay", rank, steps=2)  # the second process does not bring the rows of the first
+    except RuntimeError as error:
+        results["forgotten"] = str(error)
+    ids = torch.arange(3 * rank, dtype=torch.uint8).view(3, rank)
+    results["gathered"] = all_gather_ids(ids)
+    torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
-    torch.save((table.weight.detach(), table.weight.grad.coalesce()), f"{os.environ['OUT']}/{rank}.pt")
     # A wrapper freed after the group frees the group in turn, holding the interpreter's lock, and gloo's thread may
-    # wait for that lock while it is joined: seen to hang with torch 2.13.
-    del model
+    # wait for that lock while it is joined: seen to hang with torch 2.13. They were freed with the calls above.
+    gc.collect()
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("exchange", ["rows", "sum", "ddp"])
-def test_two_processes_step_as_one(exchange, tmp_path):
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Of each of the two processes."""
+    folder = tmp_path_factory.mktemp("processes")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, exchange],
-            env=os.environ | common | {"RANK": str(rank), "OUT": str(tmp_path)}, stderr=subprocess.PIPE, text=True,
+            [sys.executable, __file__, folder],
+            env=os.environ | common | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(2)
     ]  # fmt: skip
     try:
         for process in processes:
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=60)
             assert process.returncode == 0, errors
     finally:
         for process in processes:  # the other one waits for it
             process.kill()
             process.wait()
             process.stderr.close()
-    (ours, grad), (theirs, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert torch.equal(ours, theirs), "the processes parted"
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
-    torch.manual_seed(0)
-    table, share = nn.Embedding(V, D, sparse=True), 1.0 if exchange == "sum" else 0.5
-    target = torch.randn(V, D)
-    optimizer = LazyAdam(table.parameters(), lr=0.1, weight_decay=0.1)
-    for ids in (torch.tensor([1, 7, 7, 7, 30]), torch.tensor([2, 9])):
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_two_processes_step_as_one(exchange, results):
+    """One process with the rows of both: LazyAdam, or dense AdamW where missed steps are made up for."""
+    (stood, ours, grad), (other_stood, theirs, _) = (result[exchange] for result in results)
+    assert torch.equal(stood, other_stood) and torch.equal(ours, theirs), "the processes parted"
+
+    share = 1.0 if exchange == "sum" else 0.5
+    is_adamw = "replay" in exchange
+    table, target = build("dense AdamW" if is_adamw else exchange)
+    if is_adamw:
+        optimizer = torch.optim.AdamW(table.parameters(), lr=0.1, weight_decay=0.1)
+    else:
+        optimizer = LazyAdam(table.parameters(), **options_of(exchange))
+    for step in range(STEPS):
         optimizer.zero_grad()
+        ids = torch.cat([ids_of(rank, step) for rank in range(2)])
         (table(ids) * target[ids] * share).sum().backward()
-        optimizer.step()
-    torch.testing.assert_close(ours, table.weight.detach())
-    torch.testing.assert_close(grad, table.weight.grad.coalesce())
+        optimizer.step(**({"rows": {table.weight: ids}} if exchange == "ids" else {}))
+    torch.testing.assert_close(ours, table.weight.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad.to_dense(), table.weight.grad.to_dense())
+    assert is_adamw == (not torch.equal(stood, ours)), "rows should have waited"
+
+
+def test_rows_of_other_processes_that_were_not_brought_are_refused(results):
+    assert "forgotten" not in results[0]
+    assert "with fastbert.all_gather_ids(ids) where processes exchange their rows" in results[1]["forgotten"]
+
+
+def test_ids_are_gathered_in_the_order_of_ranks(results):
+    assert all(result["gathered"].tolist() == [0, 1, 2] for result in results)
+    with pytest.raises(TypeError, match="rows must be an integer tensor"):
+        all_gather_ids(torch.tensor([0.5]))
 
 
 def test_all_gather_rows_refuses_a_dense_gradient():
@@ -188,4 +243,4 @@ def test_all_gather_rows_refuses_a_dense_gradient():
 
 
 if __name__ == "__main__":
-    train(sys.argv[1])
+    run(sys.argv[1])

@@ -5,7 +5,10 @@ import io
 
 import pytest
 import torch
+import torch.nn.functional as F
+from optim_state import bits
 from torch import nn
+from torch.optim.swa_utils import SWALR, AveragedModel
 
 from fastbert import LazyAdam, replay
 from fastbert.testing import assert_close
@@ -179,6 +182,116 @@ def test_what_would_not_be_adamw_raises(backend):
     assert torch.equal(tied.weight, before)
     with pytest.raises(ValueError, match="is not this optimizer's"):
         optimizer.attach(nn.Embedding(3, 3))
+
+
+READS = {  # ways past the attached module, each read as the loss of a step
+    "the whole table": lambda table, ids: table.weight.square().sum(),
+    "a tied decoder": lambda table, ids: (table(ids) @ table.weight.T).logsumexp(1).sum(),
+    "F.embedding": lambda table, ids: F.embedding(ids, table.weight).square().sum(),
+    "sparse F.embedding": lambda table, ids: F.embedding(ids, table.weight, sparse=True).square().sum(),
+    "indexing": lambda table, ids: table.weight[ids].square().sum(),
+}
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["", "named"])
+@pytest.mark.parametrize("way", READS)
+def test_a_gradient_of_stale_rows_is_refused_and_brought_ones_are_adamw(backend, way, named):
+    """Row 4 has missed steps; the loss is (what was read - 1) squared, so that its gradient depends on where it was."""
+    named, ids = named and "sparse" not in way, torch.tensor([0, 4, 4])
+    table, optimizer = build(sparse=False, missed="replay")
+    theirs, other = build(sparse=False, make=torch.optim.AdamW)
+    optimizer.attach(table)
+    for rows in ([0, 4], [0, 1], [1, 2], [2, 3]):
+        for model, stepper in ((table, optimizer), (theirs, other)):
+            stepper.zero_grad()
+            (model(torch.tensor(rows)).sum() - 1).square().backward()
+            stepper.step(**({"rows": {table.weight: torch.tensor(rows)}} if stepper is optimizer else {}))
+
+    def loss(model):
+        model.weight.grad = None
+        return (READS[way](model, ids) - 1).square()
+
+    loss(table).backward()
+    before = bits(optimizer, table.weight)
+    error = ValueError if named and way in ("the whole table", "a tied decoder") else RuntimeError
+    for _ in range(2):
+        with pytest.raises(error, match=r"rows that are not named have a gradient|and this gradient is for \d+ that"):
+            optimizer.step(rows={table.weight: ids} if named else None)
+        assert all(torch.equal(a, b) for a, b in zip(before, bits(optimizer, table.weight), strict=True))
+    with pytest.raises(RuntimeError, match=r"computed from rows that were not: call zero_grad\(\)"):
+        optimizer.flush()  # too late for this gradient
+    if error is ValueError:
+        return
+
+    optimizer.zero_grad()
+    optimizer.catch_up(table.weight)
+    loss(table).backward()
+    optimizer.step(rows={table.weight: ids} if named else None)
+    loss(theirs).backward()
+    theirs.weight.grad = theirs.weight.grad.to_dense()
+    other.step()
+    optimizer.zero_grad()
+    optimizer.flush()
+    torch.testing.assert_close(table.weight, theirs.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_add_up_over_passes_that_bring_their_rows(backend):
+    """What a second pass brings has no gradient yet, or stands at the last step: no false alarm, and AdamW's values."""
+    table, optimizer = build(missed="replay")
+    optimizer.attach(table)
+    theirs, other = build(sparse=False, make=torch.optim.AdamW)
+    for step in range(12):
+        for model, stepper in ((table, optimizer), (theirs, other)):
+            first, second = (batch(2 * step + i)[0] for i in range(2))
+            passes = [model(first).square().sum()]  # a forward pass before zero_grad finds the last step's gradient
+            stepper.zero_grad()
+            passes[0].backward()
+            model(second).sin().sum().backward()
+            stepper.step()
+    optimizer.zero_grad()
+    optimizer.flush()
+    torch.testing.assert_close(table.weight, theirs.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_missed_steps_end_and_begin_with_the_option(backend):
+    """Set to "leave", rows are brought once and stay from then on; set to "replay" again, they wait again."""
+    table, optimizer = build(missed="replay", weight_decay=0.0)
+    optimizer.attach(table)
+    train(table, optimizer, range(10))
+    group, state = optimizer.param_groups[0], optimizer.state[table.weight]
+    expected = adamw(torch.float32, 10, weight_decay=0.0)[0].weight.detach()
+    group["missed"] = "leave"
+    train(table, optimizer, [10])
+    rest = [row for row in range(V) if row not in batch(10)[0]]
+    torch.testing.assert_close(table.weight[rest], expected[rest], rtol=1e-5, atol=1e-6)
+    assert not {"last_step", "history", "recorded", "recorded_with"} & state.keys()
+    before = table.weight.detach().clone()
+    optimizer.flush()
+    assert torch.equal(table.weight, before)
+    group["missed"] = "replay"
+    train(table, optimizer, [11])
+    assert set(optimizer.state[table.weight]["last_step"].tolist()) == {11, 12}
+
+
+def test_an_average_is_of_adamws_weights_after_a_flush(backend):
+    averages = []
+    for make in (LazyAdam, torch.optim.AdamW):
+        table, optimizer = build(sparse=False, make=make, **({"missed": "replay"} if make is LazyAdam else {}))
+        if make is LazyAdam:
+            optimizer.attach(table)
+        average = AveragedModel(table)
+        schedule = SWALR(optimizer, swa_lr=0.05, anneal_epochs=5)
+        for step in range(10):
+            ids, target = batch(step)
+            optimizer.zero_grad()
+            (table(ids) * target.float()).sum().backward()
+            optimizer.step(**({"rows": {table.weight: ids}} if make is LazyAdam else {}))
+            if make is LazyAdam:
+                optimizer.flush()
+            average.update_parameters(table)
+            schedule.step()
+        averages.append(average.module.weight.detach())
+    torch.testing.assert_close(*averages, rtol=1e-5, atol=1e-6)
 
 
 def test_copies_stand_alone(backend):
