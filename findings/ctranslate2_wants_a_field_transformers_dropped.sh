@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # ctranslate2 4.8.5 cannot convert a BERT folder that transformers 5.23.0 wrote.
 #
-# Guess: BERT is the oldest architecture both know, and the converter loads the folder by transformers itself; it works.
-# Seen: AttributeError, "BertConfig object has no attribute position_embedding_type". transformers 5 removed that field
-# from BertConfig and writes it no more; the converter still reads it. With "position_embedding_type": "absolute" in
-# config.json, as transformers 4 wrote it, the same folder converts.
+# Guess: BERT is the oldest architecture both know, and the converter loads the folder by transformers itself; it
+# works.
+# Seen: AttributeError, "BertConfig object has no attribute position_embedding_type". transformers 5 removed that
+# field from BertConfig and writes it no more; the converter still reads it. With "position_embedding_type":
+# "absolute" in config.json, as transformers 4 wrote it, the same folder converts.
 # So: who writes BERT folders for others should keep the field.
 set -euo pipefail
 folder=$(mktemp -d)

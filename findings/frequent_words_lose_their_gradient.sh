@@ -3,8 +3,8 @@
 #
 # Guess: gradients of repeated rows are added up in float32 and rounded once, as a matrix product does it.
 # Seen, torch 2.13.0: with gradients of 1.0 the sum stops at 256 in bfloat16 and at 2,048 in float16, where adding 1
-# changes nothing any more. Both ways do it: the dense gradient of nn.Embedding, and coalescing the sparse one, which is
-# what SparseAdam does. The same sum as a product of a matrix of ones is 4,096.
+# changes nothing any more. Both ways do it: the dense gradient of nn.Embedding, and coalescing the sparse one, which
+# is what SparseAdam does. The same sum as a product of a matrix of ones is 4,096.
 # So: models wholly in bfloat16 train their most frequent words with a fraction of their gradient.
 set -euo pipefail
 folder=$(mktemp -d)

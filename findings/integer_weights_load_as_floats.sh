@@ -2,8 +2,9 @@
 # load_state_dict takes int8 codes of a quantised checkpoint for weights, without a word.
 #
 # Guess: strict loading compares names, shapes and dtypes, or at least refuses integers for a floating parameter.
-# Seen, torch 2.13.0: "All keys matched successfully"; the codes -127 to 127 become the weights -127.0 to 127.0, and the
-# scale that turns them into numbers is not asked for. A model quantised by others loads, runs, and answers nonsense.
+# Seen, torch 2.13.0: "All keys matched successfully"; the codes -127 to 127 become the weights -127.0 to 127.0, and
+# the scale that turns them into numbers is not asked for. A model quantised by others loads, runs, and answers
+# nonsense.
 # So: a loader must look at dtypes itself, and at quantization_config.
 set -euo pipefail
 folder=$(mktemp -d)

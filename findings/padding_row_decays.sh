@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # AdamW moves the padding row of an embedding, which nn.Embedding says stays fixed.
 #
-# Guess: padding_idx, "the embedding vector at padding_idx is not updated during training", holds whatever the optimizer.
-# Seen, torch 2.13.0: the row gets a gradient of zero, not none, so decoupled weight decay shrinks it at every step: 1.0
-# is 0.366 after 100 steps with lr 0.1 and weight_decay 0.1. It goes unseen because that row usually starts at zero; in a table
-# that was loaded it may hold anything.
+# Guess: padding_idx, "the embedding vector at padding_idx is not updated during training", holds whatever the
+# optimizer.
+# Seen, torch 2.13.0: the row gets a gradient of zero, not none, so decoupled weight decay shrinks it at every step:
+# 1.0 is 0.366 after 100 steps with lr 0.1 and weight_decay 0.1. It goes unseen because that row usually starts at
+# zero; in a table that was loaded it may hold anything.
 # So: leave the table out of weight decay, or use an optimizer that leaves rows without a gradient alone.
 set -euo pipefail
 folder=$(mktemp -d)

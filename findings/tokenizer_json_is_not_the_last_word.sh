@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # transformers lower-cases the text of a cased tokenizer.json.
 #
-# Guess: tokenizer.json says it all (normalizer, pre-tokenizer, model), and AutoTokenizer reads it as the tokenizers library does.
-# Seen, transformers 5.23.0: with "tokenizer_class": "BertTokenizer" in tokenizer_config.json and no do_lower_case there, the
-# default of that class, true, replaces the normalizer of tokenizer.json: "Köln" becomes "koln", whatever the file says. With the
-# class PreTrainedTokenizerFast, or with do_lower_case false beside it, the file holds.
+# Guess: tokenizer.json says it all (normalizer, pre-tokenizer, model), and AutoTokenizer reads it as the tokenizers
+# library does.
+# Seen, transformers 5.23.0: with "tokenizer_class": "BertTokenizer" in tokenizer_config.json and no do_lower_case
+# there, the default of that class, true, replaces the normalizer of tokenizer.json: "Köln" becomes "koln", whatever
+# the file says. With the class PreTrainedTokenizerFast, or with do_lower_case false beside it, the file holds.
 # So: who exports a BERT tokenizer writes do_lower_case, strip_accents and tokenize_chinese_chars twice.
 set -euo pipefail
 folder=$(mktemp -d)

@@ -2,10 +2,11 @@
 # The same texts, the same settings, the same process: four trainings give four WordPiece vocabularies.
 #
 # Guess: training is a deterministic count and merge; at worst ids differ, not which pieces there are.
-# Seen, tokenizers 0.23.3: ids differ, and so do pieces, because pairs of equal count are merged in the order of ids, and the
-# ids of the characters behind ## follow the order of a hash table that is seeded anew each time. No setting has a seed.
-# So: two runs of a pretraining script do not train the same model; keep the tokenizer, or sort words before the trainer and
-# declare the ## characters as special tokens in sorted order, after which it is deterministic.
+# Seen, tokenizers 0.23.3: ids differ, and so do pieces, because pairs of equal count are merged in the order of ids,
+# and the ids of the characters behind ## follow the order of a hash table that is seeded anew each time. No setting
+# has a seed.
+# So: two runs of a pretraining script do not train the same model; keep the tokenizer, or sort words before the
+# trainer and declare the ## characters as special tokens in sorted order, after which it is deterministic.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
