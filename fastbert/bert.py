@@ -24,14 +24,23 @@ _PRESETS = {  # layers, hidden size, heads; the intermediate size is four times 
     "base": (12, 768, 12),
     "large": (24, 1024, 16),
 }
-_GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}  # hidden_act -> approximate
+_GELU = {  # hidden_act -> approximate; transformers has several names, and ways to compute it, for each of the two
+    "gelu": "none",
+    "gelu_python": "none",
+    "gelu_new": "tanh",
+    "gelu_pytorch_tanh": "tanh",
+    "gelu_python_tanh": "tanh",
+    "gelu_fast": "tanh",
+    "gelu_accurate": "tanh",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
     """Sizes and probabilities of a BERT; names and defaults (BERT base) are Hugging Face's.
 
-    `hidden_act` is "gelu" (erf), or "gelu_new" or "gelu_pytorch_tanh" (tanh). `pad_token_id` is the row of the word
+    `hidden_act` is "gelu" or "gelu_python" (erf), or one of "gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh",
+    "gelu_fast" and "gelu_accurate" (tanh). `pad_token_id` is the row of the word
     embeddings that starts as zeros and gets no gradient from the input; None for no such row.
 
     Raises:
@@ -68,7 +77,7 @@ class BertConfig:
     def __post_init__(self):
         for name in (f.name for f in dataclasses.fields(self) if f.type is int):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not _is_number(value, int) or value < 1:
                 raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -76,20 +85,27 @@ class BertConfig:
                 f"{self.num_attention_heads}"
             )
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} is a probability: expected 0 to 1, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not _is_number(value, float) or not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} is a probability: expected a number from 0 to 1, got {value!r}")
         for name in ("initializer_range", "layer_norm_eps"):
-            if not 0.0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)!r}")
-        if self.hidden_act not in _GELU:
+            value = getattr(self, name)
+            if not _is_number(value, float) or not 0.0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a number, finite and not negative, got {value!r}")
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in _GELU:
             raise ValueError(f"hidden_act must be one of {', '.join(_GELU)}, got {self.hidden_act!r}")
-        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
-            raise ValueError(f"pad_token_id must be in the vocabulary of {self.vocab_size}, got {self.pad_token_id}")
+        pad = self.pad_token_id
+        if pad is not None and not (_is_number(pad, int) and 0 <= pad < self.vocab_size):
+            raise ValueError(f"pad_token_id must be None or an id in the vocabulary of {self.vocab_size}, got {pad!r}")
 
     @property
     def approximate(self) -> str:
         """GELU's form, as `fastbert.gelu` says it."""
         return _GELU[self.hidden_act]
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, int | kind) and not isinstance(value, bool)
 
 
 class BertModelOutput(NamedTuple):

@@ -1,8 +1,6 @@
-"""Hugging Face folders: their files, and their parameter names <-> ours.
+"""Hugging Face folders: a BERT's configuration, weights and tokenizer, read and written.
 
-Our names are Hugging Face's but for one thing: query, key and value are one matrix, `attention.self.qkv`. Files of old
-say gamma and beta for a LayerNorm's weight and bias, leave out the prefix `bert.` where only the encoder was saved, and
-carry `position_ids`; all of that is read. The decoder is tied to the word embedding and is stored once, as that.
+The decoder is tied to the word embedding and is stored once, as that.
 """
 
 import json
@@ -14,22 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert import files
+from fastbert import files, parameter_names, tokenizer_files
 
-_PREFIX, _HEADS = "bert.", "cls."
-_QKV, _PARTS = ".attention.self.qkv.", (".attention.self.query.", ".attention.self.key.", ".attention.self.value.")
 _DECODER, _DECODER_BIAS = "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"
 _EMBEDDING, _BIAS = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"
 # What a checkpoint may lack, because the model it was saved from had no such part.
 _OPTIONAL = ("pooler.", "bert.pooler.", "cls.")
-# What this BERT does not do, by configuration field: the values it can take as they are.
-_SUPPORTED = {
-    "position_embedding_type": ("absolute",),
-    "is_decoder": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+# What this BERT does not do, by configuration field: the one value it can take.
+_SUPPORTED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Before the encoder's names in a folder whose configuration does not name its kind; another model's would be "roberta".
+_BERTS_OWN = ("", "bert", "module", "model", "_orig_mod")
 
 
 def load(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -61,19 +54,48 @@ def load(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): fetch or export the folder anew") from error
-    if not isinstance(fields, dict) or fields.get("model_type") != "bert":
-        found = fields.get("model_type") if isinstance(fields, dict) else None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} must hold an object with a BERT's sizes, got {type(fields).__name__}")
+    _check_fields(fields, path)
+    tensors = _read_tensors(folder)
+    if fields.get("model_type") is None:
+        prefix = parameter_names.encoder_prefix(list(tensors), folder)
+        if prefix.rstrip(".").rpartition(".")[2] not in _BERTS_OWN:
+            raise ValueError(
+                f'{path} names no "model_type" and the weights stand under {prefix!r}: where this is a BERT, add '
+                '"model_type": "bert"'
+            )
+    return fields, tensors
+
+
+def _check_fields(fields: dict[str, Any], path: Path) -> None:
+    """Raises ValueError unless the configuration is of a BERT that can be loaded; old ones do not name their kind."""
+    kind, classes = fields.get("model_type"), fields.get("architectures") or []
+    sized = {"vocab_size", "hidden_size", "num_hidden_layers"} <= fields.keys()
+    if kind != "bert" and (kind is not None or not sized or not all(str(x).startswith("Bert") for x in classes)):
         raise ValueError(
-            f'{path} must say "model_type": "bert", got {found!r}: this folder holds another kind of model'
+            f'{path} must say "model_type": "bert", got {kind!r}{f" and {classes}" if classes else ""}: this folder '
+            "holds another kind of model"
         )
     for name, supported in _SUPPORTED.items():
-        if fields.get(name, supported[0]) not in supported:
-            raise ValueError(f"{path} says {name} = {fields[name]!r}; this BERT has {name} = {supported[0]!r} only")
-    return fields, _read_tensors(folder)
+        if fields.get(name, supported) != supported:
+            raise ValueError(f"{path} says {name} = {fields[name]!r}; this BERT has {name} = {supported!r} only")
+    if fields.get("pruned_heads"):
+        raise ValueError(
+            f"{path} says pruned_heads = {fields['pruned_heads']}: layers lost some of their heads; this BERT has "
+            "num_attention_heads in every layer"
+        )
+    if fields.get("quantization_config"):
+        raise ValueError(
+            f"{path} says quantization_config = {fields['quantization_config']}: the weights are quantised, and this "
+            "BERT reads floating point only; save them with transformers' model.dequantize().save_pretrained(folder)"
+        )
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     safe, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
+    for path in (safe, pickled):
+        files.refuse_lfs_pointer(path)
     if safe.is_file():
         safetensors = _safetensors()
         try:
@@ -82,9 +104,19 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             raise ValueError(f"{safe} is damaged or cut short ({error}): fetch or export it anew") from error
     if pickled.is_file():
         try:
-            return torch.load(pickled, map_location="cpu", weights_only=True)
+            tensors = torch.load(pickled, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever unpickling and unzipping raise
             raise ValueError(f"{pickled} is damaged, cut short or no plain state dict ({error})") from error
+        if not isinstance(tensors, dict):
+            raise ValueError(
+                f"{pickled} is no plain state dict: expected tensors by name, got {type(tensors).__name__}"
+            )
+        for name, value in tensors.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"{pickled} is no plain state dict: expected tensors by name, {name!r} is {type(value).__name__}"
+                )
+        return tensors
     raise FileNotFoundError(
         f"{folder} has neither model.safetensors nor pytorch_model.bin: a model in several files, or in another "
         "framework's, is saved as one by transformers' save_pretrained(folder, max_shard_size='100GB')"
@@ -113,11 +145,22 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], source: str | os.PathLi
         source: where they come from, for messages.
 
     Raises:
-        ValueError: an encoder weight is missing, a shape differs, or the decoder is not tied to the word embedding.
+        ValueError: an encoder weight is missing, a shape differs, a weight is quantised or not finite, there is a scale
+            or an adapter beside a weight, or the decoder is not tied to the word embedding.
     """
     state = model.state_dict()
-    expected = to_hugging_face(state)
-    given = _normalize(tensors, with_heads=_EMBEDDING in state, source=source)
+    expected = parameter_names.to_hugging_face(state)
+    with_heads = _EMBEDDING in state
+    wanted = {name if with_heads else f"bert.{name}" for name in expected}
+    given = parameter_names.normalize(tensors, source)
+    if not with_heads:  # the heads are nobody's here, but the decoder may be all there is of the word embedding
+        kept = () if _EMBEDDING in given else (_DECODER,)
+        given = {name: x for name, x in given.items() if name in kept or not name.startswith("cls.")}
+    _check_tensors(given, wanted | {_DECODER, _DECODER_BIAS}, source)
+    _tie(given, _EMBEDDING, _DECODER, source)
+    _tie(given, _BIAS, _DECODER_BIAS, source)
+    if not with_heads:
+        given = {name.removeprefix("bert."): x for name, x in given.items()}
     missing = [name for name in expected if name not in given]
     unexpected = [name for name in given if name not in expected]
     absent = [name for name in missing if not name.startswith(_OPTIONAL)]
@@ -133,51 +176,47 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], source: str | os.PathLi
         warnings.warn(f"{source} lacks {_list(missing)}: newly initialised, to be trained", stacklevel=3)
     if unexpected:
         warnings.warn(f"{source} has {_list(unexpected)}, which {type(model).__name__} has no use for", stacklevel=3)
-    model.load_state_dict(from_hugging_face({name: given.get(name, expected[name]) for name in expected}))
+    named = {name: given.get(name, expected[name]).to(expected[name].dtype) for name in expected}
+    model.load_state_dict(parameter_names.from_hugging_face(named))
 
 
-def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict under Hugging Face's names: each `qkv` becomes the three views query, key and value."""
-    named = {}
-    for name, tensor in state.items():
-        if _QKV in name:
-            named |= {name.replace(_QKV, part): x for part, x in zip(_PARTS, tensor.chunk(3), strict=True)}
-        else:
-            named[name] = tensor
-    return named
+def _check_tensors(given: dict[str, Tensor], wanted: set[str], source: str | os.PathLike) -> None:
+    """Raises ValueError where the numbers in `wanted` tensors are not the weights themselves."""
+    modules = {name.rpartition(".")[0] for name in wanted}
+    for name, tensor in given.items():
+        if name in wanted:
+            if tensor.dtype not in _DTYPES:
+                raise ValueError(
+                    f"{source}: {name} is {tensor.dtype}, a quantised weight, and this BERT reads floating point only; "
+                    "save the model with transformers' model.dequantize().save_pretrained(folder)"
+                )
+            if not tensor.float().isfinite().all():
+                raise ValueError(
+                    f"{source}: {name} holds NaN or infinity: its training diverged or the file is damaged; take an "
+                    "earlier checkpoint"
+                )
+        elif _parents(name) & modules:
+            raise ValueError(
+                f"{source} has {name} beside a weight that this BERT has: the weight alone (quantised, or with an "
+                "adapter to be added) is not the model's; merge or dequantise it and save it anew"
+            )
 
 
-def from_hugging_face(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `to_hugging_face`; every layer must have query, key and value."""
-    state = {}
-    for name, tensor in named.items():
-        if _PARTS[0] in name:
-            state[name.replace(_PARTS[0], _QKV)] = torch.cat([named[name.replace(_PARTS[0], x)] for x in _PARTS])
-        elif not any(part in name for part in _PARTS):
-            state[name] = tensor
-    return state
+def _parents(name: str) -> set[str]:
+    parts = name.split(".")
+    return {".".join(parts[:i]) for i in range(1, len(parts))}
 
 
-def _normalize(tensors: dict[str, Tensor], with_heads: bool, source: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors under today's names, for a model with or without pretraining heads; the tied decoder is left out."""
-    named = {}
-    for name, tensor in tensors.items():
-        if name.endswith(("LayerNorm.gamma", "LayerNorm.beta")):
-            name = name.removesuffix("gamma").removesuffix("beta") + ("weight" if name.endswith("gamma") else "bias")
-        if not name.endswith("position_ids"):
-            named[name] = tensor
-    prefixed = any(name.startswith(_PREFIX) for name in named)
-    if not with_heads:
-        return {name.removeprefix(_PREFIX): x for name, x in named.items() if not name.startswith(_HEADS)}
-    if not prefixed:
-        named = {name if name.startswith(_HEADS) else _PREFIX + name: x for name, x in named.items()}
-    decoder = named.pop(_DECODER, None)
-    if decoder is not None and _EMBEDDING in named and not torch.equal(decoder, named[_EMBEDDING]):
-        raise ValueError(f"{source}: {_DECODER} differs from the word embedding; this BERT ties the two")
-    if _DECODER_BIAS in named:
-        named.setdefault(_BIAS, named.pop(_DECODER_BIAS))
-        named.pop(_DECODER_BIAS, None)
-    return named
+def _tie(named: dict[str, Tensor], kept: str, twin: str, source: str | os.PathLike) -> None:
+    """Leaves one of two tensors that are the same parameter; they may differ by the rounding of the coarser dtype."""
+    other = named.pop(twin, None)
+    if other is None:
+        return
+    tensor = named.setdefault(kept, other)
+    coarser = min(tensor.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+    if not torch.equal(tensor.to(coarser), other.to(coarser)):
+        what = "the word embedding" if kept == _EMBEDDING else kept
+        raise ValueError(f"{source}: {twin} differs from {what}; this BERT ties the two")
 
 
 def _list(names: list[str]) -> str:
@@ -197,44 +236,38 @@ def save(model: nn.Module, folder: str | os.PathLike, fields: dict[str, Any], to
         tokenizer: a `tokenizers.Tokenizer`, a folder to copy tokenizer files from, or None for none.
 
     Raises:
-        FileNotFoundError: `tokenizer` is a folder without tokenizer files.
+        FileNotFoundError: `tokenizer` is a folder without a tokenizer.
         TypeError: `tokenizer` is something else.
+        ValueError: the tokenizer has ids beyond the model's vocabulary, or gives an id to two tokens.
         OSError: the files cannot be written.
     """
     folder = Path(folder)
     safetensors = _safetensors()
-    tensors = {name: x.detach().cpu().contiguous() for name, x in to_hugging_face(model.state_dict()).items()}
-    extra = {name: supported[0] for name, supported in _SUPPORTED.items()}
+    named = parameter_names.to_hugging_face(model.state_dict())
+    tensors = {name: x.detach().cpu().contiguous() for name, x in named.items()}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    config = {"architectures": [type(model).__name__], "model_type": "bert", "dtype": dtype} | fields | extra
+    config = {"architectures": [type(model).__name__], "model_type": "bert", "dtype": dtype} | fields
+    config |= _SUPPORTED | {"tie_word_embeddings": True}
     contents = {
-        "config.json": _json(config),
+        "config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         "model.safetensors": safetensors.save(tensors, metadata={"format": "pt"}),
     }
-    contents |= _tokenizer_files(tokenizer)
-    files.write(folder, contents)
+    tokenizer_contents = _tokenizer_files(tokenizer, fields)
+    files.write(folder, contents | tokenizer_contents)
+    if tokenizer is not None:
+        tokenizer_files.remove_others(folder, tokenizer_contents)
 
 
-def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+def _tokenizer_files(tokenizer: Any, fields: dict[str, Any]) -> dict[str, bytes]:
     if tokenizer is None:
         return {}
     if isinstance(tokenizer, str | os.PathLike):
-        paths = [Path(tokenizer) / name for name in TOKENIZER_FILES]
-        found = {path.name: path.read_bytes() for path in paths if path.is_file()}
-        if not found:
-            raise FileNotFoundError(f"{tokenizer} has none of the tokenizer files {', '.join(TOKENIZER_FILES)}")
-        return found
-    if not hasattr(tokenizer, "to_str") or not hasattr(tokenizer, "token_to_id"):
-        raise TypeError(f"tokenizer must be a tokenizers.Tokenizer, a folder or None, got {type(tokenizer).__name__}")
-    special = {f"{role}_token": f"[{role.upper()}]" for role in ("unk", "sep", "pad", "cls", "mask")}
-    special = {role: token for role, token in special.items() if tokenizer.token_to_id(token) is not None}
-    vocabulary = tokenizer.get_vocab()
-    return {
-        "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
-        "tokenizer_config.json": _json({"tokenizer_class": "BertTokenizer"} | special),
-        "vocab.txt": "".join(f"{token}\n" for token in sorted(vocabulary, key=vocabulary.get)).encode(),
-    }
+        return tokenizer_files.read(tokenizer)
+    contents = tokenizer_files.make(tokenizer, fields["max_position_embeddings"])
+    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    if highest >= fields["vocab_size"]:
+        raise ValueError(
+            f"the tokenizer's token {token!r} has id {highest}, but the model's vocab_size is {fields['vocab_size']}: "
+            "save the tokenizer that the model was trained with"
+        )
+    return contents

@@ -30,7 +30,7 @@ class Frequencies:
 
 def forward(model: BertForPreTraining, batch: Batch) -> BertForPreTrainingOutput:
     """The model's output for a packed batch, logits and losses; logits are for the batch's own places first."""
-    filled = batch.filled(model.config.pad_token_id)
+    filled = batch.filled(model.config.pad_token_id, longest=model.config.max_position_embeddings)
     return model(
         filled.input_ids, token_type_ids=filled.token_type_ids, position_ids=filled.position_ids,
         cu_seqlens=filled.cu_seqlens, max_seqlen=filled.max_seqlen, masked_positions=filled.masked_positions,

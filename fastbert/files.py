@@ -48,3 +48,15 @@ def flush(path: str | os.PathLike) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def refuse_lfs_pointer(path: str | os.PathLike) -> None:
+    """Raises ValueError where `path` is the small text that a clone without git-lfs has in place of a large file."""
+    if not os.path.isfile(path):
+        return
+    with open(path, "rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            raise ValueError(
+                f"{path} is a git-lfs pointer, not the file itself: run `git lfs install && git lfs pull` in its "
+                "folder, or download the file"
+            )

@@ -24,7 +24,7 @@ from fastbert.bert import BertConfig, BertForPreTraining
 from fastbert.data.batches import Batch, PretrainBatches
 from fastbert.data.corpus import iter_documents
 from fastbert.data.store import TokenStore, write_stores
-from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, train_tokenizer
+from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, train_tokenizer, vocab_size
 from fastbert.evaluate import Frequencies, evaluate, forward, guesses
 from fastbert.gradients import clip_grad_norm_
 from fastbert.ops.linear import use_linear
@@ -75,7 +75,7 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
     torch.manual_seed(config.seed)
     model = BertForPreTraining(
         BertConfig.preset(
-            config.preset, vocab_size=tokenizer.get_vocab_size(), hidden_dropout_prob=config.dropout,
+            config.preset, vocab_size=vocab_size(tokenizer), hidden_dropout_prob=config.dropout,
             attention_probs_dropout_prob=config.dropout, max_position_embeddings=config.max_position_embeddings,
             pad_token_id=special_ids(tokenizer).pad,
         )

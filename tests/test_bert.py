@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 import fastbert
 from fastbert.bert import BertConfig, BertForPreTraining, BertModel
-from fastbert.checkpoint import to_hugging_face
 from fastbert.nn import LinearGELU
+from fastbert.parameter_names import to_hugging_face
 from fastbert.testing import assert_close
 
 BACKENDS = fastbert.backends()

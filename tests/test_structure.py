@@ -16,7 +16,7 @@ PACKAGE = Path(fastbert.__file__).parent
 # A module may import only from layers below its own.
 LAYERS = [
     {"version", "allocator", "_cpu", "testing", "files"},
-    {"native", "snapshot", "report"},
+    {"native", "snapshot", "report", "parameter_names", "tokenizer_files"},
     {"backend"},
     {"ops"},
     {"nn", "gradients", "options", "inputs"},

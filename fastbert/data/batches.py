@@ -49,28 +49,35 @@ class Batch(NamedTuple):
         """The batch with its tensors on `device`."""
         return Batch(*(x.to(device, non_blocking=non_blocking) if isinstance(x, Tensor) else x for x in self))
 
-    def filled(self, pad_id: int, tokens: int = 64, masked: int = 32, samples: int = 8) -> "Batch":
+    def filled(
+        self, pad_id: int, tokens: int = 64, masked: int = 32, samples: int = 8, longest: int | None = None
+    ) -> "Batch":
         """The same batch with T, M and B rounded up, so that batches share a few shapes.
 
         A CPU's product library prepares code for every new shape, which costs more than a small model's step. What is
-        added changes no loss and no gradient: a last sample of padding and empty ones behind it, with labels that are
+        added changes no loss and no gradient: last samples of padding and empty ones behind them, with labels that are
         ignored.
 
         Args:
             pad_id: the id of the padding.
             tokens, masked, samples: T, M and B become multiples of these.
+            longest: the model's longest sample, its position table's rows; None for no limit.
         """
-        total, longest = len(self.input_ids), -len(self.input_ids) % tokens
+        total, padding = len(self.input_ids), -len(self.input_ids) % tokens
+        longest = tokens if longest is None else longest
+        pieces = -(-padding // longest)
         bounds = self.cu_seqlens
-        more = -(len(bounds) - 1 + (longest > 0)) % samples + (longest > 0)  # samples
+        more = pieces + -(len(bounds) - 1 + pieces) % samples  # samples
+        ends = total + longest * torch.arange(1, more + 1, dtype=bounds.dtype, device=bounds.device)
+        places = torch.arange(padding, device=bounds.device) % longest
         ignored = -len(self.labels) % masked
         label = self.next_sentence_label
         return Batch(
-            input_ids=F.pad(self.input_ids, (0, longest), value=pad_id),
-            token_type_ids=F.pad(self.token_type_ids, (0, longest)),
-            position_ids=torch.cat([self.position_ids, torch.arange(longest, device=bounds.device)]),
-            cu_seqlens=F.pad(bounds, (0, more), value=total + longest),
-            max_seqlen=max(self.max_seqlen, longest),
+            input_ids=F.pad(self.input_ids, (0, padding), value=pad_id),
+            token_type_ids=F.pad(self.token_type_ids, (0, padding)),
+            position_ids=torch.cat([self.position_ids, places]),
+            cu_seqlens=torch.cat([bounds, ends.clamp(max=total + padding)]),
+            max_seqlen=max(self.max_seqlen, min(padding, longest)),
             masked_positions=F.pad(self.masked_positions, (0, ignored)),
             labels=F.pad(self.labels, (0, ignored), value=-100),
             next_sentence_label=None if label is None else F.pad(label, (0, more), value=-100),

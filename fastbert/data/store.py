@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastbert.data.draws import Purpose, below, draw
-from fastbert.data.tokenizer import fingerprint
+from fastbert.data.tokenizer import fingerprint, vocab_size
 
 FORMAT = 1
 _FILES = ("tokens.bin", "sentences.bin", "documents.bin")
@@ -185,7 +185,7 @@ class _Writer:
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.tokenizer.encode_special_tokens = True
-        self.vocab_size = tokenizer.get_vocab_size()
+        self.vocab_size = vocab_size(tokenizer)
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         self.tokens = self.sentences = self.documents = self.characters = 0
         self.pending: list[list[str]] = []

@@ -5,12 +5,12 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tokenizers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from fastbert import files
+from fastbert import files, tokenizer_files
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -54,7 +54,13 @@ def train_tokenizer(
         raise ValueError("the texts hold no word: a tokenizer needs at least one")
     vocab = _word_pieces(words, vocab_size, min_frequency)
 
-    tokenizer.model = models.WordPiece(vocab, unk_token="[UNK]")
+    return _bert_tokenizer(vocab, lowercase)
+
+
+def _bert_tokenizer(vocab: dict[str, int], lowercase: bool = True) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -111,48 +117,128 @@ def _word_pieces(words: dict[str, int], vocab_size: int, min_frequency: int) -> 
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, max_length: int | None = None) -> None:
-    """Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json and vocab.txt into `folder`.
+    """Writes vocab.txt, special_tokens_map.json, tokenizer_config.json and tokenizer.json into `folder`.
 
     `transformers.AutoTokenizer.from_pretrained(folder)` gives the same ids. `max_length`: the model's longest sequence.
-    Each file appears whole or not at all, tokenizer.json last, so where it is the others are.
+    Tokens that were added to the vocabulary stand in added_tokens.json too. Each file appears whole or not at all,
+    tokenizer.json last, so where it is the others are; an earlier tokenizer's files are replaced or removed.
+
+    Raises:
+        ValueError: two tokens have the same id.
     """
-    special = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS, strict=True))
-    normalizer = json.loads(tokenizer.to_str())["normalizer"]
-    config = {
-        "tokenizer_class": "BertTokenizer",
-        "do_lower_case": normalizer["lowercase"],
-        "strip_accents": normalizer["strip_accents"],
-        "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
-        **({} if max_length is None else {"model_max_length": max_length}),
-        **special,
-    }
-    contents = {
-        "vocab.txt": "".join(token + "\n" for token in _by_id(tokenizer)),
-        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
-        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
-        "tokenizer.json": tokenizer.to_str(pretty=True),
-    }
-    files.write(folder, {name: text.encode() for name, text in contents.items()})
+    contents = tokenizer_files.make(tokenizer, max_length)
+    files.write(folder, contents)
+    tokenizer_files.remove_others(folder, contents)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a folder that `save_tokenizer` or `transformers` wrote, without padding and truncation.
 
+    Reads tokenizer.json, or vocab.txt where there is none, as in older BERT folders; and beside it, as `transformers`
+    does, tokenizer_config.json, special_tokens_map.json and added_tokens.json.
+
     Raises:
-        FileNotFoundError: no tokenizer.json. ValueError: one that cannot be read.
+        FileNotFoundError: neither tokenizer.json nor vocab.txt.
+        ValueError: a file that cannot be read, a vocab.txt with a token twice or without BERT's special tokens, or an
+            added token whose id another one has.
     """
-    file = Path(folder) / "tokenizer.json"
-    if not file.is_file():
+    folder = Path(folder)
+    file, vocabulary = folder / "tokenizer.json", folder / "vocab.txt"
+    settings = _read_json(folder / "tokenizer_config.json")
+    if file.is_file():
+        files.refuse_lfs_pointer(file)
+        try:
+            tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        except Exception as error:  # tokenizers raises a bare Exception
+            raise ValueError(f"{file} is damaged or of a newer format ({error}): write it again") from error
+    elif vocabulary.is_file():
+        tokenizer = _bert_tokenizer(_read_vocabulary(vocabulary))
+    else:
         raise FileNotFoundError(
-            f"{file} does not exist: give a folder written by save_tokenizer or by transformers' save_pretrained"
+            f"{file} does not exist, nor vocab.txt: give a folder written by save_tokenizer or by transformers' "
+            "save_pretrained"
         )
-    try:
-        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except Exception as error:  # tokenizers raises a bare Exception
-        raise ValueError(f"{file} is damaged or of a newer format ({error}): write it again") from error
+    if settings.get("tokenizer_class", "BertTokenizer") in ("BertTokenizer", "BertTokenizerFast"):
+        _follow(settings, tokenizer.normalizer)
+    _add_tokens(tokenizer, folder, settings)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is no file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): fetch or write it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold an object, got {type(value).__name__}: fetch or write it again")
+    return value
+
+
+def _read_vocabulary(path: Path) -> dict[str, int]:
+    """vocab.txt: a token's id is its line, counted from 0."""
+    files.refuse_lfs_pointer(path)
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}): fetch it again") from error
+    vocab: dict[str, int] = {}
+    for i, token in enumerate(lines[:-1] if lines[-1] == "" else lines):
+        if vocab.setdefault(token, i) != i:
+            raise ValueError(
+                f"{path} has the token {token!r} in line {vocab[token] + 1} and again in line {i + 1}: a token's id is "
+                "its line, so each may stand there once; rename the one that the model was not trained with"
+            )
+    if missing := [token for token in SPECIAL_TOKENS if token not in vocab]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: BERT needs {', '.join(SPECIAL_TOKENS)}")
+    return vocab
+
+
+def _follow(settings: dict[str, Any], normalizer: Any) -> None:
+    """Sets the normaliser as tokenizer_config.json says, which `transformers` heeds more than tokenizer.json."""
+    fields = {"do_lower_case": "lowercase", "strip_accents": "strip_accents"}
+    fields["tokenize_chinese_chars"] = "handle_chinese_chars"
+    if isinstance(normalizer, normalizers.BertNormalizer):
+        for setting, field in fields.items():
+            if settings.get(setting) is not None:
+                setattr(normalizer, field, settings[setting])
+
+
+def _add_tokens(tokenizer: Tokenizer, folder: Path, settings: dict[str, Any]) -> None:
+    """Adds what the files beside tokenizer.json or vocab.txt name: ids in the order given, then special tokens."""
+    names = _read_json(folder / "special_tokens_map.json") | settings
+    special = [
+        token["content"] if isinstance(token, dict) else token
+        for field in ("additional_special_tokens", "extra_special_tokens")
+        for token in names.get(field) or []
+    ]
+    if listed := settings.get("added_tokens_decoder"):
+        added = [(int(i), AddedToken(**token)) for i, token in listed.items()]
+    else:
+        found = _read_json(folder / "added_tokens.json").items()
+        added = [
+            (i, AddedToken(token, normalized=token not in special, special=token in special)) for token, i in found
+        ]
+    for i, token in sorted(added, key=lambda pair: pair[0]):
+        if token.content not in _added(tokenizer):
+            tokenizer.add_tokens([token])
+        if (given := tokenizer.token_to_id(token.content)) != i:
+            raise ValueError(
+                f"{folder}: the added token {token.content!r} should have id {i}, and {given} comes next behind the "
+                "vocabulary: vocabulary and added tokens belong to different tokenizers"
+            )
+    tokenizer.add_special_tokens([token for token in special if token not in _added(tokenizer)])
+
+
+def _added(tokenizer: Tokenizer) -> set[str]:
+    return {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+
+
+def vocab_size(tokenizer: Tokenizer) -> int:
+    """Rows of an embedding for the tokenizer's ids: the highest id + 1, which unused ids make more than its tokens."""
+    return 1 + max(tokenizer.get_vocab().values(), default=-1)
 
 
 def special_ids(tokenizer: Tokenizer) -> SpecialIds:
