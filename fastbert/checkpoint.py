@@ -74,8 +74,8 @@ def _check_fields(fields: dict[str, Any], path: Path) -> None:
     sized = {"vocab_size", "hidden_size", "num_hidden_layers"} <= fields.keys()
     if kind != "bert" and (kind is not None or not sized or not all(str(x).startswith("Bert") for x in classes)):
         raise ValueError(
-            f'{path} must say "model_type": "bert", got {kind!r}{f" and {classes}" if classes else ""}: this folder '
-            "holds another kind of model"
+            f'{path} must say "model_type": "bert", got {kind or classes or None!r}: this folder holds another kind of '
+            "model"
         )
     for name, supported in _SUPPORTED.items():
         if fields.get(name, supported) != supported:
@@ -182,20 +182,21 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], source: str | os.PathLi
 
 def _check_tensors(given: dict[str, Tensor], wanted: set[str], source: str | os.PathLike) -> None:
     """Raises ValueError where the numbers in `wanted` tensors are not the weights themselves."""
+    for name in given.keys() & wanted:
+        tensor = given[name]
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(
+                f"{source}: {name} is {tensor.dtype}, a quantised weight, and this BERT reads floating point only; "
+                "save the model with transformers' model.dequantize().save_pretrained(folder)"
+            )
+        if not tensor.float().isfinite().all():
+            raise ValueError(
+                f"{source}: {name} holds NaN or infinity: its training diverged or the file is damaged; take an "
+                "earlier checkpoint"
+            )
     modules = {name.rpartition(".")[0] for name in wanted}
-    for name, tensor in given.items():
-        if name in wanted:
-            if tensor.dtype not in _DTYPES:
-                raise ValueError(
-                    f"{source}: {name} is {tensor.dtype}, a quantised weight, and this BERT reads floating point only; "
-                    "save the model with transformers' model.dequantize().save_pretrained(folder)"
-                )
-            if not tensor.float().isfinite().all():
-                raise ValueError(
-                    f"{source}: {name} holds NaN or infinity: its training diverged or the file is damaged; take an "
-                    "earlier checkpoint"
-                )
-        elif _parents(name) & modules:
+    for name in given.keys() - wanted:
+        if _parents(name) & modules:
             raise ValueError(
                 f"{source} has {name} beside a weight that this BERT has: the weight alone (quantised, or with an "
                 "adapter to be added) is not the model's; merge or dequantise it and save it anew"

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from fastbert.data import SpecialIds, load_tokenizer, save_tokenizer, special_ids, train_tokenizer
-from fastbert.data.tokenizer import SPECIAL_TOKENS, fingerprint
+from fastbert.data.tokenizer import SPECIAL_TOKENS, fingerprint, vocab_size
 
 TEXTS = [text for _, text in sorted(topics.items())][:20]
 SENTENCE = "Héllo WORLD, the unaffable statement 中文 don't [MASK] ?!"
@@ -76,6 +76,14 @@ def test_transformers_reads_the_same(tmp_path, lowercase):
     assert (theirs.pad_token_id, theirs.mask_token_id) == (0, 4)
     vocab = (tmp_path / "vocab.txt").read_text(encoding="utf-8").splitlines()
     assert [tokenizer.token_to_id(token) for token in vocab] == list(range(len(vocab)))
+
+
+@pytest.mark.parametrize("blank", [True, False])
+def test_an_embedding_is_as_large_as_the_highest_id_asks(blank):
+    """Unused ids, as a vocab.txt with a line twice leaves them: three tokens, but ids up to 4."""
+    vocab = {"[UNK]": 0, "a": 2, "b": 4} if blank else {"[UNK]": 0, "a": 1, "b": 2}
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    assert tokenizer.get_vocab_size() == 3 and vocab_size(tokenizer) == (5 if blank else 3)
 
 
 def test_loaded_tokenizer_neither_pads_nor_truncates(tmp_path, tokenizer):

@@ -68,6 +68,26 @@ def test_rounding_up_a_batch_changes_no_loss_and_no_gradient(model, lengths, nsp
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [8, 31, 40])
+def test_a_short_position_table_takes_the_padding_in_pieces(rows):
+    """13 tokens and 51 of padding, in samples of at most `rows`; loss and logits are those of the batch itself."""
+    torch.manual_seed(0)
+    model = BertForPreTraining(BertConfig.preset("tiny", vocab_size=50, max_position_embeddings=rows)).eval()
+    batch = make_batch([8, 5])
+    filled = batch.filled(pad_id=0, longest=rows)
+    lengths = filled.cu_seqlens.diff().tolist()
+    pieces = [rows] * (51 // rows) + [51 % rows]
+    assert lengths == [8, 5, *pieces] + [0] * (-(2 + len(pieces)) % 8)
+    assert filled.position_ids[13:].tolist() == [i for n in pieces for i in range(n)]
+    plain = model(
+        batch.input_ids, token_type_ids=batch.token_type_ids, cu_seqlens=batch.cu_seqlens,
+        masked_positions=batch.masked_positions, labels=batch.labels, next_sentence_label=batch.next_sentence_label,
+    )  # fmt: skip
+    rounded = forward(model, batch)
+    torch.testing.assert_close(rounded.loss, plain.loss)
+    torch.testing.assert_close(rounded.prediction_logits[: len(batch.labels)], plain.prediction_logits)
+
+
 def test_scores_are_means_over_masked_tokens(model):
     batches = [make_batch([7, 12]), make_batch([30])]
     frequencies = Frequencies(torch.arange(50))
