@@ -182,7 +182,7 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], source: str | os.PathLi
 
 def _check_tensors(given: dict[str, Tensor], wanted: set[str], source: str | os.PathLike) -> None:
     """Raises ValueError where the numbers in `wanted` tensors are not the weights themselves."""
-    for name in given.keys() & wanted:
+    for name in (x for x in given if x in wanted):
         tensor = given[name]
         if tensor.dtype not in _DTYPES:
             raise ValueError(
@@ -195,7 +195,7 @@ def _check_tensors(given: dict[str, Tensor], wanted: set[str], source: str | os.
                 "earlier checkpoint"
             )
     modules = {name.rpartition(".")[0] for name in wanted}
-    for name in given.keys() - wanted:
+    for name in (x for x in given if x not in wanted):
         if _parents(name) & modules:
             raise ValueError(
                 f"{source} has {name} beside a weight that this BERT has: the weight alone (quantised, or with an "
