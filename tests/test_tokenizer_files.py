@@ -100,6 +100,21 @@ def test_a_folder_with_vocab_txt_alone_gives_the_ids_of_transformers(transformer
     assert [transformers.BertTokenizer.from_pretrained(tmp_path)(text)["input_ids"] for text in TEXTS] == expected
 
 
+def test_tokenizer_config_is_heeded_more_than_tokenizer_json(transformers, tmp_path):
+    save_tokenizer(bert_tokenizer(lowercase=False), tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"do_lower_case": True}))
+    assert load_tokenizer(tmp_path).encode("Köln liegt am Rhein").ids == [2, 6, 7, 8, 10, 3]
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path)("Köln liegt am Rhein")["input_ids"] == [
+        2,
+        6,
+        7,
+        8,
+        10,
+        3,
+    ]
+
+
 def test_cased_by_hand(model, tmp_path):
     model.save_pretrained(tmp_path, tokenizer=bert_tokenizer(lowercase=False))
     assert load_tokenizer(tmp_path).encode("Köln liegt am Rhein").ids == [2, 5, 7, 8, 9, 3]
