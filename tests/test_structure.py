@@ -15,13 +15,14 @@ PACKAGE = Path(fastbert.__file__).parent
 
 # A module may import only from layers below its own.
 LAYERS = [
-    {"version", "allocator", "_cpu", "testing", "files"},
-    {"native", "snapshot", "report"},
+    {"version", "allocator", "_cpu", "testing", "files", "signals"},
+    {"native", "snapshot", "report", "lock"},
     {"backend"},
     {"ops"},
     {"nn", "gradients", "replay", "options", "inputs"},
     {"optim", "bert", "checkpoint", "data"},
     {"evaluate", "run"},
+    {"divergence", "prepare"},
     {"pretrain"},
     {"cli", "__init__"},
 ]

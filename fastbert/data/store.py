@@ -8,6 +8,7 @@
 Sentences without tokens and documents without sentences are left out, so all lengths are at least 1.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -102,6 +103,8 @@ class TokenStore:
         documents: int64 [documents + 1], offsets into sentences.
         vocab_size: every token is below it.
         tokenizer: fingerprint of the tokenizer that wrote it.
+        fingerprint: SHA-256 (hex) of meta.json's counts, tokenizer and checksums: stores of equal content share it, and
+            none has to be read for it.
     """
 
     folder: Path
@@ -110,6 +113,7 @@ class TokenStore:
     documents: np.ndarray
     vocab_size: int
     tokenizer: str
+    fingerprint: str = ""
 
     @classmethod
     def open(cls, folder: str | Path, verify: bool = True) -> "TokenStore":
@@ -145,7 +149,8 @@ class TokenStore:
             if verify and _crc32(array) != checksum:
                 raise ValueError(f"{file} is damaged, its checksum differs from the one in {_META}: {_REWRITE}")
             arrays.append(array)
-        return cls(folder, *arrays, vocab_size, tokenizer)
+        content = json.dumps([vocab_size, tokenizer, counts, types[0].name, checksums])
+        return cls(folder, *arrays, vocab_size, tokenizer, hashlib.sha256(content.encode()).hexdigest())
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker process maps the files again instead of receiving a copy of them.
