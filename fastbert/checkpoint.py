@@ -216,7 +216,7 @@ def save(model: nn.Module, folder: str | os.PathLike, fields: dict[str, Any], to
 
 
 def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:

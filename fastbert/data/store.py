@@ -14,7 +14,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import chain, count, pairwise
 from pathlib import Path
@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
+from fastbert import files
 from fastbert.data.draws import Purpose, below, draw
 from fastbert.data.tokenizer import fingerprint
 
@@ -227,9 +228,10 @@ class _Writer:
             "tokenizer": fingerprint(self.tokenizer),
             "crc32": self.checksums,
         }
-        with self._writing():
-            self.files[_META].write(json.dumps(meta, indent=2).encode())
-            for file in self.files.values():
+        with self._writing(_META):
+            self.files[_META].write(files.json_text(meta, indent=2).encode())
+        for name, file in self.files.items():
+            with self._writing(name):
                 file.flush()
                 os.fsync(file.fileno())
         return self.documents
@@ -252,19 +254,14 @@ class _Writer:
 
     def _append(self, name: str, array: np.ndarray) -> None:
         self.checksums[name] = zlib.crc32(array, self.checksums[name])
-        with self._writing():
+        with self._writing(name):
             self.files[name].write(array)
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"the token store could not be written ({error.strerror}); nothing is left of it: make room for about "
-                "half the size of the text, or choose another folder",
-            ) from error
+    def _writing(self, name: str) -> AbstractContextManager[None]:
+        return files.naming(
+            self.folder / name,
+            "nothing is left of the token store, which takes about half the space of its text",
+        )
 
 
 @contextmanager
