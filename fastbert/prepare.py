@@ -4,6 +4,7 @@
 all; so what stands there belongs to it, and a second try makes only what is missing or has other settings.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -45,14 +46,14 @@ def prepare(config: PretrainConfig, resume: bool) -> tuple[Tokenizer, TokenStore
     if not (tokenizer_at / "tokenizer.json").exists():
         texts = (sentence for document in _documents(config) for sentence in document)
         save_tokenizer(train_tokenizer(texts, config.vocab_size, config.lowercase), tokenizer_at)
-    tokenizer = load_tokenizer(tokenizer_at)
+    with _usable(tokenizer_at):
+        tokenizer = load_tokenizer(tokenizer_at)
     if not data_at.exists():
-        write_stores(
-            data_at, _documents(config), tokenizer, held_out_fraction=config.held_out, seed=config.seed
-        )  # fmt: skip
-    stores = TokenStore.open(data_at / "train"), TokenStore.open(data_at / "held_out")
-    for store in stores:
-        store.check_tokenizer(tokenizer)
+        write_stores(data_at, _documents(config), tokenizer, held_out_fraction=config.held_out, seed=config.seed)
+    with _usable(data_at):
+        stores = TokenStore.open(data_at / "train"), TokenStore.open(data_at / "held_out")
+        for store in stores:
+            store.check_tokenizer(tokenizer)
     return tokenizer, *stores
 
 
@@ -95,6 +96,18 @@ def made_of(config: PretrainConfig) -> dict[str, Any]:
         "tokenizer": tokenizer,
         "data": data,
     }
+
+
+@contextlib.contextmanager
+def _usable(folder: Path) -> Iterator[None]:
+    """What is wrong with the content of `folder` within the block is raised with what to do about it."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{folder} cannot be used: {error}. Remove it as a whole, and it is made again of the corpus, if that is "
+            "unchanged"
+        ) from error
 
 
 def _reading(config: PretrainConfig) -> dict[str, Any]:

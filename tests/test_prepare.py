@@ -80,6 +80,24 @@ def test_resume_makes_what_is_gone_of_the_same_corpus_alone(config, gone):
         prepare(config, resume=True)
 
 
+@pytest.mark.parametrize("damage", ["data/train", "data/held_out/meta.json", "data/train/tokens.bin", "tokenizer"])
+def test_what_is_damaged_is_named_and_made_again_once_it_is_removed(config, damage):
+    made = fingerprints(*prepare(config, resume=False))
+    path = config.output / damage
+    if damage == "tokenizer":
+        (path / "tokenizer.json").write_text("{")
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.write_bytes(path.read_bytes()[:-3])
+    folder = config.output / damage.split("/")[0]
+    for resume in (True, False):
+        with pytest.raises(ValueError, match=f"{folder} cannot be used: .*. Remove it as a whole"):
+            prepare(config, resume)
+    shutil.rmtree(folder)
+    assert fingerprints(*prepare(config, resume=True)) == made
+
+
 def test_another_run_s_data_is_refused(config, tmp_path):
     made = fingerprints(*prepare(config, resume=False))
     reseeded = dataclasses.replace(config, seed=1, output=tmp_path / "reseeded")
