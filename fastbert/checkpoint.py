@@ -250,7 +250,7 @@ def save(model: nn.Module, folder: str | os.PathLike, fields: dict[str, Any], to
     config = {"architectures": [type(model).__name__], "model_type": "bert", "dtype": dtype} | fields
     config |= _SUPPORTED | {"tie_word_embeddings": True}
     contents = {
-        "config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        "config.json": (files.json_text(dict(sorted(config.items())), 2) + "\n").encode(),
         "model.safetensors": safetensors.save(tensors, metadata={"format": "pt"}),
     }
     tokenizer_contents = _tokenizer_files(tokenizer, fields)

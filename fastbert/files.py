@@ -1,8 +1,23 @@
 """Files that are written whole or not at all: the one way in which this package writes what must survive a kill."""
 
+import contextlib
+import errno
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+# What to do about an error that the system reports; only these are about the disk.
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full: free some space or choose another folder",
+    errno.EDQUOT: "the disk quota is used up: free some space or choose another folder",
+    errno.EFBIG: "files may not become that large here: raise the limit (ulimit -f) or choose another folder",
+    errno.EIO: "the disk failed: look at the system's log and choose another folder",
+    errno.EROFS: "the disk cannot be written to: choose another folder",
+    errno.EACCES: "choose another folder, or ask for the permission",
+    errno.EPERM: "choose another folder, or ask for the permission",
+}
 
 
 def write(folder: str | os.PathLike, contents: Mapping[str, bytes]) -> None:
@@ -24,21 +39,34 @@ def write(folder: str | os.PathLike, contents: Mapping[str, bytes]) -> None:
     staged = {folder / name: folder / f".{name}.writing" for name in contents}
     try:
         for (path, temporary), data in zip(staged.items(), contents.values(), strict=True):
-            try:
+            with naming(path, "what was there before is unchanged"):
                 temporary.write_bytes(data)
                 flush(temporary)
-            except OSError as error:
-                raise OSError(
-                    error.errno,
-                    f"{error.strerror}; free some space or choose another folder: what was there before is unchanged",
-                    str(path),
-                ) from error
         for path, temporary in staged.items():
             os.replace(temporary, path)
         flush(folder)
     finally:
         for temporary in staged.values():
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike, rest: str = "") -> Iterator[None]:
+    """An OSError within the block is raised as one that names `path` and what to do, and ends with `rest`.
+
+    The disk is blamed only where the system's own error number does.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        parts = [reason, _REMEDIES.get(error.errno, ""), rest]
+        raise OSError(error.errno, "; ".join(part for part in parts if part), str(path)) from error
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """`value` as JSON, paths as strings; ValueError for NaN and the infinities, which JSON does not have."""
+    return json.dumps(value, indent=indent, allow_nan=False, default=os.fspath)
 
 
 def flush(path: str | os.PathLike) -> None:

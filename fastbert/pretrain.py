@@ -1,14 +1,14 @@
 """From raw text to a BERT that `transformers` loads: what `fastbert pretrain` runs, in the order it happens.
 
-A run's folder holds everything: `config.json`, `tokenizer/`, `data/{train,held_out}/`, `snapshots/`, `metrics.jsonl`,
-`tensorboard/`, `loss.png` and, at the end, `model/` in Hugging Face's format.
+A run's folder holds everything: `tokenizer/`, `data/{train,held_out}/`, `config.json`, `snapshots/`, `metrics.jsonl`,
+`tensorboard/`, `loss.png` and, at the end, `model/` in Hugging Face's format. `config.json` makes it a run, which can
+be resumed from then on; it is written when the data is there and holds.
 """
 
 import contextlib
 import copy
 import dataclasses
 import math
-import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,26 +19,33 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fastbert import allocator, snapshot
+from fastbert import allocator, lock, snapshot
 from fastbert.bert import BertConfig, BertForPreTraining
 from fastbert.data.batches import Batch, PretrainBatches
-from fastbert.data.corpus import iter_documents
-from fastbert.data.store import TokenStore, write_stores
-from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, train_tokenizer, vocab_size
+from fastbert.data.store import TokenStore
+from fastbert.data.tokenizer import special_ids, vocab_size
+from fastbert.divergence import Watch
 from fastbert.evaluate import Frequencies, evaluate, forward, guesses
 from fastbert.gradients import clip_grad_norm_
 from fastbert.ops.linear import use_linear
 from fastbert.optim import LazyAdam, decay_groups
-from fastbert.report import Metrics, plot_loss, read_metrics
+from fastbert.prepare import check_fingerprints, fingerprints, prepare
+from fastbert.report import Metrics, last_scores, plot_loss, read_metrics, shown, summary
 from fastbert.run import (
     PretrainConfig,
     environment,
     name_differences,
-    open_run,
+    new_run,
     random_state,
+    refuse_a_second_run,
+    refuse_many_processes,
+    resumed_run,
     set_random_state,
     write_config,
 )
+from fastbert.signals import obey_the_parent_alone, stop_signals
+
+STATE = "model", "optimizer", "epoch", "index", "step", "tokens", "random", "environment", "data"  # of a snapshot
 
 
 def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
@@ -52,15 +59,25 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
         The folder with the exported model; None where Ctrl-C or SIGTERM stopped the run, its state saved.
 
     Raises:
-        ValueError, OSError: settings, corpus, data or snapshot that do not hold; the message says what to do.
+        ValueError, TypeError, OSError: settings, corpus, data or snapshot that do not hold, a run that diverged, a
+            folder in which another process trains; the message says what to do.
     """
+    refuse_many_processes()
     allocator.keep_memory()
-    config = open_run(config, resume)
+    config = resumed_run(config.output) if resume else new_run(config)
+    config.output.mkdir(parents=True, exist_ok=True)
+    with lock.hold(config.output):
+        return _pretrain(config, resume)
+
+
+def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
+    """`pretrain` with checked settings, alone in the run's folder."""
     folder = config.output
 
     # data
-    tokenizer = prepare_tokenizer(config)
-    train_store, held_out_store = prepare_stores(config, tokenizer)
+    if not resume:
+        refuse_a_second_run(folder)  # again: another process may have ended one since
+    tokenizer, train_store, held_out_store = prepare(config, resume)
 
     def batches(store: TokenStore) -> PretrainBatches:
         return PretrainBatches(
@@ -70,6 +87,9 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
 
     train, held_out = batches(train_store), batches(held_out_store)
     frequencies = Frequencies(train_store.token_counts())
+    data = fingerprints(tokenizer, train_store, held_out_store)
+    if not resume:
+        write_config(config)  # from here on it is a run
 
     # model and optimizer
     torch.manual_seed(config.seed)
@@ -91,10 +111,14 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
 
     # where the run stands
     step = tokens = 0
-    state = snapshot.load(folder / "snapshots")
+    state = snapshot.load(folder / "snapshots", STATE)
     if state is not None:
+        check_fingerprints(state["data"], data, folder)
         name_differences(state["environment"], config)
-        model.load_state_dict(state["model"])
+        try:
+            model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise ValueError(f"{folder / 'config.json'} describes another model than the snapshot: {error}") from error
         optimizer.load_state_dict(state["optimizer"])
         stream.epoch, stream.index = state["epoch"], state["index"]
         step, tokens = state["step"], state["tokens"]
@@ -108,11 +132,14 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
         state = {
             "model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": stream.epoch,
             "index": stream.index, "step": step, "tokens": tokens, "random": random_state(config.device),
-            "environment": environment(config),
+            "environment": environment(config), "data": data,
         }  # fmt: skip
+        watch.look()
+        watch.state(step, state)
         snapshot.save(folder / "snapshots", step, state, config.keep)
 
     # the loop
+    watch = Watch(config)
     metrics = Metrics(folder, step)
     bar = tqdm(total=config.steps, initial=step, unit="step", desc="training", dynamic_ncols=True)
     scores: dict[str, float] = {}
@@ -121,23 +148,26 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
     with stop_signals() as stopped, contextlib.closing(metrics), bar:
         while step < config.steps and not stopped:
             micro = [next(batch) for _ in range(config.accumulate)]
-            record = train_step(model, optimizer, micro, learning_rate(step, config), config)
+            record = train_step(model, optimizer, micro, learning_rate(step, config), config, watch, step + 1)
             step += 1
             tokens += sum(len(each.input_ids) for each in micro)
             bar.update()
             if step % config.log_every == 0 or step == config.steps:
+                watch.look()
                 seconds = time.perf_counter() - clock
                 record = {name: float(value) for name, value in record.items()}
                 speed = (tokens - tokens_then) / seconds
                 metrics.write({"step": step, **record, "tokens": tokens, "tokens_per_second": round(speed)})
-                shown = {"loss": f"{record['loss']:.3f}", "tokens/s": f"{speed:,.0f}"}
+                postfix = {"loss": f"{record['loss']:.3f}", "tokens/s": f"{speed:,.0f}"}
                 if scores:
-                    shown["held-out"] = f"{scores['mlm_loss']:.3f}"
-                bar.set_postfix(shown, refresh=False)
+                    postfix["held-out"] = shown(scores["mlm_loss"], ".3f")
+                bar.set_postfix(postfix, refresh=False)
                 clock, tokens_then = time.perf_counter(), tokens
             if step in evaluate_at:
+                watch.look()
                 scores = held_out_scores()
                 metrics.write({"step": step, **{f"held_out/{name}": value for name, value in scores.items()}})
+                watch.scores(step, scores)
                 clock, tokens_then = time.perf_counter(), tokens
             if step % config.snapshot_every == 0 or step == config.steps or stopped:
                 take_snapshot()
@@ -152,7 +182,7 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
     records = read_metrics(folder / "metrics.jsonl")
     title = f"{config.preset}, {config.embedding_update} rows, {tokens / 1e6:.1f} M tokens"
     plot_loss(records, folder / "loss.png", title)
-    print(summary(config, scores or last_scores(records)))
+    print(summary(scores or last_scores(records) or held_out_scores()))
     print(guesses(model, held_out, tokenizer, config.device))
     print(f"\nmodel     {folder / 'model'}  (transformers.BertForPreTraining.from_pretrained loads it)")
     print(f"curve     {folder / 'loss.png'}\nmetrics   {folder / 'metrics.jsonl'}, tensorboard --logdir {folder}")
@@ -163,12 +193,18 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
 
 
 def train_step(
-    model: BertForPreTraining, optimizer: LazyAdam, micro: list[Batch], lr: float, config: PretrainConfig
+    model: BertForPreTraining,
+    optimizer: LazyAdam,
+    micro: list[Batch],
+    lr: float,
+    config: PretrainConfig,
+    watch: Watch | None = None,
+    number: int = 0,
 ) -> dict[str, Tensor | float]:
     """Forward and backward over the micro-batches, one step of the optimizer; losses as device scalars.
 
     The MLM loss is the mean over all masked tokens of the step, the NSP loss over all its sequences, however they are
-    spread over micro-batches.
+    spread over micro-batches. `watch` sees them as step `number` before the optimizer does.
     """
     model.train()
     masked = sum(len(batch.labels) for batch in micro)
@@ -193,6 +229,8 @@ def train_step(
         else None
     )
     norm = clip_grad_norm_(model.parameters(), config.clip, rows=rows)
+    if watch is not None:
+        watch.see(number, mlm_loss + nsp_loss, norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step(rows=rows)
@@ -235,7 +273,7 @@ class Stream:
             # A generator of its own: the loader draws from it, and torch's default one is part of what resumes.
             loader = DataLoader(
                 batches, batch_size=None, sampler=range(self.index, len(batches)), num_workers=self.workers,
-                generator=torch.Generator(),
+                generator=torch.Generator(), worker_init_fn=obey_the_parent_alone,
             )  # fmt: skip
             for batch in loader:
                 self.index += 1
@@ -265,61 +303,5 @@ def steps_within(
     return steps
 
 
-# ---- data ----------------------------------------------------------------------------------------------------------
-
-
-def prepare_tokenizer(config: PretrainConfig):
-    folder = config.output / "tokenizer"
-    if not (folder / "tokenizer.json").exists():
-        texts = (sentence for document in iter_documents(config.corpus, config.column) for sentence in document)
-        save_tokenizer(train_tokenizer(texts, config.vocab_size, config.lowercase), folder)
-    return load_tokenizer(folder)
-
-
-def prepare_stores(config: PretrainConfig, tokenizer) -> tuple[TokenStore, TokenStore]:
-    folder = config.output / "data"
-    if not folder.exists():
-        documents = iter_documents(config.corpus, config.column)
-        write_stores(folder, documents, tokenizer, held_out_fraction=config.held_out, seed=config.seed)
-    return TokenStore.open(folder / "train"), TokenStore.open(folder / "held_out")
-
-
-# ---- beginning, end, interruption ----------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[str]]:
-    """A list that Ctrl-C and SIGTERM put their name into, for the loop to see; a second one acts at once."""
-    stopped: list[str] = []
-
-    def note(number: int, frame: object) -> None:
-        stopped.append(signal.Signals(number).name)
-        signal.signal(number, before[number])
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def resume_command(config: PretrainConfig) -> str:
     return f"fastbert pretrain --output {config.output} --resume"
-
-
-def last_scores(records: list[dict[str, float]]) -> dict[str, float]:
-    held_out = [r for r in records if "held_out/mlm_loss" in r][-1]
-    return {name.removeprefix("held_out/"): value for name, value in held_out.items() if name != "step"}
-
-
-def summary(config: PretrainConfig, scores: dict[str, float]) -> str:
-    lines = [
-        f"\nheld-out, masked tokens       {'all':>8} {'rare':>8}",
-        f"loss, always the frequencies  {scores['frequency_loss']:8.3f} {scores['rare_frequency_loss']:8.3f}",
-        f"loss, this model              {scores['mlm_loss']:8.3f} {scores['rare_mlm_loss']:8.3f}",
-        f"accuracy, this model          {scores['mlm_accuracy']:8.1%} {scores['rare_mlm_accuracy']:8.1%}",
-    ]
-    if config.nsp:
-        lines.append(f"next sentence: accuracy       {scores['nsp_accuracy']:8.1%}")
-    return "\n".join(lines)

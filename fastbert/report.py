@@ -1,73 +1,151 @@
-"""What a training run says about itself: a JSON-lines file, TensorBoard, and the loss curve as a picture."""
+"""What a training run says about itself: a JSON-lines file, TensorBoard, the loss curve as a picture, a summary.
 
+A number that is not finite, as a mean over nothing is, becomes null in files, None in records and "-" on the screen.
+"""
+
+import io
 import json
+import math
 from pathlib import Path
 
 from fastbert import files
+
+_REST = "what was trained since the newest snapshot is lost: go on with --resume"
+Record = dict[str, float | int | None]  # flat, with a "step"
 
 
 class Metrics:
     """Appends each record to `metrics.jsonl` and, number by number, to TensorBoard's folder beside it.
 
-    A record is a flat dict with a "step"; a resumed run continues both after `last_step`, dropping what the interrupted
-    run wrote beyond it.
+    A resumed run continues both after `last_step`, dropping what the interrupted run wrote beyond it. Where its
+    `metrics.jsonl` is gone, that is said and a new one begins.
+
+    Raises:
+        ValueError: a `metrics.jsonl` that cannot be read. OSError: one that cannot be written; the error names it.
     """
 
     def __init__(self, folder: Path, last_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = folder / "metrics.jsonl"
+        self.path, self._board_folder = folder / "metrics.jsonl", folder / "tensorboard"
+        if last_step and not self.path.exists():
+            print(f"{self.path} is missing: training goes on, with records from step {last_step + 1} on alone")
         kept = [record for record in read_metrics(self.path) if record["step"] <= last_step]
-        files.write(folder, {self.path.name: "".join(json.dumps(record) + "\n" for record in kept).encode()})
-        self._file = self.path.open("a")
-        self._board = SummaryWriter(folder / "tensorboard", purge_step=last_step + 1)
+        files.write(folder, {self.path.name: "".join(files.json_text(record) + "\n" for record in kept).encode()})
+        with files.naming(self.path):
+            self._file = self.path.open("a")
+        with files.naming(self._board_folder):
+            self._board = SummaryWriter(self._board_folder, purge_step=last_step + 1)
 
-    def write(self, record: dict[str, float | int]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        for name, value in record.items():
-            if name != "step":
-                self._board.add_scalar(name, value, record["step"])
+    def write(self, record: Record) -> None:
+        record = {name: None if not_a_number(value) else value for name, value in record.items()}
+        with files.naming(self.path, _REST):
+            self._file.write(files.json_text(record) + "\n")
+            self._file.flush()
+        with files.naming(self._board_folder, _REST):
+            for name, value in record.items():
+                if name != "step" and value is not None:
+                    self._board.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        try:
+            with files.naming(self.path):
+                self._file.close()
+        finally:
+            with files.naming(self._board_folder):
+                self._board.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, float | int]]:
-    """The records of a `metrics.jsonl`; none where there is no file. A last line cut off by a kill is left out."""
+def read_metrics(path: Path) -> list[Record]:
+    """The records of a `metrics.jsonl`; none where there is no file. A last line cut off by a kill is left out.
+
+    Raises:
+        ValueError: another line that is no record; the message names it.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    with files.naming(path):
+        content = path.read_bytes()
+    records = []
+    for number, line in enumerate(content.splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            record = json.loads(line, parse_constant=lambda _: None)  # NaN: not JSON, but once written
+            if not (isinstance(record, dict) and isinstance(record["step"], int)):
+                raise ValueError("it is no object with a step")
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"{path}, line {number} is damaged ({error}): remove that line, or move the file away to go on "
+                "without it"
+            ) from error
+        records.append(record)
+    return records
 
 
-def plot_loss(records: list[dict[str, float | int]], path: Path, title: str) -> None:
-    """Draws training and held-out MLM loss over steps, beside the loss of always predicting token frequencies."""
+def last_scores(records: list[Record]) -> Record:
+    """The held-out scores recorded last; empty where there are none."""
+    held_out = [record for record in records if "held_out/mlm_loss" in record]
+    return {n.removeprefix("held_out/"): v for n, v in held_out[-1].items() if n != "step"} if held_out else {}
+
+
+def not_a_number(value: float | None) -> bool:
+    return value is None or not math.isfinite(value)
+
+
+def shown(value: float | None, form: str) -> str:
+    """`value` formatted, or "-" of the same width where it is not finite."""
+    width = form.split(".")[0].strip(",")
+    return f"{'-':>{width or 1}}" if not_a_number(value) else f"{value:{form}}"
+
+
+def summary(scores: Record) -> str:
+    """The held-out scores beside what token frequencies reach, for the screen."""
+    rows = [
+        ("loss, always the frequencies", "frequency_loss", "8.3f"),
+        ("loss, this model", "mlm_loss", "8.3f"),
+        ("accuracy, this model", "mlm_accuracy", "8.1%"),
+    ]
+    lines = [f"\nheld-out, masked tokens       {'all':>8} {'rare':>8}"]
+    for title, name, form in rows:
+        lines.append(f"{title:29} {shown(scores[name], form)} {shown(scores[f'rare_{name}'], form)}")
+    if "nsp_accuracy" in scores:
+        lines.append(f"{'next sentence: accuracy':29} {shown(scores['nsp_accuracy'], '8.1%')}")
+    return "\n".join(lines)
+
+
+def plot_loss(records: list[Record], path: Path, title: str) -> None:
+    """Draws training and held-out MLM loss over steps, beside the loss of always predicting token frequencies.
+
+    Raises:
+        OSError: the picture could not be written; the error names it.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    training = [(r["step"], r["mlm_loss"]) for r in records if "mlm_loss" in r]
-    held_out = [r for r in records if "held_out/mlm_loss" in r]
+    training, held_out, frequencies = (
+        [(record["step"], record[name]) for record in records if not not_a_number(record.get(name))]
+        for name in ("mlm_loss", "held_out/mlm_loss", "held_out/frequency_loss")
+    )
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot(*zip(*training, strict=True), color="C0", alpha=0.3, linewidth=0.8, label="training, one step")
-    axes.plot(*zip(*_smooth(training), strict=True), color="C0", label="training, smoothed")
-    axes.plot(
-        [r["step"] for r in held_out], [r["held_out/mlm_loss"] for r in held_out], "o-", color="C1", label="held-out"
-    )
-    axes.axhline(
-        held_out[-1]["held_out/frequency_loss"], color="0.4", linestyle="--", label="held-out, token frequencies"
-    )
-    last = held_out[-1]
-    axes.annotate(
-        f"{last['held_out/mlm_loss']:.2f}", (last["step"], last["held_out/mlm_loss"]), (0, -14), color="C1", ha="right",
-        textcoords="offset points",
-    )  # fmt: skip
+    if training:
+        axes.plot(*zip(*training, strict=True), color="C0", alpha=0.3, linewidth=0.8, label="training, one step")
+        axes.plot(*zip(*_smooth(training), strict=True), color="C0", label="training, smoothed")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", color="C1", label="held-out")
+        step, loss = held_out[-1]
+        axes.annotate(f"{loss:.2f}", (step, loss), (0, -14), color="C1", ha="right", textcoords="offset points")
+    if frequencies:
+        axes.axhline(frequencies[-1][1], color="0.4", linestyle="--", label="held-out, token frequencies")
     axes.set(xlabel="step", ylabel="MLM loss (nats per masked token)", title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
+    if training or held_out or frequencies:
+        axes.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    files.write(path.parent, {path.name: picture.getvalue()})
 
 
 def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:

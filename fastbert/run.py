@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import platform
 from pathlib import Path
 from typing import Any, Literal
@@ -69,9 +70,11 @@ class PretrainConfig:
     bf16: bool = False
     """Compute in bfloat16 (autocast); weights stay float32."""
     linear: Literal["auto", "torch", "onednn", "widened", "fastbert"] = "auto"
-    """Library of the products on a CPU; auto: the fastest one, timed once, when the run starts, and kept."""
+    """Library of the products on a CPU; auto: the fastest one, timed once, when the run starts, and kept; near-ties go
+    to the one that is usual for the processor."""
     seed: int = 0
-    """Of everything random."""
+    """Of everything random. The same corpus, settings and seed give the same weights, bit for bit, where what
+    config.json names under "environment" is the same too, the library that --linear auto chose among it."""
 
     evaluations: int = 8
     """Evaluations on the held-out part, evenly over the run."""
@@ -126,25 +129,46 @@ def _expect(holds: bool, name: str, rule: str, value: object) -> None:
         raise ValueError(f"{name} must be {rule}, got {value}")
 
 
-def open_run(config: PretrainConfig, resume: bool) -> PretrainConfig:
-    """Makes the run's folder, or finds the one to resume; the run's settings."""
-    path = config.output / "config.json"
-    if resume:
-        config = read_config(config.output)
-        return dataclasses.replace(config, linear=choose_linear(config))
-    if path.exists():
-        raise ValueError(f"{config.output} already holds a run: pass --resume to continue it, or another --output")
+def new_run(config: PretrainConfig) -> PretrainConfig:
+    """The settings of a new run, checked, before anything of it is written.
+
+    Raises:
+        ValueError, TypeError, OSError: a setting or the corpus does not hold.
+    """
     config.check()
     backend.check()
     if config.steps is not None and config.minutes is not None:
         raise ValueError(f"a run ends after steps or minutes, not both: got {config.steps} and {config.minutes:g}")
     if config.corpus is None:
         raise ValueError("a new run needs a corpus: a text file, a folder of text files, or a CSV file with --column")
+    refuse_a_second_run(config.output)
     next(iter_documents(config.corpus, config.column))
-    config = dataclasses.replace(config, linear=choose_linear(config))
-    config.output.mkdir(parents=True, exist_ok=True)
-    write_config(config)
-    return config
+    return dataclasses.replace(config, linear=choose_linear(config))
+
+
+def resumed_run(folder: Path) -> PretrainConfig:
+    """The settings of the run in `folder`; raises as `read_config` and `choose_linear`."""
+    config = read_config(folder)
+    return dataclasses.replace(config, linear=choose_linear(config))
+
+
+def refuse_a_second_run(folder: Path) -> None:
+    """Raises ValueError where `folder` holds a run, or what is left of one."""
+    for name in ("config.json", "snapshots", "metrics.jsonl"):
+        if (folder / name).exists():
+            raise ValueError(
+                f"{folder} already holds a run ({name}): pass --resume to continue it, or choose another --output"
+            )
+
+
+def refuse_many_processes() -> None:
+    """Raises ValueError where torchrun or its like started this process as one of several."""
+    world = os.environ.get("WORLD_SIZE", "")
+    if world not in ("", "1"):
+        raise ValueError(
+            f"a run trains in one process, and WORLD_SIZE={world} says that this is one of several: start it once, "
+            "without torchrun (on a CPU one process uses all cores; OMP_NUM_THREADS says how many)"
+        )
 
 
 def choose_linear(config: PretrainConfig) -> str:
@@ -163,24 +187,47 @@ def choose_linear(config: PretrainConfig) -> str:
     return name
 
 
+# Settings that runs did not have once, and what they did then.
+_ADDED_LATER = {"linear": "torch"}
+
+
 def read_config(folder: Path) -> PretrainConfig:
-    """The settings of the run in `folder`; FileNotFoundError where there is none."""
+    """The settings of the run in `folder`.
+
+    Raises:
+        FileNotFoundError: there is no run. ValueError: its config.json is damaged; the message says where.
+    """
     path = folder / "config.json"
     if not path.exists():
-        raise FileNotFoundError(f"{folder} holds no run to resume: there is no {path}")
+        raise FileNotFoundError(
+            f"{folder} holds no run to resume: there is no {path}. A run that ended before its data was ready is "
+            "started again without --resume, and reuses what is good"
+        )
+    with files.naming(path):
+        content = path.read_bytes()
     try:
-        stored = {"linear": "torch"} | json.loads(path.read_text())  # what runs had before there was a choice
-        corpus = None if stored["corpus"] is None else Path(stored["corpus"])
-        config = PretrainConfig(**stored | {"output": folder, "corpus": corpus})
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} does not hold the settings of a run: {error}") from error
-    config.check()
+        stored = json.loads(content)
+        if not isinstance(stored, dict):
+            raise ValueError("it is no JSON object")
+        stored.pop("environment", None)
+        stored = _ADDED_LATER | stored | {"output": folder}
+        names = [field.name for field in dataclasses.fields(PretrainConfig)]
+        if missing := [name for name in names if name not in stored]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        config = PretrainConfig(**stored | {"corpus": None if stored["corpus"] is None else Path(stored["corpus"])})
+        config.check()
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} does not hold the settings of a run: {error}. Put it back as it was, or start a new run in "
+            "another --output"
+        ) from error
     return config
 
 
 def write_config(config: PretrainConfig) -> None:
-    settings = json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
-    files.write(config.output, {"config.json": settings.encode()})
+    """Writes config.json: the settings, and the environment, all that the run's weights depend on beside its corpus."""
+    content = dataclasses.asdict(config) | {"environment": environment(config)}
+    files.write(config.output, {"config.json": (files.json_text(content, indent=2) + "\n").encode()})
 
 
 def random_state(device: str) -> dict[str, Tensor]:

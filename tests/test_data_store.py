@@ -140,11 +140,12 @@ def test_full_disk(tmp_path, tokenizer):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
-        with pytest.raises(OSError, match=r"could not be written .* make room") as caught:
+        with pytest.raises(OSError, match=r"raise the limit .*; nothing is left of the token store") as caught:
             write_store(tmp_path / "store", DOCUMENTS, tokenizer, progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert caught.value.errno == errno.EFBIG
+    assert caught.value.filename == str(tmp_path / ".store.partial/tokens.bin")
     assert not list(tmp_path.iterdir())
 
 

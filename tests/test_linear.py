@@ -359,14 +359,22 @@ def test_environment_decides():
     assert "Traceback" not in refused.stderr
 
 
+def test_near_ties_settle_by_a_fixed_order():
+    assert op.settle({"torch": 10.0, "onednn": 9.5, "fastbert": 9.2}, usual="torch") == "torch"
+    assert op.settle({"torch": 10.0, "onednn": 9.5, "fastbert": 9.2}, usual="fastbert") == "fastbert"
+    assert op.settle({"torch": 10.3, "onednn": 9.5, "fastbert": 9.2}, usual="torch") == "onednn"
+    assert op.settle({"torch": 10.0, "onednn": 4.7, "fastbert": 9.0}, usual="torch") == "onednn"
+    assert op.settle({"widened": 10.0, "fastbert": 9.2}, usual="widened") == "widened"
+
+
 def test_the_fastest_is_timed_and_must_be_right(monkeypatch):
     before = torch.get_rng_state()
     names = [name for name, missing in (("onednn", op.onednn_missing), ("fastbert", native.cpu_missing)) if not missing]
     name, why = op.fastest(512, 256, 1024)
     milliseconds = dict(re.findall(r"(\w+) took (\d+\.\d) ms", why))
-    assert list(milliseconds) == ["torch", *names] and float(milliseconds[name]) == min(
-        map(float, milliseconds.values())
-    )
+    milliseconds = {name: float(taken) for name, taken in milliseconds.items()}
+    assert list(milliseconds) == ["torch", *names]
+    assert milliseconds[name] <= 1.1 * min(milliseconds.values()) + 0.1, "the words are rounded"
     assert torch.equal(torch.get_rng_state(), before), "timing must leave no trace in the run's random numbers"
     nothing = " is small, or no other library is there"
     assert op.fastest(64, 128, 512, torch.float32) == ("torch", f"64 x 128 x 512{nothing}")

@@ -1,10 +1,12 @@
 """The whole path on a small corpus: Python's own manual, which comes with the standard library."""
 
 import dataclasses
+import json
 import math
 import os
 import pydoc_data.topics
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastbert import lock, snapshot
 from fastbert import pretrain as loop
 from fastbert import run as runs
-from fastbert import snapshot
 from fastbert.bert import BertConfig, BertForPreTraining
 from fastbert.ops import linear
 from fastbert.pretrain import pretrain
-from fastbert.report import read_metrics
+from fastbert.report import last_scores, read_metrics, summary
 from fastbert.run import PretrainConfig
 
 
@@ -58,7 +60,7 @@ def start(config, *extra, code="from fastbert.cli import main; main()"):
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments], env=os.environ | threads, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
 
 
@@ -84,6 +86,8 @@ def test_a_run_leaves_everything(finished):
     assert snapshot.steps(finished / "snapshots") == [35, 40]
     assert any((finished / "tensorboard").iterdir())
     assert (finished / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    stored = json.loads((finished / "config.json").read_text())
+    assert stored["environment"] == snapshot.load(finished / "snapshots")["environment"], "all that a seed depends on"
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -120,13 +124,14 @@ import os, signal, sys, torch
 from fastbert.cli import main
 save, count = torch.save, 0
 
-def save_half(state, path):
+def save_half(state, file):
     global count
     count += 1
     if count == 2:
-        path.write_bytes(b"half")
+        file.write(b"half")
+        file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
-    save(state, path)
+    save(state, file)
 
 torch.save = save_half
 main()
@@ -134,7 +139,7 @@ main()
 
 
 def test_killed_five_times_it_ends_in_the_same_bits(settings, finished, tmp_path):
-    config = dataclasses.replace(settings, output=tmp_path / "killed")
+    config = dataclasses.replace(settings, output=tmp_path / "killed", workers=1)  # outlives a kill for a moment
     draw = random.Random(1)
     for attempt in range(5):
         process = start(
@@ -156,12 +161,13 @@ def test_killed_five_times_it_ends_in_the_same_bits(settings, finished, tmp_path
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_ends_cleanly(settings, finished, tmp_path, number):
-    config = dataclasses.replace(settings, output=tmp_path / "stopped", snapshot_every=1000)
+def test_a_signal_to_the_process_group_saves_and_ends_cleanly(settings, finished, tmp_path, number):
+    """What a terminal, systemd, SLURM and containers send reaches the workers too."""
+    config = dataclasses.replace(settings, output=tmp_path / "stopped", snapshot_every=1000, workers=2)
     process = start(config)
     while process.poll() is None and max(losses(config.output), default=0) < 5:
         time.sleep(0.002)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     output = process.communicate()[0]
     assert process.returncode == 130, output
     step = snapshot.steps(config.output / "snapshots")[-1]
@@ -169,6 +175,103 @@ def test_a_signal_saves_and_ends_cleanly(settings, finished, tmp_path, number):
     assert "Traceback" not in output
     pretrain(config, resume=True)
     assert_same_run(config.output, finished)
+
+
+def test_workers_end_with_a_killed_parent(settings, tmp_path):
+    config = dataclasses.replace(settings, output=tmp_path / "killed", steps=100_000, workers=2)
+    process = start(config)
+    while process.poll() is None and not losses(config.output):
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    ended = time.monotonic() + 3  # by itself a worker of torch looks for its parent every five seconds
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < ended:
+            os.killpg(process.pid, 0)
+            time.sleep(0.01)
+    process.stdout.close()
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_snapshots(settings, finished, tmp_path, monkeypatch, capsys):
+    config = dataclasses.replace(settings, output=tmp_path / "diverged", snapshot_every=5, keep=1)
+    monkeypatch.setattr(loop, "learning_rate", lambda step, *_: 1e-3 if step < 11 else 1e30)
+    with pytest.raises(ValueError, match=r"diverged at step 1[34] of 40: its loss .* the snapshot of step 10 is kept"):
+        pretrain(config)
+    assert snapshot.steps(config.output / "snapshots") == [10]
+    assert max(losses(config.output)) <= 13 and not (config.output / "model").exists()
+    text = bad(capsys, monkeypatch, "pretrain", "--output", config.output, "--resume")
+    assert "diverged at step" in text and "lower --lr (now 0.003)" in text
+
+    # weights that are finite and good for nothing: the held-out scores tell, before a snapshot and the export
+    last = dataclasses.replace(config, output=tmp_path / "last", steps=12)
+    with pytest.raises(ValueError, match=r"diverged at step 12 of 12: .* the snapshot of step 10 is kept"):
+        pretrain(last)
+    assert not (last.output / "model").exists()
+
+
+def test_a_run_exists_once_its_data_does(settings, tmp_path, capsys, monkeypatch):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("one document alone, of a single sentence.")
+    config = dataclasses.replace(settings, output=tmp_path / "run", corpus=corpus, steps=1)
+    with pytest.raises(ValueError, match="document"):
+        pretrain(config)
+    assert not (config.output / "config.json").exists()
+    text = bad(capsys, monkeypatch, "pretrain", "--output", config.output, "--resume")
+    assert "holds no run to resume" in text and "is started again without --resume" in text
+    corpus.write_text("\n\n".join(f"giraffes eat leaves, {i} a day. so they grow." for i in range(60)))
+    pretrain(config)
+    assert "giraffes" in (config.output / "tokenizer/vocab.txt").read_text()
+    text = bad(capsys, monkeypatch, "pretrain", "--output", config.output, "--corpus", corpus, "--steps", 5)
+    assert "already holds a run (config.json): pass --resume" in text
+    (config.output / "config.json").unlink()
+    text = bad(capsys, monkeypatch, "pretrain", "--output", config.output, "--corpus", corpus, "--steps", 5)
+    assert "already holds a run (snapshots)" in text, "a new run must not go on from an old one's snapshots"
+
+
+def test_resume_on_another_text_is_refused(settings, finished, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "config.json").write_text(
+        (run / "config.json").read_text().replace(str(settings.corpus), str(tmp_path / "manual.txt"))
+    )
+    shutil.rmtree(run / "data")
+    shutil.copy(settings.corpus, tmp_path / "manual.txt")
+    pretrain(dataclasses.replace(settings, output=run), resume=True)  # elsewhere, the same text: its data is made again
+    for name in ("train", "held_out"):
+        assert (run / f"data/{name}/meta.json").read_bytes() == (finished / f"data/{name}/meta.json").read_bytes()
+
+    shutil.rmtree(run / "data")
+    (tmp_path / "manual.txt").write_text("\n\n".join("quite another text." for _ in range(100)))
+    assert "is not known to be the one that the run began with" in bad(
+        capsys, monkeypatch, "pretrain", "--output", run, "--resume"
+    )
+    shutil.copytree(finished / "data", run / "data")
+    shutil.rmtree(run / "data/held_out")
+    shutil.copytree(run / "data/train", run / "data/held_out")
+    assert "was trained with another held-out text than" in bad(
+        capsys, monkeypatch, "pretrain", "--output", run, "--resume"
+    )
+
+
+def test_one_process_trains_in_a_folder(finished, tmp_path, capsys, monkeypatch):
+    with lock.hold(finished):
+        text = bad(capsys, monkeypatch, "pretrain", "--output", finished, "--resume")
+        assert f"is in use: process {os.getpid()} on" in text
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    text = bad(capsys, monkeypatch, "pretrain", "--output", tmp_path / "new", "--corpus", finished, "--steps", 5)
+    assert "trains in one process, and WORLD_SIZE=4 says that this is one of several" in text
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_goes_on_without_its_metrics(finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "metrics.jsonl").unlink()
+    pretrain(runs.read_config(run), resume=True)
+    said = capsys.readouterr().out
+    assert "metrics.jsonl is missing: training goes on, with records from step 41 on alone" in said
+    before = last_scores(read_metrics(finished / "metrics.jsonl"))
+    assert summary(before) in said, "the held-out scores are measured again"
 
 
 def test_batches_do_not_depend_on_workers(settings, finished, tmp_path):
@@ -211,27 +314,29 @@ def test_the_library_of_products_is_chosen_once(settings, finished, tmp_path, mo
     monkeypatch.setattr(linear, "fastest", fastest)
     monkeypatch.setattr(linear, "onednn_missing", None)
     monkeypatch.setattr(linear, "_requested", "auto")
-    config = runs.open_run(dataclasses.replace(settings, output=tmp_path / "new"), resume=False)
+    config = runs.new_run(dataclasses.replace(settings, output=tmp_path / "new"))
     assert config.linear == "onednn" and timed == [(512, 128, 512, torch.float32)]
     assert "linear products by onednn: a test says so" in capsys.readouterr().out
     with loop.products(config):
         assert linear.chosen() == "onednn"
     assert runs.environment(config)["linear products"] == "onednn"
-    assert runs.open_run(config, resume=True) == config and len(timed) == 1, "a resumed run was timed again"
+    config.output.mkdir()
+    runs.write_config(config)
+    assert runs.resumed_run(config.output) == config and len(timed) == 1, "a resumed run was timed again"
 
     # FASTBERT_LINEAR forces it, which a resumed run says
     monkeypatch.setattr(linear, "_requested", "torch")
-    forced = runs.open_run(config, resume=True)
+    forced = runs.resumed_run(config.output)
     assert forced.linear == "torch"
     runs.name_differences(runs.environment(config), forced)
     assert "linear products onednn -> torch" in capsys.readouterr().out
     monkeypatch.setattr(linear, "_requested", "auto")
     in_bf16 = dataclasses.replace(settings, output=tmp_path / "bf16", bf16=True)
-    assert runs.open_run(in_bf16, resume=False).linear == "onednn" and timed[1:] == [(512, 128, 512, torch.bfloat16)]
+    assert runs.new_run(in_bf16).linear == "onednn" and timed[1:] == [(512, 128, 512, torch.bfloat16)]
 
     monkeypatch.setattr(linear, "onednn_missing", "it is gone")
     with pytest.raises(ValueError, match=r"it is gone\. FASTBERT_LINEAR=torch"):
-        runs.open_run(config, resume=True)
+        runs.resumed_run(config.output)
     assert snapshot.load(finished / "snapshots")["environment"]["linear products"] == runs.read_config(finished).linear
 
 
@@ -356,13 +461,22 @@ def test_bad_input_gets_a_sentence(tmp_path, corpus, finished, capsys, monkeypat
         assert message in said("--corpus", corpus, "--steps", 5, f"--{setting}", value, output=new)
         assert not new.exists()
     damaged = tmp_path / "config.json"
-    for text, problem in (("{", "Expecting"), ('{"corpus": null, "colour": 1}', "colour"), ("{}", "corpus")):
-        damaged.write_text(text)
+    good = json.loads((finished / "config.json").read_text())
+    for content, problem in (
+        (b"{", "Expecting"), (b"\xff", "utf-8"), (b"[]", "it is no JSON object"), (b"{}", "it lacks corpus"),
+        (good | {"colour": 1}, "colour"), ({k: v for k, v in good.items() if k != "lr"}, "it lacks lr"),
+        (good | {"steps": "5"}, ""), (good | {"corpus": 3}, ""), (good | {"lr": math.nan}, "lr must be"),
+    ):  # fmt: skip
+        damaged.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
         ended = said("--resume", output=tmp_path)
         assert "config.json does not hold the settings of a run: " in ended and problem in ended
+    damaged.write_text(json.dumps(good | {"preset": "mini"}))
+    for name in ("tokenizer", "data", "snapshots"):
+        shutil.copytree(finished / name, tmp_path / name)
+    assert "config.json describes another model than the snapshot" in said("--resume", output=tmp_path)
     damaged.unlink()
     assert "holds no run to resume" in said("--resume")
-    assert "already holds a run: pass --resume" in said("--corpus", corpus, "--steps", 5, output=finished)
+    assert "already holds a run (config.json): pass --resume" in said("--corpus", corpus, "--steps", 5, output=finished)
     changed = said("--resume", "--lr", 0.5, output=finished)
     assert "a resumed run keeps its settings; lr was 0.003, now 0.5" in changed
     assert "there is no command 'train'" in bad(capsys, monkeypatch, "train")
@@ -390,3 +504,5 @@ def test_help_names_every_setting():
     for field in dataclasses.fields(PretrainConfig):
         assert field.name.replace("_", "-") in text
     assert "resume" in text
+    said = " ".join(text.replace("│", " ").split())
+    assert "The same corpus, settings and seed give the same weights, bit for bit, where" in said

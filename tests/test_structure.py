@@ -15,8 +15,8 @@ PACKAGE = Path(fastbert.__file__).parent
 
 # A module may import only from layers below its own.
 LAYERS = [
-    {"version", "allocator", "_cpu", "testing", "files"},
-    {"native", "snapshot", "report", "parameter_names", "tokenizer_files"},
+    {"version", "allocator", "_cpu", "testing", "files", "signals"},
+    {"native", "snapshot", "report", "lock", "parameter_names", "tokenizer_files"},
     {"backend"},
     {"ops"},
     {"nn", "gradients", "options", "inputs"},
@@ -24,6 +24,7 @@ LAYERS = [
     {"state"},
     {"optim", "bert", "checkpoint", "data"},
     {"evaluate", "run"},
+    {"divergence", "prepare"},
     {"pretrain"},
     {"cli", "__init__"},
 ]

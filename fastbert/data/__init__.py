@@ -9,8 +9,9 @@ if missing := [name for name in ("numpy", "tokenizers", "tqdm") if find_spec(nam
     raise ImportError(f'fastbert.data needs {", ".join(missing)}: pip install "fastbert-kernels[pretrain]"')
 
 from fastbert.data.batches import Batch, PretrainBatches
-from fastbert.data.corpus import iter_documents, split_sentences
+from fastbert.data.corpus import check_corpus, iter_documents
 from fastbert.data.masking import mask_tokens
+from fastbert.data.sentences import split_sentences
 from fastbert.data.store import TokenStore, write_store, write_stores
 from fastbert.data.tokenizer import SpecialIds, load_tokenizer, save_tokenizer, special_ids, train_tokenizer
 
@@ -19,6 +20,7 @@ __all__ = [
     "PretrainBatches",
     "SpecialIds",
     "TokenStore",
+    "check_corpus",
     "iter_documents",
     "load_tokenizer",
     "mask_tokens",

@@ -8,12 +8,13 @@
 Sentences without tokens and documents without sentences are left out, so all lengths are at least 1.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import chain, count, pairwise
 from pathlib import Path
@@ -25,6 +26,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
+from fastbert import files
 from fastbert.data.draws import Purpose, below, draw
 from fastbert.data.tokenizer import fingerprint, vocab_size
 
@@ -102,6 +104,8 @@ class TokenStore:
         documents: int64 [documents + 1], offsets into sentences.
         vocab_size: every token is below it.
         tokenizer: fingerprint of the tokenizer that wrote it.
+        fingerprint: SHA-256 (hex) of meta.json's counts, tokenizer and checksums: stores of equal content share it, and
+            none has to be read for it.
     """
 
     folder: Path
@@ -110,6 +114,7 @@ class TokenStore:
     documents: np.ndarray
     vocab_size: int
     tokenizer: str
+    fingerprint: str = ""
 
     @classmethod
     def open(cls, folder: str | Path, verify: bool = True) -> "TokenStore":
@@ -145,7 +150,8 @@ class TokenStore:
             if verify and _crc32(array) != checksum:
                 raise ValueError(f"{file} is damaged, its checksum differs from the one in {_META}: {_REWRITE}")
             arrays.append(array)
-        return cls(folder, *arrays, vocab_size, tokenizer)
+        content = json.dumps([vocab_size, tokenizer, counts, types[0].name, checksums])
+        return cls(folder, *arrays, vocab_size, tokenizer, hashlib.sha256(content.encode()).hexdigest())
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker process maps the files again instead of receiving a copy of them.
@@ -222,9 +228,10 @@ class _Writer:
             "tokenizer": fingerprint(self.tokenizer),
             "crc32": self.checksums,
         }
-        with self._writing():
-            self.files[_META].write(json.dumps(meta, indent=2).encode())
-            for file in self.files.values():
+        with self._writing(_META):
+            self.files[_META].write(files.json_text(meta, indent=2).encode())
+        for name, file in self.files.items():
+            with self._writing(name):
                 file.flush()
                 os.fsync(file.fileno())
         return self.documents
@@ -247,19 +254,14 @@ class _Writer:
 
     def _append(self, name: str, array: np.ndarray) -> None:
         self.checksums[name] = zlib.crc32(array, self.checksums[name])
-        with self._writing():
+        with self._writing(name):
             self.files[name].write(array)
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"the token store could not be written ({error.strerror}); nothing is left of it: make room for about "
-                "half the size of the text, or choose another folder",
-            ) from error
+    def _writing(self, name: str) -> AbstractContextManager[None]:
+        return files.naming(
+            self.folder / name,
+            "nothing is left of the token store, which takes about half the space of its text",
+        )
 
 
 @contextmanager

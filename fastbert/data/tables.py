@@ -1,0 +1,237 @@
+"""The column of text in a table: CSV, TSV and JSON lines, read row by row.
+
+A row that does not hold is an error that names all of its kind in the file, so a large table is mended in one go.
+"""
+
+import csv
+import json
+import shlex
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TextIO
+
+from fastbert.data.encodings import open_text
+
+Quoting = Literal["auto", "double", "backslash", "none"]
+
+SEPARATED = {".csv": ",", ".tsv": "\t"}  # suffix -> separator
+JSON_LINES = (".jsonl", ".ndjson")
+TABLES = (*SEPARATED, *JSON_LINES)
+
+# A cell beyond this is no text but an unclosed quote that swallows the rest of a large file.
+MAX_CELL = 1 << 26
+_LINES_NAMED = 5
+
+_QUOTING: dict[str, dict[str, Any]] = {
+    "double": {"doublequote": True},
+    "backslash": {"doublequote": False, "escapechar": "\\"},
+    "none": {"quoting": csv.QUOTE_NONE},
+}
+
+
+def open_table(file: Path) -> TextIO:
+    """As `open_text`, line ends untouched, so that those inside quotes survive."""
+    return open_text(file, newline="")
+
+
+def is_json(file: Path, separator: str | None) -> bool:
+    """Whether a table is read as JSON lines; a separator makes any file one of columns."""
+    return file.suffix.lower() in JSON_LINES or (file.suffix.lower() == ".json" and separator is None)
+
+
+def column_texts(
+    file: Path, stream: TextIO, column: str, separator: str | None = None, quoting: Quoting = "auto"
+) -> Iterator[str]:
+    """The texts of a table's column, empty cells left out.
+
+    Args:
+        file: decides by its suffix how it is read: `.jsonl`, `.ndjson` and `.json` hold one JSON object a line,
+            everything else is a header and rows of as many cells.
+        stream: the file, opened by `open_table`.
+        column: name of the column in the header, or of the objects' field.
+        separator: one character; None: a tab for `.tsv`, else a comma. JSON has none.
+        quoting: "double": a cell in double quotes may hold separators and line ends, and quotes written twice, as
+            spreadsheets write it; "backslash": there quotes are written as \\"; "none": a quote is a character like
+            others, a line is a row. "auto": "none" between tabs where the header has no quotes, else "double".
+
+    Raises:
+        ValueError: no such column; a row with another number of cells than the header (empty ones at its end are no
+            harm); a quote that is not closed, or that swallows whole rows; a line that is no JSON object with a string
+            in the field. All rows are looked at first, and the message counts them.
+    """
+    if is_json(file, separator):
+        return _checked(file, _json_rows(file, stream, column))
+    return _checked(file, _separated_rows(file, stream, column, separator, quoting))
+
+
+def column_names(file: Path, separator: str | None = None, quoting: Quoting = "auto") -> list[str]:
+    """The names of a table's columns: its header's, or the fields of its first JSON object."""
+    with open_table(file) as stream:
+        if not is_json(file, separator):
+            return next(_reader(file, stream, separator, quoting), [])
+        try:
+            return list(dict(json.loads(stream.readline())))
+        except (ValueError, TypeError):
+            return []
+
+
+class _Row(NamedTuple):
+    """The line where a row begins, and its text or what is wrong with it."""
+
+    line: int
+    text: str = ""
+    problem: str | None = None
+
+
+def _checked(file: Path, rows: Iterator[_Row]) -> Iterator[str]:
+    bad: list[_Row] = []
+    more = 0
+    for row in rows:
+        if row.problem and len(bad) < _LINES_NAMED:
+            bad.append(row)
+        elif row.problem:
+            more += 1
+        elif row.text and not bad:
+            yield row.text
+    if bad:
+        others = [f"{row.line:,}" for row in bad[1:]] + ([f"{more:,} more"] if more else [])
+        also = f" (there is something wrong with other rows too, in lines {', '.join(others)})" if others else ""
+        raise ValueError(f"{file}, line {bad[0].line:,}: {bad[0].problem}{also}")
+
+
+# ---- columns between separators --------------------------------------------------------------------------------------
+
+
+def _separated_rows(
+    file: Path, stream: TextIO, column: str, separator: str | None, quoting: Quoting
+) -> Iterator[_Row]:
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_CELL))  # the default, 131,072, is less than one long article
+    rows = _reader(file, stream, separator, quoting)
+    line = 1
+    try:
+        header = next(rows, [])
+        place = _place(file, header, column)
+        line = rows.line_num + 1
+        for row in rows:
+            if any(map(str.strip, row)):  # not a blank line, nor one of separators alone
+                if len(row) < len(header) or any(map(str.strip, row[len(header) :])):
+                    yield _Row(line, problem=_wrong_number(row, header))
+                elif _swallows(row[: len(header)], place, rows.dialect.delimiter):
+                    yield _Row(line, problem=_SWALLOWED)
+                else:
+                    yield _Row(line, row[place])
+            line = rows.line_num + 1
+    except csv.Error as error:
+        yield _Row(
+            line,
+            problem=f"{error}: look for a quote that is not closed or not doubled; where quotes are written as \\\" pass "
+            "--quoting backslash, where they are characters like others --quoting none",
+        )
+
+
+def _reader(file: Path, stream: TextIO, separator: str | None, quoting: Quoting) -> Any:
+    separator = _one_character(separator) or SEPARATED.get(file.suffix.lower(), ",")
+    if quoting not in ("auto", *_QUOTING):
+        raise ValueError(f"quoting is one of auto, {', '.join(_QUOTING)}: got {quoting!r}")
+    first = stream.readline()
+    if quoting == "auto":
+        plain = separator == "\t" and not any(cell.startswith('"') for cell in first.split(separator))
+        quoting = "none" if plain else "double"
+    # Strict: an unclosed quote is an error instead of one cell with the rest of the file.
+    return csv.reader(chain([first], stream), delimiter=separator, strict=True, **_QUOTING[quoting])
+
+
+def _one_character(separator: str | None) -> str | None:
+    if separator in ("\\t", "tab"):  # what a shell passes on
+        return "\t"
+    if separator is not None and (len(separator) != 1 or separator in '"\\\r\n'):
+        raise ValueError(
+            f"a separator is one character, such as ';' or '|', or \\t for a tab, and no quote, backslash or line end: "
+            f"got {separator!r}"
+        )
+    return separator
+
+
+def _place(file: Path, header: list[str], column: str) -> int:
+    if (times := header.count(column)) == 1:
+        return header.index(column)
+    if times:
+        raise ValueError(f"{file} has {times} columns {column!r}: rename the others in its header")
+    hint = "; where another character stands between the columns, name it (--separator)" if len(header) == 1 else ""
+    raise ValueError(f"{file} has no column {column!r}: expected one of {header}{hint}")
+
+
+def _wrong_number(row: list[str], header: list[str]) -> str:
+    return (
+        f"the row has {_cells(len(row))}, its header {len(header)}: put cells that hold the separator or a line end in "
+        "quotes, or say how the file is written (--separator, --quoting)"
+    )
+
+
+def _cells(n: int) -> str:
+    return f"{n} cell{'s' * (n != 1)}"
+
+
+_SWALLOWED = (
+    "the lines of a quoted cell are whole rows by themselves, so its quote seems to be a character of the text: double it "
+    "and quote the cell, or pass --quoting none; where the cell is right, write the table as JSON lines (.jsonl)"
+)
+
+
+def _swallows(row: list[str], place: int, separator: str) -> bool:
+    """Whether a row of several lines is as many rows, joined by a stray quote: each line has the right cells."""
+    if len(row) == 1 or not any("\n" in cell or "\r" in cell for cell in row):
+        return False
+    # Cells by themselves tell: \r\n gives an empty line between two.
+    lines = [line for line in separator.join(row).replace("\r", "\n").split("\n") if line.strip()]
+    cells = [line.split(separator) for line in lines]
+    if len(lines) < 2 or any(len(each) != len(row) for each in cells):
+        return False
+    # Prose has commas too, but then what stands beside the text has spaces, which numbers and labels have not.
+    return separator == "\t" or not any(" " in cell for each in cells for cell in each[:place] + each[place + 1 :])
+
+
+# ---- JSON lines ------------------------------------------------------------------------------------------------------
+
+
+def _json_rows(file: Path, stream: TextIO, column: str) -> Iterator[_Row]:
+    for number, line in enumerate(iter(lambda: stream.readline(MAX_CELL), ""), 1):
+        if line.isspace():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield _Row(number, problem=f"not JSON ({error}): expected one object a line{_one_document(file, line)}")
+            if number == 1:
+                return  # the file as a whole is something else
+            continue
+        if not isinstance(record, dict):
+            problem = f"expected a JSON object with a field {column!r}, got {_shown(line)}{_one_document(file, line)}"
+            yield _Row(number, problem=problem)
+        elif column not in record:
+            yield _Row(number, problem=f"no field {column!r}: expected one of {list(record)}")
+        elif not isinstance(text := record[column], str | None):
+            yield _Row(number, problem=f"the field {column!r} must be a string or null, got {_shown(json.dumps(text))}")
+        elif text and "\\u" in line and not _encodable(text):
+            yield _Row(number, problem=f"the field {column!r} has half a character (\\ud800 to \\udfff): mend its escape")
+        else:
+            yield _Row(number, text or "")
+
+
+def _one_document(file: Path, line: str) -> str:
+    if not line.lstrip().startswith(("[", "{")):
+        return ""
+    return f"; a file that is a single JSON array is taken apart by jq -c '.[]' {shlex.quote(str(file))} > new.jsonl"
+
+
+def _shown(text: str) -> str:
+    return text.strip() if len(text) < 60 else f"{text.strip()[:50]}..."
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,154 @@
+"""What a run trains on: a tokenizer and two token stores, made once from the corpus and known by what they are made of.
+
+`corpus.json` in the run's folder says what that is. It is written before them, and each of them appears whole or not at
+all; so what stands there belongs to it, and a second try makes only what is missing or has other settings.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from fastbert import files
+from fastbert.data.corpus import iter_documents
+from fastbert.data.sources import find_files
+from fastbert.data.store import TokenStore, write_stores
+from fastbert.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, train_tokenizer
+from fastbert.run import PretrainConfig
+from fastbert.version import __version__
+
+MADE_OF = "corpus.json"
+
+
+def prepare(config: PretrainConfig, resume: bool) -> tuple[Tokenizer, TokenStore, TokenStore]:
+    """Tokenizer, training and held-out store of the run in `config.output`, made where they are missing.
+
+    A new run reuses what an earlier try made of the same corpus with the same settings, and replaces the rest. A
+    resumed run reads the corpus only where something is missing.
+
+    Raises:
+        FileNotFoundError: no corpus.
+        ValueError: a corpus that does not hold; a corpus that is no longer what a resumed run began with; a tokenizer
+            or a store that no run made, is damaged, or does not belong to the other.
+    """
+    tokenizer_at, data_at = config.output / "tokenizer", config.output / "data"
+    complete = (tokenizer_at / "tokenizer.json").exists() and data_at.exists()
+    if resume and not complete:
+        _expect_same_corpus(config)
+    if not resume:
+        _discard_what_differs(config, tokenizer_at, data_at)
+    if not (tokenizer_at / "tokenizer.json").exists():
+        texts = (sentence for document in _documents(config) for sentence in document)
+        save_tokenizer(train_tokenizer(texts, config.vocab_size, config.lowercase), tokenizer_at)
+    with _usable(tokenizer_at):
+        tokenizer = load_tokenizer(tokenizer_at)
+    if not data_at.exists():
+        write_stores(data_at, _documents(config), tokenizer, held_out_fraction=config.held_out, seed=config.seed)
+    with _usable(data_at):
+        stores = TokenStore.open(data_at / "train"), TokenStore.open(data_at / "held_out")
+        for store in stores:
+            store.check_tokenizer(tokenizer)
+    return tokenizer, *stores
+
+
+def fingerprints(tokenizer: Tokenizer, train: TokenStore, held_out: TokenStore) -> dict[str, str]:
+    """What a snapshot was trained on, for `check_fingerprints`."""
+    return {
+        "tokenizer": fingerprint(tokenizer),
+        "training text": train.fingerprint,
+        "held-out text": held_out.fingerprint,
+    }
+
+
+def check_fingerprints(then: dict[str, str], now: dict[str, str], folder: Path) -> None:
+    """Raises ValueError where the run's folder holds another tokenizer or text than its snapshot was trained on."""
+    different = [name for name, value in now.items() if then.get(name) != value]
+    if different:
+        raise ValueError(
+            f"the newest snapshot in {folder} was trained with another {' and another '.join(different)} than the "
+            "folder holds now: put back its tokenizer/ and data/ as they were, or start a new run in another --output"
+        )
+
+
+def made_of(config: PretrainConfig) -> dict[str, Any]:
+    """What tokenizer and stores depend on: the corpus by its content, and the settings that shape them."""
+    path = config.corpus
+    digest, size = hashlib.sha256(), 0
+    read = find_files(path, config.column).read
+    for file in read:
+        with files.naming(file), file.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").digest()
+            size += stream.tell()
+        digest.update(os.fsencode(file.relative_to(path) if path.is_dir() else file.name) + b"\0" + content)
+    corpus = {"files": len(read), "bytes": size, "sha256": digest.hexdigest()}
+    tokenizer = {"vocab_size": config.vocab_size, "lowercase": config.lowercase}
+    data = {"held_out": config.held_out, "seed": config.seed}
+    return {
+        "fastbert": __version__,
+        "corpus": corpus,
+        "reading": _reading(config),
+        "tokenizer": tokenizer,
+        "data": data,
+    }
+
+
+@contextlib.contextmanager
+def _usable(folder: Path) -> Iterator[None]:
+    """What is wrong with the content of `folder` within the block is raised with what to do about it."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{folder} cannot be used: {error}. Remove it as a whole, and it is made again of the corpus, if that is "
+            "unchanged"
+        ) from error
+
+
+def _reading(config: PretrainConfig) -> dict[str, Any]:
+    return {"column": config.column}
+
+
+def _documents(config: PretrainConfig) -> Iterator[list[str]]:
+    return iter_documents(config.corpus, **_reading(config))
+
+
+def _discard_what_differs(config: PretrainConfig, tokenizer_at: Path, data_at: Path) -> None:
+    now, then = made_of(config), _read(config.output)
+    if then is None and (found := [str(path) for path in (tokenizer_at, data_at) if path.exists()]):
+        raise ValueError(
+            f"{' and '.join(found)} would be the new run's, and {MADE_OF} beside it does not say that a run made it: "
+            "remove it, or choose another --output"
+        )
+    then = then or now
+    same_tokenizer = all(then.get(part) == now[part] for part in ("fastbert", "corpus", "reading", "tokenizer"))
+    if not same_tokenizer:
+        shutil.rmtree(tokenizer_at, ignore_errors=True)
+    if not same_tokenizer or then.get("data") != now["data"]:
+        shutil.rmtree(data_at, ignore_errors=True)
+    files.write(config.output, {MADE_OF: files.json_text(now, indent=2).encode()})
+
+
+def _expect_same_corpus(config: PretrainConfig) -> None:
+    now, then = made_of(config), _read(config.output)
+    if then is None or then.get("corpus") != now["corpus"]:
+        gone = f"{config.output} lacks its tokenizer/ or data/"
+        before = f"no readable {MADE_OF} says what it was made of" if then is None else f"was {then.get('corpus')}"
+        raise ValueError(
+            f"{gone}, and the corpus {config.corpus} is not known to be the one that the run began with ({before}, is "
+            f"{now['corpus']}): put either back as it was, or start a new run in another --output"
+        )
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """What `corpus.json` says; None where it is missing or damaged."""
+    try:
+        content = json.loads((folder / MADE_OF).read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
