@@ -97,6 +97,7 @@ def build_plan(compiler: str, target: Path) -> str:
 
 setup(
     packages=[*find_packages(include=["fastbert", "fastbert.*"]), "fastbert.kernels"],
+    py_modules=["fastbert_main"],
     package_dir={"fastbert.kernels": "kernels"},
     package_data={"fastbert": ["py.typed"]},
     ext_modules=[] if os.environ.get("FASTBERT_BUILD") == "0" else [Extension("fastbert._cpu", sources=[])],

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert import files, parameter_names, tokenizer_files
+from fastbert import extras, files, parameter_names, tokenizer_files
 
 _DECODER, _DECODER_BIAS = "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"
 _EMBEDDING, _BIAS = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"
@@ -124,12 +124,10 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            'reading and writing model folders needs: pip install "fastbert-kernels[pretrain]"'
-        ) from error
+    if why := extras.missing("reading and writing model folders needs", "safetensors"):
+        raise ImportError(why)
+    import safetensors.torch
+
     return safetensors.torch
 
 

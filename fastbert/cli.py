@@ -1,47 +1,81 @@
-"""The console script: `fastbert info` and `fastbert pretrain`."""
+"""The program `fastbert`: its commands, each a function, and how they end."""
 
 import dataclasses
 import os
 import sys
+from typing import Any
 
-from fastbert import backend
+import torch
+
+from fastbert import backend, extras
 from fastbert.ops import linear
+from fastbert.version import __version__
 
 USAGE = """usage: fastbert COMMAND
 
   info        what runs here: every op by every backend, versions, instruction set, threads
-  pretrain    raw text to a BERT that transformers loads; see fastbert pretrain --help"""
+  pretrain    raw text to a BERT that transformers loads; see fastbert pretrain --help
+  --version   the version of this package"""
 
 
 def main() -> None:
     """Runs one command; an error it understands ends in a sentence, the traceback shown with FASTBERT_DEBUG=1."""
     command, arguments = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
     try:
-        if command == "info":
-            print(backend.info(), linear.info(), sep="\n")
+        if command == "info" and not arguments:
+            print(backend.info(), linear.info(), waiting(), sep="\n")
         elif command == "pretrain":
             sys.exit(pretrain(arguments))
         elif command in ("-h", "--help"):
             print(USAGE)
+        elif command == "--version":
+            print(f"fastbert {__version__}")
+        elif command == "info":
+            sys.exit(f"fastbert info takes no arguments, got {' '.join(arguments)}")
         else:
             sys.exit(f"fastbert: there is no command {command!r}\n{USAGE}")
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("FASTBERT_DEBUG"):
             raise
         sys.exit(f"fastbert {command}: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if os.environ.get("FASTBERT_DEBUG") or not _is_about_memory(error):
+            raise
+        sys.exit(f"fastbert {command}: not enough memory; a smaller --batch-tokens or --preset takes less: {error}")
     except KeyboardInterrupt:
         sys.exit(f"fastbert {command}: interrupted")
 
 
+def _is_about_memory(error: MemoryError | RuntimeError) -> bool:
+    """torch raises a plain RuntimeError where the CPU's memory is used up."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def waiting() -> str:
+    """How OpenMP's threads wait for each other in this process, and what that costs; lines for `fastbert info`.
+
+    What counts is what stood in the environment when torch was loaded; see `fastbert_main`.
+    """
+    names = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY"
+    given = " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+    return (
+        f"threads wait by  {given or 'spinning, for none of ' + ', '.join(names) + ' is set'}\n"
+        "                 Beside a busy process spinning makes a small model's step up to ten times as slow. Where\n"
+        "                 none is set, fastbert's commands set OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=1000, which\n"
+        "                 costs a few percent on a quiet machine; for other programs, set them before Python starts."
+    )
+
+
 def pretrain(arguments: list[str]) -> int:
     """`fastbert pretrain`; the exit status: 0 when the run ended, 130 when Ctrl-C or SIGTERM stopped it."""
-    try:
-        import tyro
+    packages = "numpy", "tokenizers", "safetensors", "tyro", "tqdm", "tensorboard", "matplotlib"  # some at the end only
+    if why := extras.missing("pretraining needs", *packages):
+        raise ImportError(why)
+    import tyro
 
-        from fastbert.pretrain import pretrain as run
-        from fastbert.run import PretrainConfig, read_config
-    except ModuleNotFoundError as error:
-        raise ImportError(f'{error}; pretraining needs: pip install "fastbert-kernels[pretrain]"') from error
+    from fastbert import presets
+    from fastbert.pretrain import pretrain as run
+    from fastbert.run import PretrainConfig, read_config
 
     @dataclasses.dataclass(frozen=True)
     class Command(PretrainConfig):
@@ -50,16 +84,35 @@ def pretrain(arguments: list[str]) -> int:
         resume: bool = False
         """Continue the run in --output from its newest snapshot, with the settings it was started with."""
 
-    command = tyro.cli(Command, args=arguments, prog="fastbert pretrain")
+    def parse(**default: Command) -> Command:
+        try:
+            return tyro.cli(Command, args=arguments, prog="fastbert pretrain", **default)
+        except SystemExit as ended:
+            if not ended.code:  # --help
+                print(presets.table(Command.vocab_size, Command.batch_tokens, Command.seq_len))
+            raise
+
+    command = parse()
     if command.resume:
         stored = Command(**dataclasses.asdict(read_config(command.output)), resume=True)
-        given = dataclasses.asdict(tyro.cli(Command, args=arguments, prog="fastbert pretrain", default=stored))
-        changed = {name: value for name, value in given.items() if value != getattr(stored, name)}
-        if changed:
-            raise ValueError(
-                "a resumed run keeps its settings; "
-                + ", ".join(f"{name} was {getattr(stored, name)}, now {value}" for name, value in changed.items())
-                + ": leave them out, or start a new run in another --output"
-            )
+        check_unchanged(stored, parse(default=stored))
     settings = {field.name: getattr(command, field.name) for field in dataclasses.fields(PretrainConfig)}
     return 0 if run(PretrainConfig(**settings), resume=command.resume) else 130
+
+
+def check_unchanged(stored: Any, given: Any) -> None:
+    """Raises ValueError where a resumed run is given other settings than it has.
+
+    The steps of a run with --minutes are those that fit, so that asking for more, as when it was started, asks for what
+    it has.
+    """
+    now = dataclasses.asdict(given)
+    changed = {name: value for name, value in dataclasses.asdict(stored).items() if value != now[name]}
+    if stored.minutes is not None and given.steps >= stored.steps:
+        changed.pop("steps", None)
+    if changed:
+        raise ValueError(
+            "a resumed run keeps its settings; "
+            + ", ".join(f"{name} was {was}, now {now[name]}" for name, was in changed.items())
+            + ": leave them out, or start a new run in another --output"
+        )

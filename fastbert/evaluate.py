@@ -1,6 +1,8 @@
 """How good a masked language model is on held-out text, beside what token frequencies alone would reach."""
 
 import itertools
+import unicodedata
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -50,7 +52,8 @@ def evaluate(
         batches have pairs. A mean over nothing is NaN.
     """
     model.eval()
-    tokens, pairs = [], []  # per masked token: loss, frequency loss, hit, rare; per pair: loss, hit
+    # per masked token: loss, frequency loss, hit, rare; per pair: loss, hit
+    tokens, pairs = [torch.empty(0, 4, dtype=torch.float64)], []
     for batch in itertools.islice((batches[i] for i in range(len(batches))), count):
         batch = batch.to(device)
         out = forward(model, batch)
@@ -80,32 +83,51 @@ def guesses(model: BertForPreTraining, batches: PretrainBatches, tokenizer, devi
     """Fill-mask on held-out text: in `count` sequences one masked word, what stood there, and the five best guesses."""
     model.eval()
     mask = tokenizer.token_to_id("[MASK]")
-    batch: Batch = batches[0]
-    original = batch.input_ids.clone()
-    original[batch.masked_positions] = batch.labels
-    bounds = batch.cu_seqlens.tolist()
-    lines = ["\nguesses on held-out text"]
-    for start, end in itertools.pairwise(bounds):
-        ids = original[start:end].clone()
-        place = _whole_word(ids, [p - start for p in batch.masked_positions.tolist() if start <= p < end], tokenizer)
-        if place is None:
-            continue
+    lines = []
+    for ids, token_type_ids, place in itertools.islice(_masked_words(batches, tokenizer), count):
         truth, ids[place] = int(ids[place]), mask
-        out = model(ids.unsqueeze(0).to(device), token_type_ids=batch.token_type_ids[start:end].unsqueeze(0).to(device))
+        out = model(ids.unsqueeze(0).to(device), token_type_ids=token_type_ids.unsqueeze(0).to(device))
         best = out.prediction_logits[0, place].float().softmax(-1).topk(5)
-        before = tokenizer.decode(ids[max(0, place - 14) : place].tolist())
-        after = tokenizer.decode(ids[place + 1 : place + 10].tolist())
+        before = _readable(tokenizer.decode(ids[max(0, place - 14) : place].tolist()))
+        after = _readable(tokenizer.decode(ids[place + 1 : place + 10].tolist()))
         words = [f"{tokenizer.id_to_token(i)} {p:.0%}" for p, i in zip(*(x.tolist() for x in best), strict=True)]
         lines.append(f"  ... {before} [{tokenizer.id_to_token(truth)}] {after} ...\n      {', '.join(words)}")
-        if len(lines) > count:
-            break
-    return "\n".join(lines)
+    return "\n".join(["\nguesses on held-out text", *(lines or ["  none: no whole word of it is masked"])])
+
+
+def _masked_words(batches: PretrainBatches, tokenizer) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Of each sequence that has one: its ids [T] before masking, token types [T], and the place of a masked word."""
+    for batch in (batches[i] for i in range(min(len(batches), 32))):
+        original = batch.input_ids.clone()
+        original[batch.masked_positions] = batch.labels
+        for start, end in itertools.pairwise(batch.cu_seqlens.tolist()):
+            ids = original[start:end].clone()
+            places = [p - start for p in batch.masked_positions.tolist() if start <= p < end]
+            place = _whole_word(ids, places, tokenizer)
+            if place is not None:
+                yield ids, batch.token_type_ids[start:end], place
 
 
 def _whole_word(ids: Tensor, places: list[int], tokenizer) -> int | None:
     """The first of `places` whose token is a word of letters in one piece."""
     for place in places:
         token, following = (tokenizer.id_to_token(int(ids[p])) for p in (place, place + 1))
-        if token.isalpha() and len(token) > 3 and not following.startswith("##"):
+        if _is_word(token) and not following.startswith("##"):
             return place
     return None
+
+
+def _is_word(token: str) -> bool:
+    """Letters and their marks: four or more, or wide ones (Chinese, Korean), of which one is a word or syllable."""
+    letters = all(unicodedata.category(character)[0] in "LM" for character in token)
+    return letters and (len(token) > 3 or all(_wide(character) for character in token))
+
+
+def _wide(character: str) -> bool:
+    return unicodedata.east_asian_width(character) in "WF"
+
+
+def _readable(text: str) -> str:
+    """Without the spaces between wide characters, each of which is a token of its own."""
+    neighbours = zip(f" {text}", text, f"{text[1:]} ", strict=False)
+    return "".join(here for before, here, after in neighbours if here != " " or not (_wide(before) and _wide(after)))

@@ -8,7 +8,6 @@ be resumed from then on; it is written when the data is there and holds.
 import contextlib
 import copy
 import dataclasses
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -43,6 +42,7 @@ from fastbert.run import (
     set_random_state,
     write_config,
 )
+from fastbert.schedule import evaluation_steps, learning_rate, steps_in_time, steps_that_fit
 from fastbert.signals import obey_the_parent_alone, stop_signals
 
 STATE = "model", "optimizer", "epoch", "index", "step", "tokens", "random", "environment", "data"  # of a snapshot
@@ -123,10 +123,10 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
         stream.epoch, stream.index = state["epoch"], state["index"]
         step, tokens = state["step"], state["tokens"]
         set_random_state(state["random"], config.device)
-    if config.steps is None:
+    if config.steps is None or (config.minutes is not None and not resume):
         config = dataclasses.replace(config, steps=steps_within(config, model, train, held_out_scores))
         write_config(config)
-    evaluate_at = {round(config.steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
+    evaluate_at = evaluation_steps(config.steps, config.evaluations)
 
     def take_snapshot() -> None:
         state = {
@@ -143,12 +143,15 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
     metrics = Metrics(folder, step)
     bar = tqdm(total=config.steps, initial=step, unit="step", desc="training", dynamic_ncols=True)
     scores: dict[str, float] = {}
-    clock, tokens_then = time.perf_counter(), tokens
+    first, began = step, time.perf_counter()
+    allowed = None if config.minutes is None else 60 * config.minutes * (1 - step / config.steps)  # for this process
+    clock, tokens_then = began, tokens
     batch = iter(stream)
     with stop_signals() as stopped, contextlib.closing(metrics), bar:
         while step < config.steps and not stopped:
             micro = [next(batch) for _ in range(config.accumulate)]
-            record = train_step(model, optimizer, micro, learning_rate(step, config), config, watch, step + 1)
+            lr = learning_rate(step, config.steps, config.lr, config.warmup)
+            record = train_step(model, optimizer, micro, lr, config, watch, step + 1)
             step += 1
             tokens += sum(len(each.input_ids) for each in micro)
             bar.update()
@@ -172,6 +175,13 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
             if step % config.snapshot_every == 0 or step == config.steps or stopped:
                 take_snapshot()
                 clock, tokens_then = time.perf_counter(), tokens
+            if allowed is not None and step < config.steps and step % config.log_every == 0:
+                steps = steps_in_time(config.steps, step, step - first, time.perf_counter() - began, allowed)
+                if steps < config.steps:
+                    bar.write(f"{config.minutes:g} minutes have become too short: {steps} steps, not {config.steps}")
+                    config = dataclasses.replace(config, steps=steps)
+                    write_config(config)
+                    bar.total, evaluate_at = steps, evaluation_steps(steps, config.evaluations)
     if step < config.steps:
         take_snapshot()
         print(f"stopped by {stopped[0]} after step {step} of {config.steps}; go on with: {resume_command(config)}")
@@ -204,11 +214,12 @@ def train_step(
     """Forward and backward over the micro-batches, one step of the optimizer; losses as device scalars.
 
     The MLM loss is the mean over all masked tokens of the step, the NSP loss over all its sequences, however they are
-    spread over micro-batches. `watch` sees them as step `number` before the optimizer does.
+    spread over micro-batches. A mean over nothing is 0: [UNK] is never masked, so a step may have nothing to predict.
+    `watch` sees the losses as step `number` before the optimizer does.
     """
     model.train()
-    masked = sum(len(batch.labels) for batch in micro)
-    pairs = sum(len(batch.cu_seqlens) - 1 for batch in micro)
+    masked = max(1, sum(len(batch.labels) for batch in micro))  # 1: a mean over nothing is 0
+    pairs = max(1, sum(len(batch.cu_seqlens) - 1 for batch in micro))
     mlm_loss = nsp_loss = torch.zeros((), device=config.device)
     touched = []
     for batch in micro:
@@ -244,14 +255,6 @@ def make_optimizer(model: BertForPreTraining, config: PretrainConfig) -> LazyAda
     return LazyAdam(decay_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, config.beta2), eps=1e-6)
 
 
-def learning_rate(step: int, config: PretrainConfig) -> float:
-    """Of step `step` (from 0): rises linearly over the warm-up, falls linearly to 0 at the end."""
-    rising = math.ceil(config.warmup * config.steps)
-    if step < rising:
-        return config.lr * (step + 1) / rising
-    return config.lr * (config.steps - step) / max(1, config.steps - rising)
-
-
 @contextlib.contextmanager
 def products(config: PretrainConfig) -> Iterator[None]:
     """In which dtype and by which library the run computes its products."""
@@ -284,7 +287,10 @@ class Stream:
 def steps_within(
     config: PretrainConfig, model: BertForPreTraining, batches: PretrainBatches, scores: Callable[[], object]
 ) -> int:
-    """Steps that fit into `config.minutes` with their evaluations, measured on copies of model and optimizer."""
+    """Steps that fit into `config.minutes` with their evaluations, measured on copies of model and optimizer.
+
+    Not more than `config.steps`, where that is given too.
+    """
     trial = copy.deepcopy(model)
     optimizer = make_optimizer(trial, config)
     stream = iter(Stream(batches, 0))
@@ -298,8 +304,14 @@ def steps_within(
         scores()
         evaluation = time.perf_counter() - start
     usual = statistics.median(times[2:])  # the first steps also warm up; a busy moment must not cut the run short
-    steps = max(1, int((60 * config.minutes - config.evaluations * evaluation) / usual))
-    print(f"{config.minutes:g} minutes: {steps} steps of {1000 * usual:.0f} ms, {config.evaluations} evaluations")
+    fitting = steps_that_fit(60 * config.minutes, usual, evaluation, config.evaluations)
+    steps = fitting if config.steps is None else min(fitting, config.steps)
+    minutes = (steps * usual + config.evaluations * evaluation) / 60
+    asked = f" of the {config.steps} asked for" if config.steps is not None and steps < config.steps else ""
+    print(
+        f"{steps} steps of {1000 * usual:.0f} ms{asked} and {config.evaluations} evaluations: about {minutes:.2g} "
+        f"minutes, {config.minutes:g} allowed"
+    )
     return steps
 
 

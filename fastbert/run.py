@@ -5,16 +5,19 @@ import json
 import math
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from fastbert import backend, files, native
 from fastbert.bert import BertConfig
+from fastbert.data.batches import LONGEST
 from fastbert.data.corpus import iter_documents
 from fastbert.ops import linear
+from fastbert.presets import LEARNING_RATES
 from fastbert.version import __version__
 
 
@@ -29,8 +32,8 @@ class PretrainConfig:
     column: str | None = None
     """The CSV file's column that holds the text; every row is a document."""
 
-    preset: str = "tiny"
-    """Size of the model: tiny, mini, small, base or large."""
+    preset: Literal["tiny", "mini", "small", "base", "large"] = "tiny"
+    """Size of the model; below is what each costs."""
     vocab_size: int = 8192
     """Entries of the WordPiece vocabulary that is trained on the corpus."""
     lowercase: bool = True
@@ -52,11 +55,12 @@ class PretrainConfig:
     """Share of the documents kept for evaluation."""
 
     steps: int | None = None
-    """Optimizer steps; either this or --minutes."""
+    """Optimizer steps; with --minutes as well: at most so many."""
     minutes: float | None = None
-    """Training time: turned into a number of steps once, after a short measurement, before the schedule starts."""
-    lr: float = 1e-3
-    """Highest learning rate."""
+    """Longest training time, kept to within a tenth: the steps that fit are measured at the start, and become fewer if
+    the machine becomes slower. A run to be repeated bit for bit takes --steps alone."""
+    lr: float | None = None
+    """Highest learning rate; if not given the preset's, see below."""
     warmup: float = 0.1
     """Share of the steps in which the learning rate rises; then it falls linearly to 0."""
     weight_decay: float = 0.01
@@ -92,41 +96,70 @@ class PretrainConfig:
     """Where to train, as torch names it."""
 
     def check(self) -> None:
-        """Raises ValueError with the rule, where a setting does not hold."""
-        BertConfig.preset(self.preset)
+        """Raises ValueError with the rule, what came and what is expected, where a setting does not hold."""
+        for name, kind in get_type_hints(PretrainConfig).items():
+            value = getattr(self, name)
+            if get_origin(kind) is Literal:
+                _expect(value in get_args(kind), name, f"one of {', '.join(get_args(kind))}", value)
+            elif kind in (bool, str):
+                _expect(type(value) is kind, name, "true or false" if kind is bool else "a string", value)
+        for name, (low, high) in _INTEGERS.items():
+            value = getattr(self, name)
+            holds = type(value) is int and low <= value <= high
+            _expect(holds or (name == "steps" and value is None), name, f"an integer from {low} to {high}", value)
+        for name, (rule, holds) in _NUMBERS.items():
+            value = getattr(self, name)
+            number = type(value) in (int, float) and holds(value)
+            _expect(number or (name in ("lr", "minutes") and value is None), name, rule, value)
         if self.steps is None and self.minutes is None:
-            raise ValueError("a run ends after so many steps or minutes: give one of them")
-        for name in ("batch_tokens", "accumulate", "evaluations", "evaluation_batches", "snapshot_every", "keep"):
-            _expect(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        _expect(self.log_every >= 1, "log_every", "at least 1", self.log_every)
-        _expect(self.workers >= 0, "workers", "0 or more", self.workers)
-        _expect(self.steps is None or self.steps >= 1, "steps", "at least 1", self.steps)
-        _expect(self.minutes is None or self.minutes > 0, "minutes", "more than 0", self.minutes)
-        _expect(self.lr > 0 and math.isfinite(self.lr), "lr", "a positive number", self.lr)
-        _expect(0 <= self.warmup <= 1, "warmup", "a share from 0 to 1", self.warmup)
-        _expect(0 < self.held_out <= 0.5, "held_out", "a share above 0 and at most 0.5", self.held_out)
-        _expect(self.vocab_size >= 64, "vocab_size", "at least 64", self.vocab_size)
-        _expect(self.clip > 0, "clip", "more than 0", self.clip)
-        _expect(0 <= self.beta2 < 1, "beta2", "a number from 0 to below 1", self.beta2)
-        _expect(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
-        _expect(0 <= self.dropout < 1, "dropout", "a probability below 1", self.dropout)
-        _expect(
-            8 <= self.seq_len <= self.max_position_embeddings,
-            "seq_len",
-            f"from 8 to the rows of the position table, max_position_embeddings={self.max_position_embeddings}",
-            self.seq_len,
-        )
+            raise ValueError("a run ends after so many steps or minutes: give --steps, --minutes or both")
+        rule = f"at most the rows of the position table, max_position_embeddings={self.max_position_embeddings}"
+        _expect(self.seq_len <= self.max_position_embeddings, "seq_len", rule, self.seq_len)
         rule = f"at least one sample's, seq_len={self.seq_len}"
         _expect(self.batch_tokens >= self.seq_len, "batch_tokens", rule, self.batch_tokens)
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise ValueError(f"device must be one that torch has here, got {self.device!r}: {error}") from error
+        _check_device(self.device)
+
+
+_MANY = 2**31 - 1  # the largest int32
+_INTEGERS = {  # setting: lowest and highest value
+    "vocab_size": (64, _MANY),
+    "max_position_embeddings": (8, LONGEST),
+    "seq_len": (8, LONGEST),
+    "batch_tokens": (8, 2**30),  # places in a packed batch are int32, and batches are rounded up
+    "accumulate": (1, _MANY),
+    "steps": (1, _MANY),
+    "seed": (0, 2**64 - 1),
+    "evaluations": (1, 10**6),
+    "evaluation_batches": (1, _MANY),
+    "snapshot_every": (1, _MANY),
+    "keep": (1, _MANY),
+    "log_every": (1, _MANY),
+    "workers": (0, 1024),
+}
+_NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {  # setting: the rule, and whether a number keeps it
+    "dropout": ("a probability from 0 to below 1", lambda x: 0 <= x < 1),
+    "held_out": ("a share above 0 and at most 0.5", lambda x: 0 < x <= 0.5),
+    "minutes": (f"above 0 and at most {60 * 24 * 366}, a year", lambda x: 0 < x <= 60 * 24 * 366),
+    "lr": ("a number above 0", lambda x: 0 < x < math.inf),
+    "warmup": ("a share from 0 to 1", lambda x: 0 <= x <= 1),
+    "weight_decay": ("a number of at least 0", lambda x: 0 <= x < math.inf),
+    "beta2": ("a number from 0 to below 1", lambda x: 0 <= x < 1),
+    "clip": ("a number above 0, 1e9 for gradients as they are", lambda x: 0 < x < math.inf),
+}
+
+
+def _check_device(device: str) -> None:
+    """Raises ValueError unless torch has the device here, and it is one that a run can train on."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device must be one that torch has here, got {device!r}: {error}") from error
+    _expect(torch.device(device).type in ("cpu", "cuda"), "device", "cpu or cuda (or cuda:1, ...)", device)
 
 
 def _expect(holds: bool, name: str, rule: str, value: object) -> None:
     if not holds:
-        raise ValueError(f"{name} must be {rule}, got {value}")
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
 
 
 def new_run(config: PretrainConfig) -> PretrainConfig:
@@ -137,19 +170,22 @@ def new_run(config: PretrainConfig) -> PretrainConfig:
     """
     config.check()
     backend.check()
-    if config.steps is not None and config.minutes is not None:
-        raise ValueError(f"a run ends after steps or minutes, not both: got {config.steps} and {config.minutes:g}")
     if config.corpus is None:
         raise ValueError("a new run needs a corpus: a text file, a folder of text files, or a CSV file with --column")
     refuse_a_second_run(config.output)
     next(iter_documents(config.corpus, config.column))
-    return dataclasses.replace(config, linear=choose_linear(config))
+    return with_choices(config)
 
 
 def resumed_run(folder: Path) -> PretrainConfig:
     """The settings of the run in `folder`; raises as `read_config` and `choose_linear`."""
-    config = read_config(folder)
-    return dataclasses.replace(config, linear=choose_linear(config))
+    return with_choices(read_config(folder))
+
+
+def with_choices(config: PretrainConfig) -> PretrainConfig:
+    """The settings with those filled in that are chosen here: the preset's learning rate, the library of products."""
+    lr = LEARNING_RATES[config.preset] if config.lr is None else config.lr
+    return dataclasses.replace(config, lr=lr, linear=choose_linear(config))
 
 
 def refuse_a_second_run(folder: Path) -> None:

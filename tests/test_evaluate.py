@@ -1,11 +1,15 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
 
 from fastbert.bert import BertConfig, BertForPreTraining
 from fastbert.data.batches import Batch
-from fastbert.evaluate import Frequencies, evaluate, forward
+from fastbert.evaluate import Frequencies, evaluate, forward, guesses
+from fastbert.pretrain import make_optimizer, train_step
+from fastbert.run import PretrainConfig
 
 
 def test_frequencies_by_hand():
@@ -21,7 +25,7 @@ def make_batch(lengths, masked_each=2, nsp=True):
     total = sum(lengths)
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     starts = torch.cat([torch.arange(n) for n in lengths])
-    places = torch.cat([bounds[:-1].long() + 1 + i for i in range(masked_each)]).sort().values
+    places = (bounds[:-1].long()[:, None] + 1 + torch.arange(masked_each)).flatten()
     return Batch(
         input_ids=torch.randint(5, 50, (total,), generator=generator),
         token_type_ids=torch.zeros(total, dtype=torch.int64),
@@ -105,3 +109,67 @@ def test_scores_are_means_over_masked_tokens(model):
     assert math.isnan(expected) or scores["rare_mlm_loss"] == pytest.approx(expected, rel=1e-5)
     assert 0 <= scores["nsp_accuracy"] <= 1
     assert evaluate(model, batches, 1, frequencies, "cpu")["mlm_loss"] != scores["mlm_loss"]
+
+
+def test_scores_over_nothing_are_not_a_number(model):
+    frequencies = Frequencies(torch.zeros(50, dtype=torch.int64))
+    for batches in ([], [make_batch([7, 12], masked_each=0, nsp=False)]):
+        scores = evaluate(model, batches, 4, frequencies, "cpu")
+        assert len(scores) == 6 and all(math.isnan(value) for value in scores.values())
+    scores = evaluate(model, [make_batch([7, 12], masked_each=0)], 1, frequencies, "cpu")
+    assert math.isnan(scores["mlm_loss"]) and scores["nsp_loss"] > 0
+
+
+@pytest.mark.parametrize("nsp", [True, False])
+@pytest.mark.parametrize("rows", ["all", "touched"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_step_with_nothing_to_predict(model, nsp, rows, bf16):
+    config = PretrainConfig(output=Path("run"), steps=9, lr=1e-3, nsp=nsp, embedding_update=rows, bf16=bf16)
+    optimizer = make_optimizer(model, config)
+    empty, usual = make_batch([7, 12], masked_each=0, nsp=nsp), make_batch([7, 12], nsp=nsp)
+    record = train_step(model, optimizer, [empty, empty], 1e-3, config)
+    assert record["mlm_loss"].item() == 0.0
+    assert record["loss"].item() == (record["nsp_loss"].item() if nsp else 0.0)
+    assert (record["gradient_norm"].item() > 0) == nsp
+    # Beside a micro-batch that has words to predict it changes nothing of theirs.
+    expected = forward(model, usual).mlm_loss.item()
+    record = train_step(model, optimizer, [empty, usual], 1e-3, config)
+    assert record["mlm_loss"].item() == pytest.approx(expected, rel=2e-2 if bf16 else 1e-5)
+    assert all(param.isfinite().all() for param in model.parameters())
+
+
+def fill_mask(words, sentence, masked):
+    """What `guesses` prints for one sequence of these words, the one at `masked` being masked."""
+    vocab = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    ids = torch.tensor([2, *(vocab[word] for word in sentence), 3])
+    labels = ids[[masked + 1]]
+    ids[masked + 1] = vocab["[MASK]"]
+    zeros, bounds = torch.zeros(len(ids), dtype=torch.int64), torch.tensor([0, len(ids)], dtype=torch.int32)
+    masked_positions = torch.tensor([masked + 1])
+    batch = Batch(ids, zeros, torch.arange(len(ids)), bounds, len(ids), masked_positions, labels, None)
+    model = BertForPreTraining(BertConfig.preset("tiny", vocab_size=len(vocab)))
+    with torch.no_grad():
+        model.cls["predictions"].bias.copy_(torch.arange(len(vocab)) * 30.0)  # sure of the last word
+    return guesses(model, [batch], tokenizer, "cpu").splitlines()[2:]
+
+
+@pytest.mark.parametrize(
+    ("sentence", "masked", "shown"),
+    [
+        (["the", "film", "was", "good"], 1, "... the [film] was good ..."),
+        (["我", "爱", "北", "京", "，", "bert", "好"], 1, "... 我 [爱] 北京， bert 好 ..."),
+        (["한국", "##어", "한국"], 2, "... 한국어 [한국]  ..."),
+        (["हिन्दी", "है"], 0, "...  [हिन्दी] है ..."),
+    ],
+)
+def test_guesses_show_words_of_every_script(sentence, masked, shown):
+    lines = fill_mask([*dict.fromkeys(sentence), "surely"], sentence, masked)
+    assert lines[0].strip() == shown and lines[1].strip().startswith("surely 100%")
+
+
+@pytest.mark.parametrize(("sentence", "masked"), [(["was"], 0), (["한국", "##어"], 0), (["1999"], 0), (["——"], 0)])
+def test_guesses_without_a_whole_word_say_so(sentence, masked):
+    assert fill_mask([*sentence, "surely"], sentence, masked) == ["  none: no whole word of it is masked"]

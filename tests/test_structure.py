@@ -15,7 +15,7 @@ PACKAGE = Path(fastbert.__file__).parent
 
 # A module may import only from layers below its own.
 LAYERS = [
-    {"version", "allocator", "_cpu", "testing", "files", "signals"},
+    {"version", "allocator", "_cpu", "testing", "files", "signals", "extras", "schedule"},
     {"native", "snapshot", "report", "lock", "parameter_names", "tokenizer_files"},
     {"backend"},
     {"ops"},
@@ -23,10 +23,11 @@ LAYERS = [
     {"replay"},
     {"state"},
     {"optim", "bert", "checkpoint", "data"},
-    {"evaluate", "run"},
+    {"evaluate", "presets"},
+    {"run"},
     {"divergence", "prepare"},
     {"pretrain"},
-    {"cli", "__init__"},
+    {"cli", "__init__", "__main__"},
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -1,12 +1,12 @@
 """Text to masked batches: corpus -> tokenizer -> token store -> samples -> batches.
 
-Needs numpy, tokenizers and tqdm: `pip install "fastbert-kernels[pretrain]"`.
+Needs numpy, tokenizers and tqdm, which the extra `pretrain` brings.
 """
 
-from importlib.util import find_spec
+from fastbert import extras
 
-if missing := [name for name in ("numpy", "tokenizers", "tqdm") if find_spec(name) is None]:
-    raise ImportError(f'fastbert.data needs {", ".join(missing)}: pip install "fastbert-kernels[pretrain]"')
+if why := extras.missing("fastbert.data needs", "numpy", "tokenizers", "tqdm"):
+    raise ImportError(why)
 
 from fastbert.data.batches import Batch, PretrainBatches
 from fastbert.data.corpus import check_corpus, iter_documents

@@ -1,0 +1,43 @@
+"""Where the console script `fastbert` begins: what must be in the environment before torch is loaded, then the program.
+
+It lies outside the package because importing the package loads torch, and with it OpenMP's runtime, which reads once
+how a thread waits for the others at the end of a parallel loop. By default a thread spins for milliseconds. On a
+machine with a core for every thread that costs nothing; beside another busy process it spins through the time that the
+thread it waits for would need, and a small model's step takes ten times as long.
+"""
+
+import os
+import sys
+
+# The OpenMP standard's variable, which every runtime reads; where it is libgomp, as in torch's wheels, its own wins:
+# 1,000 turns are microseconds, enough for threads that arrive together.
+WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
+INTELS = ("KMP_BLOCKTIME", "KMP_LIBRARY")  # Intel's runtime, in some builds of torch, has these besides
+
+
+def set_waiting() -> bool:
+    """Lets threads sleep that wait for others; for processes and libraries that are still to be started.
+
+    Returns:
+        Whether it changed the environment. False where one of the variables was set: then that holds.
+    """
+    if any(name in os.environ for name in (*WAITING, *INTELS)):
+        return False
+    os.environ.update(WAITING)
+    return True
+
+
+def main() -> None:
+    """The console script. What already stops the import, a bad FASTBERT_CPU_ISA or no torch, is a sentence too."""
+    set_waiting()
+    try:
+        from fastbert import cli
+    except (ImportError, ValueError) as error:
+        if os.environ.get("FASTBERT_DEBUG"):
+            raise
+        sys.exit(f"fastbert: {error}")
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

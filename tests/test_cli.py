@@ -1,0 +1,203 @@
+"""The program from outside: how it starts, what it refuses, what it says."""
+
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastbert import cli, extras, presets
+from fastbert import run as runs
+from fastbert.bert import BertConfig, BertForPreTraining
+from fastbert.run import PretrainConfig
+from fastbert.version import __version__
+
+ROOT = Path(__file__).resolve().parent.parent
+WAITING = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY"
+SCRIPT = "-c", "import sys; from fastbert_main import main; sys.argv[0] = 'fastbert'; main()"  # what pip installs
+MODULE = "-m", "fastbert"
+
+
+def started(how, *arguments, **environment):
+    """`fastbert` as a process of its own, in which nobody has said how threads wait."""
+    paths = os.pathsep.join([str(ROOT / ".path"), os.environ.get("PYTHONPATH", "")])
+    clean = {name: value for name, value in os.environ.items() if name not in WAITING}
+    return subprocess.run(
+        [sys.executable, *how, *map(str, arguments)], env=clean | {"PYTHONPATH": paths} | environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("how", [SCRIPT, MODULE], ids=["script", "module"])
+def test_waiting_threads_sleep(how):
+    """What counts is what OpenMP's runtime read, which it prints itself."""
+    said = started(how, "info", OMP_DISPLAY_ENV="verbose")
+    assert said.returncode == 0, said.stderr
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in said.stderr
+    assert said.stderr.count("GOMP_SPINCOUNT = '1000'") == 1, "the variables came too late for torch's OpenMP"
+    assert "threads wait by  OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=1000" in said.stdout
+
+
+def test_waiting_threads_do_as_the_user_says():
+    said = started(SCRIPT, "info", OMP_DISPLAY_ENV="verbose", OMP_WAIT_POLICY="active")
+    assert "OMP_WAIT_POLICY = 'ACTIVE'" in said.stderr and "GOMP_SPINCOUNT = '1000'" not in said.stderr
+    assert "threads wait by  OMP_WAIT_POLICY=active\n" in said.stdout
+
+
+def test_importing_the_package_leaves_the_environment_alone():
+    code = "import os; before = dict(os.environ); import fastbert, fastbert.cli; assert dict(os.environ) == before"
+    assert started(("-c", code)).returncode == 0
+
+
+def test_what_stops_the_import_is_a_sentence():
+    said = started(SCRIPT, "info", FASTBERT_CPU_ISA="foo")
+    assert said.returncode == 1 and said.stderr.startswith("fastbert: FASTBERT_CPU_ISA names the instruction set")
+    assert "'foo'" in said.stderr and said.stderr.count("\n") == 1
+
+
+def test_version(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fastbert", "--version"])
+    cli.main()
+    assert capsys.readouterr().out == f"fastbert {__version__}\n"
+
+
+def ended(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["fastbert", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return end.value.code
+
+
+def test_commands_and_options_that_do_not_exist_are_named(monkeypatch, capsys, tmp_path):
+    assert "there is no command 'train'" in ended(monkeypatch, "train")
+    assert ended(monkeypatch, "info", "all") == "fastbert info takes no arguments, got all"
+    assert ended(monkeypatch, "pretrain", "--output", tmp_path / "run", "--step", 5) == 2
+    said = capsys.readouterr().err
+    assert "--step" in said and "fastbert pretrain --help" in said and "Traceback" not in said
+    assert ended(monkeypatch, "pretrain", "--steps", 5) == 2 and "--output" in capsys.readouterr().err
+    assert ended(monkeypatch, "pretrain", "--output", tmp_path / "run", "--preset", "huge") == 2
+    assert "huge" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_memory_used_up_is_a_sentence(monkeypatch):
+    def pretrain(_):
+        torch.empty(2**60)
+
+    monkeypatch.setattr(cli, "pretrain", pretrain)
+    assert "not enough memory; a smaller --batch-tokens or --preset" in ended(monkeypatch, "pretrain")
+
+
+GOOD = PretrainConfig(output=Path("run"), steps=5)
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(PretrainConfig) if f.type in (int, int | None)])
+def test_integers_have_ranges(name):
+    low, high = runs._INTEGERS[name]
+    for wrong in (low - 1, high + 1, 99999999999999999999, 1.5, math.nan, "7", True):
+        with pytest.raises(ValueError, match=f"^{name} must be an integer from {low} to {high}, got {wrong!r}$"):
+            dataclasses.replace(GOOD, **{name: wrong}).check()
+
+
+@pytest.mark.parametrize(
+    "name", [f.name for f in dataclasses.fields(PretrainConfig) if f.type in (float, float | None)]
+)
+def test_numbers_have_ranges(name):
+    for wrong in (math.nan, math.inf, -math.inf, -0.1, "0.5", False):
+        with pytest.raises(ValueError, match=f"^{name} must be .*, got {wrong!r}$"):
+            dataclasses.replace(GOOD, **{name: wrong}).check()
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("nsp", 1), ("bf16", "yes"), ("preset", "huge"), ("embedding_update", None), ("device", 0), ("device", "meta"),
+     ("device", "cuda:99"), ("device", "nonsense")],
+)  # fmt: skip
+def test_other_settings_are_checked(name, wrong):
+    with pytest.raises(ValueError, match=f"^{name} must be .*{wrong!r}"):
+        dataclasses.replace(GOOD, **{name: wrong}).check()
+
+
+def test_the_extremes_of_settings_hold():
+    GOOD.check()
+    dataclasses.replace(GOOD, seed=2**64 - 1, warmup=1.0, dropout=0.0, minutes=60 * 24 * 366.0, lr=1e-30).check()
+
+
+def test_large_seeds_reach_every_generator():
+    from fastbert.data.draws import Purpose, draw
+
+    torch.manual_seed(2**64 - 1)
+    words = [draw(Purpose.MASK, seed, 0, torch.arange(4).numpy())[0].tolist() for seed in (2**64 - 1, 2**63, 0)]
+    assert len({tuple(each) for each in words}) == 3
+
+
+def test_a_resumed_run_may_be_asked_for_the_steps_it_was_started_with():
+    stored = dataclasses.replace(GOOD, steps=300, minutes=15.0, lr=1e-3)
+    cli.check_unchanged(stored, dataclasses.replace(stored, steps=5000))  # what make demo asks for again
+    for changed in ({"steps": 200}, {"lr": 1e-4}):
+        with pytest.raises(ValueError, match=f"a resumed run keeps its settings; {next(iter(changed))} was"):
+            cli.check_unchanged(stored, dataclasses.replace(stored, **changed))
+    without = dataclasses.replace(stored, minutes=None)
+    with pytest.raises(ValueError, match="steps was 300, now 5000"):
+        cli.check_unchanged(without, dataclasses.replace(without, steps=5000))
+
+
+def test_advice_can_be_followed():
+    assert extras.missing("this needs", "json", "torch") is None
+    said = extras.missing("this needs", "json", "no_such_package", "nor_this")
+    assert said.startswith("this needs no_such_package, nor_this: pip install '.[pretrain]' in a checkout")
+    sources = [ROOT / "fastbert_main.py", *(ROOT / "fastbert").rglob("*.py")]
+    assert not [path for path in sources if "fastbert-kernels[" in path.read_text()]
+
+
+def test_what_is_needed_at_the_end_is_missed_at_the_start(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said = ended(monkeypatch, "pretrain", "--output", tmp_path / "run", "--steps", 5)
+    assert said.startswith("fastbert pretrain: pretraining needs matplotlib: pip install '.[pretrain]'")
+
+
+def test_parameters_are_berts():
+    """Devlin et al. (2019) say 110 and 340 million; with the pretraining heads, counted in their checkpoints:"""
+    assert presets.parameters(BertConfig.preset("base", vocab_size=30522)) == 110_106_428
+    assert presets.parameters(BertConfig.preset("large", vocab_size=30522)) == 336_226_108
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_memory_is_what_autograd_saves(layers):
+    config = BertConfig.preset("mini", vocab_size=2000, num_hidden_layers=layers)
+    model = BertForPreTraining(config)
+    own = {param.untyped_storage().data_ptr() for param in model.parameters()}
+    saved = {}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in own:
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    ids = torch.randint(5, 2000, (1024,))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model(
+            ids, cu_seqlens=torch.arange(0, 1025, 128, dtype=torch.int32), max_seqlen=128,
+            masked_positions=torch.arange(0, 1024, 7), labels=torch.randint(5, 2000, (147,)),
+        )  # fmt: skip
+    counted = sum(storage.nbytes() for storage in saved.values())
+    assert presets.saved_for_backward(config, 1024) == pytest.approx(counted, rel=0.1)
+
+
+def test_operations_by_hand():
+    """One layer of width 128, 1,000 tokens in sequences of 10, vocabulary 100; 150 tokens predicted."""
+    config = BertConfig.preset("tiny", num_hidden_layers=1, vocab_size=100)
+    forward = 1000 * 2 * (3 * 128 * 128) + 1000 * 4 * 10 * 128  # projections, attention
+    forward += 150 * 2 * (128 * 128 + 2 * 128 * 512 + 128 * 128 + 128 * 100)
+    assert presets.operations(config, 1000, 10) == pytest.approx(3 * forward)
+
+
+def test_help_shows_what_presets_cost(monkeypatch, capsys):
+    assert ended(monkeypatch, "pretrain", "--help") == 0
+    said = capsys.readouterr().out
+    for name, lr in presets.LEARNING_RATES.items():
+        line = next(line for line in said.splitlines() if line.startswith(f"{name} "))
+        assert f"{lr:g}" in line and "GFLOP" in line and "GB" in line
