@@ -88,8 +88,12 @@ def guesses(model: BertForPreTraining, batches: PretrainBatches, tokenizer, devi
         truth, ids[place] = int(ids[place]), mask
         out = model(ids.unsqueeze(0).to(device), token_type_ids=token_type_ids.unsqueeze(0).to(device))
         best = out.prediction_logits[0, place].float().softmax(-1).topk(5)
-        before = _readable(tokenizer.decode(ids[max(0, place - 14) : place].tolist()))
-        after = _readable(tokenizer.decode(ids[place + 1 : place + 10].tolist()))
+        whole = [not tokenizer.id_to_token(i).startswith("##") for i in ids.tolist()] + [
+            True
+        ]  # where a word may be cut
+        start = next(i for i in range(max(0, place - 14), -1, -1) if whole[i])
+        end = next(i for i in range(min(place + 10, len(ids)), len(whole)) if whole[i])
+        before, after = (_readable(tokenizer.decode(x.tolist())) for x in (ids[start:place], ids[place + 1 : end]))
         words = [f"{tokenizer.id_to_token(i)} {p:.0%}" for p, i in zip(*(x.tolist() for x in best), strict=True)]
         lines.append(f"  ... {before} [{tokenizer.id_to_token(truth)}] {after} ...\n      {', '.join(words)}")
     return "\n".join(["\nguesses on held-out text", *(lines or ["  none: no whole word of it is masked"])])

@@ -162,6 +162,16 @@ def fill_mask(words, sentence, masked):
         (["the", "film", "was", "good"], 1, "... the [film] was good ..."),
         (["我", "爱", "北", "京", "，", "bert", "好"], 1, "... 我 [爱] 北京， bert 好 ..."),
         (["한국", "##어", "한국"], 2, "... 한국어 [한국]  ..."),
+        (
+            ["an", "##y"] + ["word"] * 14 + ["the", "##re"],
+            2,
+            "... any [word] word word word word word word word word word ...",
+        ),
+        (
+            ["an", "##y"] + ["word"] * 14,
+            14,
+            "... any word word word word word word word word word word word word [word] word ...",
+        ),
         (["हिन्दी", "है"], 0, "...  [हिन्दी] है ..."),
     ],
 )

@@ -295,6 +295,22 @@ def test_minutes_become_steps_once(settings, tmp_path, capsys, monkeypatch):
     assert losses(fixed.output) == losses(config.output)
 
 
+def test_a_run_that_falls_behind_its_minutes_ends_early_and_whole(settings, tmp_path, capsys, monkeypatch):
+    """Steps and minutes together: as many steps, and fewer once the machine has become slower."""
+    config = dataclasses.replace(settings, output=tmp_path / "late", steps=30, minutes=30.0, log_every=5, warmup=0.0)
+    monkeypatch.setattr(loop, "steps_in_time", lambda steps, step, *_: 14 if step >= 10 else steps)
+    pretrain(config)
+    said = capsys.readouterr()
+    assert "30 steps of" in said.out and "30 allowed" in said.out
+    assert "30 minutes have become too short: 14 steps, not 30" in said.out + said.err
+    assert runs.read_config(config.output).steps == 14 and snapshot.steps(config.output / "snapshots") == [7, 14]
+    records = read_metrics(config.output / "metrics.jsonl")
+    rates = {r["step"]: r["lr"] / settings.lr for r in records if "lr" in r}
+    assert rates == pytest.approx({5: 26 / 30, 10: 21 / 30, 14: 1 / 14})  # the schedule ends with the run
+    assert [r["step"] for r in records if "held_out/mlm_loss" in r] == [14]
+    assert (config.output / "model").is_dir()
+
+
 def test_elsewhere_is_named(finished, capsys):
     state = snapshot.load(finished / "snapshots")
     config = runs.read_config(finished)
