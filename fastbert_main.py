@@ -9,9 +9,10 @@ thread it waits for would need, and a small model's step takes ten times as long
 import os
 import sys
 
-# The OpenMP standard's variable, which every runtime reads; where it is libgomp, as in torch's wheels, its own wins:
-# 1,000 turns are microseconds, enough for threads that arrive together.
-WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
+# The OpenMP standard's variable, which every runtime reads; where it is libgomp, as in torch's wheels, its own wins.
+# 2,000 turns are enough for threads that arrive together. Sleeping at once, a quiet machine loses a sixth of a small
+# model's step; from 3,000 turns on, a busy one loses half of what is gained (benchmarks/neighbours.py).
+WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000"}
 INTELS = ("KMP_BLOCKTIME", "KMP_LIBRARY")  # Intel's runtime, in some builds of torch, has these besides
 
 

@@ -11,6 +11,7 @@ a process that counts for ever. Their number goes from 0 up, so that nothing of 
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import statistics
@@ -23,6 +24,8 @@ from fastbert_main import INTELS, WAITING
 
 OURS, THEIRS = "fastbert", "transformers"
 NEIGHBOURS = 0, 1, 2
+UNSET = "as the runtime has it"
+WAYS = {UNSET: {}, " ".join(f"{name}={value}" for name, value in WAITING.items()): WAITING}
 
 
 def serve(name: str) -> None:
@@ -84,12 +87,11 @@ def answer(process: subprocess.Popen) -> str:
 
 def measure(seconds: float, rounds: int) -> tuple[int, dict[tuple[str, str, int], list[float]]]:
     """Tokens of a step, and its seconds by (implementation, how threads wait, neighbours)."""
-    ways = {"as the runtime has it": {}, " ".join(f"{name}={value}" for name, value in WAITING.items()): WAITING}
     taken: dict[tuple[str, str, int], list[float]] = {}
     with contextlib.ExitStack() as stack:
         servers = {
             (name, way): stack.enter_context(server(name, waiting))
-            for way, waiting in ways.items()
+            for way, waiting in WAYS.items()
             for name in (OURS, THEIRS)
         }
         tokens = {int(answer(process)) for process in servers.values()}
@@ -120,12 +122,11 @@ def main() -> None:
     tokens, taken = measure(options.seconds, options.rounds)
     rows = []
     print(f"{'':<14}{'neighbours':>11}{'p20':>9}{'median':>9}{'p80':>9} ms{'x unset':>9}  threads wait")
-    for (name, way, neighbours), seconds in sorted(
-        taken.items(), key=lambda item: (item[0][2], item[0][0], -len(item[0][1]))
-    ):
+    for neighbours, name, way in itertools.product(NEIGHBOURS, (OURS, THEIRS), WAYS):
+        seconds = taken[name, way, neighbours]
         p20, _, _, p80 = statistics.quantiles(seconds, n=5, method="inclusive")
         median = statistics.median(seconds)
-        unset = statistics.median(taken[name, "as the runtime has it", neighbours])
+        unset = statistics.median(taken[name, UNSET, neighbours])
         times = "".join(f"{1e3 * x:>9.1f}" for x in (p20, median, p80))
         print(f"{name:<14}{neighbours:>11}{times}   {unset / median:>9.2f}  {way}")
         rows.append({

@@ -61,7 +61,7 @@ def waiting() -> str:
     return (
         f"threads wait by  {given or 'spinning, for none of ' + ', '.join(names) + ' is set'}\n"
         "                 Beside a busy process spinning makes a small model's step up to ten times as slow. Where\n"
-        "                 none is set, fastbert's commands set OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=1000, which\n"
+        "                 none is set, fastbert's commands set OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=2000, which\n"
         "                 costs a few percent on a quiet machine; for other programs, set them before Python starts."
     )
 
