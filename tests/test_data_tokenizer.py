@@ -1,6 +1,7 @@
 """The WordPiece tokenizer: trained, saved, loaded, and read by transformers."""
 
 import json
+import random
 import subprocess
 import sys
 from pydoc_data.topics import topics
@@ -9,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from fastbert.data import SpecialIds, load_tokenizer, save_tokenizer, special_ids, train_tokenizer
-from fastbert.data.tokenizer import SPECIAL_TOKENS, fingerprint, vocab_size
+from fastbert.data.tokenizer import LARGEST_VOCABULARY, SPECIAL_TOKENS, fingerprint, vocab_size
 
 TEXTS = [text for _, text in sorted(topics.items())][:20]
 SENTENCE = "Héllo WORLD, the unaffable statement 中文 don't [MASK] ?!"
@@ -54,11 +55,46 @@ def test_training_repeats():
     assert {run.stdout for run in runs} == {f"{here.get_vocab_size()} {fingerprint(here)}\n"}
 
 
-def test_most_frequent_characters_are_kept():
-    characters = [chr(0x4E00 + i) for i in range(100)]
-    texts = [c * (200 - i) for i, c in enumerate(characters)]
-    kept = {token for token in train_tokenizer(texts, 90).get_vocab() if len(token) == 1}
-    assert kept == set(characters[:30])
+def test_characters_take_a_third_and_what_merges_leave():
+    """Chinese characters are words, so nothing is merged; Korean ones are not, and their words fill the rest."""
+    chinese = [chr(0x4E00 + i) for i in range(100)]
+    texts = [c * (200 - i) for i, c in enumerate(chinese)]
+    vocab = train_tokenizer(texts, 90).get_vocab()
+    assert {token for token in vocab if len(token) == 1} == set(chinese[:85]) and len(vocab) == 90
+    assert train_tokenizer(texts, 200).get_vocab_size() == 105
+
+    korean = [chr(0xAC00 + i) for i in range(100)]
+    texts = [
+        " ".join([a + b + c] * (200 - i))
+        for i, (a, b, c) in enumerate(zip(korean[:-2], korean[1:-1], korean[2:], strict=True))
+    ]
+    vocab = train_tokenizer(texts, 90).get_vocab()
+    assert len(vocab) == 90 and len([token for token in vocab if len(token) == 1]) == 30
+
+
+def test_words_that_cannot_be_encoded_count_for_nothing():
+    """Blobs of base64 among pages, whose pieces would push the pages' out. WordPiece encodes up to 100 characters."""
+    draw = random.Random(0)
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+    blobs = ["".join(draw.choices(letters, k=20_000)) for _ in range(15)]
+    plain = train_tokenizer(TEXTS, 500)
+    assert fingerprint(train_tokenizer([*blobs, *TEXTS, *blobs], 500)) == fingerprint(plain)
+    longest = "ab" * 50
+    vocab = train_tokenizer([f"{longest} {longest}b"] * 9, 500).get_vocab()
+    assert longest in vocab and longest + "b" not in vocab and "##b" + "ab" * 49 + "b" not in vocab
+    with pytest.raises(ValueError, match=r"no word of at most 100 characters.*put spaces between the words"):
+        train_tokenizer(["กขค" * 40], 100)
+
+
+def test_a_vocabulary_is_bounded():
+    for size in (LARGEST_VOCABULARY + 1, 10**9, 2**64):
+        with pytest.raises(ValueError, match=rf"vocab_size .* expected <= 16777216, got {size}"):
+            train_tokenizer(["a"], size)
+
+
+def test_progress_says_when_merging_begins(capsys):
+    train_tokenizer(["aa bb aa"], 64, progress=True)
+    assert capsys.readouterr().out == "tokenizer: 2 different words, merging their pieces into 64 entries\n"
 
 
 @pytest.mark.parametrize("lowercase", [True, False])

@@ -6,7 +6,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from fastbert.data.encodings import explain_not_utf8, open_text
+from fastbert.data.encodings import open_text
 from fastbert.data.sentences import split_sentences
 from fastbert.data.sources import CorpusFiles, find_files
 from fastbert.data.tables import Quoting, column_texts, open_table
@@ -40,8 +40,8 @@ def iter_documents(
 
     Raises:
         FileNotFoundError: no such path, or a folder without such files. Raised by the call, not by the first `next`.
-        ValueError: a table without `column`, `column` with a text file (by the call); a column that does not exist, rows
-            that do not hold, text that is not UTF-8, a corpus without any sentence (while iterating).
+        ValueError: a table without `column`, `column` with a text file (by the call); a column that does not exist,
+            rows that do not hold, text that is not UTF-8, a corpus without any sentence (while iterating).
     """
     files = find_files(path, column, separator).read
     return _some(path, files, _documents(files, column, separator, quoting, progress))
@@ -79,13 +79,10 @@ def _documents(
     with tqdm(total=size, desc=progress, unit="B", unit_scale=True, disable=progress is None) as bar:
         for file in files:
             before = bar.n
-            try:
-                with open_text(file) if column is None else open_table(file) as stream:
-                    for document in _file_documents(file, stream, column, separator, quoting):
-                        yield document
-                        bar.update(before + stream.buffer.tell() - bar.n)
-            except UnicodeDecodeError:
-                raise ValueError(explain_not_utf8(file)) from None
+            with open_text(file) if column is None else open_table(file) as stream:
+                for document in _file_documents(file, stream, column, separator, quoting):
+                    yield document
+                    bar.update(before + stream.buffer.tell() - bar.n)
             bar.update(before + file.stat().st_size - bar.n)
 
 

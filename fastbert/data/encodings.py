@@ -2,6 +2,8 @@
 
 import codecs
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -9,7 +11,7 @@ _HEAD = 512  # bytes looked at before anything is read
 _CHUNK = 1 << 20
 _SAMPLE = 1 << 15  # bytes on either side of the first bad one that an encoding is guessed from
 
-# First bytes -> what the file is, and a command that prints it as UTF-8; the longer of two that begin alike comes first.
+# First bytes, what the file is, and a command that prints it as UTF-8; of two that begin alike the longer comes first.
 _SIGNATURES = [
     (b"\xff\xfe\x00\x00", "UTF-32", "iconv -f UTF-32 -t UTF-8 {file}"),
     (b"\x00\x00\xfe\xff", "UTF-32", "iconv -f UTF-32 -t UTF-8 {file}"),
@@ -25,26 +27,31 @@ _SIGNATURES = [
     (b"{\\rtf", "an RTF document", "pandoc -f rtf -t plain {file}"),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Office document", "antiword {file}"),
 ]
-_TABLES = {b"PAR1\x15": "a Parquet table", b"ARROW1\x00": "an Arrow table", b"SQLite format 3\x00": "an SQLite database"}
+_TABLES = {
+    b"PAR1\x15": "a Parquet table",
+    b"ARROW1\x00": "an Arrow table",
+    b"SQLite format 3\x00": "an SQLite database",
+}
 
 
-def open_text(file: Path, newline: str | None = None) -> TextIO:
+@contextmanager
+def open_text(file: Path, newline: str | None = None) -> Iterator[TextIO]:
     """Opens a UTF-8 file, with or without a byte order mark; `newline` as in `open`.
 
     Raises:
-        ValueError: its first bytes are those of another encoding, of a compressed or a binary file.
+        ValueError: the first bytes are those of another encoding, of a compressed or a binary file, or what is read in
+            the block is not UTF-8.
     """
-    stream = open(file, encoding="utf-8-sig", newline=newline)
-    try:
-        if kind := _kind(file, stream.buffer.peek(_HEAD)[:_HEAD]):
-            raise ValueError(kind)
-    except BaseException:
-        stream.close()
-        raise
-    return stream
+    with open(file, encoding="utf-8-sig", newline=newline) as stream:
+        if problem := _other_kind(file, stream.buffer.peek(_HEAD)[:_HEAD]):
+            raise ValueError(problem)
+        try:
+            yield stream
+        except UnicodeDecodeError:
+            raise ValueError(_not_utf8(file)) from None
 
 
-def _kind(file: Path, head: bytes) -> str | None:
+def _other_kind(file: Path, head: bytes) -> str | None:
     for signature, name, command in _SIGNATURES:
         if head.startswith(signature):
             return _other(file, name, command)
@@ -72,8 +79,8 @@ def _kind(file: Path, head: bytes) -> str | None:
 
 def _other(file: Path, name: str, command: str) -> str:
     return (
-        f"{file} is no plain UTF-8 text but {name}: convert it, {command.format(file=_quoted(file))} > new.txt, and give "
-        "the new file"
+        f"{file} is no plain UTF-8 text but {name}: convert it, {command.format(file=_quoted(file))} > new.txt, and "
+        "give the new file"
     )
 
 
@@ -86,11 +93,11 @@ class _BadByte(NamedTuple):
     around: bytes
 
 
-def explain_not_utf8(file: Path) -> str:
-    """Where a file that could not be decoded stops being UTF-8, why that may be, and what to do.
+def _not_utf8(file: Path) -> str:
+    """Where a file stops being UTF-8, why that may be, and what to do.
 
-    No encoding is named as a fact. `charset-normalizer`, where it is installed, guesses one from the bytes around the
-    place, and the sentence says that it is a guess.
+    No encoding is named as a fact: `charset-normalizer`, where it is installed, guesses one from the bytes around the
+    place, and the sentence says so.
     """
     bad = _find_bad_byte(file)
     where = f"{file} is not UTF-8: line {bad.line}, byte {bad.place} (0x{bad.byte:02x})"
@@ -98,15 +105,15 @@ def explain_not_utf8(file: Path) -> str:
         return f"{where}, where the file ends in the middle of a character: it was cut off, fetch or write it again"
     if bad.after_utf8:
         return (
-            f"{where}; before it there are letters that are UTF-8, so the file is damaged or of several encodings: mend "
-            f"it there, or leave out what cannot be read, iconv -c -f UTF-8 -t UTF-8 {_quoted(file)} > new.txt"
+            f"{where}; before it there are letters that are UTF-8, so the file is damaged or of several encodings: "
+            f"mend it there, or leave out what cannot be read, iconv -c -f UTF-8 -t UTF-8 {_quoted(file)} > new.txt"
         )
     encoding = _guess(bad.around)
     command = f"iconv -f {encoding or 'ENCODING'} -t UTF-8 {_quoted(file)} > new.txt"
     if encoding is None:
         return (
-            f"{where}; convert it from the encoding it was written in, {command} (iconv -l lists the names; pip install "
-            "charset-normalizer, and a guess is made here), and look at the result before you train on it"
+            f"{where}; convert it from the encoding it was written in, {command} (iconv -l lists the names; pip "
+            "install charset-normalizer, and a guess is made here), and look at the result before you train on it"
         )
     return (
         f"{where}; charset-normalizer guesses that it is {encoding}. If that is right, convert it, {command}; it is a "

@@ -7,7 +7,10 @@ _LINE_END = re.compile(r"\n|<br\s*+/?>", re.IGNORECASE)
 # A run of terminators is tried at its first one alone and never given back, so that a million full stops are one try.
 _SENTENCE_END = re.compile(r"""(?<![.!?])([.!?]++)["'”’»)\]]*+(?=\s++(\S))|[。！？｡]++["'”’」』）》】)]*+""")
 _ABBREVIATIONS = frozenset(
-    ["mr", "mrs", "ms", "dr", "prof", "st", "rev", "gen", "col", "sgt", "lt", "capt", "sen", "rep", "gov", "vs", "cf", "fig"]
+    [
+        "mr", "mrs", "ms", "dr", "prof", "st", "rev", "gen", "col", "sgt", "lt", "capt", "sen", "rep", "gov", "vs",
+        "cf", "fig",
+    ]
 )  # fmt: skip
 _INITIALS = re.compile(r"(?:[^\W\d_]\.)*+[^\W\d_]")  # J, e.g, U.S
 

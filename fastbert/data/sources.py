@@ -60,8 +60,8 @@ def _check_file(path: Path, column: str | None, separator: str | None) -> None:
         raise ValueError(f"{path} is a table: say which column holds the text (--column), one of {names}")
     if column is not None and not table:
         raise ValueError(
-            f"{path} is read as plain text, which has no column {column!r}: leave the column out, or, if it is a table, "
-            f"name the separator of its columns (--separator) or rename it to {', '.join(TABLES)}"
+            f"{path} is read as plain text, which has no column {column!r}: leave it out, or, for a table, name the "
+            f"separator of its columns (--separator) or rename it to {', '.join(TABLES)}"
         )
 
 
@@ -89,8 +89,8 @@ def _folder(path: Path, suffixes: tuple[str, ...]) -> CorpusFiles:
         found = f"; it has {_counted(left_out)}" if left_out else ", it is empty"
         hint = "; for a column of tables name the column (--column)" if left_out.keys() & set(TABLES) else ""
         raise FileNotFoundError(
-            f"the folder {path} holds no {' or '.join(suffixes)} files{found}{hint}; other text files are read when they "
-            "are given alone, or renamed"
+            f"the folder {path} holds no {' or '.join(suffixes)} files{found}{hint}; other text files are read when "
+            "they are given alone, or renamed"
         )
     return CorpusFiles(sorted(read), left_out)
 

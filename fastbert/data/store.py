@@ -15,10 +15,10 @@ import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
-from itertools import chain, count, pairwise
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,13 +28,15 @@ from tqdm import tqdm
 
 from fastbert import files
 from fastbert.data.draws import Purpose, below, draw
-from fastbert.data.tokenizer import fingerprint, vocab_size
+from fastbert.data.tokenizer import LONGEST_WORD, SPECIAL_TOKENS, fingerprint, vocab_size
 
 FORMAT = 1
 _FILES = ("tokens.bin", "sentences.bin", "documents.bin")
 _META = "meta.json"
 _CHUNK_CHARACTERS = 1 << 20  # tokenised at a time: enough for all cores, small beside the tokenizer itself
 _CHUNK_BYTES = 1 << 24
+_FEW_DOCUMENTS = 20  # of fewer two whole ones would be more than a tenth
+_FEW_TOKENS = 32
 
 
 def write_store(
@@ -49,14 +51,11 @@ def write_store(
         progress: shows a bar.
 
     Raises:
-        FileExistsError: `folder` exists. ValueError: no token at all.
+        FileExistsError: `folder` exists. ValueError: no token at all, or none but special ones such as [UNK].
         OSError: the disk is full or fails; nothing is left behind.
     """
-    with _new_folder(Path(folder)) as temporary, _Writer(temporary, tokenizer) as writer:
-        for document in _shown(documents, progress):
-            writer.add(document)
-        if not writer.finish():
-            raise ValueError(f"the documents for {folder} hold no token: expected at least one sentence with a word")
+    with _new_folder(Path(folder)) as temporary:
+        _write_tokenised(temporary, documents, tokenizer, progress)
 
 
 def write_stores(
@@ -66,32 +65,51 @@ def write_stores(
     *,
     held_out_fraction: float = 0.05,
     seed: int = 0,
+    nsp: bool = False,
     progress: bool = True,
 ) -> None:
-    """As `write_store`, in one pass into two stores, `folder/train` and `folder/held_out`.
+    """As `write_store`, into two stores, `folder/train` and `folder/held_out`; on the way it takes their size twice.
 
-    Of every `round(1 / held_out_fraction)` documents one is held out; which one depends on (seed, document index).
+    Of every `round(1 / held_out_fraction)` documents one is held out; which one depends on (seed, document index). Of
+    20 documents or more at least two are, where that fraction gives fewer. Of a smaller corpus the end is held out,
+    that share of its tokens, at least 32 or half of all, as two documents.
+
+    Args:
+        nsp: refuses a corpus too small for next-sentence prediction, which needs two documents on either side.
 
     Raises:
-        ValueError: held_out_fraction outside (0, 0.5], or no document on one of the sides; and as `write_store`.
+        ValueError: held_out_fraction outside (0, 0.5]; too few tokens or documents for two stores; a side without any
+            token but special ones; and as `write_store`.
     """
     if not 0.0 < held_out_fraction <= 0.5:
         raise ValueError(
             f"held_out_fraction is the share of documents kept for evaluation: expected 0 < fraction <= 0.5, got "
             f"{held_out_fraction}; write_store splits nothing"
         )
-    every = round(1 / held_out_fraction)
-    with _new_folder(Path(folder)) as temporary, ExitStack() as stack:
-        train = stack.enter_context(_Writer(temporary / "train", tokenizer))
-        held_out = stack.enter_context(_Writer(temporary / "held_out", tokenizer))
-        for document, is_held_out in zip(_shown(documents, progress), _held_out(every, seed), strict=False):
-            (held_out if is_held_out else train).add(document)
-        sizes = train.finish(), held_out.finish()
-        if not all(sizes):
+    with _new_folder(Path(folder)) as temporary:
+        _write_tokenised(temporary / "all", documents, tokenizer, progress)
+        corpus = TokenStore.open(temporary / "all", verify=False)
+        corpus, held_out = _split(corpus, held_out_fraction, seed)
+        sides = {"train": ~held_out, "held_out": held_out}
+        if nsp and (fewest := min(side.sum() for side in sides.values())) < 2:
             raise ValueError(
-                f"held_out_fraction {held_out_fraction} holds out one document in {every}, and the corpus has only "
-                f"{sum(sizes)}: raise the fraction, or separate the documents of a text file by blank lines"
+                f"next-sentence prediction takes random sentences from other documents, so it needs two of them to train "
+                f"on and two held out, and the corpus has {len(held_out)} with one of the sides at {fewest}: separate "
+                "the documents of a text file by blank lines, give more text, or train without it (--no-nsp)"
             )
+        for name, chosen in sides.items():
+            with _Writer(temporary / name, tokenizer) as writer:
+                for part in _chosen_parts(corpus, chosen):
+                    writer.append(*part)
+                writer.finish()
+        shutil.rmtree(temporary / "all")
+
+
+def _write_tokenised(folder: Path, documents: Iterable[list[str]], tokenizer: Tokenizer, progress: bool) -> None:
+    with _Writer(folder, tokenizer) as writer:
+        for part in _tokenised_parts(tqdm(documents, "tokenising", unit=" documents", disable=not progress), tokenizer):
+            writer.append(*part)
+        writer.finish()
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,20 +199,68 @@ class TokenStore:
 _REWRITE = "delete the folder and write the store again"
 
 
+class _Part(NamedTuple):
+    """Some documents: their token ids [T], tokens of each sentence [S], sentences of each document [D], none 0."""
+
+    tokens: np.ndarray
+    sentences: np.ndarray
+    documents: np.ndarray
+
+
+def _tokenised_parts(documents: Iterable[list[str]], tokenizer: Tokenizer) -> Iterator[_Part]:
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy: the next lines change it
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True
+    pending: list[list[str]] = []
+    characters = 0
+    for document in documents:
+        pending.append(document)
+        characters += sum(map(len, document))
+        if characters >= _CHUNK_CHARACTERS:
+            yield _tokenise(pending, tokenizer)
+            pending, characters = [], 0
+    yield _tokenise(pending, tokenizer)
+
+
+def _tokenise(documents: list[list[str]], tokenizer: Tokenizer) -> _Part:
+    encodings = tokenizer.encode_batch_fast(list(chain.from_iterable(documents)), add_special_tokens=False)
+    lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
+    tokens = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int64, lengths.sum())
+    document = np.repeat(np.arange(len(documents)), [len(sentences) for sentences in documents])
+    filled = lengths > 0
+    per_document = np.bincount(document[filled], minlength=len(documents))
+    return _Part(tokens, lengths[filled], per_document[per_document > 0])
+
+
+def _chosen_parts(store: "TokenStore", chosen: np.ndarray) -> Iterator[_Part]:
+    """The documents of `store` where `chosen` [documents] is true, a few million tokens at a time."""
+    ends = store.sentences[store.documents[1:]]  # in tokens
+    first = 0
+    while first < len(chosen):
+        start = store.sentences[store.documents[first]]
+        last = max(first + 1, int(np.searchsorted(ends, start + _CHUNK_BYTES, "right")))
+        kept, bounds = chosen[first:last], store.documents[first : last + 1]
+        per_document = np.diff(bounds)
+        in_kept = np.repeat(kept, per_document)
+        per_sentence = np.diff(store.sentences[bounds[0] : bounds[-1] + 1])
+        tokens = store.tokens[start : store.sentences[bounds[-1]]][np.repeat(in_kept, per_sentence)]
+        yield _Part(tokens, per_sentence[in_kept], per_document[kept])
+        first = last
+
+
 class _Writer:
     """Appends documents to the files of one store, with running offsets and checksums."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer):
         folder.mkdir(exist_ok=True)
         self.folder = folder
-        self.tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy: the next lines change it
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
-        self.tokenizer.encode_special_tokens = True
+        self.tokenizer = fingerprint(tokenizer)
+        self.special = [i for i in map(tokenizer.token_to_id, SPECIAL_TOKENS) if i is not None]
         self.vocab_size = vocab_size(tokenizer)
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
-        self.tokens = self.sentences = self.documents = self.characters = 0
-        self.pending: list[list[str]] = []
+        self.tokens = self.sentences = self.documents = 0
+        self.has_words = False
         self.checksums = dict.fromkeys(_FILES, 0)
 
     def __enter__(self) -> "_Writer":
@@ -209,15 +275,28 @@ class _Writer:
             with suppress(OSError) if kind else nullcontext():
                 file.close()
 
-    def add(self, document: list[str]) -> None:
-        self.pending.append(document)
-        self.characters += sum(map(len, document))
-        if self.characters >= _CHUNK_CHARACTERS:
-            self._flush()
+    def append(self, tokens: np.ndarray, sentences: np.ndarray, documents: np.ndarray) -> None:
+        """Appends a `_Part`."""
+        self._append("tokens.bin", tokens.astype(self.dtype))
+        self._append("sentences.bin", self.tokens + np.cumsum(sentences))
+        self._append("documents.bin", self.sentences + np.cumsum(documents))
+        self.tokens += len(tokens)
+        self.sentences += len(sentences)
+        self.documents += len(documents)
+        self.has_words = self.has_words or not np.isin(tokens, self.special).all()
 
-    def finish(self) -> int:
-        """Writes what is left and meta.json; returns the number of documents."""
-        self._flush()
+    def finish(self) -> None:
+        """Writes meta.json; ValueError where there is nothing to learn from."""
+        if not self.tokens:
+            raise ValueError(
+                f"the documents for {self.folder.name} hold no token: expected at least one sentence with a word"
+            )
+        if not self.has_words:
+            raise ValueError(
+                f"all {self.tokens:,} tokens of the documents for {self.folder.name} are [UNK] or another special one, so "
+                "none can be masked and predicted: use a tokenizer that was trained on such text; a language written "
+                f"without spaces needs them between its words, as a word of more than {LONGEST_WORD} characters is [UNK]"
+            )
         meta = {
             "format": FORMAT,
             "tokens": self.tokens,
@@ -225,7 +304,7 @@ class _Writer:
             "documents": self.documents,
             "dtype": self.dtype.name,
             "vocab_size": self.vocab_size,
-            "tokenizer": fingerprint(self.tokenizer),
+            "tokenizer": self.tokenizer,
             "crc32": self.checksums,
         }
         with self._writing(_META):
@@ -234,23 +313,6 @@ class _Writer:
             with self._writing(name):
                 file.flush()
                 os.fsync(file.fileno())
-        return self.documents
-
-    def _flush(self) -> None:
-        encodings = self.tokenizer.encode_batch_fast(list(chain.from_iterable(self.pending)), add_special_tokens=False)
-        lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
-        tokens = np.fromiter(chain.from_iterable(e.ids for e in encodings), self.dtype, lengths.sum())
-        document = np.repeat(np.arange(len(self.pending)), [len(sentences) for sentences in self.pending])
-        filled = lengths > 0
-        per_document = np.bincount(document[filled], minlength=len(self.pending))
-        per_document = per_document[per_document > 0]
-        self._append("tokens.bin", tokens)
-        self._append("sentences.bin", self.tokens + np.cumsum(lengths[filled]))
-        self._append("documents.bin", self.sentences + np.cumsum(per_document))
-        self.tokens += len(tokens)
-        self.sentences += int(filled.sum())
-        self.documents += len(per_document)
-        self.pending, self.characters = [], 0
 
     def _append(self, name: str, array: np.ndarray) -> None:
         self.checksums[name] = zlib.crc32(array, self.checksums[name])
@@ -281,17 +343,37 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _held_out(every: int, seed: int) -> Iterator[bool]:
-    """For document after document whether it is held out, one of every `every`."""
-    for first in count(step=1024):
-        words, *_ = draw(Purpose.SPLIT, seed, 0, np.arange(first, first + 1024))
-        for chosen in below(words, every).tolist():
-            for place in range(every):
-                yield place == chosen
+def _split(corpus: "TokenStore", fraction: float, seed: int) -> tuple["TokenStore", np.ndarray]:
+    """Which documents are held out, bool [documents], of a store whose last documents may have been cut for it."""
+    documents = len(corpus.documents) - 1
+    if documents >= _FEW_DOCUMENTS:
+        return corpus, _one_of_every(min(round(1 / fraction), documents // 2), documents, seed)
+    total = len(corpus.tokens)
+    if total < 2:
+        raise ValueError(f"a corpus of {total} token cannot be split into one part to train on and one held out")
+    size = max(round(total * fraction), min(_FEW_TOKENS, total // 2))
+    begin = _sentence_near(corpus, total - size, max(0, total - 2 * size), total - size // 2)
+    middle = _sentence_near(corpus, (begin + total + 1) // 2, begin, total)
+    cuts = [begin, min(middle, total)]
+    sentences = np.union1d(corpus.sentences, cuts)
+    bounds = np.union1d(corpus.sentences[corpus.documents], cuts)  # of documents, in tokens
+    cut = replace(corpus, sentences=sentences, documents=np.searchsorted(sentences, bounds))
+    return cut, bounds[:-1] >= begin
 
 
-def _shown(documents: Iterable[list[str]], progress: bool) -> Iterable[list[str]]:
-    return tqdm(documents, desc="tokenising", unit=" documents", disable=not progress)
+def _one_of_every(every: int, documents: int, seed: int) -> np.ndarray:
+    blocks = np.arange(-(-documents // every))
+    words, *_ = draw(Purpose.SPLIT, seed, 0, blocks)
+    place = blocks * every + below(words, every)
+    held_out = np.zeros(documents, bool)
+    held_out[place[place < documents]] = True
+    return held_out
+
+
+def _sentence_near(corpus: "TokenStore", target: int, low: int, high: int) -> int:
+    """The beginning of a sentence that is nearest to token `target` and between `low` and `high`, else `target`."""
+    starts = corpus.sentences[(corpus.sentences > low) & (corpus.sentences < high)]
+    return int(starts[np.abs(starts - target).argmin()]) if len(starts) else target
 
 
 def _crc32(array: np.ndarray) -> int:

@@ -7,6 +7,7 @@ import csv
 import json
 import shlex
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
@@ -30,7 +31,7 @@ _QUOTING: dict[str, dict[str, Any]] = {
 }
 
 
-def open_table(file: Path) -> TextIO:
+def open_table(file: Path) -> AbstractContextManager[TextIO]:
     """As `open_text`, line ends untouched, so that those inside quotes survive."""
     return open_text(file, newline="")
 
@@ -103,9 +104,7 @@ def _checked(file: Path, rows: Iterator[_Row]) -> Iterator[str]:
 # ---- columns between separators --------------------------------------------------------------------------------------
 
 
-def _separated_rows(
-    file: Path, stream: TextIO, column: str, separator: str | None, quoting: Quoting
-) -> Iterator[_Row]:
+def _separated_rows(file: Path, stream: TextIO, column: str, separator: str | None, quoting: Quoting) -> Iterator[_Row]:
     csv.field_size_limit(max(csv.field_size_limit(), MAX_CELL))  # the default, 131,072, is less than one long article
     rows = _reader(file, stream, separator, quoting)
     line = 1
@@ -125,8 +124,8 @@ def _separated_rows(
     except csv.Error as error:
         yield _Row(
             line,
-            problem=f"{error}: look for a quote that is not closed or not doubled; where quotes are written as \\\" pass "
-            "--quoting backslash, where they are characters like others --quoting none",
+            problem=f"{error}: look for a quote that is not closed or not doubled; where quotes are written with a "
+            "backslash pass --quoting backslash, where they are characters like others --quoting none",
         )
 
 
@@ -174,8 +173,8 @@ def _cells(n: int) -> str:
 
 
 _SWALLOWED = (
-    "the lines of a quoted cell are whole rows by themselves, so its quote seems to be a character of the text: double it "
-    "and quote the cell, or pass --quoting none; where the cell is right, write the table as JSON lines (.jsonl)"
+    "the lines of a quoted cell are whole rows by themselves, so its quote seems to be a character of the text: double "
+    "it and quote the cell, or pass --quoting none; where the cell is right, write the table as JSON lines (.jsonl)"
 )
 
 
@@ -214,7 +213,9 @@ def _json_rows(file: Path, stream: TextIO, column: str) -> Iterator[_Row]:
         elif not isinstance(text := record[column], str | None):
             yield _Row(number, problem=f"the field {column!r} must be a string or null, got {_shown(json.dumps(text))}")
         elif text and "\\u" in line and not _encodable(text):
-            yield _Row(number, problem=f"the field {column!r} has half a character (\\ud800 to \\udfff): mend its escape")
+            yield _Row(
+                number, problem=f"the field {column!r} has half a character, \\ud800 to \\udfff: mend its escape"
+            )
         else:
             yield _Row(number, text or "")
 

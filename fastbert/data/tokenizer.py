@@ -1,6 +1,7 @@
 """A WordPiece tokenizer like BERT's, trained on any text, in files that Hugging Face `transformers` loads."""
 
 import hashlib
+import heapq
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from fastbert import files, tokenizer_files
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# The trainer sets about 100 bytes an entry aside before it starts, 1.6 GB here, and the word embeddings of a model of
+# 128 dimensions would take 8.6 GB. The largest vocabularies in use have a million entries.
+LARGEST_VOCABULARY = 1 << 24
+LONGEST_WORD = 100  # characters; WordPiece reads a longer word as [UNK]
 
 
 class SpecialIds(NamedTuple):
@@ -26,39 +31,45 @@ class SpecialIds(NamedTuple):
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, lowercase: bool = True, *, min_frequency: int = 2
+    texts: Iterable[str], vocab_size: int, lowercase: bool = True, *, min_frequency: int = 2, progress: bool = False
 ) -> Tokenizer:
     """Trains WordPiece on `texts`, read once and not kept; the same texts always give the same vocabulary.
 
     Normalisation and word splitting are BERT's; the special tokens have ids 0..4 in the order of `SPECIAL_TOKENS`.
-    `get_vocab_size()` may be less than asked for where the texts have too few words. At most a third of the vocabulary
-    goes to single characters, the most frequent ones.
+    `get_vocab_size()` may be less than asked for where the texts have too few words. The most frequent characters are a
+    third of the vocabulary, and as many more as pieces of several characters leave room for: a page of Chinese has
+    thousands of characters and hardly anything to merge. Words of more than 100 characters count for nothing, as
+    WordPiece reads them as [UNK].
 
     Args:
-        vocab_size: entries with the special tokens, at least 64.
+        vocab_size: entries with the special tokens, 64 to 16,777,216.
         lowercase: lower-case and strip accents, as BERT's "uncased" models do.
         min_frequency: a pair of pieces seen less often is not merged.
+        progress: prints a line between reading the texts and merging, which takes as long again.
 
     Raises:
-        ValueError: vocab_size too small, or no word in the texts.
+        ValueError: vocab_size out of range, or no word in the texts.
     """
-    if vocab_size < 64:
+    if not 64 <= vocab_size <= LARGEST_VOCABULARY:
+        rule = ">= 64" if vocab_size < 64 else f"<= {LARGEST_VOCABULARY}"
         raise ValueError(
-            f"vocab_size counts special tokens, characters and word pieces: expected >= 64, got {vocab_size}"
+            f"vocab_size counts special tokens, characters and word pieces: expected {rule}, got {vocab_size}"
         )
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     words = _count_words(tokenizer, texts)
-    if not words:
-        raise ValueError("the texts hold no word: a tokenizer needs at least one")
+    if progress:
+        print(
+            f"tokenizer: {len(words):,} different words, merging their pieces into {vocab_size:,} entries", flush=True
+        )
     vocab = _word_pieces(words, vocab_size, min_frequency)
 
     return _bert_tokenizer(vocab, lowercase)
 
 
 def _bert_tokenizer(vocab: dict[str, int], lowercase: bool = True) -> Tokenizer:
-    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
@@ -72,20 +83,30 @@ def _bert_tokenizer(vocab: dict[str, int], lowercase: bool = True) -> Tokenizer:
 
 
 def _count_words(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, int]:
+    """How often each word occurs that WordPiece can encode."""
     # The trainer counts words in parallel and keeps the counts in its pickled state, the only place that shows them.
     trainer = trainers.WordPieceTrainer(vocab_size=0, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     try:
-        return json.loads(trainer.__getstate__())["WordPieceTrainer"]["bpe_trainer"]["words"]
+        words = json.loads(trainer.__getstate__())["WordPieceTrainer"]["bpe_trainer"]["words"]
     except (KeyError, ValueError) as error:
         raise RuntimeError(
             f"the trainer of tokenizers {tokenizers.__version__} does not show its word counts ({error!r}): install a "
             "version from 0.21 to 0.23"
         ) from error
+    if not words:
+        raise ValueError("the texts hold no word: a tokenizer needs at least one")
+    short = {word: count for word, count in words.items() if len(word) <= LONGEST_WORD}
+    if not short:
+        raise ValueError(
+            f"the texts hold no word of at most {LONGEST_WORD} characters, and WordPiece knows no longer one: words "
+            "end at spaces and punctuation, so put spaces between the words of a language that is written without"
+        )
+    return short
 
 
 def _word_pieces(words: dict[str, int], vocab_size: int, min_frequency: int) -> dict[str, int]:
-    """Trains on counted words, so that nothing depends on the order of a hash table.
+    """A vocabulary of pieces of counted words, which does not depend on the order of a hash table.
 
     The trainer numbers the `##` characters in the order of one, and breaks ties between pairs by these numbers, so that
     its vocabulary differs from run to run (huggingface/tokenizers#1794). Here they are numbered before, by declaring
@@ -95,12 +116,12 @@ def _word_pieces(words: dict[str, int], vocab_size: int, min_frequency: int) -> 
     for word, count in words.items():
         for character in word:
             characters[character] += count
-    alphabet = set(sorted(characters, key=lambda c: (-characters[c], c))[: vocab_size // 3])
-    words = {word: count for word, count in words.items() if alphabet.issuperset(word)}
-    continuations = sorted({"##" + character for word in words for character in word[1:]})
+    alphabet = set(_most_frequent(characters, vocab_size // 3))
+    spelled = {word: count for word, count in words.items() if alphabet.issuperset(word)}
+    continuations = sorted({"##" + character for word in spelled for character in word[1:]})
 
     def repeated() -> Iterator[str]:
-        for word, count in sorted(words.items()):
+        for word, count in sorted(spelled.items()):
             for left in range(count, 0, -4096):
                 yield " ".join([word] * min(left, 4096))
 
@@ -113,7 +134,22 @@ def _word_pieces(words: dict[str, int], vocab_size: int, min_frequency: int) -> 
         special_tokens=[*SPECIAL_TOKENS, *continuations],
     )
     tokenizer.train_from_iterator(repeated(), trainer)
-    return tokenizer.get_vocab()
+    vocab = tokenizer.get_vocab()
+
+    # Where the merges leave room, the characters that were cut take it.
+    missing: Counter[str] = Counter()
+    for word, count in words.items():
+        for piece in (word[0], *("##" + character for character in word[1:])):
+            if piece not in vocab:
+                missing[piece] += count
+    for piece in _most_frequent(missing, max(0, vocab_size - len(vocab))):
+        vocab[piece] = len(vocab)
+    return vocab
+
+
+def _most_frequent(counts: Counter[str], n: int) -> list[str]:
+    """The n largest, equal ones in the order of their characters."""
+    return heapq.nsmallest(n, counts, key=lambda item: (-counts[item], item))
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, max_length: int | None = None) -> None:
