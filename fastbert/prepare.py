@@ -19,11 +19,12 @@ from fastbert import files
 from fastbert.data.corpus import iter_documents
 from fastbert.data.sources import find_files
 from fastbert.data.store import TokenStore, write_stores
-from fastbert.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, train_tokenizer
+from fastbert.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, special_ids, train_tokenizer
 from fastbert.run import PretrainConfig
 from fastbert.version import __version__
 
 MADE_OF = "corpus.json"
+MANY_UNKNOWN = 0.1  # share of [UNK] from which a warning is worth its line
 
 
 def prepare(config: PretrainConfig, resume: bool) -> tuple[Tokenizer, TokenStore, TokenStore]:
@@ -44,16 +45,22 @@ def prepare(config: PretrainConfig, resume: bool) -> tuple[Tokenizer, TokenStore
     if not resume:
         _discard_what_differs(config, tokenizer_at, data_at)
     if not (tokenizer_at / "tokenizer.json").exists():
-        texts = (sentence for document in _documents(config) for sentence in document)
-        save_tokenizer(train_tokenizer(texts, config.vocab_size, config.lowercase), tokenizer_at)
+        texts = (sentence for document in _documents(config, "counting words") for sentence in document)
+        save_tokenizer(train_tokenizer(texts, config.vocab_size, config.lowercase, progress=True), tokenizer_at)
     with _usable(tokenizer_at):
         tokenizer = load_tokenizer(tokenizer_at)
-    if not data_at.exists():
-        write_stores(data_at, _documents(config), tokenizer, held_out_fraction=config.held_out, seed=config.seed)
+    made = not data_at.exists()
+    if made:
+        write_stores(
+            data_at, _documents(config, "tokenising"), tokenizer, held_out_fraction=config.held_out, seed=config.seed,
+            nsp=config.nsp, progress=False,
+        )  # fmt: skip
     with _usable(data_at):
         stores = TokenStore.open(data_at / "train"), TokenStore.open(data_at / "held_out")
         for store in stores:
             store.check_tokenizer(tokenizer)
+    if made:
+        _say_unknown(tokenizer, stores)
     return tokenizer, *stores
 
 
@@ -80,7 +87,7 @@ def made_of(config: PretrainConfig) -> dict[str, Any]:
     """What tokenizer and stores depend on: the corpus by its content, and the settings that shape them."""
     path = config.corpus
     digest, size = hashlib.sha256(), 0
-    read = find_files(path, config.column).read
+    read = find_files(path, config.column, config.separator).read
     for file in read:
         with files.naming(file), file.open("rb") as stream:
             content = hashlib.file_digest(stream, "sha256").digest()
@@ -111,11 +118,23 @@ def _usable(folder: Path) -> Iterator[None]:
 
 
 def _reading(config: PretrainConfig) -> dict[str, Any]:
-    return {"column": config.column}
+    return {"column": config.column, "separator": config.separator, "quoting": config.quoting}
 
 
-def _documents(config: PretrainConfig) -> Iterator[list[str]]:
-    return iter_documents(config.corpus, **_reading(config))
+def _documents(config: PretrainConfig, progress: str) -> Iterator[list[str]]:
+    return iter_documents(config.corpus, **_reading(config), progress=progress)
+
+
+def _say_unknown(tokenizer: Tokenizer, stores: tuple[TokenStore, ...]) -> None:
+    counts = sum(store.token_counts() for store in stores)
+    share = counts[special_ids(tokenizer).unk].item() / counts.sum().item()
+    print(f"[UNK]: {share:.1%} of {counts.sum():,} tokens")
+    if share > MANY_UNKNOWN:
+        print(
+            "warning: the vocabulary does not know so much of the text, and [UNK] is never predicted: look at the text "
+            "for what is no language, take a larger --vocab-size, or put spaces between the words of a language that "
+            "is written without"
+        )
 
 
 def _discard_what_differs(config: PretrainConfig, tokenizer_at: Path, data_at: Path) -> None:

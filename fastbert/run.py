@@ -15,7 +15,9 @@ from torch import Tensor
 from fastbert import backend, files, native
 from fastbert.bert import BertConfig
 from fastbert.data.batches import LONGEST
-from fastbert.data.corpus import iter_documents
+from fastbert.data.corpus import check_corpus
+from fastbert.data.tables import Quoting
+from fastbert.data.tokenizer import LARGEST_VOCABULARY
 from fastbert.ops import linear
 from fastbert.presets import LEARNING_RATES
 from fastbert.version import __version__
@@ -28,9 +30,14 @@ class PretrainConfig:
     output: Path
     """The run's folder; made by a new run, continued with --resume."""
     corpus: Path | None = None
-    """A text file (one sentence or more per line, blank lines between documents), a folder of such, or a CSV file."""
+    """A text file (one sentence or more per line, blank lines between documents), a table (CSV, TSV, JSON lines), or a
+    folder of such."""
     column: str | None = None
-    """The CSV file's column that holds the text; every row is a document."""
+    """The table's column, or the JSON objects' field, that holds the text; every row is a document."""
+    separator: str | None = None
+    """The character between a table's columns; if not given a comma, in .tsv files a tab."""
+    quoting: Quoting = "auto"
+    """How a table's cells are quoted: double ("" for a quote within), backslash, none; auto looks at the header."""
 
     preset: Literal["tiny", "mini", "small", "base", "large"] = "tiny"
     """Size of the model; below is what each costs."""
@@ -103,6 +110,8 @@ class PretrainConfig:
                 _expect(value in get_args(kind), name, f"one of {', '.join(get_args(kind))}", value)
             elif kind in (bool, str):
                 _expect(type(value) is kind, name, "true or false" if kind is bool else "a string", value)
+            elif kind == str | None:
+                _expect(value is None or type(value) is str, name, "a string", value)
         for name, (low, high) in _INTEGERS.items():
             value = getattr(self, name)
             holds = type(value) is int and low <= value <= high
@@ -122,7 +131,7 @@ class PretrainConfig:
 
 _MANY = 2**31 - 1  # the largest int32
 _INTEGERS = {  # setting: lowest and highest value
-    "vocab_size": (64, _MANY),
+    "vocab_size": (64, LARGEST_VOCABULARY),
     "max_position_embeddings": (8, LONGEST),
     "seq_len": (8, LONGEST),
     "batch_tokens": (8, 2**30),  # places in a packed batch are int32, and batches are rounded up
@@ -171,9 +180,9 @@ def new_run(config: PretrainConfig) -> PretrainConfig:
     config.check()
     backend.check()
     if config.corpus is None:
-        raise ValueError("a new run needs a corpus: a text file, a folder of text files, or a CSV file with --column")
+        raise ValueError("a new run needs a corpus: a text file, a table with --column, or a folder of such")
     refuse_a_second_run(config.output)
-    next(iter_documents(config.corpus, config.column))
+    print(check_corpus(config.corpus, config.column, separator=config.separator, quoting=config.quoting))
     return with_choices(config)
 
 
@@ -224,7 +233,7 @@ def choose_linear(config: PretrainConfig) -> str:
 
 
 # Settings that runs did not have once, and what they did then.
-_ADDED_LATER = {"linear": "torch"}
+_ADDED_LATER = {"linear": "torch", "separator": None, "quoting": "auto"}
 
 
 def read_config(folder: Path) -> PretrainConfig:

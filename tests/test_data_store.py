@@ -10,6 +10,7 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer
 
 from fastbert.data import TokenStore, split_sentences, train_tokenizer, write_store, write_stores
@@ -108,8 +109,34 @@ def test_nothing_is_left_of_a_failed_write(tmp_path, tokenizer):
         write_store(tmp_path / "store", documents(), tokenizer, progress=False)
     with pytest.raises(ValueError, match="hold no token"):
         write_store(tmp_path / "store", [], tokenizer, progress=False)
-    with pytest.raises(ValueError, match=r"one document in 20, and the corpus has only 1"):
+    with pytest.raises(ValueError, match="a corpus of 1 token cannot be split"):
         write_stores(tmp_path / "store", [["one"]], tokenizer, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("documents", "held_out"), [(1, 2), (19, 2), (20, 2), (49, 2), (60, 2), (1000, 20)])
+def test_small_corpora_are_split_too(tmp_path, tokenizer, documents, held_out):
+    """By the defaults of a run, 2 %; nothing is lost, and next-sentence prediction has its two documents."""
+    corpus = [[f"statement {i} {j}" for j in range(20)] for i in range(documents)]
+    write_stores(tmp_path / "s", corpus, tokenizer, held_out_fraction=0.02, nsp=documents > 1, progress=False)
+    write_store(tmp_path / "all", corpus, tokenizer, progress=False)
+    train, kept, whole = (TokenStore.open(tmp_path / name) for name in ("s/train", "s/held_out", "all"))
+    assert len(kept.documents) - 1 == held_out
+    assert len(train.tokens) + len(kept.tokens) == len(whole.tokens) and len(kept.tokens) >= 30
+    assert torch.equal(train.token_counts() + kept.token_counts(), whole.token_counts())
+    if documents == 1:  # its end is held out, and with it the second half of that
+        assert train.tokens.tolist() + kept.tokens.tolist() == whole.tokens.tolist()
+
+
+def test_next_sentence_prediction_needs_two_documents_on_either_side(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=r"of 3 document\(s\) one side gets 1: .*--held-out.*--no-nsp"):
+        write_stores(tmp_path / "s", [["one", "two"]], tokenizer, nsp=True, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_text_of_unknown_words_alone_is_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=r"all 9 tokens .* are \[UNK\].*none can be masked"):
+        write_store(tmp_path / "s", [["\u0e01 \u0e02 \u0e03"]] * 3, tokenizer, progress=False)
     assert not list(tmp_path.iterdir())
 
 

@@ -18,6 +18,17 @@ def config(tmp_path):
     return PretrainConfig(output=tmp_path / "run", corpus=corpus, vocab_size=64, held_out=0.2, steps=1)
 
 
+def test_the_share_of_unknown_words_is_said(config, capsys):
+    """Rare letters that a small vocabulary has no room for; [UNK] is never predicted."""
+    prepare(config, resume=False)
+    assert "[UNK]: 0.0% of" in capsys.readouterr().out
+    rare = " ".join(chr(0x4E00 + i) for i in range(400))
+    config.corpus.write_text(config.corpus.read_text() + "\n\n" + rare)
+    prepare(config, resume=False)
+    said = capsys.readouterr().out
+    assert "warning: the vocabulary does not know so much of the text" in said and "--vocab-size" in said
+
+
 def written(folder):
     """When each file was written."""
     return {path.name: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}

@@ -140,7 +140,7 @@ class PretrainBatches(Dataset[Batch]):
         if nsp and len(store.documents) < 3:
             raise ValueError(
                 "next-sentence prediction takes random sentences from other documents, and this store has only one: "
-                "separate the documents by blank lines, or turn nsp off"
+                "separate the documents of a text file by blank lines, or turn it off (--no-nsp)"
             )
         self.store, self.special, self.nsp = store, special, nsp
         self.seed, self.batch_tokens = seed, batch_tokens
@@ -148,7 +148,9 @@ class PretrainBatches(Dataset[Batch]):
         self.extra = 3 if nsp else 2  # [CLS] and [SEP]s
         self.spans = find_spans(store, seq_len - self.extra, shortest=2 if nsp else 1)
         if not len(self.spans.starts):
-            raise ValueError("no document has the two tokens that next-sentence prediction needs: turn nsp off")
+            raise ValueError(
+                "no document has the two tokens that next-sentence prediction needs: turn it off (--no-nsp)"
+            )
         self._shuffle(epoch)
 
     def at_epoch(self, epoch: int) -> "PretrainBatches":

@@ -14,7 +14,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from pathlib import Path
@@ -71,8 +71,9 @@ def write_stores(
     """As `write_store`, into two stores, `folder/train` and `folder/held_out`; on the way it takes their size twice.
 
     Of every `round(1 / held_out_fraction)` documents one is held out; which one depends on (seed, document index). Of
-    20 documents or more at least two are, where that fraction gives fewer. Of a smaller corpus the end is held out,
-    that share of its tokens, at least 32 or half of all, as two documents.
+    20 documents or more at least two are, where that fraction gives fewer. Of a smaller corpus the end is held out:
+    that share of its tokens, from about 32 on (half, where it has fewer than 64), as two documents that begin where
+    sentences do.
 
     Args:
         nsp: refuses a corpus too small for next-sentence prediction, which needs two documents on either side.
@@ -93,9 +94,10 @@ def write_stores(
         sides = {"train": ~held_out, "held_out": held_out}
         if nsp and (fewest := min(side.sum() for side in sides.values())) < 2:
             raise ValueError(
-                f"next-sentence prediction takes random sentences from other documents, so it needs two of them to train "
-                f"on and two held out, and the corpus has {len(held_out)} with one of the sides at {fewest}: separate "
-                "the documents of a text file by blank lines, give more text, or train without it (--no-nsp)"
+                "next-sentence prediction takes random sentences from other documents, so it needs two to train on and "
+                f"two held out; of {len(held_out)} document(s) one side gets {fewest}: separate the documents of a "
+                "text file by blank lines, give more text, hold out another share (--held-out), or train without it "
+                "(--no-nsp)"
             )
         for name, chosen in sides.items():
             with _Writer(temporary / name, tokenizer) as writer:
@@ -293,9 +295,9 @@ class _Writer:
             )
         if not self.has_words:
             raise ValueError(
-                f"all {self.tokens:,} tokens of the documents for {self.folder.name} are [UNK] or another special one, so "
-                "none can be masked and predicted: use a tokenizer that was trained on such text; a language written "
-                f"without spaces needs them between its words, as a word of more than {LONGEST_WORD} characters is [UNK]"
+                f"all {self.tokens:,} tokens of the documents for {self.folder.name} are [UNK] or another special one, "
+                "so none can be masked and predicted: use a tokenizer that was trained on such text; a language "
+                f"written without spaces needs them between its words, as more than {LONGEST_WORD} letters are [UNK]"
             )
         meta = {
             "format": FORMAT,
