@@ -8,6 +8,7 @@ with the reason.
 import contextlib
 import os
 from collections.abc import Iterator
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
@@ -20,19 +21,57 @@ NAMES = ("reference", "cpu", "cuda", "triton")
 OPS = ("gelu", "layer_norm", "cross_entropy", "attention", "lazy_adam")
 _AUTOMATIC = {"cpu": "cpu", "cuda": "cuda"}  # device type -> preferred backend
 
-_requested = os.environ.get("FASTBERT_BACKEND", "")
+
+class Choice:
+    """What the innermost `with` block around the caller chose; a subclass for each thing that is chosen.
+
+    It holds in the block's own context, as ContextVars do: threads and tasks beside it keep their choice. torch.compile
+    does not trace `ContextVar.get`; a property that is nothing but that C function it reads, and guards on the result,
+    so that a compiled function called within another block is compiled for it.
+    """
+
+    now: "Choice"  # the innermost block's; outside of blocks the instance that is asked
+    _variable: ContextVar["Choice"]
+
+    def __init_subclass__(cls):
+        cls._variable = ContextVar(cls.__qualname__)
+        cls.now = property(cls._variable.get)  # called with the instance, which `get` takes for its default
+
+    def __init__(self, name: str = ""):
+        self.name = name
+
+    @contextlib.contextmanager
+    def within(self, name: str) -> Iterator[None]:
+        """The block in which `now.name` is `name`."""
+        token = self._variable.set(type(self)(name))
+        try:
+            yield
+        finally:
+            self._variable.reset(token)
+
+
+class _Block(Choice):
+    """A `use_backend` block."""
+
+
+_block = _Block()
+_requested = os.environ.get("FASTBERT_BACKEND", "")  # outside of blocks, in the whole process
 fallbacks: dict[tuple[str, str], str] = {}  # (op, preferred backend) -> why the reference ran instead
 
 
 def why_not(name: str) -> str | None:
     """Why the backend cannot run in this process; None where it can. ValueError for a name that does not exist."""
-    if name not in NAMES:
-        raise ValueError(f"no backend is called {name!r}: expected one of {', '.join(NAMES)}")
+    _check_name(name)
     if name == "reference":
         return None
     if name == "cpu":
         return native.cpu_missing
     return f"version {_version()} has no {name} kernels yet"
+
+
+def _check_name(name: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"no backend is called {name!r}: expected one of {', '.join(NAMES)}")
 
 
 def _version() -> str:
@@ -61,26 +100,33 @@ def check() -> None:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the `with` block every op of this package runs on backend `name`, in all threads of the process.
+    """Within the `with` block every op of this package runs on backend `name`.
 
-    A backward pass runs on the backend its forward pass ran on, inside the block or not.
+    It holds in the block's own context (`contextvars`): other threads and asyncio tasks keep their choice, and threads
+    that the block starts do not inherit it unless they run by `contextvars.copy_context().run`. The environment
+    variable FASTBERT_BACKEND chooses for all threads. A backward pass runs on the backend its forward pass ran on,
+    inside the block or not and whichever thread computes it. A function made by torch.compile follows the block it is
+    called in; code that is compiled itself passes `backend=` to the ops instead of opening a block.
 
     Raises:
         ValueError: no backend has that name.
         RuntimeError: it cannot run here; the message says why.
     """
-    global _requested
     _check(name)
-    before, _requested = _requested, name
-    try:
+    with _block.within(name):
         yield
-    finally:
-        _requested = before
 
 
 def requested(name: str | None = None) -> str:
-    """What an op is asked to run on: the call's own `backend=`, else the block's or process's choice, "" if none."""
-    return _requested if name is None else name
+    """What an op is asked to run on: the call's own `backend=`, else the block's or the process's choice, "" if none.
+
+    Raises:
+        ValueError: the call's own names no backend.
+    """
+    if name is None:
+        return _block.now.name or _requested
+    _check_name(name)
+    return name
 
 
 def pick(op: str, name: str, x: Tensor, reference: type) -> Any:

@@ -22,7 +22,7 @@ except ImportError as error:
     )
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_UNLIMITED = 2**62  # a window that reaches past every sequence
+_NO_LIMIT = 2**31  # of a window: past every sequence
 
 forced_isa = os.environ.get("FASTBERT_CPU_ISA", "")  # read once, here
 
@@ -304,6 +304,5 @@ def behind_the_record(row: int, last_step: int, step: int, recorded: int) -> str
 
 def _window(causal: bool, window: list[int] | None) -> tuple[int, int]:
     """(left, right): key j is visible to query i where i - left <= j <= i + right."""
-    left, right = (_UNLIMITED, _UNLIMITED) if window is None else (min(x, _UNLIMITED) for x in window)
-    left, right = max(left, -_UNLIMITED), max(right, -_UNLIMITED)
+    left, right = (_NO_LIMIT, _NO_LIMIT) if window is None else window
     return left, min(right, 0) if causal else right

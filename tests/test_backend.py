@@ -1,12 +1,28 @@
+import asyncio
+import contextvars
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastbert
 from fastbert import backend, native
+from fastbert.ops import gelu, linear
+
+# Both choices of a block, with what they are asked by and two names that any build takes.
+CHOICES = pytest.mark.parametrize(
+    ("use", "requested", "names"),
+    [
+        (fastbert.use_backend, backend.requested, ("reference", fastbert.backends()[-1])),
+        (fastbert.use_linear, linear.requested, ("torch", "widened")),
+    ],
+    ids=["use_backend", "use_linear"],
+)
 
 
 def python(code, **environment):
@@ -46,6 +62,97 @@ def test_the_block_decides_and_ends():
             raise ZeroDivisionError
         assert backend.requested() == "reference"
     assert backend.requested() == os.environ.get("FASTBERT_BACKEND", "")
+
+
+@CHOICES
+def test_overlapping_blocks_of_two_threads_keep_to_themselves(use, requested, names):
+    """Each begins before and ends after the other's middle."""
+    before, together, seen = requested(), threading.Barrier(2, timeout=30), {}
+
+    def overlapping(name):
+        with use(name):
+            together.wait()
+            seen[name] = requested()
+            together.wait()
+        together.wait()
+        seen["after", name] = requested()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(overlapping, names))
+    for name in names:
+        assert seen[name] == name and seen["after", name] == before
+    assert requested() == before
+
+
+@CHOICES
+def test_overlapping_blocks_of_two_tasks_keep_to_themselves(use, requested, names):
+    before = requested()
+
+    async def overlapping(name):
+        with use(name):
+            await asyncio.sleep(0)
+            seen = requested()
+            await asyncio.sleep(0)
+        return seen
+
+    async def both():
+        return await asyncio.gather(*map(overlapping, names))
+
+    assert asyncio.run(both()) == list(names) and requested() == before
+
+
+@CHOICES
+def test_a_thread_inherits_a_choice_with_the_context_alone(use, requested, names):
+    before = requested()
+    with use(names[0]), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(requested).result() == before
+        assert pool.submit(contextvars.copy_context().run, requested).result() == names[0]
+
+
+@pytest.fixture
+def twins(monkeypatch):
+    """Which functions of GELU's twin ran."""
+    seen = []
+    for name in ("gelu_forward", "gelu_backward"):
+        twin = getattr(gelu.reference, name)
+        monkeypatch.setattr(
+            gelu.reference, name, staticmethod(lambda *a, twin=twin: seen.append(twin.__name__) or twin(*a))
+        )
+    return seen
+
+
+@pytest.mark.skipif(native.module is None, reason="the C++ module is not built")
+def test_backward_runs_where_forward_ran_in_any_thread(twins):
+    x = torch.randn(4, requires_grad=True)
+    with fastbert.use_backend("reference"):
+        y = fastbert.gelu(x).sum()
+    with fastbert.use_backend("cpu"), ThreadPoolExecutor(1) as pool:
+        z = fastbert.gelu(x).sum()
+        pool.submit(y.backward).result()
+    assert twins == ["gelu_forward", "gelu_backward"]
+    with fastbert.use_backend("reference"):
+        z.backward()
+    assert twins == ["gelu_forward", "gelu_backward"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
+@pytest.mark.skipif(native.module is None, reason="the C++ module is not built")
+def test_a_compiled_function_follows_the_block_it_is_called_in(twins):
+    """Of its caller's thread, again and again, forward and backward, with one graph for each choice."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(fastbert.gelu, fullgraph=True, backend=counter)
+    x = torch.randn(4, requires_grad=True)
+    for _ in range(3):
+        for name in ("cpu", "reference"):
+            twins.clear()
+            with fastbert.use_backend(name), ThreadPoolExecutor(1) as pool:
+                y = compiled(x).sum()
+                assert len(twins) == (name == "reference")
+                pool.submit(compiled, x).result()  # in a thread without a choice
+            y.backward()  # after the block
+            assert twins == ["gelu_forward", "gelu_backward"] * (name == "reference")
+    assert counter.frame_count == 3  # for "cpu", for "reference" and for no choice
 
 
 def test_environment_decides():

@@ -52,18 +52,23 @@ CASES = [
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    ("compiler", "name", "dtype"),
+    [("aot_eager", "reference", torch.bfloat16), ("inductor", fastbert.backends()[-1], torch.float32)],
+    ids=str,
+)
 @pytest.mark.parametrize("case", CASES)
-def test_compiled_equals_eager(case, compiler):
+def test_compiled_equals_eager(case, compiler, name, dtype):
     torch.compiler.reset()
     counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(case(12)[0], fullgraph=True, backend=counter)
     for n in (12, 40, 56):
         function, inputs, shape = case(n)
-        dy = torch.randn(shape)
+        inputs, dy = [x.to(dtype) for x in inputs], torch.randn(shape)
         chosen = compiled if "attention" not in case.__name__ else _with_bounds(compiled, n)
-        for ours, eager in zip(run(chosen, inputs, dy), run(function, inputs, dy), strict=True):
-            torch.testing.assert_close(ours, eager)
+        with fastbert.use_backend(name):
+            for ours, eager in zip(run(chosen, inputs, dy), run(function, inputs, dy), strict=True):
+                torch.testing.assert_close(ours, eager)
     assert counter.frame_count <= 2, f"compiled {counter.frame_count} times for three shapes"
 
 

@@ -7,8 +7,6 @@ from fastbert.ops import layer_norm as op
 from fastbert.ops import philox
 from fastbert.testing import assert_close, run
 
-raw = torch.ops.fastbert  # as the dispatcher has them
-
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(0, 8), (1, 1), (3, 5), (7, 16), (2, 33), (65, 64), (4, 3, 768), (300, 1024), (2, 20000)]
 EPS = 1e-5
@@ -128,15 +126,6 @@ def test_bits_do_not_depend_on_threads(backend, threads, dtype):
         assert backend == "reference" or torch.equal(a, c)
 
 
-def test_custom_op_is_sound(backend):
-    x, weight, bias, dy = torch.randn(4, 24), torch.randn(24), torch.randn(24), torch.randn(4, 24)
-    for residual, t, seed in ((None, 0, None), (x + 1, 0, None), (x + 1, 6554, SEED)):
-        torch.library.opcheck(raw.layer_norm_forward.default, (x, residual, weight, bias, EPS, t, seed, ""))
-        _, z, mean, rstd = op.layer_norm_forward(x, residual, weight, bias, EPS, t, seed, "")
-        saved = z if z.numel() else x
-        torch.library.opcheck(raw.layer_norm_backward.default, (dy, saved, weight, mean, rstd, t, seed, ""))
-
-
 def test_a_drawn_seed_follows_manual_seed():
     x, weight, bias = torch.randn(8, 32), torch.ones(32), torch.zeros(32)
 
@@ -147,6 +136,25 @@ def test_a_drawn_seed_follows_manual_seed():
     first, second = draw(), draw()
     torch.manual_seed(1)
     assert torch.equal(first, draw()) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("seed", [7, -1, 2**63 + 5, 2**64 - 1])
+def test_an_int_is_a_seed(seed):
+    x, weight, bias = torch.randn(8, 32), torch.ones(32), torch.zeros(32)
+    low = torch.tensor([seed - 2**64 if seed >= 2**63 else seed])
+    a, b = (fastbert.dropout_add_layer_norm(x, None, weight, bias, dropout_p=0.5, seed=s) for s in (seed, low))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_a_single_row_needs_no_leading_axis(backend, p):
+    x, weight, bias, dy = torch.randn(4, 24)
+    alone, inside = (
+        run(lambda *a: ours_layer_norm(*a, p), (f(x), None, weight, bias), f(dy))
+        for f in (lambda v: v, torch.atleast_2d)
+    )
+    for a, b in zip(alone, inside, strict=True):
+        torch.testing.assert_close(a, b.view(a.shape))
 
 
 def test_autocast_computes_in_its_dtype():
@@ -165,8 +173,28 @@ def test_bad_input():
         fastbert.layer_norm(x.bfloat16(), weight, weight.bfloat16())
     with pytest.raises(ValueError, match=r"residual must have x's shape \[4, 8\]"):
         fastbert.dropout_add_layer_norm(x, torch.randn(1, 8), weight, weight)
-    with pytest.raises(ValueError, match="0 <= dropout_p <= 1"):
-        fastbert.dropout_add_layer_norm(x, None, weight, weight, dropout_p=2)
+    for p in (2, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="0 <= dropout_p <= 1"):
+            fastbert.dropout_add_layer_norm(x, None, weight, weight, dropout_p=p)
+    for p in ("x", True, None, torch.tensor(0.1)):
+        with pytest.raises(TypeError, match="dropout_p must be a number, got "):
+            fastbert.dropout_add_layer_norm(x, None, weight, weight, dropout_p=p)
+    for eps in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="eps is added to the variance: expected a finite number of at least 0"):
+            fastbert.layer_norm(x, weight, weight, eps)
+    with pytest.raises(TypeError, match="eps must be a number, got NoneType None"):
+        fastbert.layer_norm(x, weight, weight, None)
+    with pytest.raises(TypeError, match=r"weight must be a torch\.Tensor, got NoneType"):
+        fastbert.layer_norm(x, None, weight)
+    with pytest.raises(TypeError, match=r"residual must be a torch\.Tensor, got numpy\.ndarray"):
+        fastbert.dropout_add_layer_norm(x, x.numpy(), weight, weight)
+    with pytest.raises(TypeError, match=r"residual must be a floating tensor, .* got torch\.int64"):
+        fastbert.dropout_add_layer_norm(x, x.long(), weight, weight)
+    for seed in (1.0, True, "1"):
+        with pytest.raises(TypeError, match="seed must be an int, got "):
+            fastbert.dropout_add_layer_norm(x, None, weight, weight, dropout_p=0.5, seed=seed)
+    with pytest.raises(ValueError, match=r"seed must lie in \[-2\*\*63, 2\*\*64\)"):
+        fastbert.dropout_add_layer_norm(x, None, weight, weight, dropout_p=0.5, seed=2**64)
     with pytest.raises(ValueError, match="seed must be an int64"):
         fastbert.dropout_add_layer_norm(
             x, None, weight, weight, dropout_p=0.5, seed=torch.tensor([1], dtype=torch.int32)

@@ -29,8 +29,10 @@ from torch import Tensor
 
 from fastbert.backend import pick, requested
 from fastbert.ops import philox
-from fastbert.ops.checks import autocast, check_activation, wide, without_autocast
+from fastbert.ops.checks import as_float, as_int, autocast, check_activation, check_tensor, kind, wide, without_autocast
 from fastbert.ops.register import fake, once_differentiable, register
+
+NO_LIMIT = 2**31  # of a window: places of tokens are int32, as cu_seqlens is
 
 
 def attention(
@@ -41,7 +43,7 @@ def attention(
     max_seqlen: int,
     *,
     dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    seed: Tensor | int | None = None,
     scale: float | None = None,
     causal: bool = False,
     window: tuple[int, int] | None = None,
@@ -53,26 +55,33 @@ def attention(
         q, k, v: [T, N, D] (tokens, heads, head size), float32, bfloat16 or float16 (float64 on the reference backend);
             views of one packed projection are taken as they are. Under autocast float32 is cast to the autocast dtype.
         cu_seqlens: int32 [B + 1] on q's device, the sequences' first tokens and T: 0, ..., T, never decreasing.
-        max_seqlen: tokens of the longest sequence, or more.
+        max_seqlen: tokens of the longest sequence, or more; an int.
         dropout_p: probability that an attention weight is dropped; rounded to a multiple of 1/65536.
-        seed: int64 [1] on q's device; None draws one from torch's default generator.
-        scale: of the scores; None is `1 / sqrt(D)`.
+        seed: an int, or int64 [1] on q's device; None draws one from torch's default generator.
+        scale: of the scores, a finite number; None is `1 / sqrt(D)`.
         causal: a query sees no key behind it.
-        window: (left, right): a query at place i of its sequence sees keys i - left to i + right; None sees all.
+        window: (left, right): a query at place i of its sequence sees keys i - left to i + right, two ints of which -1
+            sets no limit to its side, as FlashAttention's window_size does; None sees all.
         backend: runs on this backend or raises; None chooses by the tensor's device.
 
     Returns:
         [T, N, D] in q's dtype; 0 for a query that sees no key.
 
     Raises:
-        ValueError, TypeError: a shape, dtype, device or probability that does not fit; sequence boundaries that do not
-            hold (looked at on the CPU only: elsewhere it would wait for the device).
+        ValueError, TypeError: a shape, dtype, device, number or window that does not fit; sequence boundaries that do
+            not hold (looked at on the CPU only: elsewhere it would wait for the device).
         RuntimeError: an explicit backend that cannot run here.
     """
-    q, k, v = autocast(q), autocast(k), autocast(v)
-    _check(q, k, v, cu_seqlens)
+    _check_packed("q", q, cu_seqlens, axes=3)
+    for name, x in (("k", k), ("v", v)):
+        check_tensor(name, x)
+        if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{name} must be like q, {q.dtype} {list(q.shape)} on {q.device}, got {x.dtype} {list(x.shape)} on "
+                f"{x.device}"
+            )
     options = _options(q, max_seqlen, dropout_p, seed, scale, causal, window, backend)
-    return _Attention.apply(cu_seqlens, *options, q, k, v)
+    return _Attention.apply(cu_seqlens, *options, autocast(q), autocast(k), autocast(v))
 
 
 def attention_qkv(
@@ -81,7 +90,7 @@ def attention_qkv(
     max_seqlen: int,
     *,
     dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    seed: Tensor | int | None = None,
     scale: float | None = None,
     causal: bool = False,
     window: tuple[int, int] | None = None,
@@ -98,50 +107,56 @@ def attention_qkv(
     Raises:
         As `attention` does.
     """
-    qkv = autocast(qkv)
-    if qkv.dim() != 4 or qkv.shape[1] != 3:
-        raise ValueError(f"qkv must be [tokens, 3, heads, head size], got shape {list(qkv.shape)}")
-    _check(*qkv.unbind(1), cu_seqlens)
+    _check_packed("qkv", qkv, cu_seqlens, axes=4)
     options = _options(qkv, max_seqlen, dropout_p, seed, scale, causal, window, backend)
-    return _Attention.apply(cu_seqlens, *options, qkv)
+    return _Attention.apply(cu_seqlens, *options, autocast(qkv))
+
+
+def _check_packed(name: str, x: Tensor, cu_seqlens: Tensor, axes: int) -> None:
+    check_activation("attention", name, x)
+    if x.dim() != axes or (axes == 4 and x.shape[1] != 3):
+        expected = "[tokens, heads, head size]" if axes == 3 else "[tokens, 3, heads, head size]"
+        raise ValueError(f"{name} must be {expected}, got shape {list(x.shape)}")
+    check_tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(
+            f"cu_seqlens must be int32 [sequences + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}; make it with "
+            "torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()"
+        )
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"cu_seqlens must be on {name}'s device {x.device}, got {cu_seqlens.device}")
 
 
 def _options(
     x: Tensor,
     max_seqlen: int,
     dropout_p: float,
-    seed: Tensor | None,
+    seed: Tensor | int | None,
     scale: float | None,
     causal: bool,
     window: tuple[int, int] | None,
     backend: str | None,
 ) -> tuple:
-    """As the ops take them."""
-    if window is not None and len(window) != 2:
-        raise ValueError(f"window must be (left, right), two ints, or None, got {window!r}")
-    scale = 1.0 / math.sqrt(x.shape[-1]) if scale is None else float(scale)
+    """As the ops take them, checked."""
+    max_seqlen = as_int("max_seqlen", max_seqlen)
+    scale = 1.0 / math.sqrt(x.shape[-1]) if scale is None else as_float("scale", scale)
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be a finite number, got {scale}")
+    if type(causal) is not bool:
+        raise TypeError(f"causal must be True or False, got {kind(causal)} {causal!r}")
     t = philox.threshold(dropout_p)
     seed = philox.resolve_seed(seed, t, x.device)
-    return max_seqlen, scale, t, seed, causal, None if window is None else list(window), requested(backend)
+    return max_seqlen, scale, t, seed, causal, None if window is None else _limits(window), requested(backend)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
-    check_activation("attention", q)
-    if q.dim() != 3:
-        raise ValueError(f"q must be [tokens, heads, head size], got shape {list(q.shape)}")
-    for name, x in (("k", k), ("v", v)):
-        if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(
-                f"{name} must be like q, {q.dtype} {list(q.shape)} on {q.device}, got {x.dtype} {list(x.shape)} on "
-                f"{x.device}"
-            )
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-        raise ValueError(
-            f"cu_seqlens must be int32 [sequences + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}; make it with "
-            "torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()"
-        )
-    if cu_seqlens.device != q.device:
-        raise ValueError(f"cu_seqlens must be on q's device {q.device}, got {cu_seqlens.device}")
+def _limits(window: tuple[int, int]) -> list[int]:
+    """[left, right] as the ops take it: `NO_LIMIT` instead of -1."""
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        raise TypeError(f"window must be (left, right), two ints, or None, got {window!r}")
+    limits = [as_int(f"window's {side}", limit) for side, limit in zip(("left", "right"), window, strict=True)]
+    if min(limits) < -1:
+        raise ValueError(f"window's left and right must be at least 0, or -1 for no limit to that side, got {window!r}")
+    return [NO_LIMIT if limit == -1 else min(limit, NO_LIMIT) for limit in limits]
 
 
 class reference:  # a namespace, spelled as the backend is
@@ -190,7 +205,7 @@ class reference:  # a namespace, spelled as the backend is
         causal: bool,
         window: list[int] | None,
     ) -> Tensor:
-        layout = _Padding(cu_seqlens, max_seqlen, q.shape[0])
+        dtype, layout = q.dtype, _Padding(cu_seqlens, max_seqlen, q.shape[0])
         dout, out, q, k, v = (layout.pad(x) for x in (dout, out, q, k, v))
         scores = scale * q @ k.transpose(-1, -2)
         scores = scores.masked_fill(~layout.visible(causal, window), -torch.inf)
@@ -202,7 +217,7 @@ class reference:  # a namespace, spelled as the backend is
             dropped = layout.dropout(weights, t, seed)
         dscores = weights * (dweights - (dout * out).sum(-1, keepdim=True))
         dq, dk, dv = scale * dscores @ k, scale * dscores.transpose(-1, -2) @ q, dropped.transpose(-1, -2) @ dout
-        return torch.stack([layout.unpad(x).to(layout.dtype) for x in (dq, dk, dv)], 1)
+        return torch.stack([layout.unpad(x) for x in (dq, dk, dv)], 1).to(dtype)
 
 
 def _weights(scores: Tensor, lse: Tensor) -> Tensor:
@@ -219,20 +234,20 @@ class _Padding:
         self.place = torch.arange(max_seqlen, device=cu_seqlens.device)  # [S]
         self.token = start + self.place  # [B, S]
         self.real = self.token < end
+        # The token at each place of the padded batch; the one after the last where there is none.
+        self.source = torch.where(self.real, self.token, tokens)
         # Where packed token i stands in the padded batch read as [B * S].
         order = torch.arange(tokens, device=cu_seqlens.device)
         sequence = torch.searchsorted(cu_seqlens.contiguous(), order.int(), right=True) - 1
         self.slot = sequence * max_seqlen + order - cu_seqlens[sequence]
 
     def pad(self, x: Tensor) -> Tensor:
-        self.dtype = x.dtype
-        if x.shape[0] == 0:
-            return wide(x).new_zeros(self.token.shape[0], x.shape[1], self.token.shape[1], x.shape[2])
-        padded = wide(x)[self.token.clamp(max=x.shape[0] - 1)]  # [B, S, N, D]
-        return torch.where(self.real[:, :, None, None], padded, 0.0).transpose(1, 2)
+        """Zeros where there is no token; float32, or float64 where x is."""
+        zeros = x.new_zeros(1, *x.shape[1:])
+        return wide(torch.cat([x, zeros]))[self.source].transpose(1, 2)
 
     def unpad(self, x: Tensor) -> Tensor:
-        return x.transpose(1, 2).flatten(0, 1)[self.slot]
+        return x.transpose(1, 2).flatten(0, 1)[self.slot].contiguous()
 
     def visible(self, causal: bool, window: list[int] | None) -> Tensor:
         """[B, 1, S, S]: whether a query (third axis) sees a key."""
@@ -252,6 +267,8 @@ class _Padding:
 
 def _check_sequences(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> None:
     """Raises unless the sequences make up the tokens. On a device they are not waited for."""
+    if not 0 <= max_seqlen < NO_LIMIT:
+        raise ValueError(f"max_seqlen must lie in [0, 2**31), as cu_seqlens is int32, got {max_seqlen}")
     if cu_seqlens.device.type != "cpu":
         return
     bounds = cu_seqlens.tolist()

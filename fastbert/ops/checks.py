@@ -1,11 +1,15 @@
 """What every op asks of its inputs, and the autocast rule: one wording for all."""
 
 import functools
+import numbers
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -29,22 +33,62 @@ def without_autocast(function: Callable) -> Callable:
     return call
 
 
-def check_activation(op: str, x: Tensor) -> None:
+def kind(value: Any) -> str:
+    """The name of its type, for messages: list, numpy.ndarray."""
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+def check_tensor(name: str, x: Any) -> None:
+    """Raises unless x is a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {kind(x)}; torch.as_tensor makes one of lists and arrays")
+
+
+def check_activation(op: str, name: str, x: Tensor) -> None:
     """Raises unless x is a floating tensor [..., N] with N >= 1."""
-    if not x.is_floating_point():
-        raise TypeError(f"{op} takes float32, bfloat16 or float16 activations, got {x.dtype}")
+    check_tensor(name, x)
+    if x.dtype not in FLOATS:
+        raise TypeError(
+            f"{op} takes {name} in float32, bfloat16 or float16 (float64 on the reference backend), got {x.dtype}"
+        )
     if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{op} takes [..., N] with N >= 1, got shape {list(x.shape)}")
+        raise ValueError(f"{op} takes {name} [..., N] with N >= 1, got shape {list(x.shape)}")
 
 
 def check_vector(name: str, vector: Tensor, x: Tensor) -> None:
     """Raises unless `vector` is [N] for x [..., N], on x's device, in float32 or x's dtype."""
+    check_tensor(name, vector)
     if vector.shape != x.shape[-1:]:
         raise ValueError(f"{name} must have shape [{x.shape[-1]}], the last axis of x, got {list(vector.shape)}")
     if vector.dtype not in (torch.float32, x.dtype):
         raise TypeError(f"{name} must be float32 or x's dtype {x.dtype}, got {vector.dtype}")
     if vector.device != x.device:
         raise ValueError(f"{name} must be on x's device {x.device}, got {vector.device}")
+
+
+# Tensors are no numbers here: a look at one on a device would wait for it. Neither are True and False, which are
+# arguments in the wrong place.
+
+
+def as_float(name: str, value: Any) -> float:
+    """The number as a float; TypeError for anything but a number."""
+    if type(value) is float or isinstance(value, torch.SymFloat):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {kind(value)} {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that a float can hold, got {value!r}") from None
+
+
+def as_int(name: str, value: Any) -> int:
+    """The integer as an int; TypeError for anything else, floats included."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    if isinstance(value, bool | Tensor) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, got {kind(value)} {value!r}")
+    return operator.index(value)
 
 
 def wide(x: Tensor) -> Tensor:

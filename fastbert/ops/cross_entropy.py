@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastbert.backend import pick, requested
-from fastbert.ops.checks import check_activation, wide
+from fastbert.ops.checks import as_int, check_activation, check_tensor, wide
 from fastbert.ops.register import fake, once_differentiable, register
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -31,7 +31,7 @@ def cross_entropy(
     Args:
         logits: [M, V] float32, bfloat16 or float16 (float64 on the reference backend).
         labels: int64 [M] in [0, V), or `ignore_index` for rows that do not count.
-        ignore_index: the label of rows that do not count.
+        ignore_index: the label of rows that do not count, any int64.
         reduction: "mean" over the rows that count, "sum", or "none".
         backend: runs on this backend or raises; None chooses by the tensor's device.
 
@@ -41,14 +41,18 @@ def cross_entropy(
 
     Raises:
         ValueError: an unknown reduction, a shape or device that does not fit, or, on a CPU, a label outside [0, V).
-        TypeError: a dtype that is not supported.
+        TypeError: no tensor, a dtype that is not supported, or an ignore_index that is no int.
         RuntimeError: an explicit backend that cannot run here.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    check_activation("cross_entropy", logits)
+    ignore_index = as_int("ignore_index", ignore_index)
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must be an int64, as the labels are, got {ignore_index}")
+    check_activation("cross_entropy", "logits", logits)
     if logits.dim() != 2:
         raise ValueError(f"logits must be [M, V], got shape {list(logits.shape)}: flatten the leading axes")
+    check_tensor("labels", labels)
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {labels.dtype}")
     if labels.shape != logits.shape[:1]:

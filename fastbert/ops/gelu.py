@@ -33,13 +33,13 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none", *, ba
 
     Raises:
         ValueError: unknown `approximate`, or a bias of another shape or device.
-        TypeError: a dtype that is not supported.
+        TypeError: no tensor, or a dtype that is not supported.
         RuntimeError: an explicit backend that cannot run here.
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate must be 'none' (erf) or 'tanh', got {approximate!r}")
+    check_activation("gelu", "x", x)
     x = autocast(x)
-    check_activation("gelu", x)
     if bias is not None:
         check_vector("bias", bias, x)
     return _Gelu.apply(x, bias, approximate, requested(backend))
@@ -64,7 +64,7 @@ class reference:  # a namespace, spelled as the backend is
         else:
             slope = torch.where(u.isinf(), 0.0, u * torch.exp(-0.5 * u * u) / math.sqrt(2 * math.pi))
         dx = wide(dy) * (gate + slope)
-        dbias = x.new_empty(0) if bias is None else dx.flatten(0, -2).sum(0).to(bias.dtype)
+        dbias = x.new_empty(0) if bias is None else dx.reshape(-1, x.shape[-1]).sum(0).to(bias.dtype)
         return dx.to(x.dtype).contiguous(), dbias
 
 

@@ -14,12 +14,14 @@ Element (row, column) is dropped by counter `(column // 8, row, 0, 0)`, lane `co
 Source: Ba, Kiros and Hinton, "Layer normalization" (2016).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from fastbert.backend import pick, requested
 from fastbert.ops import philox
-from fastbert.ops.checks import autocast, check_activation, check_vector, wide
+from fastbert.ops.checks import FLOATS, as_float, autocast, check_activation, check_tensor, check_vector, wide
 from fastbert.ops.register import fake, once_differentiable, register
 
 
@@ -30,14 +32,14 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12, *, b
         x: [..., N] float32, bfloat16 or float16 (float64 on the reference backend). Under autocast a float32 x is cast
             to the autocast dtype first.
         weight, bias: [N], float32 or x's dtype.
-        eps: added to the variance; BERT's own default.
+        eps: added to the variance, finite and at least 0; BERT's own default.
         backend: runs on this backend or raises; None chooses by the tensor's device.
 
     Returns:
         [..., N] in x's dtype.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or device that does not fit.
+        ValueError, TypeError: a shape, dtype, device or eps that does not fit.
         RuntimeError: an explicit backend that cannot run here.
     """
     return dropout_add_layer_norm(x, None, weight, bias, eps, backend=backend)
@@ -50,7 +52,7 @@ def dropout_add_layer_norm(
     bias: Tensor,
     eps: float = 1e-12,
     dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    seed: Tensor | int | None = None,
     *,
     backend: str | None = None,
 ) -> Tensor:
@@ -61,32 +63,38 @@ def dropout_add_layer_norm(
             to the autocast dtype first.
         residual: [..., N], cast to x's dtype; None adds nothing.
         weight, bias: [N], float32 or x's dtype.
-        eps: added to the variance; BERT's own default.
+        eps: added to the variance, finite and at least 0; BERT's own default.
         dropout_p: probability that an element of x is dropped; the others are scaled by `1 / (1 - dropout_p)`.
             Rounded to a multiple of 1/65536.
-        seed: int64 [1] on x's device; None draws one from torch's default generator.
+        seed: an int, or int64 [1] on x's device; None draws one from torch's default generator.
         backend: runs on this backend or raises; None chooses by the tensor's device.
 
     Returns:
         [..., N] in x's dtype.
 
     Raises:
-        ValueError, TypeError: a shape, dtype, device or probability that does not fit.
+        ValueError, TypeError: a shape, dtype, device, probability, seed or eps that does not fit.
         RuntimeError: an explicit backend that cannot run here.
     """
+    check_activation("layer_norm", "x", x)
     x = autocast(x)
-    check_activation("layer_norm", x)
     check_vector("weight", weight, x)
     check_vector("bias", bias, x)
     if weight.dtype != bias.dtype:
         raise TypeError(f"weight and bias must have one dtype, got {weight.dtype} and {bias.dtype}")
     if residual is not None:
+        check_tensor("residual", residual)
+        if residual.dtype not in FLOATS:
+            raise TypeError(f"residual must be a floating tensor, which is cast to x's dtype, got {residual.dtype}")
         if residual.shape != x.shape or residual.device != x.device:
             raise ValueError(
                 f"residual must have x's shape {list(x.shape)} and device {x.device}, got {list(residual.shape)} on "
                 f"{residual.device}"
             )
         residual = residual.to(x.dtype)
+    eps = as_float("eps", eps)
+    if not 0.0 <= eps < math.inf:
+        raise ValueError(f"eps is added to the variance: expected a finite number of at least 0, got {eps}")
     t = philox.threshold(dropout_p)
     seed = philox.resolve_seed(seed, t, x.device)
     return _LayerNorm.apply(x, residual, weight, bias, eps, t, seed, requested(backend))
@@ -127,8 +135,9 @@ class reference:  # a namespace, spelled as the backend is
         dz = rstd * (g - g.mean(-1, keepdim=True) - h * (g * h).mean(-1, keepdim=True))
         dx = z.new_empty(0) if t == 0 else _dropout(dz, t, seed).to(z.dtype).contiguous()
         # affine
-        dweight = (wide(dy) * h).flatten(0, -2).sum(0).to(weight.dtype)
-        dbias = wide(dy).flatten(0, -2).sum(0).to(weight.dtype)
+        columns = z.shape[-1]
+        dweight = (wide(dy) * h).reshape(-1, columns).sum(0).to(weight.dtype)
+        dbias = wide(dy).reshape(-1, columns).sum(0).to(weight.dtype)
         return dz.to(z.dtype).contiguous(), dx, dweight, dbias
 
 

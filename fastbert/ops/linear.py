@@ -32,6 +32,7 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 
 from fastbert import backend, native
+from fastbert.ops.checks import check_tensor
 from fastbert.ops.register import fake, once_differentiable, register
 
 NAMES = ("auto", "torch", "onednn", "widened", "fastbert")
@@ -81,10 +82,12 @@ def linear(x: Tensor, weight: "Tensor | FrozenWeight", bias: Tensor | None = Non
     Raises:
         ValueError: FASTBERT_LINEAR names no library, or one that this torch lacks.
         RuntimeError: shapes, dtypes or devices that `F.linear` refuses, or a gradient through a frozen weight.
-        TypeError: a frozen weight of another dtype than x.
+        TypeError: no tensors, or a frozen weight of another dtype than x.
     """
     if isinstance(weight, FrozenWeight):
         return weight.product(x, bias)
+    if not isinstance(x, Tensor):
+        return F.linear(x, weight, bias)  # for its message
     cast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     dtype = cast or x.dtype
     name = chosen(dtype)
@@ -120,12 +123,19 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, cast: torch.dtype | No
 # ---- the choice ----------------------------------------------------------------------------------------------------
 
 
+class _Block(backend.Choice):
+    """A `use_linear` block."""
+
+
+_block = _Block()
+
+
 @contextlib.contextmanager
 def use_linear(name: str) -> Iterator[None]:
-    """Within the `with` block products on a CPU are computed by `name`, in all threads of the process.
+    """Within the `with` block products on a CPU are computed by `name`.
 
-    Outside of such blocks the environment variable FASTBERT_LINEAR chooses, and without it "auto". A backward pass uses
-    what its forward pass used.
+    It holds in the block's own context, as `use_backend` does. Outside of such blocks the environment variable
+    FASTBERT_LINEAR chooses, in all threads, and without it "auto". A backward pass uses what its forward pass used.
 
     Args:
         name: "torch" (`F.linear`), "onednn", "fastbert" (this package's, in float32), "widened" (bfloat16 by torch's
@@ -136,19 +146,16 @@ def use_linear(name: str) -> Iterator[None]:
     Raises:
         ValueError: no library has that name, or it is missing here.
     """
-    global _requested
     check(name)
-    before, _requested = _requested, name
-    try:
+    with _block.within(name):
         yield
-    finally:
-        _requested = before
 
 
 def requested() -> str:
     """What the block or FASTBERT_LINEAR asks for, else "auto"; raises as `use_linear` does."""
-    check(_requested)
-    return _requested
+    name = _block.now.name or _requested
+    check(name)
+    return name
 
 
 def chosen(dtype: torch.dtype = torch.float32) -> str:
@@ -401,6 +408,9 @@ class FrozenWeight:
     @torch.compiler.disable
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., K] -> [..., N]; under autocast x and bias are cast, as by `F.linear`."""
+        for name, given in (("x", x), ("bias", bias)):
+            if given is not None or name == "x":
+                check_tensor(name, given)
         if torch.is_autocast_enabled("cpu"):
             x, bias = (None if t is None else t.to(torch.get_autocast_dtype("cpu")) for t in (x, bias))
         if x.dtype != self.dtype or (bias is not None and bias.dtype != x.dtype):

@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastbert.ops.checks import as_float, as_int
+
 _MASK = 0xFFFFFFFF
 Word = int | Tensor
 
@@ -47,7 +49,12 @@ def lanes(columns: int, c1: Word, c2: Word, c3: int, seed: Tensor) -> Tensor:
 
 
 def threshold(p: float) -> int:
-    """`t` of the dropout contract for probability `p`; raises ValueError unless 0 <= p <= 1."""
+    """`t` of the dropout contract for probability `p`.
+
+    Raises:
+        ValueError: unless 0 <= p <= 1. TypeError: p is no number.
+    """
+    p = as_float("dropout_p", p)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout_p is the probability of dropping an element: expected 0 <= dropout_p <= 1, got {p}")
     return math.floor(p * 65536 + 0.5)
@@ -58,19 +65,27 @@ def scale(t: int) -> float:
     return 65536 / (65536 - t) if t < 65536 else 0.0
 
 
-def resolve_seed(seed: Tensor | None, t: int, device: torch.device) -> Tensor | None:
+def resolve_seed(seed: Tensor | int | None, t: int, device: torch.device) -> Tensor | None:
     """The seed an op runs with: None when nothing is dropped, the caller's, or one from torch's default generator.
 
     Args:
-        seed: int64 [1] on `device`, or None to draw one, so that `torch.manual_seed` reproduces a run.
+        seed: int64 [1] on `device`; an int, from -2**63 to 2**64 - 1 as `torch.manual_seed` takes it, of which the low
+            64 bits count; or None to draw one, so that `torch.manual_seed` reproduces a run.
 
     Raises:
-        ValueError: where a given seed has another shape, dtype or device.
+        ValueError: a given seed has another shape, dtype or device, or is an int outside of the range.
+        TypeError: it is neither a tensor nor an int.
     """
+    if seed is not None and not isinstance(seed, Tensor):
+        seed = as_int("seed", seed)
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed must lie in [-2**63, 2**64), got {seed}")
+        # Filled rather than copied, which on a GPU would wait for the device.
+        seed = torch.full((1,), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
     if seed is not None and (seed.shape != (1,) or seed.dtype != torch.int64 or seed.device != device):
         raise ValueError(
             f"seed must be an int64 tensor of shape [1] on {device}, got {seed.dtype} {list(seed.shape)} on "
-            f"{seed.device}; pass torch.tensor([number], device=...) or None to draw one"
+            f"{seed.device}; pass an int, torch.tensor([number], device=...), or None to draw one"
         )
     if t == 0:
         return None
