@@ -165,6 +165,14 @@ def _refusal(name: str, x: Tensor) -> str | None:
     return None
 
 
+def _instruction_sets(module: ModuleType) -> str:
+    names = module.instruction_sets()
+    alone = (
+        "; amx_bf16, so far tested by emulation alone, where FASTBERT_CPU_ISA names it" if "amx_bf16" in names else ""
+    )
+    return ", ".join(names) + alone
+
+
 def info() -> str:
     """What `fastbert info` prints: versions, instruction set, threads, and every op by every backend."""
     from fastbert.version import __version__
@@ -176,7 +184,7 @@ def info() -> str:
         f"threads          {torch.get_num_threads()} (torch.get_num_threads)",
         f"instruction set  {native.isa or 'none'}"
         + (" forced by FASTBERT_CPU_ISA" if native.forced_isa else "")
-        + (f" (this machine runs {', '.join(module.instruction_sets())})" if module else ""),
+        + (f" (this machine runs {_instruction_sets(module)})" if module else ""),
         f"allocator        {allocator.state()}",
         f"FASTBERT_BACKEND {os.environ.get('FASTBERT_BACKEND') or 'not set: chosen by device'}",
         "",

@@ -26,23 +26,34 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 COLUMNS = st.one_of(st.integers(1, 70), st.integers(1, 1100))
 
 
-def agree(function, inputs, shape):
-    """Asserts that outputs and gradients of `function` are the twin's, as close to float64 as the twin is."""
+def agree(function, inputs, shape, terms=None):
+    """Asserts that outputs and gradients of `function` are the twin's, as close to float64 as the twin is.
+
+    `terms(place, dy)`: size of the terms of result `place`; 1 unless given, as inputs are N(0, 1).
+    """
     dy = torch.randn(shape)
     ours = run(function, inputs, dy)
+    dy = dy.to(ours[0].dtype)  # what flowed back, rounded
     with fastbert.use_backend("reference"):
         twin = run(function, inputs, dy)
         truth = run(function, [None if x is None else x.double() for x in inputs], dy.double())
     for place, results in enumerate(zip(ours, twin, truth, strict=True)):
         if results[0].numel():
-            assert_close(*results, what=f"result {place}", scale=1.0)  # of the terms: inputs are N(0, 1)
+            assert_close(*results, what=f"result {place}", scale=1.0 if terms is None else terms(place, dy))
 
 
 @given(rows=st.integers(0, 70), columns=COLUMNS, dtype=DTYPES, biased=st.booleans(), tanh=st.booleans())
 @DRAWN
 def test_gelu(backend, rows, columns, dtype, biased, tanh):
     x, bias = torch.randn(rows, columns).to(dtype), torch.randn(columns) if biased else None
-    agree(lambda x, b: fastbert.gelu(x, b, "tanh" if tanh else "none"), (x, bias), x.shape)
+
+    def terms(place, dy):
+        # In 16 bits the derivative is computed to 4e-5, about their last place, and dbias is a float32 sum of it: 20
+        # of float32's tolerances for every unit of dy. (torch sums what it has rounded to 16 bits.)
+        is_short_sum = place == 2 and dtype != torch.float32
+        return max(1.0, 20 * dy.abs().sum(0).max().item()) if is_short_sum else 1.0
+
+    agree(lambda x, b: fastbert.gelu(x, b, "tanh" if tanh else "none"), (x, bias), x.shape, terms)
 
 
 @given(

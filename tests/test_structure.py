@@ -1,6 +1,7 @@
 """What holds the package together: imports run one way, and objects of different instruction sets share no symbol."""
 
 import ast
+import platform
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,32 @@ def test_kernels_share_no_symbol_between_instruction_sets(stem, tmp_path):
     assert not weak, weak
     defined = [line for line in symbols if line[17:18] in "TDBR"]
     assert defined and all("fastbert::avx2::" in line for line in defined), defined
+
+
+WIDEST = "-mavx2 -mfma -mf16c -mbmi2 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mamx-tile -mamx-bf16"
+
+
+@pytest.mark.parametrize("compiler", ["g++-11", "clang++-14", "aarch64-linux-gnu-g++"])
+def test_oldest_compilers_and_another_processor(compiler):
+    """Every kernel is read for the smallest and the largest instruction set, without a warning."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"needs {compiler}")
+    if compiler == "aarch64-linux-gnu-g++":
+        sets = {"baseline": ""}
+    elif platform.machine() in ("x86_64", "AMD64"):
+        sets = {"sse2": "", "amx_bf16": WIDEST}
+    else:
+        pytest.skip("reads x86's instruction sets")
+    flags = "-O3 -std=c++17 -fopenmp -fsyntax-only -Wall -Wextra -Werror -fno-math-errno -fno-exceptions -fno-rtti"
+    running = []
+    for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+        for name, options in sets.items():
+            command = [compiler, *flags.split(), *options.split(), f"-DFASTBERT_ISA={name}", source]
+            running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    assert running
+    for process in running:
+        said, _ = process.communicate()
+        assert process.returncode == 0, said[-2000:]
 
 
 def test_no_compiler_is_said_and_can_be_left_out(tmp_path):

@@ -16,6 +16,7 @@
 // task. Dao, "FlashAttention-2" (2023).
 #include "attention_tasks.h"
 #include "dropout.h"
+#include "exp.h"
 #include "matmul.h"
 
 namespace fastbert {

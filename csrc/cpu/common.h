@@ -1,12 +1,14 @@
-// Vectors of the instruction set this file is compiled for, loads and stores of the three activation types,
-// exp and sums. Everything is inlined and lives in the instruction set's own namespace: a function that the
-// linker could share between instruction sets would crash older processors, so kernels use no templates or
-// inline functions of the standard library that have linkage (a test looks for weak symbols).
+// Vectors of the instruction set this file is compiled for: loads and stores of the three activation types,
+// sweeps over rows, and sums over lanes. Everything is inlined and lives in the instruction set's own
+// namespace: a function that the linker could share between instruction sets would crash older processors, so
+// kernels use no templates or inline functions of the standard library that have linkage (a test looks for
+// weak symbols).
 #pragma once
-#include <omp.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+
+#include <utility>
 
 #include "kernels.h"
 
@@ -113,6 +115,50 @@ FASTBERT_INLINE void narrow(void* p, vuint v) {  // v < 65536
 #endif
 }
 
+// Elements of a and b in turn: of their first halves, or of their second. GCC 11 has one builtin, clang the
+// other.
+template <int half, int... i>
+FASTBERT_INLINE vuint zip(vuint a, vuint b, std::integer_sequence<int, i...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (half * (kLanes / 2) + i / 2 + i % 2 * kLanes)...);
+#else
+  return __builtin_shuffle(a, b, vint{(half * (kLanes / 2) + i / 2 + i % 2 * kLanes)...});
+#endif
+}
+
+FASTBERT_INLINE vuint zip_first(vuint a, vuint b) {
+  return zip<0>(a, b, std::make_integer_sequence<int, kLanes>{});
+}
+
+FASTBERT_INLINE vuint zip_second(vuint a, vuint b) {
+  return zip<1>(a, b, std::make_integer_sequence<int, kLanes>{});
+}
+
+#if !defined(__F16C__)
+// IEEE 754's binary16, in the lower half of a word, where the processor has no instruction for it. No step
+// makes or takes a subnormal float32, which a process may have told its processor to take for 0.
+FASTBERT_INLINE vfloat half_to_float(vuint half) {
+  const vint magnitude = (vint)(half & 0x7FFFu);
+  const vuint normal = ((vuint)magnitude << 13) + (112u << 23);  // the exponent's bias goes from 15 to 127
+  const vuint special = normal + (112u << 23);                   // and inf's exponent from 31 to 255
+  const vfloat small = __builtin_convertvector(magnitude, vfloat) * 0x1p-24f;  // subnormal numbers and 0
+  const vuint bits = magnitude < 0x0400 ? as_uint(small) : magnitude < 0x7C00 ? normal : special;
+  return as_float(bits | (half & 0x8000u) << 16);
+}
+
+// To nearest, ties to even.
+FASTBERT_INLINE vuint float_to_half(vfloat v) {
+  const vuint bits = as_uint(v) & 0x7FFFFFFFu, sign = as_uint(v) >> 16 & 0x8000u;
+  const vint magnitude = (vint)bits;
+  const vuint normal = (bits + 0xFFFu + (bits >> 13 & 1u) - (112u << 23)) >> 13;
+  const vuint small = as_uint(as_float(bits) + 0.5f) - as_uint(splat(0.5f));  // whose last place is 2^-24
+  vuint half = magnitude < 0x38800000 ? small : normal;                       // below 2^-14: subnormal
+  half = magnitude < 0x477FF000 ? half : splat(0x7C00u);                      // 65520, between 65504 and inf
+  half = magnitude > 0x7F800000 ? splat(0x7E00u) : half;                      // NaN
+  return half | sign;
+}
+#endif
+
 // ---- loads and stores: T is float, bf16 or f16; registers hold float32 -------------------
 
 FASTBERT_INLINE vfloat load(const float* p) {
@@ -146,13 +192,7 @@ FASTBERT_INLINE vfloat load(const f16* p) {
 #elif defined(__F16C__)
   return (vfloat)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-  vfloat v;
-  for (int i = 0; i < kLanes; ++i) {
-    _Float16 h;
-    memcpy(&h, p + i, sizeof h);
-    v[i] = static_cast<float>(h);
-  }
-  return v;
+  return half_to_float(widen(p));
 #endif
 }
 
@@ -188,10 +228,7 @@ FASTBERT_INLINE void store(f16* p, vfloat v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
-  for (int i = 0; i < kLanes; ++i) {
-    const _Float16 h = static_cast<_Float16>(v[i]);
-    memcpy(p + i, &h, sizeof h);
-  }
+  narrow(p, float_to_half(v));
 #endif
 }
 
@@ -267,7 +304,7 @@ FASTBERT_INLINE vfloat square_root(vfloat x) {
 #elif defined(__x86_64__)
   return (vfloat)_mm_sqrt_ps((__m128)x);
 #else
-  for (int i = 0; i < kLanes; ++i) x[i] = sqrtf(x[i]);
+  for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
   return x;
 #endif
 }
@@ -321,92 +358,6 @@ FASTBERT_INLINE float reduce_max(vfloat v) {
     for (int i = 0; i < width; ++i) x[i] = x[i] > x[i + width] ? x[i] : x[i + width];
   return x[0];
 #endif
-}
-
-// Adding it to a float of less than 2^22 rounds that to a whole number n, and the sum's low bits are n + 127.
-constexpr float kWhole = 12582912.f + 127.f;  // 1.5 * 2^23
-
-// 2^n for such a sum: 0 for n = -127, inf for 128.
-FASTBERT_INLINE vfloat power_of_two(vfloat sum) { return as_float(as_uint(sum) << 23); }
-
-// x = n ln 2 + r with a whole n, for -88 <= x <= 89; `sum` is what power_of_two takes for n.
-struct Reduced {
-  vfloat sum, r;
-};
-
-FASTBERT_INLINE Reduced reduce(vfloat x) {
-  const vfloat sum = x * 1.44269504f + kWhole, n = sum - kWhole;
-  return {sum, (x - n * 0.693359375f) + n * 2.12194440e-4f};
-}
-
-// e^x within 1 ULP or so. Below -87.7, where results would be subnormal, they are 0.
-FASTBERT_INLINE vfloat exp(Reduced x) {
-  vfloat p = splat(1.3814539e-3f);
-  p = p * x.r + 8.3687454e-3f;
-  p = p * x.r + 4.1668389e-2f;
-  p = p * x.r + 0.16666521f;
-  p = p * x.r + 0.49999994f;
-  p = p * x.r + 1.f;
-  p = p * x.r + 1.f;
-  return p * power_of_two(x.sum);
-}
-
-// The same for x <= 89, and for all x: inf above 88.73. NaN stays NaN.
-FASTBERT_INLINE vfloat exp_below(vfloat x) { return exp(reduce(max(splat(-88.f), x))); }
-FASTBERT_INLINE vfloat exp(vfloat x) { return exp_below(min(splat(89.f), x)); }
-
-// 2^x for x <= 0 to 3e-6, for numbers that are rounded to 16 bits; 0 below -126: 2^floor(x) times the minimax
-// fit (Remez) of 2^r over 0 <= r <= 1.
-FASTBERT_INLINE vfloat exp2_short(vfloat x) {
-#if defined(__AVX512F__)
-  const vfloat r = (vfloat)_mm512_maskz_reduce_ps(0xFFFF, (__m512)x, _MM_FROUND_TO_NEG_INF);  // 0 for -inf
-#else
-  x = max(splat(-126.9f), x);
-  const vfloat sum = x - 0.5f + kWhole, r = x - (sum - kWhole);
-#endif
-  vfloat p = splat(0.0135341678f);
-  p = p * r + 0.0520114601f;
-  p = p * r + 0.241442755f;
-  p = p * r + 0.693003833f;
-  p = p * r + 1.00000262f;
-#if defined(__AVX512F__)
-  return (vfloat)_mm512_maskz_scalef_ps(0xFFFF, (__m512)p, (__m512)x);  // which takes floor(x)
-#else
-  return p * power_of_two(sum);
-#endif
-}
-
-// out[j] = the sum of scratch[chunk, j], [chunks, columns], in the order of the chunks. Every thread of a
-// parallel region calls it; they share the columns.
-FASTBERT_INLINE void add_chunks(const float* scratch, int64_t chunks, int64_t columns, void* out,
-                                DType dtype) {
-#pragma omp for schedule(static)
-  for (int64_t first = 0; first < columns; first += 64)
-    sweep<1>(min(64, columns - first), [=](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
-      vfloat sum = {};
-      for (int64_t chunk = 0; chunk < chunks; ++chunk)
-        sum += lanes.load(scratch + chunk * columns + first + j);
-      switch (dtype) {
-        case DType::f32:
-          return lanes.store(static_cast<float*>(out) + first + j, sum);
-        case DType::bf16:
-          return lanes.store(static_cast<bf16*>(out) + first + j, sum);
-        case DType::f16:
-          return lanes.store(static_cast<f16*>(out) + first + j, sum);
-      }
-    });
-}
-
-// ---- rows named by id --------------------------------------------------------------------------------
-
-// The position of the first id outside a table of so many rows, -1 if there is none.
-FASTBERT_INLINE int64_t first_outside(const int64_t* ids, int64_t n, int64_t table_rows) {
-  const auto rows = static_cast<uint64_t>(table_rows);
-  int64_t many = 0;
-  for (int64_t i = 0; i < n; ++i) many += static_cast<uint64_t>(ids[i]) >= rows;
-  for (int64_t i = 0; many > 0; ++i)
-    if (static_cast<uint64_t>(ids[i]) >= rows) return i;
-  return -1;
 }
 
 }  // namespace FASTBERT_ISA

@@ -10,7 +10,7 @@
 // cache for its maximum and then its sum, and the sum so far is scaled when the maximum moves (Milakov and
 // Gimelshein, "Online normalizer calculation for softmax", 2018). Backward reads them once and writes dx
 // once. One thread does a whole row, so results do not depend on the number of threads.
-#include "common.h"
+#include "exp.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {

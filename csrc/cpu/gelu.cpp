@@ -10,7 +10,8 @@
 //
 // Arithmetic is float32 for every dtype. Backward reads x again rather than saving anything; dbias, the
 // column sums of dx before it is rounded, is taken in the same pass.
-#include "common.h"
+#include "column_sums.h"
+#include "exp.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {

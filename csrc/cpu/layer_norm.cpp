@@ -10,6 +10,7 @@
 // Arithmetic is float32 for every dtype. A row is read from memory once and swept again from L1. The variance
 // is the mean of squared deviations; sums run over blocks of a row, so that long rows lose no digits. The
 // dropout mask is drawn again in backward, not stored. Ba, Kiros and Hinton, "Layer normalization" (2016).
+#include "column_sums.h"
 #include "dropout.h"
 
 namespace fastbert {

@@ -18,6 +18,7 @@
 
 #include "dropout.h"
 #include "lazy_adam_groups.h"
+#include "row_ids.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {

@@ -2,6 +2,8 @@
 // stable radix sort): no time and no memory that grows with V, and the table is then walked in the order of
 // memory.
 #pragma once
+#include <omp.h>
+
 #include "common.h"
 
 namespace fastbert {

@@ -21,7 +21,7 @@
 // Scalars are float64, elements float32.
 #include <math.h>
 
-#include "common.h"
+#include "row_ids.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {

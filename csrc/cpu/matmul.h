@@ -40,9 +40,6 @@ struct Pairs {
 // A square of kLanes x kLanes words: source[i * from + j] -> target[j * to + i]. Halves are zipped
 // log2(kLanes) times.
 FASTBERT_INLINE void transpose(const uint32_t* source, int64_t from, uint32_t* target, int64_t to) {
-  vint low, high;
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) low[i] = i / 2 + (i % 2) * kLanes, high[i] = low[i] + kLanes / 2;
   vuint rows[kLanes], zipped[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) memcpy(&rows[i], source + i * from, sizeof(vuint));
@@ -50,8 +47,8 @@ FASTBERT_INLINE void transpose(const uint32_t* source, int64_t from, uint32_t* t
   for (int width = 1; width < kLanes; width *= 2) {
 #pragma GCC unroll 8
     for (int i = 0; i < kLanes / 2; ++i) {
-      zipped[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
-      zipped[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
+      zipped[2 * i] = zip_first(rows[i], rows[i + kLanes / 2]);
+      zipped[2 * i + 1] = zip_second(rows[i], rows[i + kLanes / 2]);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) rows[i] = zipped[i];
