@@ -3,15 +3,15 @@
 It lies outside the package because importing the package loads torch, and with it OpenMP's runtime, which reads once
 how a thread waits for the others at the end of a parallel loop. By default a thread spins for milliseconds. On a
 machine with a core for every thread that costs nothing; beside another busy process it spins through the time that the
-thread it waits for would need, and a small model's step takes ten times as long.
+thread it waits for would need, and a small model's step takes several times as long, on some machines over ten.
 """
 
 import os
 import sys
 
 # The OpenMP standard's variable, which every runtime reads; where it is libgomp, as in torch's wheels, its own wins.
-# 2,000 turns are enough for threads that arrive together. Sleeping at once, a quiet machine loses a sixth of a small
-# model's step; from 3,000 turns on, a busy one loses half of what is gained (benchmarks/neighbours.py).
+# 2,000 turns are enough for threads that arrive together: a quiet machine loses 3 % of a small model's step by them, a
+# sixth by sleeping at once; from 5,000 turns on little is gained on a busy one (benchmarks/neighbours.py).
 WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000"}
 INTELS = ("KMP_BLOCKTIME", "KMP_LIBRARY")  # Intel's runtime, in some builds of torch, has these besides
 

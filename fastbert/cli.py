@@ -60,7 +60,7 @@ def waiting() -> str:
     given = " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
     return (
         f"threads wait by  {given or 'spinning, for none of ' + ', '.join(names) + ' is set'}\n"
-        "                 Beside a busy process spinning makes a small model's step up to ten times as slow. Where\n"
+        "                 Beside a busy process spinning makes a small model's step several times as slow. Where\n"
         "                 none is set, fastbert's commands set OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=2000, which\n"
         "                 costs a few percent on a quiet machine; for other programs, set them before Python starts."
     )

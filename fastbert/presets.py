@@ -4,7 +4,7 @@ import torch
 
 from fastbert.bert import BertConfig, BertForPreTraining
 
-# tiny: the best of the demo's runs; mini and small: the same over their width, as the best learning rate of hidden
+# tiny: what the demo learns well with; mini and small: the same over their width, as the best learning rate of hidden
 # layers goes with 1 / width (Yang et al., "Tensor programs V", 2022); base and large: Devlin et al., "BERT" (2019),
 # which deep post-norm encoders stand without diverging. Batches far above the default's 4,096 tokens take more:
 # Liu et al., "RoBERTa" (2019), has 6e-4 and 4e-4 at a million tokens and more.
