@@ -15,8 +15,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastbert import native
+from fastbert.backend import requested
+from fastbert.ops.lazy_adam import NO_BIAS_CORRECTION, lazy_adam_step
 
 TESTS = Path(__file__).parent
 OPS = ("gelu", "layer_norm", "cross_entropy", "attention", "linear_product", "lazy_adam", "lazy_adam_replay")
@@ -39,6 +42,29 @@ def test_every_op_is_tested_on_every_instruction_set():
     for op in OPS:
         counts = {isa: found[op, isa] for isa in ISAS}
         assert len(set(counts.values())) == 1 and counts[ISAS[0]] >= 10, (op, counts)
+
+
+@pytest.mark.parametrize("backend", [f"cpu:{isa}" for isa in ISAS], indirect=True)
+def test_float16_is_read_and_rounded_exactly(backend):
+    """Every float16, and float32 at, beside and halfway between them: sets without an instruction for it compute it."""
+    every = torch.arange(-(2**15), 2**15).short().view(torch.float16)
+    finite = every[every.isfinite()].float().unique()  # from -65504 to 65504, one zero
+    beyond = torch.tensor([65520.0, 65519.996, 65536.0, 1e6, 1e-8, 1e-30, 2**-25, torch.nan])
+    halfway = (finite[1:] + finite[:-1]) / 2
+    numbers = torch.cat([finite, halfway, beyond, -beyond])
+    numbers = torch.cat([numbers, *(numbers.nextafter(torch.tensor(to)) for to in (-torch.inf, torch.inf))])
+
+    def step(w, m, rate, beta1):  # w - rate * m, as nothing decays, v is 0, eps is 1 and the gradient too is 0
+        v, zero = torch.zeros(w.shape, dtype=torch.float32), torch.zeros(w.shape, dtype=torch.float32)
+        options = None, beta1, 0.5, 1.0, 0.0, NO_BIAS_CORRECTION, -1, 0, requested()
+        lazy_adam_step(w, m, v, None, None, None, zero, torch.tensor(rate), torch.tensor(1.0), *options)
+        return w
+
+    kept = step(every.clone()[None], torch.zeros(1, len(every)), 0.0, 1.0)[0]
+    assert torch.equal(kept.nan_to_num(nan=7.0, posinf=8.0), every.nan_to_num(nan=7.0, posinf=8.0))
+    rounded = step(torch.zeros(1, len(numbers), dtype=torch.float16), -numbers[None], 1.0, 1.0)[0]
+    assert torch.equal(rounded.isnan(), numbers.isnan())
+    assert torch.equal(rounded.nan_to_num(nan=7.0, posinf=8.0), numbers.half().nan_to_num(nan=7.0, posinf=8.0))
 
 
 @pytest.mark.parametrize("isa", ISAS[:-1])
