@@ -93,7 +93,12 @@ def _check(name: str) -> None:
 
 def check() -> None:
     """Raises ValueError where FASTBERT_BACKEND names a backend that does not exist or cannot run here."""
-    reason = why_not(_requested) if _requested else None
+    if not _requested:
+        return
+    try:
+        reason = why_not(_requested)
+    except ValueError as error:
+        raise ValueError(f"FASTBERT_BACKEND={_requested}: {error}") from None
     if reason is not None:
         raise ValueError(f"FASTBERT_BACKEND={_requested} was asked for and cannot run here: {reason}")
 
