@@ -33,20 +33,20 @@ constexpr int64_t kBackwardKeys = 128, kBackwardQueries = 64;  // even, for pair
 
 // ---- what a query sees of a block of keys: lanes first to last of it, none where last < first --------
 
-struct Sight {
+struct Visible {
   int64_t first, last;
 };
 
-FASTBERT_INLINE Sight sight(const Attention& p, int64_t query, int64_t key0, int64_t keys) {
+FASTBERT_INLINE Visible visible_keys(const Attention& p, int64_t query, int64_t key0, int64_t keys) {
   return {max(0, query - p.window_left - key0), min(keys - 1, query + p.window_right - key0)};
 }
 
 struct AllSeen {
-  FASTBERT_MEMBER vfloat pick(Sight, int64_t, vfloat v, float) const { return v; }
+  FASTBERT_MEMBER vfloat pick(Visible, int64_t, vfloat v, float) const { return v; }
 };
 
-struct SomeSeen {  // `otherwise` in lanes whose key is out of sight
-  FASTBERT_MEMBER vfloat pick(Sight s, int64_t j, vfloat v, float otherwise) const {
+struct SomeSeen {  // `otherwise` in lanes whose key is not visible
+  FASTBERT_MEMBER vfloat pick(Visible s, int64_t j, vfloat v, float otherwise) const {
     vint key;
     for (int i = 0; i < kLanes; ++i) key[i] = i;
     key += static_cast<int32_t>(j);
@@ -58,7 +58,7 @@ struct SomeSeen {  // `otherwise` in lanes whose key is out of sight
 // body(j, seen, i) for the vectors j = 0, kLanes, ... of a row of scores; most are seen whole. i < 2 numbers
 // independent accumulators.
 template <typename Body>
-FASTBERT_INLINE void over_keys(Sight s, int64_t width, Body body) {
+FASTBERT_INLINE void over_keys(Visible s, int64_t width, Body body) {
   const int64_t first = min(width, round_up(max(0, s.first), kLanes));
   const int64_t last = max(first, (s.last + 1) / kLanes * kLanes);
   for (int64_t j = 0; j < first; j += kLanes) body(j, SomeSeen{}, 0);
@@ -84,7 +84,7 @@ constexpr int kDrawn = 4;
 
 // What a task reads of its sequence, and what it will write.
 template <typename T>
-FASTBERT_INLINE void ask_for(const Attention& p, const Task& task, bool backward, Ahead& ahead) {
+FASTBERT_INLINE void plan_prefetch(const Attention& p, const Task& task, bool backward, Ahead& ahead) {
   const int64_t token0 = p.cu_seqlens[task.sequence], place = task.head * p.head_dim,
                 packed = p.heads * p.head_dim;
   const auto add = [&](const void* x, int64_t stride, bool written) {
@@ -106,8 +106,8 @@ FASTBERT_INLINE void ask_for(const Attention& p, const Task& task, bool backward
 // first half where words are pairs). `highest` and `sum` run over the blocks; returns what earlier sums must
 // be multiplied by.
 template <typename Words>
-FASTBERT_INLINE float soften(const Attention& p, float* scores, Sight s, int64_t width, const uint16_t* kept,
-                             float* highest, float* sum) {
+FASTBERT_INLINE float softmax_block(const Attention& p, float* scores, Visible s, int64_t width,
+                                    const uint16_t* kept, float* highest, float* sum) {
   if (s.last < s.first) {
     memset(scores, 0, width * sizeof(float));
     return 1.f;
@@ -157,7 +157,7 @@ void forward_task(const Attention& p, const Task& task, const Task* next) {
     return static_cast<const T*>(x) + (token0 + token) * stride + task.head * size;
   };
   Ahead ahead;
-  if (next) ask_for<T>(p, *next, false, ahead);
+  if (next) plan_prefetch<T>(p, *next, false, ahead);
   pack_rows<Words>(at(p.q, p.q_stride, task.query), p.q_stride, queries, size, q, width);
   for (int64_t i = 0; i < queries; ++i) highest[i] = -__builtin_inff(), sum[i] = 0.f;
 
@@ -176,9 +176,9 @@ void forward_task(const Attention& p, const Task& task, const Task* next) {
       for (int64_t i = 0; i < n; ++i) {
         const int64_t query = query0 + i;
         if (p.drop_below && i % kDrawn == 0) dropout.draw(static_cast<uint32_t>(token0 + query), 0, keys);
-        const float shrink = soften<Words>(p, scores + i * row, sight(p, query, key0, keys), padded,
-                                           p.drop_below ? dropout.kept(i % kDrawn, 0) : nullptr,
-                                           highest + i0 + i, sum + i0 + i);
+        const float shrink = softmax_block<Words>(
+            p, scores + i * row, visible_keys(p, query, key0, keys), padded,
+            p.drop_below ? dropout.kept(i % kDrawn, 0) : nullptr, highest + i0 + i, sum + i0 + i);
         if (shrink != 1.f) {
           float* earlier = out + (i0 + i) * columns;
           for (int64_t d = 0; d < columns; d += kLanes) store(earlier + d, load(earlier + d) * shrink);
@@ -191,11 +191,11 @@ void forward_task(const Attention& p, const Task& task, const Task* next) {
   }
   for (int64_t i = 0; i < queries; ++i) {
     const int64_t place = (token0 + task.query + i) * p.heads + task.head;
-    const bool blind = sum[i] == 0.f;  // sees no key, or scores of -inf alone
-    if (blind) memset(out + i * columns, 0, size * sizeof(float));
-    p.lse[place] = blind ? -__builtin_inff() : highest[i] + __builtin_logf(sum[i]);
+    const bool fully_masked = sum[i] == 0.f;  // sees no key, or scores of -inf alone
+    if (fully_masked) memset(out + i * columns, 0, size * sizeof(float));
+    p.lse[place] = fully_masked ? -__builtin_inff() : highest[i] + __builtin_logf(sum[i]);
     store_row(static_cast<T*>(p.result) + place * size, out + i * columns, size,
-              blind ? 0.f : dropout_scale(p.drop_below) / sum[i]);
+              fully_masked ? 0.f : dropout_scale(p.drop_below) / sum[i]);
   }
 }
 
@@ -205,7 +205,7 @@ void forward_task(const Attention& p, const Task& task, const Task* next) {
 // c P = exp(s - (lse - log c)) and dS = c P * (kept(dout . v) - delta / c).
 struct Query {
   float *scores, *products;  // q . k and dout . v
-  Sight sight;
+  Visible visible;
   float lse, delta;
   const uint16_t* kept;  // of the block; null where nothing is dropped
 };
@@ -215,8 +215,8 @@ struct Query {
 template <typename Words>
 FASTBERT_INLINE void gradients(const Attention& p, const Query (&queries)[2], int64_t width,
                                uint32_t* weights, uint32_t* dscores) {
-  const Sight both = {max(queries[0].sight.first, queries[1].sight.first),
-                      min(queries[0].sight.last, queries[1].sight.last)};
+  const Visible both = {max(queries[0].visible.first, queries[1].visible.first),
+                        min(queries[0].visible.last, queries[1].visible.last)};
   const Query a = queries[0], b = queries[1];
   const float scale = p.scale;  // stores could alias what stands in p
   over_keys(both, width, [&](int64_t j, auto seen, int) FASTBERT_LAMBDA {
@@ -224,14 +224,14 @@ FASTBERT_INLINE void gradients(const Attention& p, const Query (&queries)[2], in
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
       const Query& q = i == 0 ? a : b;
-      const vfloat full = seen.pick(q.sight, j, weight<Words>(load(q.scores + j), scale, q.lse), 0.f);
+      const vfloat full = seen.pick(q.visible, j, weight<Words>(load(q.scores + j), scale, q.lse), 0.f);
       vfloat dw = load(q.products + j);
       w[i] = full;
       if (q.kept) {
         w[i] = drop(q.kept, j, full);
         dw = drop(q.kept, j, dw);
       }
-      ds[i] = seen.pick(q.sight, j, full * (dw - q.delta), 0.f);
+      ds[i] = seen.pick(q.visible, j, full * (dw - q.delta), 0.f);
     }
     if constexpr (Words::kDepth == 2) {
       const vuint rows = Words::round(ds[0], ds[1]);
@@ -313,7 +313,7 @@ void backward_task(const Attention& p, const Task& task, const Task* next) {
     }
   };
   Ahead ahead;
-  if (next) ask_for<T>(p, *next, true, ahead);
+  if (next) plan_prefetch<T>(p, *next, true, ahead);
   const int64_t last_query = task.query + task.queries, last_key = task.key + task.keys;
   const int64_t reach = length_of(p, task.sequence) - 1;
   const bool some_unseen =
@@ -349,7 +349,8 @@ void backward_task(const Attention& p, const Task& task, const Task* next) {
             q.scores = scores + at_row, q.products = products + at_row,
             q.kept = p.drop_below ? dropout.kept((i + r) % kDrawn, 0) : nullptr;
             q.lse = span.lse[i0 + i + r], q.delta = span.delta[i0 + i + r];
-            q.sight = i + r < n && q.lse != -__builtin_inff() ? sight(p, query, key0, keys) : Sight{0, -1};
+            q.visible =
+                i + r < n && q.lse != -__builtin_inff() ? visible_keys(p, query, key0, keys) : Visible{0, -1};
           }
           gradients<Words>(p, pair, padded, weights + i / 2 * row, dscores + i / 2 * row);
         }

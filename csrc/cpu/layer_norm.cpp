@@ -21,15 +21,15 @@ constexpr int64_t kColumns = 256;  // a block: sums within it, and random number
 constexpr int64_t kDrawn = 1024;   // columns of a row whose random numbers are kept
 constexpr int kSums = 4;
 
-// The next row is asked for while this one is swept from L1. With AVX2 that takes 10 % off LayerNorm; with
+// The next row is prefetched while this one is swept from L1. With AVX2 that takes 10 % off LayerNorm; with
 // AVX-512 it cost time.
-constexpr bool kAskAhead = kLanes < 16;
+constexpr bool kPrefetch = kLanes < 16;
 
-// Whether the i-th vector of a sweep is to ask for a line of 64 bytes.
+// Whether the i-th vector of a sweep is to prefetch a line of 64 bytes.
 template <typename T>
-FASTBERT_INLINE bool asks(int i) {
+FASTBERT_INLINE bool prefetches(int i) {
   constexpr int vectors = 64 / (kLanes * static_cast<int>(sizeof(T)));
-  return kAskAhead && i % (vectors > 1 ? vectors : 1) == 0;
+  return kPrefetch && i % (vectors > 1 ? vectors : 1) == 0;
 }
 
 // What a row reads and writes, from element `at` on; null where there is nothing.
@@ -38,7 +38,7 @@ struct RowsAhead {
   const void *read, *also_read;
   void *written, *also_written;
 
-  FASTBERT_MEMBER void ask(int64_t at) const {
+  FASTBERT_MEMBER void prefetch(int64_t at) const {
     __builtin_prefetch(static_cast<const T*>(read) + at);
     if (also_read) __builtin_prefetch(static_cast<const T*>(also_read) + at);
     __builtin_prefetch(static_cast<T*>(written) + at, 1);
@@ -106,7 +106,7 @@ void forward(const LayerNorm& p) {
       for (int64_t first = 0; first < columns; first += kColumns) {
         vfloat sums[kSums] = {};
         sweep<kSums>(min(kColumns, columns - first), [&](int64_t j, int i, auto lanes) FASTBERT_LAMBDA {
-          if (asks<T>(i)) ahead.ask((row + 1) * columns + first + j);
+          if (prefetches<T>(i)) ahead.prefetch((row + 1) * columns + first + j);
           const vfloat d = lanes.keep(lanes.load(z + first + j) - mean);
           sums[i] += d * d;
         });
@@ -176,7 +176,7 @@ void backward(const LayerNorm& p) {
                                                      : draw(p, dropout, row, first, n);
           sweep<4>(n, [=](int64_t k, int i, auto lanes) FASTBERT_LAMBDA {
             const int64_t j = first + k;
-            if (asks<T>(i)) ahead.ask((row + 1) * columns + j);
+            if (prefetches<T>(i)) ahead.prefetch((row + 1) * columns + j);
             const vfloat h = (lanes.load(z + j) - mean) * rstd,
                          g = lanes.load(dy + j) * lanes.load(weight + j);
             const vfloat d = rstd * (g - mean_g - h * mean_gh);

@@ -24,12 +24,12 @@ namespace fastbert {
 namespace FASTBERT_ISA {
 namespace {
 
-constexpr int64_t kColumns = 1024;    // columns of a task; the sum of its gradients stays in L1
-constexpr int64_t kChunk = 32768;     // numbers of a dense tensor's task; fewer in all are left to one thread
-constexpr int64_t kAhead = 4;         // rows asked for in advance, so many groups ahead,
-constexpr int64_t kAheadLines = 8;    // so many cache lines each: the processor foresees the rest
-constexpr int64_t kLong = 4096;       // gradients of one row beyond which threads share its columns,
-constexpr int64_t kLongColumns = 32;  // so many each
+constexpr int64_t kColumns = 1024;  // columns of a task; the sum of its gradients stays in L1
+constexpr int64_t kChunk = 32768;   // numbers of a dense tensor's task; fewer in all are left to one thread
+constexpr int64_t kPrefetchGroups = 4;  // rows are prefetched so many groups ahead,
+constexpr int64_t kPrefetchLines = 8;   // so many cache lines each: the processor foresees the rest
+constexpr int64_t kLong = 4096;         // gradients of one row beyond which threads share its columns,
+constexpr int64_t kLongColumns = 32;    // so many each
 
 // ---- gradient -------------------------------------------------------------------------------------------
 
@@ -156,17 +156,17 @@ FASTBERT_INLINE Row find(const LazyAdam& p, const Groups& groups, int64_t g, int
 FASTBERT_INLINE int64_t bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 FASTBERT_INLINE void prefetch(const LazyAdam& p, const Row& r, int64_t n) {
-  const auto ask = [&](const void* table, DType dtype, int64_t at) FASTBERT_LAMBDA {
+  const auto prefetch_row = [&](const void* table, DType dtype, int64_t at) FASTBERT_LAMBDA {
     const char* first = static_cast<const char*>(table) + bytes(dtype) * at;
-    for (int64_t j = 0; j < min(bytes(dtype) * n, kAheadLines * 64); j += 64)
+    for (int64_t j = 0; j < min(bytes(dtype) * n, kPrefetchLines * 64); j += 64)
       __builtin_prefetch(first + j, 0, 2);  // into L2: it waits for more lines at once than L1 does
   };
-  ask(p.param, p.dtype, r.at);
-  ask(p.exp_avg, p.exp_avg_dtype, r.at);
-  if (!p.row_wise) ask(p.exp_avg_sq, DType::f32, r.at);
-  if (p.max_exp_avg_sq && !p.row_wise) ask(p.max_exp_avg_sq, DType::f32, r.at);
+  prefetch_row(p.param, p.dtype, r.at);
+  prefetch_row(p.exp_avg, p.exp_avg_dtype, r.at);
+  if (!p.row_wise) prefetch_row(p.exp_avg_sq, DType::f32, r.at);
+  if (p.max_exp_avg_sq && !p.row_wise) prefetch_row(p.max_exp_avg_sq, DType::f32, r.at);
   for (int64_t k = 0; k < min(r.count, 4); ++k)
-    ask(p.grad, p.grad_dtype, r.grad_at + r.positions[k] * p.columns);
+    prefetch_row(p.grad, p.grad_dtype, r.grad_at + r.positions[k] * p.columns);
 }
 
 const float* gradient(const LazyAdam& p, const Row& r, int64_t n, float* sum) {
@@ -258,7 +258,8 @@ void step_table(const LazyAdam& p, int threads) {
 #pragma omp for schedule(dynamic, chunk)
     for (int64_t task = 0; task < tasks; ++task) {
       const int64_t g = task / blocks, first = task % blocks * width, n = min(width, p.columns - first);
-      if (groups.order && g + kAhead < groups.count) prefetch(p, find(p, groups, g + kAhead, first), n);
+      if (groups.order && g + kPrefetchGroups < groups.count)
+        prefetch(p, find(p, groups, g + kPrefetchGroups, first), n);
       const Row row = find(p, groups, g, first);
       if (!moves(p, row.row)) continue;
       if (p.row_wise)

@@ -27,10 +27,10 @@ namespace fastbert {
 namespace FASTBERT_ISA {
 namespace {
 
-constexpr double kRest = 1e-7;  // of the movement: what the expansion may leave out,
-constexpr double kEnd = 1e-10;  // and the walk: it ends when momentum has become so small a part
-constexpr int64_t kAhead = 2;   // rows asked for in advance,
-constexpr int64_t kLines = 8;   // so many cache lines each
+constexpr double kRest = 1e-7;        // of the movement: what the expansion may leave out,
+constexpr double kEnd = 1e-10;        // and the walk: it ends when momentum has become so small a part
+constexpr int64_t kPrefetchRows = 2;  // rows prefetched
+constexpr int64_t kLines = 8;         // so many cache lines each
 
 // What is known of the recorded steps i, at places 1 .. steps, and of the step before them, at place 0.
 struct History {
@@ -78,20 +78,20 @@ History recall(const LazyAdamReplay& p) {
 }
 
 // A row's way from step s: m and v shrink, w shrinks and moves by m times a function of sqrt(v).
-struct Way {
+struct Walk {
   float keep_w, keep_m, keep_v, eps;
   bool expanded;
   float center, central[kReplayMoments - 1];  // q and M_k
   int64_t from, to;                           // places of s and of the last step to walk
 };
 
-Way find_way(const LazyAdamReplay& p, const History& history, int64_t s) {
+Walk plan_walk(const LazyAdamReplay& p, const History& history, int64_t s) {
   const int64_t from = s - history.before;
-  Way way;
-  way.keep_w = static_cast<float>(history.keep_w[from]),
-  way.keep_m = static_cast<float>(history.keep_m[from]);
-  way.keep_v = static_cast<float>(history.keep_v[from]), way.eps = static_cast<float>(p.eps);
-  way.from = from, way.to = min(p.steps, from + history.longest);
+  Walk walk;
+  walk.keep_w = static_cast<float>(history.keep_w[from]),
+  walk.keep_m = static_cast<float>(history.keep_m[from]);
+  walk.keep_v = static_cast<float>(history.keep_v[from]), walk.eps = static_cast<float>(p.eps);
+  walk.from = from, walk.to = min(p.steps, from + history.longest);
   const double* raw = history.moments + from * kReplayMoments;
   const double q = raw[0] > 0. ? raw[1] / raw[0] : 1.;
   // Before round j, mixed[k] is the moment of q_i^(k - j) * (q_i - q)^j.
@@ -101,27 +101,27 @@ Way find_way(const LazyAdamReplay& p, const History& history, int64_t s) {
     for (int k = kReplayMoments - 1; k >= j; --k) mixed[k] -= q * mixed[k - 1];
     bound *= q;
   }
-  way.expanded = mixed[kReplayMoments - 1] <= bound;
-  way.center = static_cast<float>(q);
-  for (int k = 0; k < kReplayMoments - 1; ++k) way.central[k] = static_cast<float>(mixed[k]);
-  return way;
+  walk.expanded = mixed[kReplayMoments - 1] <= bound;
+  walk.center = static_cast<float>(q);
+  for (int k = 0; k < kReplayMoments - 1; ++k) walk.central[k] = static_cast<float>(mixed[k]);
+  return walk;
 }
 
-FASTBERT_INLINE void go_expanded(const Way& way, float* w, float* m, float* v, int64_t n) {
+FASTBERT_INLINE void move_expanded(const Walk& walk, float* w, float* m, float* v, int64_t n) {
   sweep<1>(n, [&](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
     const vfloat m0 = lanes.load(m + j), v0 = lanes.load(v + j), a = square_root(v0);
-    const vfloat inverse = 1.f / (a * way.center + way.eps), x = a * inverse;
-    vfloat sum = splat(way.central[kReplayMoments - 2]);
-    for (int k = kReplayMoments - 3; k >= 0; --k) sum = way.central[k] - x * sum;
+    const vfloat inverse = 1.f / (a * walk.center + walk.eps), x = a * inverse;
+    vfloat sum = splat(walk.central[kReplayMoments - 2]);
+    for (int k = kReplayMoments - 3; k >= 0; --k) sum = walk.central[k] - x * sum;
     const vfloat moved = m0 == 0.f ? vfloat{} : m0 * inverse * sum;
-    lanes.store(w + j, lanes.load(w + j) * way.keep_w - moved);
-    lanes.store(m + j, m0 * way.keep_m);
-    lanes.store(v + j, v0 * way.keep_v);
+    lanes.store(w + j, lanes.load(w + j) * walk.keep_w - moved);
+    lanes.store(m + j, m0 * walk.keep_m);
+    lanes.store(v + j, v0 * walk.keep_v);
   });
 }
 
-void go_walking(const LazyAdamReplay& p, const History& history, const Way& way, float* w, float* m, float* v,
-                int64_t n) {
+void move_stepwise(const LazyAdamReplay& p, const History& history, const Walk& walk, float* w, float* m,
+                   float* v, int64_t n) {
   constexpr int64_t kBlock = 8 * kLanes;
   const double root2 = ::sqrt(p.beta2);
   for (int64_t first = 0; first < n; first += kBlock) {
@@ -132,21 +132,21 @@ void go_walking(const LazyAdamReplay& p, const History& history, const Way& way,
       lanes.store(moved + j, vfloat{});
     });
     double momentum = 1., shrunk = 1.;
-    for (int64_t i = way.from + 1; i <= way.to; ++i) {
+    for (int64_t i = walk.from + 1; i <= walk.to; ++i) {
       momentum *= p.beta1, shrunk *= root2;
       const float rate = static_cast<float>(history.rate[i] * momentum);
       const float q = static_cast<float>(history.spread[i] * shrunk);
       sweep<1>(size, [&](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
-        lanes.store(moved + j, lanes.load(moved + j) + rate / (lanes.load(a + j) * q + way.eps));
+        lanes.store(moved + j, lanes.load(moved + j) + rate / (lanes.load(a + j) * q + walk.eps));
       });
     }
     sweep<1>(size, [&](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
       const int64_t at = first + j;
       const vfloat m0 = lanes.load(m + at);
       const vfloat by = m0 == 0.f ? vfloat{} : m0 * lanes.load(moved + j);
-      lanes.store(w + at, lanes.load(w + at) * way.keep_w - by);
-      lanes.store(m + at, m0 * way.keep_m);
-      lanes.store(v + at, lanes.load(v + at) * way.keep_v);
+      lanes.store(w + at, lanes.load(w + at) * walk.keep_w - by);
+      lanes.store(m + at, m0 * walk.keep_m);
+      lanes.store(v + at, lanes.load(v + at) * walk.keep_v);
     });
   }
 }
@@ -163,8 +163,8 @@ int64_t lazy_adam_replay(const LazyAdamReplay& p) {
   const History history = recall(p);
 #pragma omp parallel for schedule(dynamic, chunk) num_threads(p.threads)
   for (int64_t i = 0; i < count; ++i) {
-    if (i + kAhead < count) {
-      const int64_t ahead = row_at(i + kAhead) * p.columns;
+    if (i + kPrefetchRows < count) {
+      const int64_t ahead = row_at(i + kPrefetchRows) * p.columns;
       for (int64_t j = 0; j < min(p.columns, 16 * kLines); j += 16) {
         __builtin_prefetch(p.param + ahead + j);
         __builtin_prefetch(p.exp_avg + ahead + j);
@@ -181,11 +181,11 @@ int64_t lazy_adam_replay(const LazyAdamReplay& p) {
     if (s >= p.step || row == p.padding_idx) continue;
     float *w = p.param + row * p.columns, *m = p.exp_avg + row * p.columns,
           *v = p.exp_avg_sq + row * p.columns;
-    const Way way = find_way(p, history, s);
-    if (way.expanded)
-      go_expanded(way, w, m, v, p.columns);
+    const Walk walk = plan_walk(p, history, s);
+    if (walk.expanded)
+      move_expanded(walk, w, m, v, p.columns);
     else
-      go_walking(p, history, way, w, m, v, p.columns);
+      move_stepwise(p, history, walk, w, m, v, p.columns);
   }
   return -1;
 }

@@ -107,7 +107,7 @@ struct Groups {
 template <typename T>
 static void pack_groups(const T* a, int64_t row, int64_t column, int64_t rows, int64_t known, int64_t depth,
                         uint32_t* groups) {
-  constexpr int64_t kAhead = 16, kLine = 64 / sizeof(T);
+  constexpr int64_t kPrefetchRows = 16, kLine = 64 / sizeof(T);
   const int64_t stride = Groups::stride(depth);
   uint32_t part[kLanes * kDepth];
   if (column == 1) {
@@ -117,8 +117,8 @@ static void pack_groups(const T* a, int64_t row, int64_t column, int64_t rows, i
     return;
   }
   for (int64_t k = 0; k < depth; ++k) {
-    for (int64_t i = 0; i < rows && k + kAhead < depth; i += kLine)
-      __builtin_prefetch(a + (k + kAhead) * column + i, 0, 3);
+    for (int64_t i = 0; i < rows && k + kPrefetchRows < depth; i += kLine)
+      __builtin_prefetch(a + (k + kPrefetchRows) * column + i, 0, 3);
     pack_rows<Floats>(a + k * column, 0, 1, rows, part, 0);
     for (int64_t i = 0; i < rows; i += kGroup)
       memcpy(groups + i / kGroup * stride + k * kGroup, part + i, kGroup * sizeof(uint32_t));
@@ -127,7 +127,7 @@ static void pack_groups(const T* a, int64_t row, int64_t column, int64_t rows, i
 
 // ---- one task ----------------------------------------------------------------------------------------
 
-// c[rows, kColumns] (+)= groups @ panel + bias. The next rows of c are asked for before a tile, the next
+// c[rows, kColumns] (+)= groups @ panel + bias. The next rows of c are prefetched before a tile, the next
 // panel after it.
 static void multiply_groups(int64_t rows, int64_t depth, const uint32_t* groups, const uint32_t* panel,
                             Result c, bool add, const float* bias, Ahead& ahead) {

@@ -110,7 +110,7 @@ FASTBERT_INLINE void multiply_tile(int64_t depth, Left a, Right b, Result c, boo
     }
 }
 
-// Rows that will be read or written soon, asked for between tiles, where memory has nothing to do: a few
+// Rows that will be read or written soon, prefetched between tiles, where memory has nothing to do: a few
 // after each, as a core waits for some 24 lines at a time and is held up by more.
 class Ahead {
  public:
