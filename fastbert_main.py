@@ -37,6 +37,8 @@ def main() -> None:
         if os.environ.get("FASTBERT_DEBUG"):
             raise
         sys.exit(f"fastbert: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     cli.main()
 
 

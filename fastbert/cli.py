@@ -26,7 +26,7 @@ def main() -> None:
             print(backend.info(), linear.info(), waiting(), sep="\n")
         elif command == "pretrain":
             sys.exit(pretrain(arguments))
-        elif command in ("-h", "--help"):
+        elif command in ("-h", "--help") or arguments in (["-h"], ["--help"]):
             print(USAGE)
         elif command == "--version":
             print(f"fastbert {__version__}")
@@ -43,7 +43,8 @@ def main() -> None:
             raise
         sys.exit(f"fastbert {command}: not enough memory; a smaller --batch-tokens or --preset takes less: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"fastbert {command}: interrupted")
+        print(f"fastbert {command}: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def _is_about_memory(error: MemoryError | RuntimeError) -> bool:

@@ -123,7 +123,8 @@ def clip_grad_norm_(
         for (param, gradient), (ids, values) in zip(gradients, applied, strict=True):
             scale = factor.to(param.device)
             if gradient.rows is None:
-                param.grad.mul_(scale)
+                # not in place where elements share memory, as of an expanded gradient
+                param.grad = param.grad * scale if _shares_memory(param.grad) else param.grad.mul_(scale)
             elif gradient.by_row:
                 param.grad.index_copy_(0, ids, values * scale)
             else:
@@ -219,6 +220,10 @@ def _all_gather(x: Tensor, sizes: list[int], group: dist.ProcessGroup | None) ->
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded, group=group)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def _shares_memory(x: Tensor) -> bool:
+    return any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def _sparse(param: Tensor, indices: Tensor, values: Tensor, is_coalesced: bool) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastbert.ops.checks import check_tensor
+
 IGNORED = -100  # a label that no loss counts
 
 
@@ -80,6 +82,11 @@ def pack(
         raise RuntimeError(
             "torch.jit.trace would keep this batch's lengths for every other batch: use torch.compile or torch.export"
         )
+    optional = {
+        "attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids,
+        "cu_seqlens": cu_seqlens, "masked_positions": masked_positions,
+    }  # fmt: skip
+    _check_tensors({"input_ids": input_ids} | {name: x for name, x in optional.items() if x is not None})
     shape, longest, real = input_ids.shape, config.max_position_embeddings, None
     if cu_seqlens is not None:
         if attention_mask is not None:
@@ -126,6 +133,11 @@ def check_targets(
         _check_labels("next_sentence_label", next_sentence_label, torch.Size([sequences]), 2)
 
 
+def _check_tensors(named: dict[str, Any]) -> None:
+    for name, x in named.items():
+        check_tensor(name, x)
+
+
 def _check_ids(name: str, ids: Tensor, shape: torch.Size, limit: int, limit_name: str) -> None:
     """Raises unless `ids` is int64 or int32 of this shape, and (where looked at) in [0, limit)."""
     if ids.dtype not in (torch.int64, torch.int32):
@@ -167,8 +179,8 @@ def _check_padded(shape: torch.Size, attention_mask: Tensor | None, longest: int
         return
     if attention_mask.is_floating_point() or attention_mask.is_complex():
         raise TypeError(
-            f"attention_mask must be bool or integer, 0 at padding, got {attention_mask.dtype}; an additive mask "
-            "(0 and -inf) becomes one by `mask == 0`"
+            f"attention_mask must be bool or integer, 0 at padding, got {attention_mask.dtype}; a mask of ones "
+            "and zeros becomes one by `mask.bool()`, an additive one (0 and -inf) by `mask == 0`"
         )
     if attention_mask.shape != shape:
         raise ValueError(f"attention_mask must have input_ids' shape {list(shape)}, got {list(attention_mask.shape)}")

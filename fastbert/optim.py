@@ -189,6 +189,8 @@ class LazyAdam(Optimizer):
         """
         loss = None
         if closure is not None:
+            if not callable(closure):
+                raise TypeError(f"closure must be callable, got {type(closure)}; rows are named: step(rows=...)")
             with torch.enable_grad():
                 loss = closure()
         rows = {} if rows is None else rows
@@ -287,7 +289,7 @@ class LazyAdam(Optimizer):
         """Ties an `nn.Embedding` or `nn.EmbeddingBag` to this optimizer.
 
         Its `padding_idx` never moves. With `missed="replay"` rows are brought up to date before the module reads them,
-        and all of them before its `state_dict()`, except within `raw()`.
+        and all of them before its `state_dict()` and `load_state_dict()`, except within `raw()`.
 
         Raises:
             ValueError: its weight is not this optimizer's, or its padding_idx is not a row.
@@ -303,6 +305,7 @@ class LazyAdam(Optimizer):
             hook = replay.Hook(self)
             embedding.register_forward_pre_hook(hook.before_forward, with_kwargs=True)
             embedding.register_state_dict_pre_hook(hook.before_state_dict)
+            embedding.register_load_state_dict_pre_hook(hook.before_load)
 
     @torch.no_grad()
     def catch_up(self, param: Tensor, ids: Tensor | None = None) -> None:

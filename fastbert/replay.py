@@ -153,6 +153,16 @@ class Hook:
         if (optimizer := self.optimizer()) is not None and not optimizer.is_raw:
             optimizer.catch_up(module.weight)
 
+    def before_load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """What is loaded stands at the last step: nothing that the weights before it missed is owed.
+
+        Unless it is the weight itself, into which torch.distributed.checkpoint has loaded in place.
+        """
+        loaded = state_dict.get(f"{prefix}weight")
+        itself = isinstance(loaded, Tensor) and loaded.data_ptr() == module.weight.data_ptr()
+        if (optimizer := self.optimizer()) is not None and not optimizer.is_raw and not itself:
+            optimizer.catch_up(module.weight)
+
     def __getstate__(self) -> dict[str, Any]:
         return {"optimizer": _no_optimizer}  # a copy of the module has parameters of its own
 

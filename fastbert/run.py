@@ -198,11 +198,19 @@ def with_choices(config: PretrainConfig) -> PretrainConfig:
 
 
 def refuse_a_second_run(folder: Path) -> None:
-    """Raises ValueError where `folder` holds a run, or what is left of one."""
+    """Raises ValueError where `folder` holds a run, what is left of one, or what a run would overwrite."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output must be a folder, and {folder} is a file: choose another")
     for name in ("config.json", "snapshots", "metrics.jsonl"):
         if (folder / name).exists():
             raise ValueError(
                 f"{folder} already holds a run ({name}): pass --resume to continue it, or choose another --output"
+            )
+    for name in ("model", "loss.png", "tensorboard"):
+        if (folder / name).exists():
+            raise ValueError(
+                f"{folder / name} is there already, and the run would write in its place: move it, or choose another "
+                "--output"
             )
 
 

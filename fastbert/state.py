@@ -163,12 +163,12 @@ def _check_saved_state(state: State, param: Tensor, group: Group, has_maximum: b
         raise ValueError(f"step must be a finite number >= 0, and was saved as {float(step)}")
     for name in TABLES:
         if name in state:
-            _check_table(name, state[name], param, group)
+            _check_table(name, state[name], step, param, group)
     if "last_step" in state:
         _check_record(state)
 
 
-def _check_table(name: str, value: Any, param: Tensor, group: Group) -> None:
+def _check_table(name: str, value: Any, step: Any, param: Tensor, group: Group) -> None:
     shape, dtype = shape_and_dtype(name, param, group)
     fits = isinstance(value, Tensor) and value.layout == torch.strided and tuple(value.shape) == shape
     if not fits or value.is_floating_point() != dtype.is_floating_point or value.is_complex():
@@ -178,6 +178,16 @@ def _check_table(name: str, value: Any, param: Tensor, group: Group) -> None:
             f"{list(shape)}, and was saved with {_described(value)}: the state belongs to another model or to other "
             "options"
         )
+    if not value.numel() or value.device.type == "meta":
+        return
+    low, high = (x.item() for x in value.detach().aminmax())
+    if name in ("row_steps", "last_step") and not 0 <= low <= high <= float(step):
+        raise ValueError(
+            f"{name} counts steps of rows, from 0 to the parameter's {float(step):g}, and was saved with {low} to "
+            f"{high}"
+        )
+    if name in ("exp_avg_sq", "max_exp_avg_sq") and low < 0:
+        raise ValueError(f"{name} is a mean of squares, never negative, and was saved with {low}")
 
 
 def _check_record(state: State) -> None:
@@ -188,8 +198,11 @@ def _check_record(state: State) -> None:
             f"history must be a tensor [2, steps] and recorded_with a tensor [4], and were saved as "
             f"{_described(history)} and {_described(options)}"
         )
-    if not isinstance(recorded, int) or not 0 <= recorded <= columns:
-        raise ValueError(f"recorded must be an int from 0 to {columns}, the steps of history, and is {recorded!r}")
+    most = min(columns, float(state["step"]))
+    if not isinstance(recorded, int) or not 0 <= recorded <= most:
+        raise ValueError(f"recorded must be an int from 0 to {most:g}, the steps of history, and is {recorded!r}")
+    if recorded and not options.isfinite().all():
+        raise ValueError(f"recorded_with must be finite: betas, eps and flags, and was saved as {options.tolist()}")
 
 
 def _described(value: Any) -> str:

@@ -55,6 +55,15 @@ def test_clip_sums_duplicates_in_float32_and_takes_expanded_values(backend):
     assert param.grad._values().unique().tolist() == [2**-12]
 
 
+def test_clip_takes_a_dense_gradient_whose_elements_share_memory():
+    params = [torch.nn.Parameter(torch.zeros(n)) for n in (2, 4)]
+    params[0].grad, params[1].grad = torch.full((2,), 3.0), torch.full((1,), 0.5).expand(4)
+    norm = clip_grad_norm_(params, 1.0)
+    assert norm.item() == pytest.approx(19**0.5)  # 2 * 9 + 4 / 4
+    for param, before in zip(params, (3.0, 0.5), strict=True):
+        assert param.grad.tolist() == pytest.approx([before / 19**0.5] * len(param), rel=1e-5)
+
+
 def test_clip_when_not_finite_or_empty(backend):
     assert clip_grad_norm_([nn.Parameter(torch.ones(2))], 1.0) == 0
     param = nn.Parameter(torch.ones(2))

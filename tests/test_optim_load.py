@@ -86,7 +86,14 @@ def test_a_broken_record_of_missed_steps_is_refused():
     for changes, message in (
         ({"history": ...}, r"lacks \['history'\]"),
         ({"history": torch.ones(3)}, "history must be a tensor"),
-        ({"recorded": 65}, "recorded must be an int from 0 to 64"),
+        ({"recorded": 3}, "recorded must be an int from 0 to 2"),
+        ({"recorded_with": torch.full((4,), torch.nan)}, "recorded_with must be finite"),
+        (
+            {"last_step": torch.tensor([0, 1, 2, 3]).int()},
+            "last_step counts steps of rows, from 0 to the parameter's 2",
+        ),
+        ({"last_step": torch.tensor([0, 1, 2, -1]).int()}, "was saved with -1 to 2"),
+        ({"exp_avg_sq": -torch.ones(4, 3)}, "exp_avg_sq is a mean of squares, never negative"),
         ({"recorded_with": ()}, "recorded_with a tensor"),
         ({"last_step": torch.ones(3).int()}, r"must have shape \[4\], and was saved with \[3\]"),
     ):

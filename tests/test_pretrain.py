@@ -209,6 +209,18 @@ def test_a_run_that_diverges_stops_and_keeps_its_snapshots(settings, finished, t
     assert not (last.output / "model").exists()
 
 
+@pytest.mark.parametrize("name", ["model", "loss.png", "tensorboard", "."])
+def test_nothing_that_is_there_is_written_over(settings, tmp_path, name):
+    mine = tmp_path / "run" / name
+    mine.parent.mkdir(exist_ok=True)
+    mine = tmp_path / "file" if name == "." else mine
+    mine.write_text("precious")
+    output = mine if name == "." else mine.parent
+    with pytest.raises(ValueError, match=r"is a file: choose another|is there already"):
+        pretrain(dataclasses.replace(settings, output=output))
+    assert mine.read_text() == "precious"
+
+
 def test_a_run_exists_once_its_data_does(settings, tmp_path, capsys, monkeypatch):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("one document alone, of a single sentence.")

@@ -308,3 +308,16 @@ def test_copies_stand_alone(backend):
     assert torch.equal(torch.load(file, weights_only=False).state_dict()["weight"], table.weight)
     del optimizer
     assert torch.equal(table(torch.arange(V)), twin(torch.arange(V)))
+
+
+def test_loaded_weights_owe_nothing_of_the_steps_before():
+    embedding = nn.Embedding(6, 3, sparse=True)
+    best = {name: x + 1 for name, x in embedding.state_dict().items()}
+    optimizer = LazyAdam(embedding.parameters(), lr=0.1, weight_decay=0.1, missed="replay")
+    optimizer.attach(embedding)
+    for ids in ([0, 1], [2], [3]):
+        optimizer.zero_grad()
+        embedding(torch.tensor(ids)).square().sum().backward()
+        optimizer.step()
+    embedding.load_state_dict(best)
+    assert torch.equal(embedding(torch.arange(6)), best["weight"])

@@ -43,6 +43,10 @@ def find_files(path: str | Path, column: str | None = None, separator: str | Non
     elif path.is_file():
         _check_file(path, column, separator)
         files = CorpusFiles([path], Counter())
+    elif path.exists():
+        raise ValueError(
+            f"the corpus {path} is a pipe or a device, which can be read only once: write it to a file first"
+        )
     else:
         raise FileNotFoundError(f"the corpus {path} does not exist: give a text file, a folder or a table")
     if separator is not None and (column is None or all(is_json(file, separator) for file in files.read)):

@@ -217,6 +217,10 @@ def _tokenised_parts(documents: Iterable[list[str]], tokenizer: Tokenizer) -> It
     pending: list[list[str]] = []
     characters = 0
     for document in documents:
+        if isinstance(document, str):
+            raise TypeError(
+                "documents are lists of sentences, and a string came in place of one: split_sentences makes the list"
+            )
         pending.append(document)
         characters += sum(map(len, document))
         if characters >= _CHUNK_CHARACTERS:

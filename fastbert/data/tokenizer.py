@@ -55,6 +55,10 @@ def train_tokenizer(
         raise ValueError(
             f"vocab_size counts special tokens, characters and word pieces: expected {rule}, got {vocab_size}"
         )
+    if isinstance(texts, str):
+        raise TypeError(
+            "texts are several strings, such as lines or sentences, and one string came: put it into a list"
+        )
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
