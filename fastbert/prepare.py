@@ -8,7 +8,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,9 @@ from fastbert.run import PretrainConfig
 from fastbert.version import __version__
 
 MADE_OF = "corpus.json"
+# Marks that stand for vowels, from Devanagari to Vedic; accents of Latin and Greek letters are not among them.
+VOWEL_SIGNS = re.compile(f"[{''.join(c for c in map(chr, range(0x900, 0x1D00)) if unicodedata.category(c) == 'Mn')}]")
+MANY_SIGNS = 0.001  # share of the characters from which that warning is worth its line
 MANY_UNKNOWN = 0.1  # share of [UNK] from which a warning is worth its line
 
 
@@ -46,6 +51,8 @@ def prepare(config: PretrainConfig, resume: bool) -> tuple[Tokenizer, TokenStore
         _discard_what_differs(config, tokenizer_at, data_at)
     if not (tokenizer_at / "tokenizer.json").exists():
         texts = (sentence for document in _documents(config, "counting words") for sentence in document)
+        if config.lowercase:
+            texts = _vowel_signs_said(texts)
         save_tokenizer(train_tokenizer(texts, config.vocab_size, config.lowercase, progress=True), tokenizer_at)
     with _usable(tokenizer_at):
         tokenizer = load_tokenizer(tokenizer_at)
@@ -123,6 +130,20 @@ def _reading(config: PretrainConfig) -> dict[str, Any]:
 
 def _documents(config: PretrainConfig, progress: str) -> Iterator[list[str]]:
     return iter_documents(config.corpus, **_reading(config), progress=progress)
+
+
+def _vowel_signs_said(texts: Iterator[str]) -> Iterator[str]:
+    """The same texts; behind the last one a warning, where lower-casing takes the vowels out of a script's words."""
+    characters = signs = 0
+    for text in texts:
+        characters += len(text)
+        signs += len(VOWEL_SIGNS.findall(text))
+        yield text
+    if signs > MANY_SIGNS * characters:
+        print(
+            f"warning: the text has {signs:,} vowel signs, as of Thai or Hindi. Lower-casing strips them with all "
+            "other marks, as uncased BERT does, and makes one word of several: pass --no-lowercase"
+        )
 
 
 def _say_unknown(tokenizer: Tokenizer, stores: tuple[TokenStore, ...]) -> None:

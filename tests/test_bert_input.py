@@ -148,3 +148,16 @@ def test_tracing_is_refused():
     model = BertModel(SMALL).eval()
     with pytest.raises(RuntimeError, match=r"use torch\.compile or torch\.export"):
         torch.jit.trace(lambda ids: model(ids).sequence_output, (torch.ones(2, 8, dtype=torch.long),))
+
+
+def test_masks_of_another_kind_are_told_apart():
+    """Advice for an additive mask would turn one of ones and zeros around."""
+    model = BertModel(SMALL)
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"ones and zeros becomes one by `mask\.bool\(\)`, an additive one"):
+        model(ids, torch.ones(1, 3))
+    for wrong, name in (([[1, 2]], "list"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=rf"input_ids must be a torch\.Tensor, got {name}"):
+            model(wrong)
+    with pytest.raises(TypeError, match=r"attention_mask must be a torch\.Tensor, got list"):
+        model(ids, [[1, 1, 1]])

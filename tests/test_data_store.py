@@ -140,6 +140,15 @@ def test_text_of_unknown_words_alone_is_refused(tmp_path, tokenizer):
     assert not list(tmp_path.iterdir())
 
 
+def test_strings_in_place_of_lists_of_them_are_refused(tmp_path, tokenizer):
+    for documents in (["the film was good", "I liked it"], "abc"):
+        with pytest.raises(TypeError, match="documents are lists of sentences"):
+            write_store(tmp_path / "s", documents, tokenizer, progress=False)
+    with pytest.raises(TypeError, match="texts are several strings"):
+        train_tokenizer("the film was good", 64)
+    assert not list(tmp_path.iterdir())
+
+
 def test_existing_folder_is_kept(store, tokenizer):
     with pytest.raises(FileExistsError, match="delete it or choose another"):
         write_store(store.folder, DOCUMENTS[:1], tokenizer, progress=False)

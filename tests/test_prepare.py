@@ -29,6 +29,15 @@ def test_the_share_of_unknown_words_is_said(config, capsys):
     assert "warning: the vocabulary does not know so much of the text" in said and "--vocab-size" in said
 
 
+@pytest.mark.parametrize(("words", "said"), [("ดี กิน กัน", True), ("हिन्दी किताब", True), ("Köln première", False)])
+def test_vowel_signs_that_lower_casing_strips_are_said(config, capsys, words, said):
+    config.corpus.write_text("\n\n".join([words] * 30))
+    prepare(config, resume=False)
+    assert ("warning: the text has" in (out := capsys.readouterr().out) and "--no-lowercase" in out) == said
+    prepare(dataclasses.replace(config, lowercase=False), resume=False)
+    assert "warning" not in capsys.readouterr().out
+
+
 def written(folder):
     """When each file was written."""
     return {path.name: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
