@@ -36,15 +36,15 @@ sanitize: $(VENV)/.installed
 	FASTBERT_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib $(SANITIZED)
 	FASTBERT_SANITIZE=1 PYTHONPATH=$(SANITIZED) PYTHONSAFEPATH=1 ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
-		$(BIN)/python -m pytest -q -p no:cacheprovider -k "cpu or sanitizer" tests/test_shapes.py \
-		$(foreach op,gelu layer_norm cross_entropy attention linear_product lazy_adam lazy_adam_replay,tests/test_$(op).py)
+		$(BIN)/python -m pytest -q -p no:cacheprovider -k "cpu or sanitizer" tests/ops/test_shapes.py \
+		$(foreach op,gelu layer_norm cross_entropy attention linear_product lazy_adam lazy_adam_replay,tests/ops/test_$(op).py)
 
 EMULATED = $(CURDIR)/build/emulate/lib
 emulate: $(VENV)/.installed
 	FASTBERT_EMULATE=1 $(BIN)/python setup.py --quiet build --build-base build/emulate --build-lib $(EMULATED)
 	PYTHONPATH=$(EMULATED) PYTHONSAFEPATH=1 FASTBERT_CPU_ISA= OMP_NUM_THREADS=2 \
 		$(BIN)/python -m pytest -q -p no:cacheprovider -k "avx512 or known_answers" \
-		$(foreach stem,gelu layer_norm cross_entropy attention linear_product lazy_adam lazy_adam_replay philox shapes,tests/test_$(stem).py)
+		$(foreach stem,gelu layer_norm cross_entropy attention linear_product lazy_adam lazy_adam_replay philox shapes,tests/ops/test_$(stem).py)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -58,7 +58,7 @@ bench: $(VENV)/.installed
 gpu-check:
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m pytest -q tests/test_gpu.py
-	if grep -q amx_bf16 /proc/cpuinfo; then $(PYTHON) -m pytest -q -k amx_bf16 tests/test_attention.py tests/test_shapes.py; \
+	if grep -q amx_bf16 /proc/cpuinfo; then $(PYTHON) -m pytest -q -k amx_bf16 tests/ops/test_attention.py tests/ops/test_shapes.py; \
 		else echo "this host's processor has no AMX, so its kernels were not tested"; fi
 	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/lazy_adam.py --device cuda --allocator default
 	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/pretrain.py --device cuda --layers 12 --batch 64 --shortest 32 \

@@ -18,7 +18,7 @@ from timing import results_path, write_csv
 from torch.profiler import ProfilerActivity, profile, schedule
 
 import fastbert
-from fastbert.bert import BertConfig, BertForPreTraining
+from fastbert.models.bert import BertConfig, BertForPreTraining
 
 STEPS = 4
 KINDS = {

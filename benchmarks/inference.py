@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastbert
-from fastbert.bert import BertConfig, BertModel
+from fastbert.models.bert import BertConfig, BertModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 VARIANTS = ("fastbert", "fastbert packed", "fastbert frozen", "transformers eager", "transformers compiled")

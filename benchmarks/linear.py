@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastbert
-from fastbert import native
-from fastbert.bert import BertConfig
+from fastbert.backends import native
+from fastbert.models.bert import BertConfig
 from fastbert.ops.linear import SMALL, FrozenWeight, onednn_missing
 from fastbert.testing import assert_close, run
 

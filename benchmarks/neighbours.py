@@ -34,7 +34,7 @@ def serve(name: str) -> None:
     from pretrain import make_batch, models, step, verify
 
     import fastbert
-    from fastbert.bert import BertConfig
+    from fastbert.models.bert import BertConfig
 
     fastbert.keep_memory()
     torch.manual_seed(0)

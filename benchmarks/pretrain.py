@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastbert
-from fastbert.bert import BertConfig, BertForPreTraining
+from fastbert.models.bert import BertConfig, BertForPreTraining
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-4, 0.01, 1.0

@@ -1,16 +1,16 @@
 """LazyAdam, kernels for CPU, and a thin BERT: training BERT-like models without the wasted work."""
 
 from fastbert.allocator import keep_memory
-from fastbert.backend import backends, use_backend
-from fastbert.bert import BertConfig, BertForPreTraining, BertModel
-from fastbert.gradients import all_gather_ids, all_gather_rows, clip_grad_norm_
-from fastbert.nn import freeze
+from fastbert.backends import backends, use_backend
+from fastbert.models.bert import BertConfig, BertForPreTraining, BertModel
+from fastbert.models.layers import freeze
 from fastbert.ops.attention import attention, attention_qkv
 from fastbert.ops.cross_entropy import cross_entropy
 from fastbert.ops.gelu import gelu
 from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
 from fastbert.ops.linear import linear, use_linear
-from fastbert.optim import LazyAdam
+from fastbert.optim.gradients import all_gather_ids, all_gather_rows, clip_grad_norm_
+from fastbert.optim.lazy_adam import LazyAdam
 from fastbert.version import __version__
 
 __all__ = [

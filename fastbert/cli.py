@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from fastbert import backend, extras
+from fastbert import extras
+from fastbert.backends import info
 from fastbert.ops import linear
 from fastbert.version import __version__
 
@@ -23,7 +24,7 @@ def main() -> None:
     command, arguments = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
     try:
         if command == "info" and not arguments:
-            print(backend.info(), linear.info(), waiting(), sep="\n")
+            print(info(), linear.info(), waiting(), sep="\n")
         elif command == "pretrain":
             sys.exit(pretrain(arguments))
         elif command in ("-h", "--help") or arguments in (["-h"], ["--help"]):
@@ -74,9 +75,9 @@ def pretrain(arguments: list[str]) -> int:
         raise ImportError(why)
     import tyro
 
-    from fastbert import presets
+    from fastbert.pretrain import presets
     from fastbert.pretrain import pretrain as run
-    from fastbert.run import PretrainConfig, read_config
+    from fastbert.pretrain.run import PretrainConfig, read_config
 
     @dataclasses.dataclass(frozen=True)
     class Command(PretrainConfig):

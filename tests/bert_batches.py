@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastbert.bert import BertConfig
+from fastbert.models.bert import BertConfig
 
 B, S, V = 4, 12, 50
 LENGTHS = [12, 7, 3, 1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastbert
-from fastbert import native
+from fastbert.backends import native
 from fastbert.ops import linear
 
 BACKENDS = ["reference"] + [f"cpu:{isa}" for isa in (native.module.instruction_sets() if native.module else [])]

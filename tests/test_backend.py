@@ -11,14 +11,14 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastbert
-from fastbert import backend, native
+from fastbert.backends import NAMES, OPS, fallbacks, info, native, requested, why_not
 from fastbert.ops import gelu, linear
 
 # Both choices of a block, with what they are asked by and two names that any build takes.
 CHOICES = pytest.mark.parametrize(
     ("use", "requested", "names"),
     [
-        (fastbert.use_backend, backend.requested, ("reference", fastbert.backends()[-1])),
+        (fastbert.use_backend, requested, ("reference", fastbert.backends()[-1])),
         (fastbert.use_linear, linear.requested, ("torch", "widened")),
     ],
     ids=["use_backend", "use_linear"],
@@ -48,20 +48,20 @@ def test_an_explicit_choice_that_cannot_run_raises_with_the_reason():
 @pytest.mark.skipif(native.module is None, reason="the C++ module is not built")
 def test_dtype_decides():
     x = torch.randn(3, dtype=torch.float64)
-    backend.fallbacks.clear()
+    fallbacks.clear()
     fastbert.gelu(x)
-    assert "got torch.float64" in backend.fallbacks["gelu", "cpu"]
+    assert "got torch.float64" in fallbacks["gelu", "cpu"]
     with pytest.raises(RuntimeError, match=r"cannot run gelu here: it takes .*, got torch\.float64"):
         fastbert.gelu(x, backend="cpu")
 
 
 def test_the_block_decides_and_ends():
     with fastbert.use_backend("reference"):
-        assert backend.requested() == "reference" and backend.requested("cpu") == "cpu"
+        assert requested() == "reference" and requested("cpu") == "cpu"
         with pytest.raises(ZeroDivisionError), fastbert.use_backend("reference"):
             raise ZeroDivisionError
-        assert backend.requested() == "reference"
-    assert backend.requested() == os.environ.get("FASTBERT_BACKEND", "")
+        assert requested() == "reference"
+    assert requested() == os.environ.get("FASTBERT_BACKEND", "")
 
 
 @CHOICES
@@ -164,7 +164,7 @@ def test_environment_decides():
 
 @pytest.mark.skipif(native.module is None, reason="the C++ module is not built")
 def test_instruction_set_can_be_forced():
-    code = "from fastbert import backend, native; assert native.isa == native.module.selected(); print(backend.info())"
+    code = "from fastbert.backends import info, native; assert native.isa == native.module.selected(); print(info())"
     for isa in native.module.instruction_sets():
         assert f"instruction set  {isa} forced by FASTBERT_CPU_ISA (this" in python(code, FASTBERT_CPU_ISA=isa).stdout
     failed = python(code, FASTBERT_CPU_ISA="mmx")
@@ -181,12 +181,12 @@ def test_an_instruction_set_without_the_module_is_refused():
 
 
 def test_info_names_every_op_and_backend():
-    text = backend.info()
-    for word in (*backend.OPS, *backend.NAMES, torch.__version__, "instruction set", "threads"):
+    text = info()
+    for word in (*OPS, *NAMES, torch.__version__, "instruction set", "threads"):
         assert word in text
     assert ("forced" in text) == bool(os.environ.get("FASTBERT_CPU_ISA"))
-    for name in backend.NAMES:
-        reason = backend.why_not(name)
+    for name in NAMES:
+        reason = why_not(name)
         assert reason is None or f"{name}: {reason}" in text
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastbert import cli, extras, presets
-from fastbert import run as runs
-from fastbert.bert import BertConfig, BertForPreTraining
-from fastbert.run import PretrainConfig
+from fastbert import cli, extras
+from fastbert.models.bert import BertConfig, BertForPreTraining
+from fastbert.pretrain import presets
+from fastbert.pretrain import run as runs
+from fastbert.pretrain.run import PretrainConfig
 from fastbert.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent

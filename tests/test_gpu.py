@@ -16,12 +16,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastbert
-from fastbert import backend
-from fastbert.bert import BertForPreTraining
+from fastbert.backends import fallbacks
+from fastbert.models.bert import BertForPreTraining
 from fastbert.ops import philox
-from fastbert.pretrain import pretrain
-from fastbert.report import read_metrics
-from fastbert.run import PretrainConfig
+from fastbert.pretrain.loop import pretrain
+from fastbert.pretrain.report import read_metrics
+from fastbert.pretrain.run import PretrainConfig
 from fastbert.testing import assert_close, run
 
 GPU = "cuda"
@@ -269,7 +269,7 @@ def test_the_packed_form_compiles_whole():
 
 def test_what_runs_instead_of_cuda_kernels_is_said():
     fastbert.gelu(torch.randn(3, device=GPU))
-    assert "no cuda kernels" in backend.fallbacks["gelu", "cuda"]
+    assert "no cuda kernels" in fallbacks["gelu", "cuda"]
     with pytest.raises(RuntimeError, match="takes tensors on the cpu"):
         fastbert.gelu(torch.randn(3, device=GPU), backend="cpu")
 

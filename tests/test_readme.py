@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fastbert import cli
-from fastbert.bert import BertConfig, BertForPreTraining
 from fastbert.data import load_tokenizer, save_tokenizer, train_tokenizer
+from fastbert.models.bert import BertConfig, BertForPreTraining
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -74,7 +74,7 @@ def commands():
 def test_commands_are_understood(command, readers_folder, monkeypatch):
     seen = []
     monkeypatch.setattr("fastbert.pretrain.pretrain", lambda config, resume=False: seen.append((config, resume)))
-    monkeypatch.setattr("fastbert.run.read_config", lambda folder: seen[0][0])
+    monkeypatch.setattr("fastbert.pretrain.run.read_config", lambda folder: seen[0][0])
     first = "fastbert pretrain --corpus reviews.csv --column text --output runs/reviews --steps 1"
     for line in (first, command):
         monkeypatch.setattr(sys, "argv", shlex.split(line, comments=True))

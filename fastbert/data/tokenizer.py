@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from fastbert import files, tokenizer_files
+from fastbert import files
+from fastbert.models import tokenizer_files
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # The trainer sets about 100 bytes an entry aside before it starts, 1.6 GB here, and the word embeddings of a model of

@@ -27,7 +27,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastbert.backend import pick, requested
+from fastbert.backends import pick, requested
 from fastbert.ops import philox
 from fastbert.ops.checks import as_float, as_int, autocast, check_activation, check_tensor, kind, wide, without_autocast
 from fastbert.ops.register import fake, once_differentiable, register

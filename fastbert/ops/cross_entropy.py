@@ -13,7 +13,7 @@ softmax" (2018).
 import torch
 from torch import Tensor
 
-from fastbert.backend import pick, requested
+from fastbert.backends import pick, requested
 from fastbert.ops.checks import as_int, check_activation, check_tensor, wide
 from fastbert.ops.register import fake, once_differentiable, register
 

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastbert.backend import pick, requested
+from fastbert.backends import pick, requested
 from fastbert.ops.checks import autocast, check_activation, check_vector, wide
 from fastbert.ops.register import fake, once_differentiable, register
 

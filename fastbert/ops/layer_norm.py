@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastbert.backend import pick, requested
+from fastbert.backends import pick, requested
 from fastbert.ops import philox
 from fastbert.ops.checks import FLOATS, as_float, autocast, check_activation, check_tensor, check_vector, wide
 from fastbert.ops.register import fake, once_differentiable, register

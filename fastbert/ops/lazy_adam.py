@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert.backend import pick
+from fastbert.backends import pick
 from fastbert.ops.checks import wide
 from fastbert.ops.philox import lanes
 

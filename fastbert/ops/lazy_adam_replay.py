@@ -15,8 +15,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastbert.backend import pick
-from fastbert.native import behind_the_record
+from fastbert.backends import pick
+from fastbert.backends.native import behind_the_record
 from fastbert.ops.lazy_adam import EPS_UNCORRECTED, NO_BIAS_CORRECTION, check_rows
 
 _END = 1e-20  # the twin's walk ends when momentum has become so small a part

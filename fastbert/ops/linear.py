@@ -31,7 +31,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn import functional as F
 
-from fastbert import backend, native
+from fastbert.backends import Choice, native
+from fastbert.backends import requested as requested_backend
 from fastbert.ops.checks import check_tensor
 from fastbert.ops.register import fake, once_differentiable, register
 
@@ -123,7 +124,7 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, cast: torch.dtype | No
 # ---- the choice ----------------------------------------------------------------------------------------------------
 
 
-class _Block(backend.Choice):
+class _Block(Choice):
     """A `use_linear` block."""
 
 
@@ -161,7 +162,7 @@ def requested() -> str:
 def chosen(dtype: torch.dtype = torch.float32) -> str:
     """What computes here and now in this dtype, never "auto"; raises as `use_linear` does."""
     name = requested()
-    if name == "auto" and slow_libraries and backend.requested() != "reference":
+    if name == "auto" and slow_libraries and requested_backend() != "reference":
         return "fastbert"
     if name == "auto" and dtype == torch.bfloat16 and not bfloat16_products:
         return "widened"
@@ -212,7 +213,7 @@ def fastest(rows: int, size: int, inner: int, dtype: torch.dtype = torch.float32
     first = "torch" if dtype == torch.float32 or bfloat16_products else "widened"
     others = [name for name, why_not in (("onednn", onednn_missing), ("fastbert", native.cpu_missing)) if not why_not]
     in_vain = dtype == torch.bfloat16 and bfloat16_products  # "fastbert" computes in float32
-    if in_vain or backend.requested() == "reference":
+    if in_vain or requested_backend() == "reference":
         others = [name for name in others if name != "fastbert"]
     others = [name for name in others if rows * size * inner >= SMALL[name, dtype]]
     if not others:

@@ -1,0 +1,202 @@
+"""Which implementation of an op runs: `reference` (plain PyTorch), `cpu` (C++), later `cuda` and `triton`.
+
+The automatic choice goes by the tensor's device and may fall back to the reference, remembering why. An explicit
+choice, by `use_backend`, a `backend=` argument or the environment variable FASTBERT_BACKEND, that cannot run raises
+with the reason.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbert import allocator
+from fastbert.backends import native
+
+NAMES = ("reference", "cpu", "cuda", "triton")
+OPS = ("gelu", "layer_norm", "cross_entropy", "attention", "lazy_adam")
+_AUTOMATIC = {"cpu": "cpu", "cuda": "cuda"}  # device type -> preferred backend
+
+
+class Choice:
+    """What the innermost `with` block around the caller chose; a subclass for each thing that is chosen.
+
+    It holds in the block's own context, as ContextVars do: threads and tasks beside it keep their choice. torch.compile
+    does not trace `ContextVar.get`; a property that is nothing but that C function it reads, and guards on the result,
+    so that a compiled function called within another block is compiled for it.
+    """
+
+    now: "Choice"  # the innermost block's; outside of blocks the instance that is asked
+    _variable: ContextVar["Choice"]
+
+    def __init_subclass__(cls):
+        cls._variable = ContextVar(cls.__qualname__)
+        cls.now = property(cls._variable.get)  # called with the instance, which `get` takes for its default
+
+    def __init__(self, name: str = ""):
+        self.name = name
+
+    @contextlib.contextmanager
+    def within(self, name: str) -> Iterator[None]:
+        """The block in which `now.name` is `name`."""
+        token = self._variable.set(type(self)(name))
+        try:
+            yield
+        finally:
+            self._variable.reset(token)
+
+
+class _Block(Choice):
+    """A `use_backend` block."""
+
+
+_block = _Block()
+_requested = os.environ.get("FASTBERT_BACKEND", "")  # outside of blocks, in the whole process
+fallbacks: dict[tuple[str, str], str] = {}  # (op, preferred backend) -> why the reference ran instead
+
+
+def why_not(name: str) -> str | None:
+    """Why the backend cannot run in this process; None where it can. ValueError for a name that does not exist."""
+    _check_name(name)
+    if name == "reference":
+        return None
+    if name == "cpu":
+        return native.cpu_missing
+    return f"version {_version()} has no {name} kernels yet"
+
+
+def _check_name(name: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"no backend is called {name!r}: expected one of {', '.join(NAMES)}")
+
+
+def _version() -> str:
+    from fastbert.version import __version__
+
+    return __version__
+
+
+def backends() -> list[str]:
+    """Names of the backends that run in this process, best last."""
+    return [name for name in NAMES if why_not(name) is None]
+
+
+def _check(name: str) -> None:
+    reason = why_not(name)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} was asked for and cannot run here: {reason}")
+
+
+def check_environment() -> None:
+    """Raises ValueError where FASTBERT_BACKEND names a backend that does not exist or cannot run here."""
+    if not _requested:
+        return
+    try:
+        reason = why_not(_requested)
+    except ValueError as error:
+        raise ValueError(f"FASTBERT_BACKEND={_requested}: {error}") from None
+    if reason is not None:
+        raise ValueError(f"FASTBERT_BACKEND={_requested} was asked for and cannot run here: {reason}")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the `with` block every op of this package runs on backend `name`.
+
+    It holds in the block's own context (`contextvars`): other threads and asyncio tasks keep their choice, and threads
+    that the block starts do not inherit it unless they run by `contextvars.copy_context().run`. The environment
+    variable FASTBERT_BACKEND chooses for all threads. A backward pass runs on the backend its forward pass ran on,
+    inside the block or not and whichever thread computes it. A function made by torch.compile follows the block it is
+    called in; code that is compiled itself passes `backend=` to the ops instead of opening a block.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: it cannot run here; the message says why.
+    """
+    _check(name)
+    with _block.within(name):
+        yield
+
+
+def requested(name: str | None = None) -> str:
+    """What an op is asked to run on: the call's own `backend=`, else the block's or the process's choice, "" if none.
+
+    Raises:
+        ValueError: the call's own names no backend.
+    """
+    if name is None:
+        return _block.now.name or _requested
+    _check_name(name)
+    return name
+
+
+def pick(op: str, name: str, x: Tensor, reference: type) -> Any:
+    """The namespace whose functions run `op` on tensors like `x`.
+
+    Args:
+        op: the op's stem, one of `OPS`.
+        name: an explicit choice, or "" for the automatic one.
+        x: decides by its device and dtype.
+        reference: the op's own twin, which runs on every device and also takes float64.
+
+    Raises:
+        RuntimeError: an explicit choice cannot run here, or not on this device or dtype.
+    """
+    if not name and x.is_cpu and x.dtype in native.DTYPES and native.module is not None:
+        return native.cpu  # nearly always: no time for questions
+    if name == "reference":
+        return reference
+    if name:
+        _check(name)
+    preferred = name or _AUTOMATIC.get(x.device.type, "reference")
+    reason = why_not(preferred) or _refusal(preferred, x)
+    if reason is None and preferred == "cpu":
+        return native.cpu
+    if name:
+        raise RuntimeError(f"backend {name!r} was asked for and cannot run {op} here: {reason}")
+    fallbacks[op, preferred] = reason or f"{preferred} does not handle {x.device}"
+    return reference
+
+
+def _refusal(name: str, x: Tensor) -> str | None:
+    if name == "cpu" and x.device.type != "cpu":
+        return f"it takes tensors on the cpu, got one on {x.device}"
+    if name == "cpu" and x.dtype not in native.DTYPES:
+        return f"it takes float32, bfloat16 and float16, got {x.dtype}"
+    return None
+
+
+def _instruction_sets(module: ModuleType) -> str:
+    names = module.instruction_sets()
+    alone = (
+        "; amx_bf16, so far tested by emulation alone, where FASTBERT_CPU_ISA names it" if "amx_bf16" in names else ""
+    )
+    return ", ".join(names) + alone
+
+
+def info() -> str:
+    """What `fastbert info` prints: versions, instruction set, threads, and every op by every backend."""
+    from fastbert.version import __version__
+
+    check_environment()
+    module: ModuleType | None = native.module
+    lines = [
+        f"fastbert {__version__}, torch {torch.__version__}",
+        f"threads          {torch.get_num_threads()} (torch.get_num_threads)",
+        f"instruction set  {native.isa or 'none'}"
+        + (" forced by FASTBERT_CPU_ISA" if native.forced_isa else "")
+        + (f" (this machine runs {_instruction_sets(module)})" if module else ""),
+        f"allocator        {allocator.state()}",
+        f"FASTBERT_BACKEND {os.environ.get('FASTBERT_BACKEND') or 'not set: chosen by device'}",
+        "",
+        f"{'op':<16}" + "".join(f"{name:<12}" for name in NAMES),
+    ]
+    for op in OPS:
+        lines.append(f"{op:<16}" + "".join(f"{'ok' if why_not(name) is None else 'no':<12}" for name in NAMES))
+    lines += [f"{name}: {why_not(name)}" for name in NAMES if why_not(name) is not None]
+    return "\n".join(lines)

@@ -1,0 +1,273 @@
+"""Hugging Face folders: a BERT's configuration, weights and tokenizer, read and written.
+
+The decoder is tied to the word embedding and is stored once, as that.
+"""
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert import extras, files
+from fastbert.models import parameter_names, tokenizer_files
+
+_DECODER, _DECODER_BIAS = "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"
+_EMBEDDING, _BIAS = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"
+# What a checkpoint may lack, because the model it was saved from had no such part.
+_OPTIONAL = ("pooler.", "bert.pooler.", "cls.")
+# What this BERT does not do, by configuration field: the one value it can take.
+_SUPPORTED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Before the encoder's names in a folder whose configuration does not name its kind; another model's would be "roberta".
+_BERTS_OWN = ("", "bert", "module", "model", "_orig_mod")
+
+
+def load(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads a Hugging Face BERT folder.
+
+    Args:
+        folder: holds config.json and model.safetensors, or pytorch_model.bin where there is no safetensors file.
+
+    Returns:
+        config.json's fields, and the tensors by the names in the file.
+
+    Raises:
+        FileNotFoundError: no such folder, or a file is missing from it.
+        ValueError: not a BERT, one with features this package does not have, or a file that is damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {str(folder)!r}: models are loaded from folders, not by a hub's name; "
+            "`hf download google-bert/bert-base-uncased --local-dir bert-base-uncased` fetches one"
+        )
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no config.json: expected a folder written by save_pretrained, with config.json and "
+            "model.safetensors"
+        )
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): fetch or export the folder anew") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} must hold an object with a BERT's sizes, got {type(fields).__name__}")
+    _check_fields(fields, path)
+    tensors = _read_tensors(folder)
+    if fields.get("model_type") is None:
+        prefix = parameter_names.encoder_prefix(list(tensors), folder)
+        if prefix.rstrip(".").rpartition(".")[2] not in _BERTS_OWN:
+            raise ValueError(
+                f'{path} names no "model_type" and the weights stand under {prefix!r}: where this is a BERT, add '
+                '"model_type": "bert"'
+            )
+    return fields, tensors
+
+
+def _check_fields(fields: dict[str, Any], path: Path) -> None:
+    """Raises ValueError unless the configuration is of a BERT that can be loaded; old ones do not name their kind."""
+    kind, classes = fields.get("model_type"), fields.get("architectures") or []
+    sized = {"vocab_size", "hidden_size", "num_hidden_layers"} <= fields.keys()
+    if kind != "bert" and (kind is not None or not sized or not all(str(x).startswith("Bert") for x in classes)):
+        raise ValueError(
+            f'{path} must say "model_type": "bert", got {kind or classes or None!r}: this folder holds another kind of '
+            "model"
+        )
+    for name, supported in _SUPPORTED.items():
+        if fields.get(name, supported) != supported:
+            raise ValueError(f"{path} says {name} = {fields[name]!r}; this BERT has {name} = {supported!r} only")
+    if fields.get("pruned_heads"):
+        raise ValueError(
+            f"{path} says pruned_heads = {fields['pruned_heads']}: layers lost some of their heads; this BERT has "
+            "num_attention_heads in every layer"
+        )
+    if fields.get("quantization_config"):
+        raise ValueError(
+            f"{path} says quantization_config = {fields['quantization_config']}: the weights are quantised, and this "
+            "BERT reads floating point only; save them with transformers' model.dequantize().save_pretrained(folder)"
+        )
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    safe, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
+    for path in (safe, pickled):
+        files.refuse_lfs_pointer(path)
+    if safe.is_file():
+        safetensors = _safetensors()
+        try:
+            return safetensors.load_file(safe)
+        except Exception as error:  # safetensors' own class, which is a plain Exception
+            raise ValueError(f"{safe} is damaged or cut short ({error}): fetch or export it anew") from error
+    if pickled.is_file():
+        try:
+            tensors = torch.load(pickled, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever unpickling and unzipping raise
+            raise ValueError(f"{pickled} is damaged, cut short or no plain state dict ({error})") from error
+        if not isinstance(tensors, dict):
+            raise ValueError(
+                f"{pickled} is no plain state dict: expected tensors by name, got {type(tensors).__name__}"
+            )
+        for name, value in tensors.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"{pickled} is no plain state dict: expected tensors by name, {name!r} is {type(value).__name__}"
+                )
+        return tensors
+    raise FileNotFoundError(
+        f"{folder} has neither model.safetensors nor pytorch_model.bin: a model in several files, or in another "
+        "framework's, is saved as one by transformers' save_pretrained(folder, max_shard_size='100GB')"
+    )
+
+
+def _safetensors() -> Any:
+    if why := extras.missing("reading and writing model folders needs", "safetensors"):
+        raise ImportError(why)
+    import safetensors.torch
+
+    return safetensors.torch
+
+
+def assign(model: nn.Module, tensors: dict[str, Tensor], source: str | os.PathLike) -> None:
+    """Copies tensors under Hugging Face's names into the model, which is not touched unless all of them fit.
+
+    A pooler or a pretraining head that the checkpoint lacks keeps its fresh weights, and a warning names them; so does
+    one for tensors that the model has no place for. `BertModel` leaves the pretraining heads out without a word.
+
+    Args:
+        model: a `BertModel` or `BertForPreTraining`.
+        tensors: by name; dtypes are converted to the model's.
+        source: where they come from, for messages.
+
+    Raises:
+        ValueError: an encoder weight is missing, a shape differs, a weight is quantised or not finite, there is a scale
+            or an adapter beside a weight, or the decoder is not tied to the word embedding.
+    """
+    state = model.state_dict()
+    expected = parameter_names.to_hugging_face(state)
+    with_heads = _EMBEDDING in state
+    wanted = {name if with_heads else f"bert.{name}" for name in expected}
+    given = parameter_names.normalize(tensors, source)
+    if not with_heads:  # the heads are nobody's here, but the decoder may be all there is of the word embedding
+        kept = () if _EMBEDDING in given else (_DECODER,)
+        given = {name: x for name, x in given.items() if name in kept or not name.startswith("cls.")}
+    _check_tensors(given, wanted | {_DECODER, _DECODER_BIAS}, source)
+    _tie(given, _EMBEDDING, _DECODER, source)
+    _tie(given, _BIAS, _DECODER_BIAS, source)
+    if not with_heads:
+        given = {name.removeprefix("bert."): x for name, x in given.items()}
+    missing = [name for name in expected if name not in given]
+    unexpected = [name for name in given if name not in expected]
+    absent = [name for name in missing if not name.startswith(_OPTIONAL)]
+    if absent:
+        raise ValueError(f"{source} lacks {_list(absent)}: it does not hold the encoder that its config.json describes")
+    for name, tensor in given.items():
+        if name in expected and tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"{source}: {name} has shape {list(tensor.shape)}, but config.json asks for "
+                f"{list(expected[name].shape)}; weights and configuration belong to different models"
+            )
+    if missing:
+        warnings.warn(f"{source} lacks {_list(missing)}: newly initialised, to be trained", stacklevel=3)
+    if unexpected:
+        warnings.warn(f"{source} has {_list(unexpected)}, which {type(model).__name__} has no use for", stacklevel=3)
+    named = {name: given.get(name, expected[name]).to(expected[name].dtype) for name in expected}
+    model.load_state_dict(parameter_names.from_hugging_face(named))
+
+
+def _check_tensors(given: dict[str, Tensor], wanted: set[str], source: str | os.PathLike) -> None:
+    """Raises ValueError where the numbers in `wanted` tensors are not the weights themselves."""
+    for name in (x for x in given if x in wanted):
+        tensor = given[name]
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(
+                f"{source}: {name} is {tensor.dtype}, a quantised weight, and this BERT reads floating point only; "
+                "save the model with transformers' model.dequantize().save_pretrained(folder)"
+            )
+        if not tensor.float().isfinite().all():
+            raise ValueError(
+                f"{source}: {name} holds NaN or infinity: its training diverged or the file is damaged; take an "
+                "earlier checkpoint"
+            )
+    modules = {name.rpartition(".")[0] for name in wanted}
+    for name in (x for x in given if x not in wanted):
+        if _parents(name) & modules:
+            raise ValueError(
+                f"{source} has {name} beside a weight that this BERT has: the weight alone (quantised, or with an "
+                "adapter to be added) is not the model's; merge or dequantise it and save it anew"
+            )
+
+
+def _parents(name: str) -> set[str]:
+    parts = name.split(".")
+    return {".".join(parts[:i]) for i in range(1, len(parts))}
+
+
+def _tie(named: dict[str, Tensor], kept: str, twin: str, source: str | os.PathLike) -> None:
+    """Leaves one of two tensors that are the same parameter; they may differ by the rounding of the coarser dtype."""
+    other = named.pop(twin, None)
+    if other is None:
+        return
+    tensor = named.setdefault(kept, other)
+    coarser = min(tensor.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+    if not torch.equal(tensor.to(coarser), other.to(coarser)):
+        what = "the word embedding" if kept == _EMBEDDING else kept
+        raise ValueError(f"{source}: {twin} differs from {what}; this BERT ties the two")
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def save(model: nn.Module, folder: str | os.PathLike, fields: dict[str, Any], tokenizer: Any = None) -> None:
+    """Writes config.json, model.safetensors and the tokenizer's files as `transformers` reads them.
+
+    Every file is first written whole under another name and then moved into place, so that a full disk or a kill
+    while writing leaves an earlier export as it was.
+
+    Args:
+        model: a `BertModel` or `BertForPreTraining`; stored in the dtype it has.
+        folder: made where it does not exist.
+        fields: the configuration.
+        tokenizer: a `tokenizers.Tokenizer`, a folder to copy tokenizer files from, or None for none.
+
+    Raises:
+        FileNotFoundError: `tokenizer` is a folder without a tokenizer.
+        TypeError: `tokenizer` is something else.
+        ValueError: the tokenizer has ids beyond the model's vocabulary, or gives an id to two tokens.
+        OSError: the files cannot be written.
+    """
+    folder = Path(folder)
+    safetensors = _safetensors()
+    named = parameter_names.to_hugging_face(model.state_dict())
+    tensors = {name: x.detach().cpu().contiguous() for name, x in named.items()}
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    config = {"architectures": [type(model).__name__], "model_type": "bert", "dtype": dtype} | fields
+    config |= _SUPPORTED | {"tie_word_embeddings": True}
+    contents = {
+        "config.json": (files.json_text(dict(sorted(config.items())), 2) + "\n").encode(),
+        "model.safetensors": safetensors.save(tensors, metadata={"format": "pt"}),
+    }
+    tokenizer_contents = _tokenizer_files(tokenizer, fields)
+    files.write(folder, contents | tokenizer_contents)
+    if tokenizer is not None:
+        tokenizer_files.remove_others(folder, tokenizer_contents)
+
+
+def _tokenizer_files(tokenizer: Any, fields: dict[str, Any]) -> dict[str, bytes]:
+    if tokenizer is None:
+        return {}
+    if isinstance(tokenizer, str | os.PathLike):
+        return tokenizer_files.read(tokenizer)
+    contents = tokenizer_files.make(tokenizer, fields["max_position_embeddings"])
+    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    if highest >= fields["vocab_size"]:
+        raise ValueError(
+            f"the tokenizer's token {token!r} has id {highest}, but the model's vocab_size is {fields['vocab_size']}: "
+            "save the tokenizer that the model was trained with"
+        )
+    return contents

@@ -1,0 +1,205 @@
+"""The building blocks of a BERT layer as modules: parameters, and one call into the ops.
+
+They work on packed tokens, [T, H] without padding, and follow autocast as the ops do. Dropout draws its seeds from
+torch's default generator, once per call, so `torch.manual_seed` reproduces a run on every backend alike.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.backends import requested
+from fastbert.ops import philox
+from fastbert.ops.attention import attention_qkv
+from fastbert.ops.gelu import gelu
+from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm, layer_norm_forward
+from fastbert.ops.linear import FrozenWeight, linear
+from fastbert.ops.register import once_differentiable
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis: `layer_norm(x)`.
+
+    Args:
+        size: N, elements of the last axis.
+        eps: added to the variance; BERT's own default.
+
+    Shapes: x [..., N] -> [..., N] in x's dtype (the autocast dtype under autocast). Weight 1 and bias 0 at the start.
+    """
+
+    def __init__(self, size: int, eps: float = 1e-12):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, eps={self.eps}"
+
+
+class DropoutAddLayerNorm(LayerNorm):
+    """`layer_norm(residual + dropout(x))`, how a post-norm transformer block ends; dropout in training mode only.
+
+    Args:
+        size: N, elements of the last axis.
+        eps: added to the variance.
+        dropout_p: probability that an element of x is dropped.
+
+    Shapes: x [..., N], residual [..., N] -> [..., N] in x's dtype.
+    """
+
+    def __init__(self, size: int, eps: float = 1e-12, dropout_p: float = 0.0):
+        super().__init__(size, eps)
+        self.dropout_p = dropout_p
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        dropout_p = self.dropout_p if self.training else 0.0
+        return dropout_add_layer_norm(x, residual, self.weight, self.bias, self.eps, dropout_p)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, dropout_p={self.dropout_p}"
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` whose products run on the library that suits the processor, see `fastbert.linear`.
+
+    Shapes: x [..., in_features] -> [..., out_features].
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class LinearGELU(nn.Module):
+    """`gelu(linear(x))` with the linear layer's bias added inside GELU's own pass over memory.
+
+    Not an `nn.Linear`, which adapters and quantizers would take for one that is linear.
+
+    Args:
+        in_features, out_features: sizes of the last axis before and after.
+        approximate: "none" for the exact form (erf), "tanh" for the tanh form.
+
+    Shapes: x [..., in_features] -> [..., out_features].
+    """
+
+    def __init__(self, in_features: int, out_features: int, approximate: str = "none"):
+        super().__init__()
+        self.in_features, self.out_features, self.approximate = in_features, out_features, approximate
+        layer = nn.Linear(in_features, out_features)
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu(linear(x, self.weight), self.bias, self.approximate)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, approximate={self.approximate!r}"
+
+
+class MultiHeadAttention(nn.Module):
+    """Self-attention of packed sequences, from hidden states to the heads' outputs side by side.
+
+    Queries, keys and values come from one product, and attention reads them as strided views of its result.
+
+    Args:
+        hidden_size: H, a multiple of heads.
+        heads: N.
+        dropout_p: probability that an attention weight is dropped, in training mode only.
+
+    Shapes: x [T, H], cu_seqlens int32 [B + 1], max_seqlen -> [T, H].
+    """
+
+    def __init__(self, hidden_size: int, heads: int, dropout_p: float = 0.0):
+        super().__init__()
+        self.heads = heads
+        self.dropout_p = dropout_p
+        self.qkv = Linear(hidden_size, 3 * hidden_size)  # rows: all of query, then key, then value
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        qkv = self.qkv(x).view(x.shape[0], 3, self.heads, x.shape[1] // self.heads)  # [T, 3, N, D]
+        dropout_p = self.dropout_p if self.training else 0.0
+        return attention_qkv(qkv, cu_seqlens, max_seqlen, dropout_p=dropout_p).flatten(1)
+
+
+class Dropout(nn.Module):
+    """Dropout in training mode by the masks of the LayerNorm op: equal on every backend and on any thread count.
+
+    `torch.nn.Dropout` draws its numbers serially on a CPU and takes longer there than a LayerNorm.
+
+    Args:
+        p: probability that an element is dropped; the others are scaled by `1 / (1 - p)`.
+
+    Shapes: x [..., N] -> [..., N] in x's dtype.
+    """
+
+    def __init__(self, p: float = 0.0):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = philox.threshold(self.p) if self.training else 0
+        if t == 0:
+            return x
+        return _Dropout.apply(x, t, philox.resolve_seed(None, t, x.device), requested())
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, t, seed, backend):
+        ctx.save_for_backward(seed)
+        ctx.options = t, backend
+        return _dropped(x, t, seed, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (seed,) = ctx.saved_tensors
+        t, backend = ctx.options
+        return _dropped(dy, t, seed, backend), None, None, None
+
+
+def _dropped(x: Tensor, t: int, seed: Tensor, backend: str) -> Tensor:
+    """The LayerNorm op's second result, z = residual + dropout(x), without a residual."""
+    weight = x.new_ones(x.shape[-1])
+    return layer_norm_forward(x, None, weight, weight, 1.0, t, seed, backend)[1]
+
+
+def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Makes a model's linear layers constant, in place, for faster inference on a CPU.
+
+    Their weights are rearranged once into the layout that oneDNN, or "fastbert" where `use_linear` says so, multiplies
+    by fastest, and the originals are given back to the system: a large batch takes up to 7 % less time, a single
+    sentence 30 to 45 %. Evaluation mode is set and no parameter takes a gradient any more. A frozen model cannot be
+    trained or saved; copies share its weights; torch.compile does not look into its products.
+
+    Args:
+        model: any module that has layers of this package's `Linear` and `LinearGELU` in it, such as `BertModel`, on
+            the CPU. Its other layers stay as they are.
+        dtype: float32, or bfloat16 for use under `torch.autocast("cpu", torch.bfloat16)`; None keeps each weight's own.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: there is nothing to freeze, or not on the CPU. TypeError: another dtype.
+        RuntimeError: this torch has no such products. Nothing is changed then.
+    """
+    layers = [m for m in model.modules() if isinstance(m, Linear | LinearGELU) and isinstance(m.weight, Tensor)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no fastbert Linear or LinearGELU layer that is not frozen yet")
+    for layer in layers:
+        FrozenWeight.check(layer.weight, dtype or layer.weight.dtype)
+    for layer in layers:
+        weight = FrozenWeight(layer.weight, dtype or layer.weight.dtype)
+        del layer.weight
+        layer.weight = weight
+        layer.register_state_dict_pre_hook(_refuse_to_save)
+    return model.requires_grad_(False).eval()
+
+
+def _refuse_to_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    raise RuntimeError(f"{prefix or 'this layer'} is frozen and cannot be saved: save the model before it is frozen")

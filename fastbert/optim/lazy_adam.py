@@ -1,0 +1,404 @@
+"""LazyAdam: one optimizer for dense parameters and for tables of which a batch touches a few rows.
+
+The update itself is an op (`fastbert.ops.lazy_adam`); here are parameter groups and what counts as touched. Options,
+gradients, state and missed steps have a file each. Everything is checked before anything is changed.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastbert.backends import requested
+from fastbert.ops.lazy_adam import GRAD_BY_ROW, SKIP_ZERO, backend_of, check, update
+from fastbert.optim import gradients, replay, state
+from fastbert.optim.gradients import Gradient, Rows
+from fastbert.optim.options import (
+    DEFAULTS,
+    Formula,
+    check_choices,
+    check_memory,
+    check_options,
+    check_padding_idx,
+    check_param,
+    check_touched,
+    choices_of,
+    decay_groups,
+    formula_of,
+    name_dtype,
+)
+
+
+class LazyAdam(Optimizer):
+    """AdamW that moves only the rows a batch touched: weight, both moments and weight decay.
+
+    **`weight_decay` is 0.0 unless given, not AdamW's 0.01.** It is decoupled, as in AdamW, and a row decays when it is
+    touched. What a gradient touches:
+
+    - dense: every row, the step of `torch.optim.AdamW`; `lazy="nonzero"` leaves rows alone whose gradient is all zero;
+    - dense, with `step(rows={param: ids})`: the named rows, the rest of the gradient is ignored;
+    - sparse (`nn.Embedding(sparse=True)`): the rows it holds. It is never coalesced; duplicates are added up in
+      float32 (float64 for float64), in the order they stand in, whatever the gradient's dtype.
+
+    Untouched rows keep their bits. Bias correction counts the parameter's steps with a gradient, empty ones included,
+    as `torch.optim.SparseAdam` counts; a parameter whose `grad` is None is left out, named in `rows` or not. Results do
+    not depend on the number of threads.
+
+    Parameters may be float32, bfloat16 or float16 (float64 on the reference backend), of any shape; rows are the first
+    axis. State is float32 (float64 for float64) under torch's names `step`, `exp_avg`, `exp_avg_sq` and
+    `max_exp_avg_sq`, so that state dicts go to and from `torch.optim.Adam`, `AdamW` and `SparseAdam`;
+    `load_state_dict` copies them and keeps float32 for parameters of any dtype. A parameter that is not contiguous is
+    copied there and back at every step.
+
+    **As `torch.optim.SparseAdam`**: `eps_mode="sparse_adam"`. **As TensorFlow's LazyAdam**: the same with `eps=1e-7`.
+    **As BERT's own**: `LazyAdam.bert(model)`.
+
+    **Missed steps.** Left alone, a row keeps where it is between its batches. With `missed="replay"` it takes, when it
+    is read next, every step dense AdamW would have taken meanwhile by momentum and weight decay: AdamW's trajectory at
+    lazy cost, any schedule included. `attach(embedding)` has rows brought before they are read and all of them before
+    `state_dict()` of the module. The optimizer's own `state_dict()` changes nothing: it keeps how far each row is, and
+    a resumed run is bitwise the unbroken one, if the model was saved within `with optimizer.raw():`. Call `flush()`
+    before the state goes to another optimizer and before the model is copied or averaged
+    (`torch.optim.swa_utils.AveragedModel`). A table that is read otherwise than through the attached module, as a tied
+    decoder reads all of it, has to be brought by `catch_up` before; a step whose gradient is of rows that were not
+    brought raises. Where processes exchange rows see `fastbert.all_gather_ids`. For float32 parameters.
+
+    **Checkpoints of `torch.distributed.checkpoint`.** Its `get_optimizer_state_dict` and `set_optimizer_state_dict`
+    have state made by a step with learning rate 0 and gradients of zero. As an optimizer's first, such a step makes the
+    state that the options need and is not counted, so that training goes on as if it had not been.
+
+    Sources: Kingma and Ba, "Adam: a method for stochastic optimization" (2015); Loshchilov and Hutter, "Decoupled
+    weight decay regularization" (2019); the lazy form is TensorFlow's LazyAdamOptimizer, with AdamW's eps.
+
+    Args (all but `params` may differ by group):
+        params: parameters, named parameters, or group dicts, as for every torch optimizer.
+        lr: learning rate, a float or a tensor of one element.
+        betas: decay of the first and the second moment, each in [0, 1).
+        eps: added to the root of the second moment.
+        weight_decay: on touched rows.
+        amsgrad: divide by the largest second moment so far.
+        maximize: step uphill.
+        foreach, fused: accepted, without effect.
+        capturable: keep the step count on the parameter's device.
+        differentiable: must be False.
+        decoupled_weight_decay: False is Adam's L2 penalty, for dense steps alone.
+        lazy: "nonzero" as above; "rows": a dense gradient without named rows raises instead of moving every row.
+        padding_idx: this row never moves; `attach` takes it from the embedding.
+        eps_mode: "adam" adds eps after bias correction, "sparse_adam" before it.
+        bias_correction: "global", "row" (by each row's own count of steps) or None.
+        missed: "leave" or "replay".
+        stochastic_rounding: of bfloat16 parameters, so that steps below their resolution count on average.
+        seed: of stochastic rounding; the same seed rounds the same way on every backend.
+        exp_avg_dtype: torch.bfloat16 halves the first moment; groups hold the name, "bfloat16".
+        row_wise: one number of second moment per row, fed by the row's mean square; for parameters of two or more axes.
+
+    Raises:
+        ValueError: an option outside its range, options that do not go together, or a parameter whose elements share
+            memory. An option that is changed in a group later is held to the same rules at the next step.
+        TypeError: an option of another type; a parameter that is complex, an integer or sparse itself, or one that
+            stands for other tensors, such as FSDP2's DTensor.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = True,
+        lazy: str | None = None,
+        padding_idx: int | None = None,
+        eps_mode: str = "adam",
+        bias_correction: str | None = "global",
+        missed: str = "leave",
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        exp_avg_dtype: torch.dtype | str | None = None,
+        row_wise: bool = False,
+    ) -> None:
+        options = dict(locals())
+        defaults = {name: value for name, value in options.items() if name not in ("self", "params", "__class__")}
+        name_dtype(defaults)
+        self._padding: dict[Tensor, int] = {}  # of attached embeddings
+        self._checked: list[tuple] = []  # of each group, the options that were found to hold
+        self.is_raw = False
+        super().__init__(params, defaults)
+
+    @classmethod
+    def bert(cls, model: nn.Module, lr: float | Tensor = 1e-4, weight_decay: float = 0.01, **options: Any) -> Self:
+        """BERT's AdamWeightDecayOptimizer: no bias correction, eps 1e-6, no decay on biases and LayerNorm.
+
+        Source: Devlin et al., "BERT" (2019), `optimization.py` of its code, which clips the gradient norm to 1.0.
+        """
+        options = {"eps": 1e-6, "bias_correction": None, **options}
+        return cls(decay_groups(model, weight_decay), lr=lr, **options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters; its options override the constructor's. Raises as the constructor does."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"a parameter group must be a dict with the key 'params', got {type(param_group)}")
+        name_dtype(param_group)
+        options = {**self.defaults, **param_group}
+        check_options(options)
+        super().add_param_group(param_group)
+        try:
+            for param in self.param_groups[-1]["params"]:
+                check_param(param, options)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        self._checked.append(choices_of(self.param_groups[-1]))
+
+    # ---- the step --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, rows: Rows | None = None) -> Any:
+        """One step.
+
+        Args:
+            closure: evaluates the model anew and returns the loss; runs first, with gradients enabled.
+            rows: for parameters with a dense gradient, the ids of the rows that step: any shape, any integer type,
+                duplicates count once. A named row with zero gradient takes an ordinary step. Ids on a device other
+                than the CPU are not checked here, which would wait for the device. Of processes that share a gradient
+                each must name the rows of all: `fastbert.all_gather_ids(ids)`.
+
+        Returns:
+            What `closure` returned, else None.
+
+        Raises:
+            ValueError: ids outside the table, ids for a parameter that is not this optimizer's or whose gradient is
+                sparse, a gradient with more than one sparse axis, a dense gradient without ids where `lazy="rows"`, L2
+                decay on rows, an option that was changed to what the constructor would refuse.
+            TypeError: ids that are not an integer tensor, a gradient of another layout than strided or COO, an option
+                as above.
+            RuntimeError: `missed="replay"` and a gradient for a row that was not brought up to date before it was read,
+                or for the whole table where any row was not.
+
+        A step that raises has changed nothing, the closure apart.
+        """
+        loss = None
+        if closure is not None:
+            if not callable(closure):
+                raise TypeError(f"closure must be callable, got {type(closure)}; rows are named: step(rows=...)")
+            with torch.enable_grad():
+                loss = closure()
+        rows = {} if rows is None else rows
+        gradients.check_named(rows, set(self._parameters()) if rows else set(), "this optimizer's")
+        self._check_changed_options()
+        planned, number = [], 0
+        for group in self.param_groups:
+            formula = formula_of(group)
+            for param in group["params"]:
+                gradient = gradients.read(param, rows)
+                if gradient is not None:
+                    planned.append((param, gradient, group, formula, number))
+                number += 1
+        if closure is None and not self.state and state.is_asked_for(self.param_groups, [plan[1] for plan in planned]):
+            for param, _, group, *_ in planned:
+                self.state[param] = state.complete({}, param, group)
+            return loss
+        steps, states = [], []
+        for param, gradient, group, formula, number in planned:
+            check_touched(group, param.shape, gradient.rows is not None)
+            if group["missed"] == "replay":
+                replay.check_gradient(gradient, self.state.get(param, {}), self._padding_idx(param, group))
+            states.append(state.complete(self.state.get(param, {}), param, group))
+            steps.append(self._arguments(param, gradient, group, formula, number, states[-1]))
+        for arguments in steps:
+            check(*arguments)
+            backend_of(arguments[0], requested())
+        # from here on something changes
+        for (param, gradient, group, formula, _), its in zip(planned, states, strict=True):
+            self.state[param] = its
+            if "last_step" in its:
+                self._record(param, gradient, group, formula)
+        counts: dict[torch.device, list[Tensor]] = {}
+        for its in states:
+            counts.setdefault(its["step"].device, []).append(its["step"])
+        for device, steps_taken in counts.items():  # a number in place of the tensor takes three times as long
+            torch._foreach_add_(steps_taken, torch.ones((), device=device), alpha=1.0)
+        update(steps, requested())
+        for (param, gradient, *_), its, (table, *_) in zip(planned, states, steps, strict=True):
+            if table is not param:
+                param.copy_(table)
+            if "last_step" in its:
+                replay.note(its, gradient.rows)
+        return loss
+
+    def _check_changed_options(self) -> None:
+        """Checks the groups whose options are not those that were checked last; numbers are checked at every step."""
+        del self._checked[len(self.param_groups) :]
+        for number, group in enumerate(self.param_groups):
+            name_dtype(group)
+            choices = choices_of(group)
+            if self._checked[number : number + 1] == [choices]:
+                continue
+            check_choices(group)
+            for param in group["params"]:
+                check_param(param, group)
+                state.check_kept(self.state.get(param, {}), param, group)
+            self._checked[number : number + 1] = [choices]
+
+    def _arguments(
+        self, param: Tensor, gradient: Gradient, group: dict[str, Any], formula: Formula, number: int, its: state.State
+    ) -> tuple:
+        """Of `lazy_adam_step`, up to `number`; `its` state, whose count of steps is yet to be raised."""
+        flags, seed = formula.flags, None
+        if gradient.by_row:
+            flags += GRAD_BY_ROW
+        elif gradient.rows is None and group["lazy"] == "nonzero":
+            flags += SKIP_ZERO
+        if group["stochastic_rounding"] and param.dtype == torch.bfloat16:
+            seed = torch.tensor([group["seed"]], device=param.device)
+        if not param.is_contiguous():
+            check_memory(param)
+        return (
+            param.contiguous(), its["exp_avg"], its["exp_avg_sq"], its["max_exp_avg_sq"] if group["amsgrad"] else None,
+            its["row_steps"] if group["bias_correction"] == "row" and param.dim() else None, gradient.rows,
+            gradient.values, formula.lr, its["step"], seed, formula.beta1, formula.beta2, group["eps"],
+            group["weight_decay"], flags, self._padding_idx(param, group), number,
+        )  # fmt: skip
+
+    def _record(self, param: Tensor, gradient: Gradient, group: dict[str, Any], formula: Formula) -> None:
+        """Before a step: what rows that it leaves out will have missed."""
+        its, padding_idx = self.state[param], self._padding_idx(param, group)
+        if group["missed"] != "replay":  # any more
+            replay.end(param, its, padding_idx)
+        elif gradient.rows is not None:
+            options = (formula.beta1, formula.beta2, group["eps"], formula.flags & replay.FLAGS)
+            replay.record(param, its, float(formula.lr), group["weight_decay"], options, padding_idx)
+
+    def grad_norm(self, *, rows: Rows | None = None, error_if_nonfinite: bool = False) -> Tensor:
+        """The L2 norm over what the gradients of all groups will apply, a scalar; see `fastbert.clip_grad_norm_`."""
+        return gradients.total_norm(self._parameters(), rows, error_if_nonfinite)
+
+    # ---- missed steps ----------------------------------------------------------------------------------------------
+
+    def attach(self, embedding: nn.Module) -> None:
+        """Ties an `nn.Embedding` or `nn.EmbeddingBag` to this optimizer.
+
+        Its `padding_idx` never moves. With `missed="replay"` rows are brought up to date before the module reads them,
+        and all of them before its `state_dict()` and `load_state_dict()`, except within `raw()`.
+
+        Raises:
+            ValueError: its weight is not this optimizer's, or its padding_idx is not a row.
+            TypeError: it is no embedding.
+        """
+        if not isinstance(getattr(embedding, "weight", None), Tensor) or not hasattr(embedding, "padding_idx"):
+            raise TypeError(f"attach takes an nn.Embedding or nn.EmbeddingBag, got {type(embedding)}")
+        group = self._group_of(embedding.weight)
+        check_padding_idx(embedding.padding_idx, embedding.weight)
+        if embedding.padding_idx is not None:
+            self._padding[embedding.weight] = embedding.padding_idx
+        if group["missed"] == "replay":
+            hook = replay.Hook(self)
+            embedding.register_forward_pre_hook(hook.before_forward, with_kwargs=True)
+            embedding.register_state_dict_pre_hook(hook.before_state_dict)
+            embedding.register_load_state_dict_pre_hook(hook.before_load)
+
+    @torch.no_grad()
+    def catch_up(self, param: Tensor, ids: Tensor | None = None) -> None:
+        """Brings rows of a parameter, or all, to the last step; nothing to do unless `missed="replay"`.
+
+        Args:
+            ids: of any shape and integer type.
+
+        Raises:
+            ValueError: ids outside the table, or a parameter that is not this optimizer's.
+            TypeError: ids that are not an integer tensor.
+            RuntimeError: a row to be brought has a gradient already, which was computed from where it stood before.
+        """
+        group = self._group_of(param)
+        rows = None if ids is None else gradients.row_ids(ids, param)
+        its, padding_idx = self.state.get(param, {}), self._padding_idx(param, group)
+        replay.check_unread(param, its, rows, padding_idx)
+        replay.catch_up(param, its, rows, padding_idx)
+
+    def flush(self) -> None:
+        """Brings all rows of all parameters to the last step."""
+        for param in self._parameters():
+            self.catch_up(param)
+
+    @contextlib.contextmanager
+    def raw(self) -> Iterator[None]:
+        """Within the block, `state_dict()` of an attached module does not bring its rows up to date.
+
+        For checkpoints to resume from, together with this optimizer's state: both are as they stand.
+        """
+        before, self.is_raw = self.is_raw, True
+        try:
+            yield
+        finally:
+            self.is_raw = before
+
+    def _parameters(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _group_of(self, param: Tensor) -> dict[str, Any]:
+        for group in self.param_groups:
+            if any(param is own for own in group["params"]):
+                return group
+        raise ValueError(f"a parameter of shape {list(param.shape)} is not this optimizer's: pass it when you build it")
+
+    def _padding_idx(self, param: Tensor, group: dict[str, Any]) -> int:
+        idx = self._padding.get(param, group["padding_idx"]) if self._padding else group["padding_idx"]
+        return -1 if idx is None else idx
+
+    # ---- copies and files ------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_padding": self._padding}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.setdefault("is_raw", False)
+        self._checked = []
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in {**self.defaults, **DEFAULTS}.items():
+                group.setdefault(name, value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` of this class or of `torch.optim.Adam`, `AdamW` or `SparseAdam` returned; a copy.
+
+        Options that the saved groups do not name stay as they are here.
+
+        Raises:
+            ValueError: groups or state of another optimizer, or that do not fit or lack a part; options outside their
+                range. Nothing was loaded.
+            TypeError: not a dict, or an option of another type.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"load_state_dict takes the dict that state_dict() returned, got {type(state_dict)}")
+        saved = {}
+
+        # torch casts state to the parameter's dtype while it loads, which would cost float32 moments of bfloat16
+        # parameters their bits: the state is read again, after the users' hooks before and before those after.
+        def check(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            saved.update(state_dict, param_groups=state.check_saved(state_dict, self.param_groups))
+            return saved
+
+        def restore(_: Optimizer) -> None:
+            self.state.clear()
+            for group, own in zip(saved["param_groups"], self.param_groups, strict=True):
+                for key, param in zip(group["params"], own["params"], strict=True):
+                    if its := saved["state"].get(key):
+                        self.state[param] = state.restored(its, param, own)
+
+        before = self.register_load_state_dict_pre_hook(check)
+        after = self.register_load_state_dict_post_hook(restore, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()

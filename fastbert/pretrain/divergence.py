@@ -1,0 +1,66 @@
+"""A run whose numbers are no longer finite ends, before anything of it is written."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbert.pretrain import snapshot
+from fastbert.pretrain.run import PretrainConfig
+
+
+class Watch:
+    """Raises ValueError, which says step, numbers and what to lower, for what is not finite.
+
+    On a CPU every step is looked at before the optimizer takes it. Any other device would have to be waited for: there
+    the numbers of the first step that was not finite stay on the device until `look` fetches them, which the loop calls
+    where it waits anyway, at log lines, and before it evaluates, takes a snapshot or ends. Steps in between are lost
+    with the run; nothing of them is written.
+    """
+
+    def __init__(self, config: PretrainConfig):
+        self.config = config
+        self.every_step = torch.device(config.device).type == "cpu"
+        self._numbers: Tensor | None = None  # step, loss and gradient norm of the latest step, or the first bad one
+
+    def see(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        """Before step `step`, counted from 1: its loss and gradient norm, scalars of one device."""
+        numbers = torch.stack([torch.full_like(norm, step), loss.to(norm.dtype), norm])
+        if self._numbers is not None:
+            numbers = torch.where(self._numbers.isfinite().all(), numbers, self._numbers)
+        self._numbers = numbers
+        if self.every_step:
+            self.look()
+
+    def look(self) -> None:
+        """Raises where a step seen so far was not finite; waits for the device."""
+        if self._numbers is None:
+            return
+        step, loss, norm = self._numbers.tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise self._diverged(int(step), f"its loss is {loss:g} and its gradient norm {norm:g}")
+
+    def scores(self, step: int, scores: dict[str, float]) -> None:
+        """Held-out scores after step `step`; a mean over no token at all, NaN beside NaN, is none of the model's."""
+        for name, other in (("mlm_loss", "frequency_loss"), ("rare_mlm_loss", "rare_frequency_loss")):
+            if math.isfinite(scores[other]) and not math.isfinite(scores[name]):
+                raise self._diverged(step, f"the held-out {name} after it is {scores[name]:g}")
+        if not math.isfinite(scores.get("nsp_loss", 0.0)):
+            raise self._diverged(step, f"the held-out nsp_loss after it is {scores['nsp_loss']:g}")
+
+    def state(self, step: int, state: dict[str, Any]) -> None:
+        """What a snapshot after step `step` is to hold."""
+        name = snapshot.not_finite(state)
+        if name is not None:
+            raise self._diverged(step, f"{name} after it is not finite")
+
+    def _diverged(self, step: int, what: str) -> ValueError:
+        config = self.config
+        known = snapshot.steps(config.output / "snapshots")
+        kept = f"the snapshot of step {known[-1]} is kept" if known else "no snapshot was taken before"
+        return ValueError(
+            f"the run diverged at step {step} of {config.steps}: {what}. Nothing of it was written, {kept}. Start a "
+            f"new run in another --output with a lower --lr (now {config.lr:g}), a longer --warmup (now "
+            f"{config.warmup:g}) or a smaller --clip (now {config.clip:g})"
+        )

@@ -1,0 +1,320 @@
+"""From raw text to a BERT that `transformers` loads: what `fastbert pretrain` runs, in the order it happens.
+
+A run's folder holds everything: `tokenizer/`, `data/{train,held_out}/`, `config.json`, `snapshots/`, `metrics.jsonl`,
+`tensorboard/`, `loss.png` and, at the end, `model/` in Hugging Face's format. `config.json` makes it a run, which can
+be resumed from then on; it is written when the data is there and holds.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from fastbert import allocator
+from fastbert.data.batches import Batch, PretrainBatches
+from fastbert.data.store import TokenStore
+from fastbert.data.tokenizer import special_ids, vocab_size
+from fastbert.models.bert import BertConfig, BertForPreTraining
+from fastbert.ops.linear import use_linear
+from fastbert.optim.gradients import clip_grad_norm_
+from fastbert.optim.lazy_adam import LazyAdam, decay_groups
+from fastbert.pretrain import lock, snapshot
+from fastbert.pretrain.divergence import Watch
+from fastbert.pretrain.evaluate import Frequencies, evaluate, forward, guesses
+from fastbert.pretrain.prepare import check_fingerprints, fingerprints, prepare
+from fastbert.pretrain.report import Metrics, last_scores, plot_loss, read_metrics, shown, summary
+from fastbert.pretrain.run import (
+    PretrainConfig,
+    environment,
+    name_differences,
+    new_run,
+    random_state,
+    refuse_a_second_run,
+    refuse_many_processes,
+    resumed_run,
+    set_random_state,
+    write_config,
+)
+from fastbert.pretrain.schedule import evaluation_steps, learning_rate, steps_in_time, steps_that_fit
+from fastbert.pretrain.signals import obey_the_parent_alone, stop_signals
+
+STATE = "model", "optimizer", "epoch", "index", "step", "tokens", "random", "environment", "data"  # of a snapshot
+
+
+def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
+    """Trains a BERT on a corpus and exports it.
+
+    Args:
+        config: the run's settings.
+        resume: continues the run in `config.output` from its newest snapshot.
+
+    Returns:
+        The folder with the exported model; None where Ctrl-C or SIGTERM stopped the run, its state saved.
+
+    Raises:
+        ValueError, TypeError, OSError: settings, corpus, data or snapshot that do not hold, a run that diverged, a
+            folder in which another process trains; the message says what to do.
+    """
+    refuse_many_processes()
+    allocator.keep_memory()
+    config = resumed_run(config.output) if resume else new_run(config)
+    config.output.mkdir(parents=True, exist_ok=True)
+    with lock.hold(config.output):
+        return _pretrain(config, resume)
+
+
+def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
+    """`pretrain` with checked settings, alone in the run's folder."""
+    folder = config.output
+
+    # data
+    if not resume:
+        refuse_a_second_run(folder)  # again: another process may have ended one since
+    tokenizer, train_store, held_out_store = prepare(config, resume)
+
+    def batches(store: TokenStore) -> PretrainBatches:
+        return PretrainBatches(
+            store, special_ids(tokenizer), seq_len=config.seq_len, batch_tokens=config.batch_tokens, seed=config.seed,
+            nsp=config.nsp,
+        )  # fmt: skip
+
+    train, held_out = batches(train_store), batches(held_out_store)
+    frequencies = Frequencies(train_store.token_counts())
+    data = fingerprints(tokenizer, train_store, held_out_store)
+    if not resume:
+        write_config(config)  # from here on it is a run
+
+    # model and optimizer
+    torch.manual_seed(config.seed)
+    model = BertForPreTraining(
+        BertConfig.preset(
+            config.preset, vocab_size=vocab_size(tokenizer), hidden_dropout_prob=config.dropout,
+            attention_probs_dropout_prob=config.dropout, max_position_embeddings=config.max_position_embeddings,
+            pad_token_id=special_ids(tokenizer).pad,
+        )
+    ).to(config.device)  # fmt: skip
+    with torch.no_grad():  # what the first steps would spend on learning
+        model.cls["predictions"].bias.copy_(frequencies.log_probability)
+    optimizer = make_optimizer(model, config)
+    stream = Stream(train, config.workers)
+
+    def held_out_scores() -> dict[str, float]:
+        with products(config):
+            return evaluate(model, held_out, config.evaluation_batches, frequencies, config.device)
+
+    # where the run stands
+    step = tokens = 0
+    state = snapshot.load(folder / "snapshots", STATE)
+    if state is not None:
+        check_fingerprints(state["data"], data, folder)
+        name_differences(state["environment"], config)
+        try:
+            model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise ValueError(f"{folder / 'config.json'} describes another model than the snapshot: {error}") from error
+        optimizer.load_state_dict(state["optimizer"])
+        stream.epoch, stream.index = state["epoch"], state["index"]
+        step, tokens = state["step"], state["tokens"]
+        set_random_state(state["random"], config.device)
+    if config.steps is None or (config.minutes is not None and not resume):
+        config = dataclasses.replace(config, steps=steps_within(config, model, train, held_out_scores))
+        write_config(config)
+    evaluate_at = evaluation_steps(config.steps, config.evaluations)
+
+    def take_snapshot() -> None:
+        state = {
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": stream.epoch,
+            "index": stream.index, "step": step, "tokens": tokens, "random": random_state(config.device),
+            "environment": environment(config), "data": data,
+        }  # fmt: skip
+        watch.look()
+        watch.state(step, state)
+        snapshot.save(folder / "snapshots", step, state, config.keep)
+
+    # the loop
+    watch = Watch(config)
+    metrics = Metrics(folder, step)
+    bar = tqdm(total=config.steps, initial=step, unit="step", desc="training", dynamic_ncols=True)
+    scores: dict[str, float] = {}
+    first, began = step, time.perf_counter()
+    allowed = None if config.minutes is None else 60 * config.minutes * (1 - step / config.steps)  # for this process
+    clock, tokens_then = began, tokens
+    batch = iter(stream)
+    with stop_signals() as stopped, contextlib.closing(metrics), bar:
+        while step < config.steps and not stopped:
+            micro = [next(batch) for _ in range(config.accumulate)]
+            lr = learning_rate(step, config.steps, config.lr, config.warmup)
+            record = train_step(model, optimizer, micro, lr, config, watch, step + 1)
+            step += 1
+            tokens += sum(len(each.input_ids) for each in micro)
+            bar.update()
+            if step % config.log_every == 0 or step == config.steps:
+                watch.look()
+                seconds = time.perf_counter() - clock
+                record = {name: float(value) for name, value in record.items()}
+                speed = (tokens - tokens_then) / seconds
+                metrics.write({"step": step, **record, "tokens": tokens, "tokens_per_second": round(speed)})
+                postfix = {"loss": f"{record['loss']:.3f}", "tokens/s": f"{speed:,.0f}"}
+                if scores:
+                    postfix["held-out"] = shown(scores["mlm_loss"], ".3f")
+                bar.set_postfix(postfix, refresh=False)
+                clock, tokens_then = time.perf_counter(), tokens
+            if step in evaluate_at:
+                watch.look()
+                scores = held_out_scores()
+                metrics.write({"step": step, **{f"held_out/{name}": value for name, value in scores.items()}})
+                watch.scores(step, scores)
+                clock, tokens_then = time.perf_counter(), tokens
+            if step % config.snapshot_every == 0 or step == config.steps or stopped:
+                take_snapshot()
+                clock, tokens_then = time.perf_counter(), tokens
+            if allowed is not None and step < config.steps and step % config.log_every == 0:
+                steps = steps_in_time(config.steps, step, step - first, time.perf_counter() - began, allowed)
+                if steps < config.steps:
+                    bar.write(f"{config.minutes:g} minutes have become too short: {steps} steps, not {config.steps}")
+                    config = dataclasses.replace(config, steps=steps)
+                    write_config(config)
+                    bar.total, evaluate_at = steps, evaluation_steps(steps, config.evaluations)
+    if step < config.steps:
+        take_snapshot()
+        print(f"stopped by {stopped[0]} after step {step} of {config.steps}; go on with: {resume_command(config)}")
+        return None
+
+    # what came of it
+    model.save_pretrained(folder / "model", tokenizer=tokenizer)
+    records = read_metrics(folder / "metrics.jsonl")
+    title = f"{config.preset}, {config.embedding_update} rows, {tokens / 1e6:.1f} M tokens"
+    plot_loss(records, folder / "loss.png", title)
+    print(summary(scores or last_scores(records) or held_out_scores()))
+    print(guesses(model, held_out, tokenizer, config.device))
+    print(f"\nmodel     {folder / 'model'}  (transformers.BertForPreTraining.from_pretrained loads it)")
+    print(f"curve     {folder / 'loss.png'}\nmetrics   {folder / 'metrics.jsonl'}, tensorboard --logdir {folder}")
+    return folder / "model"
+
+
+# ---- one step ------------------------------------------------------------------------------------------------------
+
+
+def train_step(
+    model: BertForPreTraining,
+    optimizer: LazyAdam,
+    micro: list[Batch],
+    lr: float,
+    config: PretrainConfig,
+    watch: Watch | None = None,
+    number: int = 0,
+) -> dict[str, Tensor | float]:
+    """Forward and backward over the micro-batches, one step of the optimizer; losses as device scalars.
+
+    The MLM loss is the mean over all masked tokens of the step, the NSP loss over all its sequences, however they are
+    spread over micro-batches. A mean over nothing is 0: [UNK] is never masked, so a step may have nothing to predict.
+    `watch` sees the losses as step `number` before the optimizer does.
+    """
+    model.train()
+    masked = max(1, sum(len(batch.labels) for batch in micro))  # 1: a mean over nothing is 0
+    pairs = max(1, sum(len(batch.cu_seqlens) - 1 for batch in micro))
+    mlm_loss = nsp_loss = torch.zeros((), device=config.device)
+    touched = []
+    for batch in micro:
+        batch = batch.to(config.device)
+        with products(config):
+            out = forward(model, batch)
+        loss = out.mlm_loss * (len(batch.labels) / masked)
+        mlm_loss = mlm_loss + loss.detach()
+        if config.nsp:
+            nsp = out.nsp_loss * ((len(batch.cu_seqlens) - 1) / pairs)
+            nsp_loss = nsp_loss + nsp.detach()
+            loss = loss + nsp
+        loss.backward()
+        touched += [batch.input_ids, batch.labels]
+    rows = (
+        {model.bert.embeddings.word_embeddings.weight: torch.cat(touched)}
+        if config.embedding_update == "touched"
+        else None
+    )
+    norm = clip_grad_norm_(model.parameters(), config.clip, rows=rows)
+    if watch is not None:
+        watch.see(number, mlm_loss + nsp_loss, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step(rows=rows)
+    optimizer.zero_grad()
+    record = {"loss": mlm_loss + nsp_loss, "mlm_loss": mlm_loss, "lr": lr, "gradient_norm": norm}
+    return record | ({"nsp_loss": nsp_loss} if config.nsp else {})
+
+
+def make_optimizer(model: BertForPreTraining, config: PretrainConfig) -> LazyAdam:
+    """BERT's own, with bias correction."""
+    return LazyAdam(decay_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, config.beta2), eps=1e-6)
+
+
+@contextlib.contextmanager
+def products(config: PretrainConfig) -> Iterator[None]:
+    """In which dtype and by which library the run computes its products."""
+    kind = torch.device(config.device).type
+    with use_linear(config.linear), torch.autocast(kind, torch.bfloat16, enabled=config.bf16):
+        yield
+
+
+class Stream:
+    """Batches of epoch after epoch, and where it stands: the next batch is number `index` of `epoch`."""
+
+    def __init__(self, batches: PretrainBatches, workers: int):
+        self.batches, self.workers = batches, workers
+        self.epoch = self.index = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            batches = self.batches.at_epoch(self.epoch)
+            # A generator of its own: the loader draws from it, and torch's default one is part of what resumes.
+            loader = DataLoader(
+                batches, batch_size=None, sampler=range(self.index, len(batches)), num_workers=self.workers,
+                generator=torch.Generator(), worker_init_fn=obey_the_parent_alone,
+            )  # fmt: skip
+            for batch in loader:
+                self.index += 1
+                yield batch
+            self.epoch, self.index = self.epoch + 1, 0
+
+
+def steps_within(
+    config: PretrainConfig, model: BertForPreTraining, batches: PretrainBatches, scores: Callable[[], object]
+) -> int:
+    """Steps that fit into `config.minutes` with their evaluations, measured on copies of model and optimizer.
+
+    Not more than `config.steps`, where that is given too.
+    """
+    trial = copy.deepcopy(model)
+    optimizer = make_optimizer(trial, config)
+    stream = iter(Stream(batches, 0))
+    times = []
+    with torch.random.fork_rng():
+        while len(times) < 5 or (sum(times) < 5 and len(times) < 100):
+            start = time.perf_counter()
+            train_step(trial, optimizer, [next(stream) for _ in range(config.accumulate)], config.lr, config)
+            times.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        scores()
+        evaluation = time.perf_counter() - start
+    usual = statistics.median(times[2:])  # the first steps also warm up; a busy moment must not cut the run short
+    fitting = steps_that_fit(60 * config.minutes, usual, evaluation, config.evaluations)
+    steps = fitting if config.steps is None else min(fitting, config.steps)
+    minutes = (steps * usual + config.evaluations * evaluation) / 60
+    asked = f" of the {config.steps} asked for" if config.steps is not None and steps < config.steps else ""
+    print(
+        f"{steps} steps of {1000 * usual:.0f} ms{asked} and {config.evaluations} evaluations: about {minutes:.2g} "
+        f"minutes, {config.minutes:g} allowed"
+    )
+    return steps
+
+
+def resume_command(config: PretrainConfig) -> str:
+    return f"fastbert pretrain --output {config.output} --resume"

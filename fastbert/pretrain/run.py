@@ -1,0 +1,315 @@
+"""A pretraining run: its settings, its folder, and what must agree for it to resume bit for bit."""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+from fastbert import files
+from fastbert.backends import check_environment, native, requested
+from fastbert.data.batches import LONGEST
+from fastbert.data.corpus import check_corpus
+from fastbert.data.tables import Quoting
+from fastbert.data.tokenizer import LARGEST_VOCABULARY
+from fastbert.models.bert import BertConfig
+from fastbert.ops import linear
+from fastbert.pretrain.presets import LEARNING_RATES
+from fastbert.version import __version__
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """Settings of a run; `fastbert pretrain --help` shows them."""
+
+    output: Path
+    """The run's folder; made by a new run, continued with --resume."""
+    corpus: Path | None = None
+    """A text file (one sentence or more per line, blank lines between documents), a table (CSV, TSV, JSON lines), or a
+    folder of such."""
+    column: str | None = None
+    """The table's column, or the JSON objects' field, that holds the text; every row is a document."""
+    separator: str | None = None
+    """The character between a table's columns; if not given a comma, in .tsv files a tab."""
+    quoting: Quoting = "auto"
+    """How a table's cells are quoted: double ("" for a quote within), backslash, none; auto looks at the header."""
+
+    preset: Literal["tiny", "mini", "small", "base", "large"] = "tiny"
+    """Size of the model; below is what each costs."""
+    vocab_size: int = 8192
+    """Entries of the WordPiece vocabulary that is trained on the corpus."""
+    lowercase: bool = True
+    """Lower-case the text and strip accents, as uncased BERT does."""
+    max_position_embeddings: int = 512
+    """Rows of the position table: the longest sequence the model will ever take."""
+    dropout: float = 0.1
+    """Probability of dropout, in hidden layers and in attention."""
+
+    seq_len: int = 128
+    """Longest sequence in tokens, [CLS] and [SEP] included."""
+    batch_tokens: int = 4096
+    """Tokens of a batch; sequences are packed without padding."""
+    accumulate: int = 1
+    """Batches whose gradients are added up for one step."""
+    nsp: bool = True
+    """Train next-sentence prediction beside the masked language model."""
+    held_out: float = 0.02
+    """Share of the documents kept for evaluation."""
+
+    steps: int | None = None
+    """Optimizer steps; with --minutes as well: at most so many."""
+    minutes: float | None = None
+    """Longest training time, kept to within a tenth: the steps that fit are measured at the start, and become fewer if
+    the machine becomes slower. A run to be repeated bit for bit takes --steps alone."""
+    lr: float | None = None
+    """Highest learning rate; if not given the preset's, see below."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises; then it falls linearly to 0."""
+    weight_decay: float = 0.01
+    """Decoupled; none on biases and LayerNorm."""
+    beta2: float = 0.98
+    """Decay of Adam's second moment; RoBERTa's value, BERT's own 0.999 learns more slowly in short runs."""
+    clip: float = 1.0
+    """Largest norm of the gradient that is applied."""
+    embedding_update: Literal["touched", "all"] = "all"
+    """Rows of the word embeddings that a step moves: all, or those whose word stands in its input or labels."""
+    bf16: bool = False
+    """Compute in bfloat16 (autocast); weights stay float32."""
+    linear: Literal["auto", "torch", "onednn", "widened", "fastbert"] = "auto"
+    """Library of the products on a CPU; auto: the fastest one, timed once, when the run starts, and kept; near-ties go
+    to the one that is usual for the processor."""
+    seed: int = 0
+    """Of everything random. The same corpus, settings and seed give the same weights, bit for bit, where what
+    config.json names under "environment" is the same too, the library that --linear auto chose among it."""
+
+    evaluations: int = 8
+    """Evaluations on the held-out part, evenly over the run."""
+    evaluation_batches: int = 32
+    """Batches of one evaluation."""
+    snapshot_every: int = 1000
+    """Steps between snapshots, from which a run can be resumed; Ctrl-C and SIGTERM take one too."""
+    keep: int = 2
+    """Snapshots kept."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    workers: int = 0
+    """Processes that prepare batches; 0 prepares them in the training process. The batches are the same."""
+    device: str = "cpu"
+    """Where to train, as torch names it."""
+
+    def check(self) -> None:
+        """Raises ValueError with the rule, what came and what is expected, where a setting does not hold."""
+        for name, kind in get_type_hints(PretrainConfig).items():
+            value = getattr(self, name)
+            if get_origin(kind) is Literal:
+                _expect(value in get_args(kind), name, f"one of {', '.join(get_args(kind))}", value)
+            elif kind in (bool, str):
+                _expect(type(value) is kind, name, "true or false" if kind is bool else "a string", value)
+            elif kind == str | None:
+                _expect(value is None or type(value) is str, name, "a string", value)
+        for name, (low, high) in _INTEGERS.items():
+            value = getattr(self, name)
+            holds = type(value) is int and low <= value <= high
+            _expect(holds or (name == "steps" and value is None), name, f"an integer from {low} to {high}", value)
+        for name, (rule, holds) in _NUMBERS.items():
+            value = getattr(self, name)
+            number = type(value) in (int, float) and holds(value)
+            _expect(number or (name in ("lr", "minutes") and value is None), name, rule, value)
+        if self.steps is None and self.minutes is None:
+            raise ValueError("a run ends after so many steps or minutes: give --steps, --minutes or both")
+        rule = f"at most the rows of the position table, max_position_embeddings={self.max_position_embeddings}"
+        _expect(self.seq_len <= self.max_position_embeddings, "seq_len", rule, self.seq_len)
+        rule = f"at least one sample's, seq_len={self.seq_len}"
+        _expect(self.batch_tokens >= self.seq_len, "batch_tokens", rule, self.batch_tokens)
+        _check_device(self.device)
+
+
+_MANY = 2**31 - 1  # the largest int32
+_INTEGERS = {  # setting: lowest and highest value
+    "vocab_size": (64, LARGEST_VOCABULARY),
+    "max_position_embeddings": (8, LONGEST),
+    "seq_len": (8, LONGEST),
+    "batch_tokens": (8, 2**30),  # places in a packed batch are int32, and batches are rounded up
+    "accumulate": (1, _MANY),
+    "steps": (1, _MANY),
+    "seed": (0, 2**64 - 1),
+    "evaluations": (1, 10**6),
+    "evaluation_batches": (1, _MANY),
+    "snapshot_every": (1, _MANY),
+    "keep": (1, _MANY),
+    "log_every": (1, _MANY),
+    "workers": (0, 1024),
+}
+_NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {  # setting: the rule, and whether a number keeps it
+    "dropout": ("a probability from 0 to below 1", lambda x: 0 <= x < 1),
+    "held_out": ("a share above 0 and at most 0.5", lambda x: 0 < x <= 0.5),
+    "minutes": (f"above 0 and at most {60 * 24 * 366}, a year", lambda x: 0 < x <= 60 * 24 * 366),
+    "lr": ("a number above 0", lambda x: 0 < x < math.inf),
+    "warmup": ("a share from 0 to 1", lambda x: 0 <= x <= 1),
+    "weight_decay": ("a number of at least 0", lambda x: 0 <= x < math.inf),
+    "beta2": ("a number from 0 to below 1", lambda x: 0 <= x < 1),
+    "clip": ("a number above 0, 1e9 for gradients as they are", lambda x: 0 < x < math.inf),
+}
+
+
+def _check_device(device: str) -> None:
+    """Raises ValueError unless torch has the device here, and it is one that a run can train on."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device must be one that torch has here, got {device!r}: {error}") from error
+    _expect(torch.device(device).type in ("cpu", "cuda"), "device", "cpu or cuda (or cuda:1, ...)", device)
+
+
+def _expect(holds: bool, name: str, rule: str, value: object) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
+
+
+def new_run(config: PretrainConfig) -> PretrainConfig:
+    """The settings of a new run, checked, before anything of it is written.
+
+    Raises:
+        ValueError, TypeError, OSError: a setting or the corpus does not hold.
+    """
+    config.check()
+    check_environment()
+    if config.corpus is None:
+        raise ValueError("a new run needs a corpus: a text file, a table with --column, or a folder of such")
+    refuse_a_second_run(config.output)
+    print(check_corpus(config.corpus, config.column, separator=config.separator, quoting=config.quoting))
+    return with_choices(config)
+
+
+def resumed_run(folder: Path) -> PretrainConfig:
+    """The settings of the run in `folder`; raises as `read_config` and `choose_linear`."""
+    return with_choices(read_config(folder))
+
+
+def with_choices(config: PretrainConfig) -> PretrainConfig:
+    """The settings with those filled in that are chosen here: the preset's learning rate, the library of products."""
+    lr = LEARNING_RATES[config.preset] if config.lr is None else config.lr
+    return dataclasses.replace(config, lr=lr, linear=choose_linear(config))
+
+
+def refuse_a_second_run(folder: Path) -> None:
+    """Raises ValueError where `folder` holds a run, what is left of one, or what a run would overwrite."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output must be a folder, and {folder} is a file: choose another")
+    for name in ("config.json", "snapshots", "metrics.jsonl"):
+        if (folder / name).exists():
+            raise ValueError(
+                f"{folder} already holds a run ({name}): pass --resume to continue it, or choose another --output"
+            )
+    for name in ("model", "loss.png", "tensorboard"):
+        if (folder / name).exists():
+            raise ValueError(
+                f"{folder / name} is there already, and the run would write in its place: move it, or choose another "
+                "--output"
+            )
+
+
+def refuse_many_processes() -> None:
+    """Raises ValueError where torchrun or its like started this process as one of several."""
+    world = os.environ.get("WORLD_SIZE", "")
+    if world not in ("", "1"):
+        raise ValueError(
+            f"a run trains in one process, and WORLD_SIZE={world} says that this is one of several: start it once, "
+            "without torchrun (on a CPU one process uses all cores; OMP_NUM_THREADS says how many)"
+        )
+
+
+def choose_linear(config: PretrainConfig) -> str:
+    """The library of the run's products: FASTBERT_LINEAR's, the setting's, or for a new run the fastest one."""
+    name = config.linear if linear.requested() == "auto" else linear.requested()
+    linear.check(name)
+    if name != "auto":
+        return name
+    if torch.device(config.device).type != "cpu":
+        return "torch"
+    model = BertConfig.preset(config.preset)
+    rows = min(config.batch_tokens, 512)  # more take longer and tell no more
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    name, why = linear.fastest(rows, model.hidden_size, model.intermediate_size, dtype)
+    print(f"linear products by {name}: {why}")
+    return name
+
+
+# Settings that runs did not have once, and what they did then.
+_ADDED_LATER = {"linear": "torch", "separator": None, "quoting": "auto"}
+
+
+def read_config(folder: Path) -> PretrainConfig:
+    """The settings of the run in `folder`.
+
+    Raises:
+        FileNotFoundError: there is no run. ValueError: its config.json is damaged; the message says where.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{folder} holds no run to resume: there is no {path}. A run that ended before its data was ready is "
+            "started again without --resume, and reuses what is good"
+        )
+    with files.naming(path):
+        content = path.read_bytes()
+    try:
+        stored = json.loads(content)
+        if not isinstance(stored, dict):
+            raise ValueError("it is no JSON object")
+        stored.pop("environment", None)
+        stored = _ADDED_LATER | stored | {"output": folder}
+        names = [field.name for field in dataclasses.fields(PretrainConfig)]
+        if missing := [name for name in names if name not in stored]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        config = PretrainConfig(**stored | {"corpus": None if stored["corpus"] is None else Path(stored["corpus"])})
+        config.check()
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} does not hold the settings of a run: {error}. Put it back as it was, or start a new run in "
+            "another --output"
+        ) from error
+    return config
+
+
+def write_config(config: PretrainConfig) -> None:
+    """Writes config.json: the settings, and the environment, all that the run's weights depend on beside its corpus."""
+    content = dataclasses.asdict(config) | {"environment": environment(config)}
+    files.write(config.output, {"config.json": (files.json_text(content, indent=2) + "\n").encode()})
+
+
+def random_state(device: str) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.startswith("cuda") else {})
+
+
+def set_random_state(states: dict[str, Tensor], device: str) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and device.startswith("cuda"):
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def environment(config: PretrainConfig) -> dict[str, Any]:
+    """What a resumed run must share with the run before it to continue bit for bit."""
+    return {
+        "fastbert": __version__,
+        "torch": str(torch.__version__),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "instruction set": native.isa or "none",
+        "backend": requested() or "by device",
+        "linear products": config.linear,
+    }
+
+
+def name_differences(then: dict[str, Any], config: PretrainConfig) -> None:
+    now = environment(config)
+    different = [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]
+    if different:
+        print(f"resumed elsewhere than it was stopped, so not bit for bit the unbroken run: {', '.join(different)}")

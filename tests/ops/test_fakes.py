@@ -1,0 +1,115 @@
+"""What torch.compile is told of an op's results is what its twin and its kernels give: dtypes, shapes and strides."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+import fastbert
+from fastbert.backends import native
+from fastbert.ops import linear as linear_op
+
+raw = torch.ops.fastbert  # as the dispatcher has them
+SEED = torch.tensor([99])
+WIDTHS = [(torch.float32, torch.float32)] + [
+    (x, w) for x in (torch.bfloat16, torch.float16) for w in (x, torch.float32)
+]
+
+
+def gelu(shape, dtype, weight_dtype):
+    x, dy = torch.randn(2, *shape).to(dtype)
+    for bias, form in ((None, "none"), (torch.randn(shape[-1]).to(weight_dtype), "tanh")):
+        yield raw.gelu_forward, (x, bias, form)
+        yield raw.gelu_backward, (dy, x, bias, form)
+        yield raw.gelu_backward, (dy.mT.contiguous().mT if dy.dim() > 1 else dy, x, bias, form)
+
+
+def layer_norm(shape, dtype, weight_dtype):
+    x, residual, dy = torch.randn(3, *shape).to(dtype)
+    weight, bias = torch.randn(2, shape[-1]).to(weight_dtype)
+    mean = rstd = torch.ones(shape[:-1])
+    for added, t, seed in ((None, 0, None), (residual, 0, None), (residual, 6554, SEED)):
+        strided = x.mT.contiguous().mT if added is not None and x.dim() > 1 else x
+        yield raw.layer_norm_forward, (strided, added, weight, bias, 1e-5, t, seed)
+        yield raw.layer_norm_backward, (dy, x, weight, mean, rstd, t, seed)
+
+
+def cross_entropy(rows, dtype):
+    logits, labels, numbers = torch.randn(rows, 24).to(dtype), torch.arange(rows), torch.ones(rows)
+    for x in (logits, logits.T.contiguous().T):
+        yield raw.cross_entropy_forward, (x, labels, 0)
+        yield raw.cross_entropy_backward, (numbers, x, labels, numbers, numbers, 0)
+
+
+def attention(lengths, heads, dtype):
+    q, k, v = torch.randn(sum(lengths), 3, heads, 8).to(dtype).unbind(1)
+    cu_seqlens, lse = torch.tensor([0, *lengths]).cumsum(0).int(), torch.randn(sum(lengths), heads)
+    for t, seed, causal, window in ((0, None, False, None), (6554, SEED, True, [2, 3])):
+        options = cu_seqlens, max(lengths, default=0), 0.3, t, seed, causal, window
+        yield raw.attention_forward, (q, k, v, *options)
+        yield raw.attention_backward, (v.contiguous(), q, k, v, q.contiguous(), lse, *options)
+
+
+def by_backend(dtype, weight_dtype, everything):
+    """Calls of every op that takes a backend: of usual shapes, and with `everything` of the unusual ones too."""
+    for shape in [(4, 24), *([(24,), (0, 24), (1, 24), (2, 3, 24)] if everything else [])]:
+        yield from gelu(shape, dtype, weight_dtype)
+        yield from layer_norm(shape, dtype, weight_dtype)
+    for rows in [6, *([0, 1] if everything else [])]:
+        yield from cross_entropy(rows, dtype)
+    # One sequence alone: what the twin pads it to has the strides of another layout.
+    for lengths in [[5, 9], *([[], [0], [5]] if everything else [])]:
+        yield from attention(lengths, 3, dtype)
+
+
+def of_linear(dtype, weight_dtype):
+    x, weight, bias, dy = torch.randn(4, 24), torch.randn(6, 24), torch.randn(6), torch.randn(4, 6)
+    if linear_op.onednn_missing is None and dtype == weight_dtype and dtype != torch.float16:
+        yield raw.onednn_linear, (x.to(dtype), weight.to(dtype), bias.to(dtype))
+        if dtype == torch.float32:
+            yield raw.onednn_linear, (dy, weight.t(), None)
+            yield raw.onednn_linear, (dy.t(), x.t(), None)
+    if native.module is not None and torch.float16 not in (dtype, weight_dtype):
+        x, dy, weight = x.to(dtype), dy.to(dtype), weight.to(weight_dtype)
+        yield raw.fastbert_linear, (x, weight, bias.to(weight_dtype), dtype)
+        yield raw.fastbert_linear, (dy.t(), x.t(), None, weight_dtype)
+        yield raw.packed_linear, (x, native.cpu.linear_packed(weight), bias, 6, 24)
+
+
+def seen(results):
+    """dtype, shape and strides of each; what steps over one element or none is nobody's concern."""
+    each = [results] if isinstance(results, Tensor) else results
+    strides = [[s for n, s in zip(x.shape, x.stride(), strict=True) if n > 1 and x.numel()] for x in each]
+    return [(x.dtype, list(x.shape), stride) for x, stride in zip(each, strides, strict=True)]
+
+
+def told(op, arguments):
+    with FakeTensorMode() as mode:
+        return seen(op(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in arguments)))
+
+
+@pytest.mark.parametrize(("dtype", "weight_dtype"), WIDTHS, ids=str)
+def test_fakes_are_what_twins_and_kernels_give(dtype, weight_dtype):
+    for op, arguments in by_backend(dtype, weight_dtype, everything=True):
+        expected = told(op, (*arguments, ""))
+        for name in fastbert.backends():
+            assert seen(op(*arguments, name)) == expected, (op, name, [getattr(x, "shape", x) for x in arguments])
+    for op, arguments in of_linear(dtype, weight_dtype):
+        assert seen(op(*arguments)) == told(op, arguments), op
+
+
+@pytest.mark.parametrize("name", fastbert.backends())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_custom_ops_are_sound(dtype, name):
+    """Schemas, fakes, no aliases, functionalization: by torch's own check."""
+    calls = [(op, (*arguments, name)) for op, arguments in by_backend(dtype, dtype, everything=False)]
+    for op, arguments in [*calls, *of_linear(dtype, dtype)]:
+        torch.library.opcheck(op.default, arguments)
+
+
+def test_every_op_is_among_them():
+    ops = {name.removeprefix("fastbert::") for name in torch._C._dispatch_get_all_op_names() if "fastbert::" in name}
+    stems = [op for op in ops if not op.startswith("lazy_adam") and op != "probe"]  # which have their own tests
+    calls = [*by_backend(torch.float32, torch.float32, everything=False), *of_linear(torch.float32, torch.float32)]
+    tested = {str(op).removeprefix("fastbert.") for op, _ in calls}
+    assert tested == set(stems)
