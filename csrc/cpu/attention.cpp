@@ -22,9 +22,6 @@
 namespace fastbert {
 namespace FASTBERT_ISA {
 
-void attention_forward(const Attention&);
-void attention_backward(const Attention&);
-
 namespace {
 
 // Blocks of keys, multiples of 8 for dropout's counters, and of queries.
@@ -82,22 +79,20 @@ FASTBERT_INLINE vfloat weight(vfloat score, float scale, float base) {
 // Dropout is drawn for so many queries at a time, of which some may stand behind the last.
 constexpr int kDrawn = 4;
 
-// What a task reads of its sequence, and what it will write.
+// What a task reads of its sequence, and what it will write, by tokens a stride apart.
 template <typename T>
-FASTBERT_INLINE void plan_prefetch(const Attention& p, const Task& task, bool backward, Ahead& ahead) {
-  const int64_t token0 = p.cu_seqlens[task.sequence], place = task.head * p.head_dim,
-                packed = p.heads * p.head_dim;
-  const auto add = [&](const void* x, int64_t stride, bool written) {
-    ahead.add(static_cast<const T*>(x) + token0 * stride + place, stride * sizeof(T), written);
-  };
-  ahead.begin(length_of(p, task.sequence), p.head_dim * sizeof(T));
-  add(p.q, p.q_stride, false), add(p.k, p.k_stride, false), add(p.v, p.v_stride, false);
-  if (backward) {
-    add(p.dout, packed, false), add(p.out, packed, false);
-    for (int64_t i = 0; i < 3; ++i) add(static_cast<T*>(p.dqkv) + i * packed, 3 * packed, true);
-  } else {
-    add(p.result, packed, true);
-  }
+FASTBERT_INLINE void prefetch_tokens(const Attention& p, const Task& task, const void* x, int64_t stride,
+                                     bool written, Ahead& ahead) {
+  const int64_t first = p.cu_seqlens[task.sequence] * stride + task.head * p.head_size;
+  ahead.add(static_cast<const T*>(x) + first, stride * sizeof(T), written);
+}
+
+template <typename T>
+FASTBERT_INLINE void prefetch_inputs(const Attention& p, const Task& task, Ahead& ahead) {
+  ahead.begin(length_of(p, task.sequence), p.head_size * sizeof(T));
+  prefetch_tokens<T>(p, task, p.q, p.q_stride, false, ahead);
+  prefetch_tokens<T>(p, task, p.k, p.k_stride, false, ahead);
+  prefetch_tokens<T>(p, task, p.v, p.v_stride, false, ahead);
 }
 
 // ---- forward -----------------------------------------------------------------------------------------
@@ -138,9 +133,9 @@ FASTBERT_INLINE float softmax_block(const Attention& p, float* scores, Visible s
 }
 
 template <typename Words, typename T>
-void forward_task(const Attention& p, const Task& task, const Task* next) {
+void forward_task(const AttentionForward& p, const Task& task, const Task* next) {
   const int64_t token0 = p.cu_seqlens[task.sequence], length = task.keys, queries = task.queries;
-  const int64_t size = p.head_dim, columns = round_up(size, kLanes);
+  const int64_t size = p.head_size, columns = round_up(size, kLanes);
   const int64_t depth = ceil_div(size, Words::kDepth), width = round_up(depth, kLanes), row = row_of(kKeys);
   Scratch scratch(width * (row + kLanes) + kKeys * columns + kRun * (width + columns + 2) + kQueries * row +
                   256);
@@ -152,12 +147,15 @@ void forward_task(const Attention& p, const Task& task, const Task* next) {
   float* highest = scratch.floats(kRun);
   float* sum = scratch.floats(kRun);
   float* scores = scratch.floats(kQueries * row);
-  Dropout<kKeys, kDrawn> dropout(p.seed, p.drop_below, 1);
+  DropoutMask<kKeys, kDrawn> dropout(p.seed, p.t, 1);
   const auto at = [&](const void* x, int64_t stride, int64_t token) {
     return static_cast<const T*>(x) + (token0 + token) * stride + task.head * size;
   };
   Ahead ahead;
-  if (next) plan_prefetch<T>(p, *next, false, ahead);
+  if (next) {
+    prefetch_inputs<T>(p, *next, ahead);
+    prefetch_tokens<T>(p, *next, p.out, p.heads * size, true, ahead);
+  }
   pack_rows<Words>(at(p.q, p.q_stride, task.query), p.q_stride, queries, size, q, width);
   for (int64_t i = 0; i < queries; ++i) highest[i] = -__builtin_inff(), sum[i] = 0.f;
 
@@ -165,7 +163,7 @@ void forward_task(const Attention& p, const Task& task, const Task* next) {
   const int64_t last_seen = min(length - 1, task.query + queries - 1 + p.window_right);
   for (int64_t key0 = first_seen / kKeys * kKeys; key0 <= last_seen; key0 += kKeys) {
     const int64_t keys = min(kKeys, length - key0), padded = round_up(keys, kLanes);
-    if (p.drop_below) dropout.at(static_cast<uint32_t>(key0 / 8), keys, static_cast<uint32_t>(task.head));
+    if (p.t) dropout.at(static_cast<uint32_t>(key0 / 8), keys, static_cast<uint32_t>(task.head));
     pack_columns<Words>(at(p.k, p.k_stride, key0), p.k_stride, keys, size, kt, row, width, part);
     pack_summed<Words>(at(p.v, p.v_stride, key0), p.v_stride, keys, size, v, columns);
     for (int64_t i0 = 0; i0 < queries; i0 += kQueries) {
@@ -175,10 +173,10 @@ void forward_task(const Attention& p, const Task& task, const Task* next) {
       multiply<Words>(n, padded, depth, {q + i0 * width, width, 1}, {kt, row}, {scores, row}, false, ahead);
       for (int64_t i = 0; i < n; ++i) {
         const int64_t query = query0 + i;
-        if (p.drop_below && i % kDrawn == 0) dropout.draw(static_cast<uint32_t>(token0 + query), 0, keys);
-        const float shrink = softmax_block<Words>(
-            p, scores + i * row, visible_keys(p, query, key0, keys), padded,
-            p.drop_below ? dropout.kept(i % kDrawn, 0) : nullptr, highest + i0 + i, sum + i0 + i);
+        if (p.t && i % kDrawn == 0) dropout.draw(static_cast<uint32_t>(token0 + query), 0, keys);
+        const float shrink =
+            softmax_block<Words>(p, scores + i * row, visible_keys(p, query, key0, keys), padded,
+                                 p.t ? dropout.kept(i % kDrawn, 0) : nullptr, highest + i0 + i, sum + i0 + i);
         if (shrink != 1.f) {
           float* earlier = out + (i0 + i) * columns;
           for (int64_t d = 0; d < columns; d += kLanes) store(earlier + d, load(earlier + d) * shrink);
@@ -194,8 +192,8 @@ void forward_task(const Attention& p, const Task& task, const Task* next) {
     const bool fully_masked = sum[i] == 0.f;  // sees no key, or scores of -inf alone
     if (fully_masked) memset(out + i * columns, 0, size * sizeof(float));
     p.lse[place] = fully_masked ? -__builtin_inff() : highest[i] + __builtin_logf(sum[i]);
-    store_row(static_cast<T*>(p.result) + place * size, out + i * columns, size,
-              fully_masked ? 0.f : dropout_scale(p.drop_below) / sum[i]);
+    store_row(static_cast<T*>(p.out) + place * size, out + i * columns, size,
+              fully_masked ? 0.f : dropout_scale(p.t) / sum[i]);
   }
 }
 
@@ -263,9 +261,9 @@ FASTBERT_INLINE float dot(const T* a, const T* b, int64_t size) {
 }
 
 template <typename Words, typename T>
-void backward_task(const Attention& p, const Task& task, const Task* next) {
+void backward_task(const AttentionBackward& p, const Task& task, const Task* next) {
   const int64_t token0 = p.cu_seqlens[task.sequence];
-  const int64_t size = p.head_dim, columns = round_up(size, kLanes), row = row_of(kBackwardKeys);
+  const int64_t size = p.head_size, columns = round_up(size, kLanes), row = row_of(kBackwardKeys);
   const int64_t depth = ceil_div(size, Words::kDepth), width = round_up(depth, kLanes);
   constexpr bool paired = Words::kDepth == 2;
   Scratch scratch(width * (2 * row + kLanes + 2 * kSpan) + 3 * kBackwardKeys * columns + 2 * kSpan * columns +
@@ -288,10 +286,9 @@ void backward_task(const Attention& p, const Task& task, const Task* next) {
   uint32_t* dscores =
       paired ? scratch.words(kBackwardQueries / 2 * row) : reinterpret_cast<uint32_t*>(products);
   Query pair[2];
-  Dropout<kBackwardKeys, kDrawn> dropout(p.seed, p.drop_below, 1);
+  DropoutMask<kBackwardKeys, kDrawn> dropout(p.seed, p.t, 1);
 
-  const float scale =
-      p.drop_below < 65536 ? dropout_scale(p.drop_below) : 1.f;  // all dropped: out and delta are 0
+  const float scale = p.t < 65536 ? dropout_scale(p.t) : 1.f;  // all dropped: out and delta are 0
   const float log_scale = __builtin_logf(scale), inverse = 1.f / scale;
   const auto at = [&](const void* x, int64_t stride, int64_t token) {
     return static_cast<const T*>(x) + (token0 + token) * stride + task.head * size;
@@ -313,7 +310,13 @@ void backward_task(const Attention& p, const Task& task, const Task* next) {
     }
   };
   Ahead ahead;
-  if (next) plan_prefetch<T>(p, *next, true, ahead);
+  if (next) {
+    prefetch_inputs<T>(p, *next, ahead);
+    prefetch_tokens<T>(p, *next, p.dout, packed, false, ahead);
+    prefetch_tokens<T>(p, *next, p.out, packed, false, ahead);
+    for (int64_t i = 0; i < 3; ++i)
+      prefetch_tokens<T>(p, *next, static_cast<T*>(p.dqkv) + i * packed, 3 * packed, true, ahead);
+  }
   const int64_t last_query = task.query + task.queries, last_key = task.key + task.keys;
   const int64_t reach = length_of(p, task.sequence) - 1;
   const bool some_unseen =
@@ -321,7 +324,7 @@ void backward_task(const Attention& p, const Task& task, const Task* next) {
   if (some_unseen) memset(dq, 0, min(kSpan, task.queries) * columns * sizeof(float));
   for (int64_t key0 = task.key; key0 < last_key; key0 += kBackwardKeys) {
     const int64_t keys = min(kBackwardKeys, last_key - key0), padded = round_up(keys, kLanes);
-    if (p.drop_below) dropout.at(static_cast<uint32_t>(key0 / 8), keys, static_cast<uint32_t>(task.head));
+    if (p.t) dropout.at(static_cast<uint32_t>(key0 / 8), keys, static_cast<uint32_t>(task.head));
     pack_columns<Words>(at(p.k, p.k_stride, key0), p.k_stride, keys, size, kt, row, width, part);
     pack_columns<Words>(at(p.v, p.v_stride, key0), p.v_stride, keys, size, vt, row, width, part);
     pack_summed<Words>(at(p.k, p.k_stride, key0), p.k_stride, keys, size, k, columns);
@@ -341,13 +344,12 @@ void backward_task(const Attention& p, const Task& task, const Task* next) {
         multiply<Words>(n, padded, depth, {span.dout + i0 * width, width, 1}, {vt, row}, {products, row},
                         false, ahead);
         for (int64_t i = 0; i < n; i += 2) {
-          if (p.drop_below && i % kDrawn == 0)
-            dropout.draw(static_cast<uint32_t>(token0 + query0 + i), 0, keys);
+          if (p.t && i % kDrawn == 0) dropout.draw(static_cast<uint32_t>(token0 + query0 + i), 0, keys);
           for (int64_t r = 0; r < 2; ++r) {
             const int64_t at_row = (i + r) * row, query = query0 + i + r;
             Query& q = pair[r];
             q.scores = scores + at_row, q.products = products + at_row,
-            q.kept = p.drop_below ? dropout.kept((i + r) % kDrawn, 0) : nullptr;
+            q.kept = p.t ? dropout.kept((i + r) % kDrawn, 0) : nullptr;
             q.lse = span.lse[i0 + i + r], q.delta = span.delta[i0 + i + r];
             q.visible =
                 i + r < n && q.lse != -__builtin_inff() ? visible_keys(p, query, key0, keys) : Visible{0, -1};
@@ -388,19 +390,27 @@ using Bf16Words = Floats;
 
 }  // namespace
 
-void attention_forward(const Attention& p) {
+int64_t attention_forward(const AttentionForward& p) {
+  if (p.max_seqlen < 0 || p.max_seqlen > INT32_MAX || p.cu_seqlens[0] != 0) return 0;
+  for (int64_t b = 0; b < p.sequences; ++b)
+    if (length_of(p, b) < 0 || length_of(p, b) > p.max_seqlen) return b;
+  if (p.cu_seqlens[p.sequences] != p.tokens) return p.sequences;
   const auto plan = [&](auto emit) { plan_forward(p, emit); };
   switch (p.dtype) {
     case DType::f32:
-      return run(p, plan, forward_task<Floats, float>);
+      run(p, plan, forward_task<Floats, float>);
+      break;
     case DType::bf16:
-      return run(p, plan, forward_task<Bf16Words, bf16>);
+      run(p, plan, forward_task<Bf16Words, bf16>);
+      break;
     case DType::f16:
-      return run(p, plan, forward_task<Floats, f16>);
+      run(p, plan, forward_task<Floats, f16>);
+      break;
   }
+  return -1;
 }
 
-void attention_backward(const Attention& p) {
+void attention_backward(const AttentionBackward& p) {
   const auto plan = [&](auto emit) { plan_backward(p, emit); };
   switch (p.dtype) {
     case DType::f32:

@@ -34,7 +34,7 @@ FASTBERT_INLINE int64_t length_of(const Attention& p, int64_t sequence) {
 // turns with their cache lines.
 template <typename Body>
 FASTBERT_INLINE void over_heads(const Attention& p, Body body) {
-  const int64_t stride = ceil_div(p.heads, p.threads);
+  const int64_t stride = ceil_div(p.heads, p.launch);
   for (int64_t first = 0; first < stride; ++first)
     for (int64_t head = first; head < p.heads; head += stride) body(head);
 }
@@ -47,7 +47,7 @@ static void plan_forward(const Attention& p, Emit emit) {
     return tasks;
   };
   int64_t run = kRun;  // whole blocks: a NaN of an unseen key spoils the block, in any task
-  while (run > kQueries && count(run) < 4 * p.threads) run = run / kQueries / 2 * kQueries;
+  while (run > kQueries && count(run) < 4 * p.launch) run = run / kQueries / 2 * kQueries;
   for (int64_t b = 0; b < p.sequences; ++b) {
     const int64_t length = length_of(p, b);
     over_heads(p, [&](int64_t head) {
@@ -65,7 +65,7 @@ static void plan_backward(const Attention& p, Emit emit) {
   for (int64_t b = 0; b < p.sequences; ++b) total += length_of(p, b) * length_of(p, b) * p.heads;
   for (int64_t b = 0; b < p.sequences; ++b) {
     const int64_t length = length_of(p, b);
-    const bool whole = length <= kSpan && length * length <= total / p.threads;
+    const bool whole = length <= kSpan && length * length <= total / p.launch;
     const int64_t run = whole ? kSpan : kPiece;
     over_heads(p, [&](int64_t head) {
       for (int64_t first = 0; first < length; first += run) {
@@ -82,9 +82,9 @@ static void plan_backward(const Attention& p, Emit emit) {
 }
 
 // The longest tasks first; a task also learns which one will probably be next.
-template <typename Plan>
-static void run(const Attention& p, Plan plan,
-                void (*run_task)(const Attention&, const Task&, const Task* next)) {
+template <typename Arguments, typename Plan>
+static void run(const Arguments& p, Plan plan,
+                void (*run_task)(const Arguments&, const Task&, const Task* next)) {
   int64_t count = 0;
   plan([&](const Task&) { ++count; });
   Task* tasks = static_cast<Task*>(malloc(max(1, count) * sizeof(Task)));
@@ -96,12 +96,12 @@ static void run(const Attention& p, Plan plan,
   Task* next = tasks;
   plan([&](const Task& task) { *next++ = task; });
   qsort(tasks, count, sizeof(Task), by_work);
-#pragma omp parallel num_threads(p.threads)
+#pragma omp parallel num_threads(p.launch)
   {
     tiles_begin();
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < count; ++i)
-      run_task(p, tasks[i], i + p.threads < count ? tasks + i + p.threads : nullptr);
+      run_task(p, tasks[i], i + p.launch < count ? tasks + i + p.launch : nullptr);
     tiles_end();
   }
   free(tasks);

@@ -1,4 +1,4 @@
-// Softmax cross entropy of logits [M, V] with one label a row:
+// Softmax cross entropy of logits [T, V] with one label a row:
 //
 //   m = max_j x_j,   s = sum_j exp(x_j - m),   loss = log(s) + (m - x_label)
 //   dx_j = (exp(x_j - m) / s - [j = label]) * dloss
@@ -30,12 +30,12 @@ FASTBERT_INLINE vfloat load_or(FirstLanes lanes, const T* p, float fill) {
 }
 
 template <typename T>
-void forward(const CrossEntropy& p) {
+void forward(const CrossEntropyForward& p) {
   const float lowest = -__builtin_inff();
-#pragma omp parallel for num_threads(p.threads) schedule(dynamic)
+#pragma omp parallel for num_threads(p.launch) schedule(dynamic)
   for (int64_t r = 0; r < p.rows; ++r) {
     if (p.labels[r] == p.ignore_index) {
-      p.losses[r] = p.maximum[r] = p.sum[r] = 0.f;
+      p.losses[r] = p.maximum[r] = p.total[r] = 0.f;
       continue;
     }
     const T* x = static_cast<const T*>(p.logits) + r * p.columns;
@@ -61,13 +61,13 @@ void forward(const CrossEntropy& p) {
     }
     p.losses[r] = __builtin_logf(sum) + (maximum - load_n(x + p.labels[r], 1)[0]);
     p.maximum[r] = maximum;
-    p.sum[r] = sum;
+    p.total[r] = sum;
   }
 }
 
 template <typename T>
-void backward(const CrossEntropy& p) {
-#pragma omp parallel for num_threads(p.threads) schedule(dynamic)
+void backward(const CrossEntropyBackward& p) {
+#pragma omp parallel for num_threads(p.launch) schedule(dynamic)
   for (int64_t r = 0; r < p.rows; ++r) {
     T* __restrict dx = static_cast<T*>(p.dlogits) + r * p.columns;
     if (p.labels[r] == p.ignore_index) {
@@ -75,7 +75,7 @@ void backward(const CrossEntropy& p) {
       continue;
     }
     const T* x = static_cast<const T*>(p.logits) + r * p.columns;
-    const float maximum = p.maximum[r], dloss = p.dlosses[r], scale = dloss / p.sum[r];
+    const float maximum = p.maximum[r], dloss = p.dlosses[r], scale = dloss / p.total[r];
     sweep<kUnroll>(p.columns, [=](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
       lanes.store(dx + j, exp(lanes.load(x + j) - maximum) * scale);
     });
@@ -86,18 +86,24 @@ void backward(const CrossEntropy& p) {
 
 }  // namespace
 
-void cross_entropy_forward(const CrossEntropy& p) {
+int64_t cross_entropy_forward(const CrossEntropyForward& p) {
+  for (int64_t r = 0; r < p.rows; ++r)
+    if (p.labels[r] != p.ignore_index && (p.labels[r] < 0 || p.labels[r] >= p.columns)) return r;
   switch (p.dtype) {
     case DType::f32:
-      return forward<float>(p);
+      forward<float>(p);
+      break;
     case DType::bf16:
-      return forward<bf16>(p);
+      forward<bf16>(p);
+      break;
     case DType::f16:
-      return forward<f16>(p);
+      forward<f16>(p);
+      break;
   }
+  return -1;
 }
 
-void cross_entropy_backward(const CrossEntropy& p) {
+void cross_entropy_backward(const CrossEntropyBackward& p) {
   switch (p.dtype) {
     case DType::f32:
       return backward<float>(p);

@@ -170,9 +170,11 @@ FASTBERT_INLINE float dropout_scale(uint32_t t) {
 
 // Dropout of up to kColumns neighbours in many rows: which of them are kept in kRows rows at a time.
 template <int kColumns, int kRows>
-class Dropout {
+class DropoutMask {
  public:
-  FASTBERT_MEMBER Dropout(uint64_t seed, uint32_t t, uint32_t c3) : seed_(seed), t_(t), c3_(c3) {}
+  // `seed` is not read where nothing is dropped.
+  FASTBERT_MEMBER DropoutMask(const int64_t* seed, uint32_t t, uint32_t c3)
+      : seed_(t ? static_cast<uint64_t>(*seed) : 0), t_(t), c3_(c3) {}
 
   // The neighbours are those of counters (first, ., c2, c3) and after; free where they are the last call's.
   FASTBERT_MEMBER void at(uint32_t first, int64_t n, uint32_t c2) {
@@ -218,6 +220,21 @@ class Dropout {
   uint16_t kept_[kRows]
                 [(kColumns + kDropoutBlock - 1) / kDropoutBlock * (kDropoutBlock / kLanes) * kKeptWords];
 };
+
+// ---- of one row --------------------------------------------------------------------------------------
+
+constexpr int64_t kRowDrawn = 1024;  // columns of a row whose random numbers are kept
+
+using RowDropout = DropoutMask<kRowDrawn, 1>;
+
+// Which of the n columns from `first` on, a multiple of kDropoutBlock, of a row are kept.
+FASTBERT_INLINE const uint16_t* draw_row(RowDropout& dropout, int64_t row, int64_t columns, int64_t first,
+                                         int64_t n) {
+  const int64_t start = first / kRowDrawn * kRowDrawn;
+  dropout.at(static_cast<uint32_t>(start / 8), min(kRowDrawn, columns - start), 0);
+  dropout.draw(static_cast<uint32_t>(row), first - start, n);
+  return dropout.kept(0, first - start);
+}
 
 }  // namespace FASTBERT_ISA
 }  // namespace fastbert

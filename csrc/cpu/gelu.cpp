@@ -1,4 +1,4 @@
-// GELU of x + bias, [M, N] and [N]:
+// GELU of x + bias, [T, H] and [H]:
 //
 //   y = u * Phi(u),                    u = x + bias                       exact form
 //   y = u * sigmoid(2w),               w = sqrt(2/pi) * (u + 0.044715 u^3)  tanh form
@@ -117,12 +117,14 @@ struct Tiles {
   int64_t rows, columns, chunks, blocks;
 };
 
-FASTBERT_INLINE Tiles tiles(const Gelu& p) {
+template <typename Arguments>
+FASTBERT_INLINE Tiles tiles(const Arguments& p) {
   const int64_t rows = p.bias ? p.rows : 1, columns = p.bias ? p.columns : p.rows * p.columns;
   return {rows, columns, reduction_chunks(rows), ceil_div(columns, kColumns)};
 }
 
-FASTBERT_INLINE void read_bias(const Gelu& p, int64_t first, int64_t n, float* bias) {
+template <typename Arguments>
+FASTBERT_INLINE void read_bias(const Arguments& p, int64_t first, int64_t n, float* bias) {
   sweep<1>(n, [=](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
     switch (p.bias_dtype) {
       case DType::f32:
@@ -136,9 +138,9 @@ FASTBERT_INLINE void read_bias(const Gelu& p, int64_t first, int64_t n, float* b
 }
 
 template <typename T, bool kTanh, bool kBias>
-void forward_tiles(const Gelu& p) {
+void forward_tiles(const GeluForward& p) {
   const Tiles grid = tiles(p);
-#pragma omp parallel for num_threads(p.threads) schedule(static)
+#pragma omp parallel for num_threads(p.launch) schedule(static)
   for (int64_t tile = 0; tile < grid.chunks * grid.blocks; ++tile) {
     const int64_t chunk = tile / grid.blocks, first = tile % grid.blocks * kColumns;
     const int64_t n = min(kColumns, grid.columns - first);
@@ -146,7 +148,7 @@ void forward_tiles(const Gelu& p) {
     if (kBias) read_bias(p, first, n, bias);
     for (int64_t r = chunk * grid.rows / grid.chunks; r < (chunk + 1) * grid.rows / grid.chunks; ++r) {
       const T* x = static_cast<const T*>(p.x) + r * grid.columns + first;
-      T* __restrict y = static_cast<T*>(p.out) + r * grid.columns + first;
+      T* __restrict y = static_cast<T*>(p.y) + r * grid.columns + first;
       sweep<kTogether>(n, [=, &bias](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
         vfloat u = lanes.load(x + j);
         if (kBias) u += lanes.load(bias + j);
@@ -157,9 +159,9 @@ void forward_tiles(const Gelu& p) {
 }
 
 template <typename T, bool kTanh, bool kBias>
-void backward_tiles(const Gelu& p) {
+void backward_tiles(const GeluBackward& p) {
   const Tiles grid = tiles(p);
-#pragma omp parallel num_threads(p.threads)
+#pragma omp parallel num_threads(p.launch)
   {
 #pragma omp for schedule(static)
     for (int64_t tile = 0; tile < grid.chunks * grid.blocks; ++tile) {
@@ -172,7 +174,7 @@ void backward_tiles(const Gelu& p) {
       const auto rows = [&](auto count) FASTBERT_LAMBDA {
         const int64_t start = r * grid.columns + first;
         const T *x = static_cast<const T*>(p.x) + start, *dy = static_cast<const T*>(p.dy) + start;
-        T* __restrict dx = static_cast<T*>(p.out) + start;
+        T* __restrict dx = static_cast<T*>(p.dx) + start;
         sweep<kTogether / count.value>(n, [=, &bias, &dbias](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
           const vfloat b = kBias ? lanes.load(bias + j) : vfloat{};
           vfloat sum = kBias ? lanes.load(dbias + j) : vfloat{};
@@ -197,18 +199,18 @@ void backward_tiles(const Gelu& p) {
 }
 
 template <typename T, bool kTanh>
-void forward(const Gelu& p) {
+void forward(const GeluForward& p) {
   p.bias ? forward_tiles<T, kTanh, true>(p) : forward_tiles<T, kTanh, false>(p);
 }
 
 template <typename T, bool kTanh>
-void backward(const Gelu& p) {
+void backward(const GeluBackward& p) {
   p.bias ? backward_tiles<T, kTanh, true>(p) : backward_tiles<T, kTanh, false>(p);
 }
 
 }  // namespace
 
-void gelu_forward(const Gelu& p) {
+void gelu_forward(const GeluForward& p) {
   switch (p.dtype) {
     case DType::f32:
       return p.tanh_form ? forward<float, true>(p) : forward<float, false>(p);
@@ -219,7 +221,7 @@ void gelu_forward(const Gelu& p) {
   }
 }
 
-void gelu_backward(const Gelu& p) {
+void gelu_backward(const GeluBackward& p) {
   switch (p.dtype) {
     case DType::f32:
       return p.tanh_form ? backward<float, true>(p) : backward<float, false>(p);

@@ -1,4 +1,4 @@
-// LayerNorm with the dropout and the residual that come before it in a transformer, [M, N]:
+// LayerNorm with the dropout and the residual that come before it in a transformer, [T, H]:
 //
 //   z = residual + dropout(x)                      rounded to x's dtype; z = x when there is neither
 //   y = (z - mean) * rstd * weight + bias          mean and variance over a row, of the rounded z
@@ -18,7 +18,6 @@ namespace FASTBERT_ISA {
 namespace {
 
 constexpr int64_t kColumns = 256;  // a block: sums within it, and random numbers, between reads of memory
-constexpr int64_t kDrawn = 1024;   // columns of a row whose random numbers are kept
 constexpr int kSums = 4;
 
 // The next row is prefetched while this one is swept from L1. With AVX2 that takes 10 % off LayerNorm; with
@@ -48,25 +47,14 @@ struct RowsAhead {
 
 FASTBERT_INLINE vfloat add_up(const vfloat* sums) { return (sums[0] + sums[1]) + (sums[2] + sums[3]); }
 
-using RowDropout = Dropout<kDrawn, 1>;
-
-// Which of a block of a row are kept.
-FASTBERT_INLINE const uint16_t* draw(const LayerNorm& p, RowDropout& dropout, int64_t row, int64_t first,
-                                     int64_t n) {
-  const int64_t start = first / kDrawn * kDrawn;
-  dropout.at(static_cast<uint32_t>(start / 8), min(kDrawn, p.columns - start), 0);
-  dropout.draw(static_cast<uint32_t>(row), first - start, n);
-  return dropout.kept(0, first - start);
-}
-
 // z = residual + dropout(x) for a block at x, residual and z.
 template <typename T>
-FASTBERT_INLINE void add_dropped(const LayerNorm& p, RowDropout& dropout, int64_t row, int64_t first,
+FASTBERT_INLINE void add_dropped(const LayerNormForward& p, RowDropout& dropout, int64_t row, int64_t first,
                                  int64_t n, T* __restrict z) {
   const T* x = static_cast<const T*>(p.x) + row * p.columns + first;
   const T* residual = p.residual ? static_cast<const T*>(p.residual) + row * p.columns + first : nullptr;
-  const vfloat scale = splat(dropout_scale(p.drop_below));
-  const uint16_t* kept = p.drop_below ? draw(p, dropout, row, first, n) : nullptr;
+  const vfloat scale = splat(dropout_scale(p.t));
+  const uint16_t* kept = p.t ? draw_row(dropout, row, p.columns, first, n) : nullptr;
   sweep<4>(n, [=](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
     vfloat v = lanes.load(x + j);
     if (kept) v = drop(kept, j, v * scale);
@@ -76,15 +64,15 @@ FASTBERT_INLINE void add_dropped(const LayerNorm& p, RowDropout& dropout, int64_
 }
 
 template <typename T, typename W>
-void forward(const LayerNorm& p) {
+void forward(const LayerNormForward& p) {
   const int64_t columns = p.columns;
   const float share = 1.f / static_cast<float>(columns);
   const W* weight = static_cast<const W*>(p.weight);
   const W* bias = static_cast<const W*>(p.bias);
   const RowsAhead<T> ahead{p.x, p.residual, p.y, p.z};
-#pragma omp parallel num_threads(p.threads)
+#pragma omp parallel num_threads(p.launch)
   {
-    RowDropout dropout(p.seed, p.drop_below, 0);
+    RowDropout dropout(p.seed, p.t, 0);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < p.rows; ++row) {
       T* written = p.z ? static_cast<T*>(p.z) + row * columns : nullptr;
@@ -126,15 +114,15 @@ void forward(const LayerNorm& p) {
 }
 
 template <typename T, typename W>
-void backward(const LayerNorm& p) {
+void backward(const LayerNormBackward& p) {
   const int64_t columns = p.columns, chunks = reduction_chunks(p.rows);
   const float share = 1.f / static_cast<float>(columns);
-  const vfloat scale = splat(dropout_scale(p.drop_below));
+  const vfloat scale = splat(dropout_scale(p.t));
   const W* weight = static_cast<const W*>(p.weight);
-  const RowsAhead<T> ahead{p.dy, p.x, p.y, p.drop_below ? p.z : nullptr};
-#pragma omp parallel num_threads(p.threads)
+  const RowsAhead<T> ahead{p.dy, p.z, p.dz, p.dx};
+#pragma omp parallel num_threads(p.launch)
   {
-    RowDropout dropout(p.seed, p.drop_below, 0);
+    RowDropout dropout(p.seed, p.t, 0);
 #pragma omp for schedule(static)
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       float* __restrict dweight = p.scratch + chunk * columns;
@@ -143,16 +131,16 @@ void backward(const LayerNorm& p) {
       memset(dbias, 0, columns * sizeof(float));
       for (int64_t row = chunk * p.rows / chunks; row < (chunk + 1) * p.rows / chunks; ++row) {
         const T* dy = static_cast<const T*>(p.dy) + row * columns;
-        const T* z = static_cast<const T*>(p.x) + row * columns;
-        T* __restrict dz = static_cast<T*>(p.y) + row * columns;
-        T* __restrict dx = static_cast<T*>(p.z) + (p.drop_below ? row * columns : 0);
+        const T* z = static_cast<const T*>(p.z) + row * columns;
+        T* __restrict dz = static_cast<T*>(p.dz) + row * columns;
+        T* __restrict dx = static_cast<T*>(p.dx) + (p.t ? row * columns : 0);
         const float mean = p.mean[row], rstd = p.rstd[row];
 
         // sums over the row, and over the rows
         vfloat total_g = {}, total_gh = {};
         for (int64_t first = 0; first < columns; first += kColumns) {
           const int64_t n = min(kColumns, columns - first);
-          if (p.drop_below && columns <= kDrawn) draw(p, dropout, row, first, n);
+          if (p.t && columns <= kRowDrawn) draw_row(dropout, row, columns, first, n);
           vfloat sum_g[kSums] = {}, sum_gh[kSums] = {};
           sweep<kSums>(n, [&](int64_t k, int i, auto lanes) FASTBERT_LAMBDA {
             const int64_t j = first + k;
@@ -171,9 +159,9 @@ void backward(const LayerNorm& p) {
         // gradients of the row
         for (int64_t first = 0; first < columns; first += kColumns) {
           const int64_t n = min(kColumns, columns - first);
-          const uint16_t* kept = !p.drop_below       ? nullptr
-                                 : columns <= kDrawn ? dropout.kept(0, first)
-                                                     : draw(p, dropout, row, first, n);
+          const uint16_t* kept = !p.t                   ? nullptr
+                                 : columns <= kRowDrawn ? dropout.kept(0, first)
+                                                        : draw_row(dropout, row, columns, first, n);
           sweep<4>(n, [=](int64_t k, int i, auto lanes) FASTBERT_LAMBDA {
             const int64_t j = first + k;
             if (prefetches<T>(i)) ahead.prefetch((row + 1) * columns + j);
@@ -193,7 +181,7 @@ void backward(const LayerNorm& p) {
 
 }  // namespace
 
-void layer_norm_forward(const LayerNorm& p) {
+void layer_norm_forward(const LayerNormForward& p) {
   const bool same = p.weight_dtype == p.dtype;
   switch (p.dtype) {
     case DType::f32:
@@ -205,7 +193,7 @@ void layer_norm_forward(const LayerNorm& p) {
   }
 }
 
-void layer_norm_backward(const LayerNorm& p) {
+void layer_norm_backward(const LayerNormBackward& p) {
   const bool same = p.weight_dtype == p.dtype;
   switch (p.dtype) {
     case DType::f32:

@@ -72,18 +72,18 @@ struct Coefficients {
   float sign, decay, coupled, beta1, rest1, beta2, rest2, root, eps, size;
 };
 
-FASTBERT_INLINE Coefficients coefficients(const LazyAdam& p, double t) {
+FASTBERT_INLINE Coefficients coefficients(const LazyAdamStep& p, double t) {
   const bool corrected = !(p.flags & kLazyAdamNoBiasCorrection), is_coupled = p.flags & kLazyAdamCoupledDecay;
   const double root = corrected ? 1. / ::sqrt(1. - ::pow(p.beta2, t)) : 1.;
   Coefficients c;
   c.sign = p.flags & kLazyAdamMaximize ? -1.f : 1.f;
-  c.decay = is_coupled ? 1.f : static_cast<float>(1. - p.lr * p.weight_decay);
+  c.decay = is_coupled ? 1.f : static_cast<float>(1. - *p.lr * p.weight_decay);
   c.coupled = is_coupled ? static_cast<float>(p.weight_decay) : 0.f;
   c.beta1 = static_cast<float>(p.beta1), c.rest1 = static_cast<float>(1. - p.beta1);
   c.beta2 = static_cast<float>(p.beta2), c.rest2 = static_cast<float>(1. - p.beta2);
   c.root = static_cast<float>(root);
   c.eps = static_cast<float>(p.flags & kLazyAdamEpsUncorrected ? p.eps * root : p.eps);
-  c.size = static_cast<float>(corrected ? p.lr / (1. - ::pow(p.beta1, t)) : p.lr);
+  c.size = static_cast<float>(corrected ? *p.lr / (1. - ::pow(p.beta1, t)) : *p.lr);
   return c;
 }
 
@@ -120,11 +120,11 @@ FASTBERT_INLINE void update(const T* w, O* to, M* m, float* v, float* u, float s
 }
 
 // n columns from `first` of a row, float32 -> bf16: the upper half of the bits and 16 random ones added up.
-FASTBERT_INLINE void round_stochastically(const LazyAdam& p, int64_t row, int64_t first, int64_t n,
+FASTBERT_INLINE void round_stochastically(const LazyAdamStep& p, int64_t row, int64_t first, int64_t n,
                                           const float* from, bf16* to) {
   alignas(64) uint16_t random[kColumns + kDropoutBlock];
-  dropout_lanes(p.seed, static_cast<uint32_t>(first / 8), static_cast<uint32_t>(row),
-                static_cast<uint32_t>(static_cast<int64_t>(p.step)), 2 + 4 * p.number, ceil_div(n, 8),
+  dropout_lanes(static_cast<uint64_t>(*p.seed), static_cast<uint32_t>(first / 8), static_cast<uint32_t>(row),
+                static_cast<uint32_t>(static_cast<int64_t>(*p.step)), 2 + 4 * p.number, ceil_div(n, 8),
                 random);
   for (int64_t j = 0; j < n; ++j) {
     uint32_t bits;
@@ -144,7 +144,7 @@ struct Row {
   int64_t count;
 };
 
-FASTBERT_INLINE Row find(const LazyAdam& p, const Groups& groups, int64_t g, int64_t first) {
+FASTBERT_INLINE Row find(const LazyAdamStep& p, const Groups& groups, int64_t g, int64_t first) {
   static const int32_t none = 0;
   if (!groups.order) return {g, g * p.columns + first, g * p.columns + first, &none, 1};
   const int32_t* positions = groups.order + groups.start[g];
@@ -155,7 +155,7 @@ FASTBERT_INLINE Row find(const LazyAdam& p, const Groups& groups, int64_t g, int
 
 FASTBERT_INLINE int64_t bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-FASTBERT_INLINE void prefetch(const LazyAdam& p, const Row& r, int64_t n) {
+FASTBERT_INLINE void prefetch(const LazyAdamStep& p, const Row& r, int64_t n) {
   const auto prefetch_row = [&](const void* table, DType dtype, int64_t at) FASTBERT_LAMBDA {
     const char* first = static_cast<const char*>(table) + bytes(dtype) * at;
     for (int64_t j = 0; j < min(bytes(dtype) * n, kPrefetchLines * 64); j += 64)
@@ -169,7 +169,7 @@ FASTBERT_INLINE void prefetch(const LazyAdam& p, const Row& r, int64_t n) {
     prefetch_row(p.grad, p.grad_dtype, r.grad_at + r.positions[k] * p.columns);
 }
 
-const float* gradient(const LazyAdam& p, const Row& r, int64_t n, float* sum) {
+const float* gradient(const LazyAdamStep& p, const Row& r, int64_t n, float* sum) {
   switch (p.grad_dtype) {
     case DType::f32:
       return add_up(static_cast<const float*>(p.grad) + r.grad_at, r.positions, r.count, p.columns, n, sum);
@@ -182,7 +182,7 @@ const float* gradient(const LazyAdam& p, const Row& r, int64_t n, float* sum) {
 }
 
 // Whether the row steps at all: padding does not, and with kLazyAdamSkipZero none whose gradient is all zero.
-bool moves(const LazyAdam& p, int64_t row) {
+bool moves(const LazyAdamStep& p, int64_t row) {
   if (row == p.padding_idx) return false;
   if (!(p.flags & kLazyAdamSkipZero)) return true;
   const int64_t size = bytes(p.grad_dtype), sign = size == 4 ? 0x7FFFFFFF : 0x7FFF;
@@ -197,7 +197,7 @@ bool moves(const LazyAdam& p, int64_t row) {
 
 // The mean of g * g over a row, its columns in blocks; g with the decay that joins it.
 template <typename T>
-float mean_square(const LazyAdam& p, Row r, float* sum, const Coefficients& c) {
+float mean_square(const LazyAdamStep& p, Row r, float* sum, const Coefficients& c) {
   const bool is_coupled = c.coupled != 0.f;
   double total = 0.;
   for (int64_t first = 0; first < p.columns; first += kColumns) {
@@ -218,13 +218,14 @@ float mean_square(const LazyAdam& p, Row r, float* sum, const Coefficients& c) {
 
 // n columns of one row, from column `first` on.
 template <typename T, typename M, bool kAmsgrad, bool kShared>
-void step(const LazyAdam& p, const Row& r, int64_t first, int64_t n, float shared, const Coefficients& c) {
+void step(const LazyAdamStep& p, const Row& r, int64_t first, int64_t n, float shared,
+          const Coefficients& c) {
   float sum[kColumns], wide[kColumns];
   const float* grad = gradient(p, r, n, sum);
   T* w = static_cast<T*>(p.param) + r.at;
   M* m = static_cast<M*>(p.exp_avg) + r.at;
   float *v = kShared ? nullptr : p.exp_avg_sq + r.at, *u = kAmsgrad ? p.max_exp_avg_sq + r.at : nullptr;
-  if (std::is_same<T, bf16>::value && p.stochastic) {
+  if (std::is_same<T, bf16>::value && p.seed) {
     update<kAmsgrad, kShared>(w, wide, m, v, u, shared, grad, n, c);
     round_stochastically(p, r.row, first, n, wide, static_cast<bf16*>(p.param) + r.at);
   } else {
@@ -234,7 +235,7 @@ void step(const LazyAdam& p, const Row& r, int64_t first, int64_t n, float share
 
 // One number of v for the whole row: it is done first, and the row is one task.
 template <typename T, typename M>
-void step_row_wise(const LazyAdam& p, Row r, const Coefficients& c) {
+void step_row_wise(const LazyAdamStep& p, Row r, const Coefficients& c) {
   float sum[kColumns];
   float* u = p.max_exp_avg_sq ? p.max_exp_avg_sq + r.row : nullptr;
   const float shared = shared_root(p.exp_avg_sq + r.row, u, mean_square<T>(p, r, sum, c), c);
@@ -247,9 +248,9 @@ void step_row_wise(const LazyAdam& p, Row r, const Coefficients& c) {
 
 // A table whose rows differ in what they take.
 template <typename T, typename M, bool kAmsgrad>
-void step_table(const LazyAdam& p, int threads) {
+void step_table(const LazyAdamStep& p, int threads) {
   const int64_t width = p.row_wise ? max(1, p.columns) : kColumns, blocks = ceil_div(p.columns, width);
-  const Coefficients same = coefficients(p, p.step);
+  const Coefficients same = coefficients(p, *p.step);
   const Groups groups = group(p, threads);
   const int64_t tasks = groups.count * blocks, chunk = max(1, tasks / (16 * threads));
   const auto own = [&](int64_t row) { return p.row_steps ? coefficients(p, p.row_steps[row] + 1.) : same; };
@@ -289,13 +290,13 @@ void step_table(const LazyAdam& p, int threads) {
 
 // ---- dense tensors: one long row each -------------------------------------------------------------------
 
-bool is_dense(const LazyAdam& p) {
-  return !(p.rows || p.row_steps || p.row_wise || p.stochastic || p.padding_idx >= 0 ||
+bool is_dense(const LazyAdamStep& p) {
+  return !(p.rows || p.row_steps || p.row_wise || p.seed || p.padding_idx >= 0 ||
            (p.flags & kLazyAdamSkipZero));
 }
 
 template <typename T, typename M, bool kAmsgrad>
-void step_chunk(const LazyAdam& p, const Coefficients& c, int64_t chunk) {
+void step_chunk(const LazyAdamStep& p, const Coefficients& c, int64_t chunk) {
   static const int32_t none = 0;
   const int64_t end = min((chunk + 1) * kChunk, p.table_rows * p.columns);
   for (int64_t at = chunk * kChunk; at < end; at += kColumns)
@@ -305,22 +306,22 @@ void step_chunk(const LazyAdam& p, const Coefficients& c, int64_t chunk) {
 // ---- by type --------------------------------------------------------------------------------------------
 
 struct Instance {
-  void (*table)(const LazyAdam&, int threads);
-  void (*chunk)(const LazyAdam&, const Coefficients&, int64_t chunk);
+  void (*table)(const LazyAdamStep&, int threads);
+  void (*chunk)(const LazyAdamStep&, const Coefficients&, int64_t chunk);
 };
 
 template <typename T, typename M>
-Instance instance(const LazyAdam& p) {
+Instance instance(const LazyAdamStep& p) {
   if (p.max_exp_avg_sq && !p.row_wise) return {step_table<T, M, true>, step_chunk<T, M, true>};
   return {step_table<T, M, false>, step_chunk<T, M, false>};
 }
 
 template <typename T>
-Instance instance(const LazyAdam& p) {
+Instance instance(const LazyAdamStep& p) {
   return p.exp_avg_dtype == DType::bf16 ? instance<T, bf16>(p) : instance<T, float>(p);
 }
 
-Instance instance(const LazyAdam& p) {
+Instance instance(const LazyAdamStep& p) {
   switch (p.dtype) {
     case DType::f32:
       return instance<float>(p);
@@ -333,7 +334,7 @@ Instance instance(const LazyAdam& p) {
 }
 
 // All dense tensors together: the threads take chunk after chunk and do not wait for one another in between.
-void step_dense(const LazyAdam* steps, int64_t count, int threads) {
+void step_dense(const LazyAdamStep* steps, int64_t count, int threads) {
   int64_t elements = 0, next = 0;
   for (int64_t i = 0; i < count; ++i)
     elements += is_dense(steps[i]) ? steps[i].table_rows * steps[i].columns : 0;
@@ -347,10 +348,10 @@ void step_dense(const LazyAdam* steps, int64_t count, int threads) {
     };
     int64_t mine = take(), before = 0;
     for (int64_t i = 0; i < count; ++i) {
-      const LazyAdam& p = steps[i];
+      const LazyAdamStep& p = steps[i];
       const int64_t chunks = is_dense(p) ? ceil_div(p.table_rows * p.columns, kChunk) : 0;
       if (mine < before + chunks) {
-        const Coefficients c = coefficients(p, p.step);
+        const Coefficients c = coefficients(p, *p.step);
         for (const Instance run = instance(p); mine < before + chunks; mine = take())
           run.chunk(p, c, mine - before);
       }
@@ -361,11 +362,12 @@ void step_dense(const LazyAdam* steps, int64_t count, int threads) {
 
 }  // namespace
 
-int64_t lazy_adam_steps(const LazyAdam* steps, int64_t count, int threads) {
+int64_t lazy_adam_steps(const LazyAdamStep* steps, int64_t count, int64_t launch) {
+  const int threads = static_cast<int>(launch);
   for (int64_t i = 0; i < count; ++i)
     if (steps[i].rows && first_outside(steps[i].rows, steps[i].touched, steps[i].table_rows) >= 0) return i;
   for (int64_t i = 0; i < count; ++i) {
-    const LazyAdam& p = steps[i];
+    const LazyAdamStep& p = steps[i];
     const int64_t rows = p.rows ? p.touched : p.table_rows;
     if (!is_dense(p)) instance(p).table(p, rows * p.columns < kChunk ? 1 : threads);
   }

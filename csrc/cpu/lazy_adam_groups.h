@@ -17,12 +17,12 @@ struct Groups {
   int64_t count;
 };
 
-FASTBERT_INLINE int32_t* counters(const LazyAdam& p) { return p.scratch + 2 * (p.touched + 1); }
+FASTBERT_INLINE int32_t* counters(const LazyAdamStep& p) { return p.scratch + 2 * (p.touched + 1); }
 
 // Sorts the positions by id, first the lowest digit. Every thread of a parallel region calls it, those behind
 // the first `threads` only to wait. Each counts the digits of its own stretch and later places it, so that
 // equal ids stay in order for any number of threads.
-FASTBERT_INLINE int32_t* sort_positions(const LazyAdam& p, int thread, int threads) {
+FASTBERT_INLINE int32_t* sort_positions(const LazyAdamStep& p, int thread, int threads) {
   const int bits = p.table_rows > 1 ? 64 - __builtin_clzll(p.table_rows - 1) : 1;
   const int passes = ceil_div(bits, kLazyAdamDigit), digit = ceil_div(bits, passes), digits = 1 << digit;
   const bool sorts = thread < threads;
@@ -57,7 +57,7 @@ FASTBERT_INLINE int32_t* sort_positions(const LazyAdam& p, int thread, int threa
 }
 
 // Every thread of a parallel region calls it and gets the same answer; the first `threads` share the work.
-FASTBERT_INLINE Groups group(const LazyAdam& p, int thread, int threads) {
+FASTBERT_INLINE Groups group(const LazyAdamStep& p, int thread, int threads) {
   const int32_t* order = sort_positions(p, thread, threads);
   int32_t* start = order == p.scratch ? p.scratch + p.touched + 1 : p.scratch;
   const bool sorts = thread < threads;
@@ -80,7 +80,7 @@ FASTBERT_INLINE Groups group(const LazyAdam& p, int thread, int threads) {
   return {order, start, count};
 }
 
-static Groups group(const LazyAdam& p, int threads) {
+static Groups group(const LazyAdamStep& p, int threads) {
   if (!p.rows) return {nullptr, nullptr, p.table_rows};
   Groups groups = {};
   const int sorters = static_cast<int>(min(kLazyAdamSorters, max(1, p.touched / kSorted)));

@@ -156,12 +156,12 @@ void move_stepwise(const LazyAdamReplay& p, const History& history, const Walk& 
 int64_t lazy_adam_replay(const LazyAdamReplay& p) {
   const int64_t bad = first_outside(p.rows, p.rows ? p.named : 0, p.table_rows);
   if (bad >= 0) return bad;
-  const int64_t count = p.rows ? p.named : p.table_rows, chunk = max(1, count / (16 * p.threads));
+  const int64_t count = p.rows ? p.named : p.table_rows, chunk = max(1, count / (16 * p.launch));
   const auto row_at = [&](int64_t i) { return p.rows ? p.rows[i] : i; };
   for (int64_t i = 0; i < count; ++i)
     if (p.last_step[row_at(i)] < p.step - p.steps && row_at(i) != p.padding_idx) return i;
   const History history = recall(p);
-#pragma omp parallel for schedule(dynamic, chunk) num_threads(p.threads)
+#pragma omp parallel for schedule(dynamic, chunk) num_threads(p.launch)
   for (int64_t i = 0; i < count; ++i) {
     if (i + kPrefetchRows < count) {
       const int64_t ahead = row_at(i + kPrefetchRows) * p.columns;

@@ -78,7 +78,8 @@ static void pack_panels(const T* b, int64_t row, int64_t column, int64_t depth, 
     }
 }
 
-static void pack_right(const LinearProduct& p, Range depth, Range columns, uint32_t* panels) {
+template <typename Arguments>
+static void pack_right(const Arguments& p, Range depth, Range columns, uint32_t* panels) {
   for_type(p.b_dtype, p.b, [&](auto* b) FASTBERT_LAMBDA {
     pack_panels(b + depth.begin * p.b_row + columns.begin * p.b_column, p.b_row, p.b_column, depth.size(),
                 columns.size(), panels);
@@ -236,14 +237,15 @@ int64_t linear_packed(int64_t depth, int64_t columns) {
   return round_up(columns, kColumns) * round_up(depth, kLanes);
 }
 
-void linear_pack(const LinearProduct& p) {
+void linear_pack(const LinearPack& p) {
   const int64_t panels = ceil_div(p.columns, kColumns);
-#pragma omp parallel for num_threads(p.threads) schedule(static)
+#pragma omp parallel for num_threads(p.launch) schedule(static)
   for (int64_t i = 0; i < panels; ++i)
     for (int64_t k = 0; k < p.depth; k += kDepth) {
       const Range depth{k, min(p.depth, k + kDepth)};
-      pack_right(p, depth, {i * kColumns, min(p.columns, (i + 1) * kColumns)},
-                 static_cast<uint32_t*>(p.c) + (k * panels + i * round_up(depth.size(), kLanes)) * kColumns);
+      pack_right(
+          p, depth, {i * kColumns, min(p.columns, (i + 1) * kColumns)},
+          static_cast<uint32_t*>(p.packed) + (k * panels + i * round_up(depth.size(), kLanes)) * kColumns);
     }
 }
 
@@ -252,7 +254,7 @@ void linear_product(const LinearProduct& p) {
   const bool keep = p.c_dtype == DType::bf16 && p.depth > kResident;
   const int64_t words = max(Groups::stride(deep) / kGroup, keep ? wide : 0);  // for a row
   const int64_t chunk = max(1, kShared / words / kRows) * kRows;
-  const int64_t across = p.threads * ceil_div(p.columns, p.threads * kWidth);
+  const int64_t across = p.launch * ceil_div(p.columns, p.launch * kWidth);
   const int64_t column_parts = min(across, ceil_div(p.columns, kLeast));
   const int64_t group_words = Groups::all(min(chunk, p.rows), deep);
   const int64_t sum_words = keep ? min(chunk, p.rows) * wide : 0;
@@ -265,7 +267,7 @@ void linear_product(const LinearProduct& p) {
       const Part part{rows, depth, {groups, rows.size()}, keep ? sums : nullptr};
       const int64_t row_parts = min(ceil_div(across, column_parts), ceil_div(rows.size(), kLeast));
       const int64_t blocks = ceil_div(rows.size(), kLeast), pieces = ceil_div(depth.size(), kDepth);
-#pragma omp parallel num_threads(p.threads)
+#pragma omp parallel num_threads(p.launch)
       {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < blocks * pieces; ++task) {

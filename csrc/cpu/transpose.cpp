@@ -10,7 +10,7 @@ constexpr int64_t kBlock = 64;  // rows and columns: 16 KB read and 16 KB writte
 
 void transpose(const Transpose& p) {
   const int64_t downwards = ceil_div(p.rows, kBlock), across = ceil_div(p.columns, kBlock);
-#pragma omp parallel for num_threads(p.threads) schedule(static)
+#pragma omp parallel for num_threads(p.launch) schedule(static)
   for (int64_t block = 0; block < downwards * across; ++block) {
     const int64_t top = block % downwards * kBlock, left = block / downwards * kBlock;
     const int64_t bottom = min(p.rows, top + kBlock), right = min(p.columns, left + kBlock);

@@ -7,6 +7,7 @@ with the reason.
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 from types import ModuleType
@@ -135,32 +136,41 @@ def requested(name: str | None = None) -> str:
     return name
 
 
-def pick(op: str, name: str, x: Tensor, reference: type) -> Any:
-    """The namespace whose functions run `op` on tensors like `x`.
+def pick(op: str, name: str, x: Tensor) -> str:
+    """The backend that runs `op` on tensors like `x`.
 
     Args:
         op: the op's stem, one of `OPS`.
         name: an explicit choice, or "" for the automatic one.
         x: decides by its device and dtype.
-        reference: the op's own twin, which runs on every device and also takes float64.
+
+    Returns:
+        Its name. "reference" is the op's own twin, which runs on every device and also takes float64.
 
     Raises:
         RuntimeError: an explicit choice cannot run here, or not on this device or dtype.
     """
     if not name and x.is_cpu and x.dtype in native.DTYPES and native.module is not None:
-        return native.cpu  # nearly always: no time for questions
+        return "cpu"  # nearly always: no time for questions
     if name == "reference":
-        return reference
+        return name
     if name:
         _check(name)
     preferred = name or _AUTOMATIC.get(x.device.type, "reference")
     reason = why_not(preferred) or _refusal(preferred, x)
-    if reason is None and preferred == "cpu":
-        return native.cpu
+    if reason is None:
+        return preferred
     if name:
         raise RuntimeError(f"backend {name!r} was asked for and cannot run {op} here: {reason}")
-    fallbacks[op, preferred] = reason or f"{preferred} does not handle {x.device}"
-    return reference
+    if (op, preferred) not in fallbacks:
+        fallbacks[op, preferred] = reason
+        if x.dtype != torch.float64 and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"{op} runs in plain PyTorch on {x.device}, slower than a kernel would: {reason}. This is said once; "
+                'use_backend("reference") asks for it',
+                stacklevel=4,
+            )
+    return "reference"
 
 
 def _refusal(name: str, x: Tensor) -> str | None:

@@ -7,13 +7,11 @@ torch's default generator, once per call, so `torch.manual_seed` reproduces a ru
 import torch
 from torch import Tensor, nn
 
-from fastbert.backends import requested
-from fastbert.ops import philox
 from fastbert.ops.attention import attention_qkv
+from fastbert.ops.dropout import dropout
 from fastbert.ops.gelu import gelu
-from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm, layer_norm_forward
+from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
 from fastbert.ops.linear import FrozenWeight, linear
-from fastbert.ops.register import once_differentiable
 
 
 class LayerNorm(nn.Module):
@@ -138,34 +136,10 @@ class Dropout(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        t = philox.threshold(self.p) if self.training else 0
-        if t == 0:
-            return x
-        return _Dropout.apply(x, t, philox.resolve_seed(None, t, x.device), requested())
+        return dropout(x, self.p) if self.training else x
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
-
-
-class _Dropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, t, seed, backend):
-        ctx.save_for_backward(seed)
-        ctx.options = t, backend
-        return _dropped(x, t, seed, backend)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        (seed,) = ctx.saved_tensors
-        t, backend = ctx.options
-        return _dropped(dy, t, seed, backend), None, None, None
-
-
-def _dropped(x: Tensor, t: int, seed: Tensor, backend: str) -> Tensor:
-    """The LayerNorm op's second result, z = residual + dropout(x), without a residual."""
-    weight = x.new_ones(x.shape[-1])
-    return layer_norm_forward(x, None, weight, weight, 1.0, t, seed, backend)[1]
 
 
 def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

@@ -21,18 +21,17 @@ in the packed batch and `key` the key's place in its own sequence.
 Sources: Vaswani et al., "Attention is all you need" (2017); Dao, "FlashAttention-2" (2023) for what backward saves.
 """
 
-import itertools
 import math
 
 import torch
 from torch import Tensor
 
+from fastbert.backends import attention as kernels
 from fastbert.backends import pick, requested
+from fastbert.backends.attention import NO_LIMIT
 from fastbert.ops import philox
 from fastbert.ops.checks import as_float, as_int, autocast, check_activation, check_tensor, kind, wide, without_autocast
-from fastbert.ops.register import fake, once_differentiable, register
-
-NO_LIMIT = 2**31  # of a window: places of tokens are int32, as cu_seqlens is
+from fastbert.ops.register import differentiated, once_differentiable, register
 
 
 def attention(
@@ -80,8 +79,8 @@ def attention(
                 f"{name} must be like q, {q.dtype} {list(q.shape)} on {q.device}, got {x.dtype} {list(x.shape)} on "
                 f"{x.device}"
             )
-    options = _options(q, max_seqlen, dropout_p, seed, scale, causal, window, backend)
-    return _Attention.apply(cu_seqlens, *options, autocast(q), autocast(k), autocast(v))
+    options = _options(q, max_seqlen, dropout_p, seed, scale, causal, window)
+    return _run(backend, cu_seqlens, options, autocast(q), autocast(k), autocast(v))
 
 
 def attention_qkv(
@@ -108,8 +107,8 @@ def attention_qkv(
         As `attention` does.
     """
     _check_packed("qkv", qkv, cu_seqlens, axes=4)
-    options = _options(qkv, max_seqlen, dropout_p, seed, scale, causal, window, backend)
-    return _Attention.apply(cu_seqlens, *options, autocast(qkv))
+    options = _options(qkv, max_seqlen, dropout_p, seed, scale, causal, window)
+    return _run(backend, cu_seqlens, options, autocast(qkv))
 
 
 def _check_packed(name: str, x: Tensor, cu_seqlens: Tensor, axes: int) -> None:
@@ -135,9 +134,8 @@ def _options(
     scale: float | None,
     causal: bool,
     window: tuple[int, int] | None,
-    backend: str | None,
 ) -> tuple:
-    """As the ops take them, checked."""
+    """Of the op, from `max_seqlen` on, checked."""
     max_seqlen = as_int("max_seqlen", max_seqlen)
     scale = 1.0 / math.sqrt(x.shape[-1]) if scale is None else as_float("scale", scale)
     if not -math.inf < scale < math.inf:
@@ -146,7 +144,16 @@ def _options(
         raise TypeError(f"causal must be True or False, got {kind(causal)} {causal!r}")
     t = philox.threshold(dropout_p)
     seed = philox.resolve_seed(seed, t, x.device)
-    return max_seqlen, scale, t, seed, causal, None if window is None else _limits(window), requested(backend)
+    return max_seqlen, scale, t, seed, causal, None if window is None else _limits(window)
+
+
+def _run(backend: str | None, cu_seqlens: Tensor, options: tuple, *inputs: Tensor) -> Tensor:
+    """Of (q, k, v), or of one (qkv)."""
+    chosen = pick("attention", requested(backend), inputs[0])
+    if differentiated(*inputs):
+        return _Attention.apply(chosen, cu_seqlens, *options, *inputs)
+    q, k, v = inputs[0].unbind(1) if len(inputs) == 1 else inputs
+    return functions[chosen].attention_forward(q, k, v, cu_seqlens, *options)[0]
 
 
 def _limits(window: tuple[int, int]) -> list[int]:
@@ -168,17 +175,11 @@ class reference:  # a namespace, spelled as the backend is
     @staticmethod
     @without_autocast
     def attention_forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        scale: float,
-        t: int,
-        seed: Tensor | None,
-        causal: bool,
-        window: list[int] | None,
-    ) -> tuple[Tensor, Tensor]:
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, t: int,
+        seed: Tensor | None, causal: bool, window: list[int] | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if not torch.compiler.is_compiling():
+            kernels.check_sequences(cu_seqlens, max_seqlen, q.shape[0])
         layout = _Padding(cu_seqlens, max_seqlen, q.shape[0])
         scores = scale * layout.pad(q) @ layout.pad(k).transpose(-1, -2)
         scores = scores.masked_fill(~layout.visible(causal, window), -torch.inf)  # [B, N, S, S]
@@ -191,20 +192,9 @@ class reference:  # a namespace, spelled as the backend is
     @staticmethod
     @without_autocast
     def attention_backward(
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        scale: float,
-        t: int,
-        seed: Tensor | None,
-        causal: bool,
-        window: list[int] | None,
-    ) -> Tensor:
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+        scale: float, t: int, seed: Tensor | None, causal: bool, window: list[int] | None,
+    ) -> Tensor:  # fmt: skip
         dtype, layout = q.dtype, _Padding(cu_seqlens, max_seqlen, q.shape[0])
         dout, out, q, k, v = (layout.pad(x) for x in (dout, out, q, k, v))
         scores = scale * q @ k.transpose(-1, -2)
@@ -265,93 +255,36 @@ class _Padding:
         return torch.where(keep, weights * philox.scale(t), 0.0)
 
 
-def _check_sequences(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> None:
-    """Raises unless the sequences make up the tokens. On a device they are not waited for."""
-    if not 0 <= max_seqlen < NO_LIMIT:
-        raise ValueError(f"max_seqlen must lie in [0, 2**31), as cu_seqlens is int32, got {max_seqlen}")
-    if cu_seqlens.device.type != "cpu":
-        return
-    bounds = cu_seqlens.tolist()
-    lengths = [b - a for a, b in itertools.pairwise(bounds)]
-    if bounds[0] != 0 or bounds[-1] != tokens or any(length < 0 for length in lengths):
-        raise ValueError(
-            f"cu_seqlens must start at 0, never decrease and end at the number of tokens, {tokens}; got {bounds[:3]} "
-            f"... {bounds[-1]}"
-        )
-    if max(lengths, default=0) > max_seqlen:
-        raise ValueError(f"max_seqlen is {max_seqlen}, but the longest sequence has {max(lengths)} tokens")
-
-
-# The sequences are looked at inside the op, so that a compiled graph does it too, at run time.
-@register
-def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float,
-    t: int,
-    seed: Tensor | None,
-    causal: bool,
-    window: list[int] | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    _check_sequences(cu_seqlens, max_seqlen, q.shape[0])
-    chosen = pick("attention", backend, q, reference)
-    return chosen.attention_forward(q, k, v, cu_seqlens, max_seqlen, scale, t, seed, causal, window)
-
-
-@fake("attention_forward")
-def _(q, k, v, cu_seqlens, max_seqlen, scale, t, seed, causal, window, backend):
+def _fake_forward(q, *_):
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-@register
-def attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float,
-    t: int,
-    seed: Tensor | None,
-    causal: bool,
-    window: list[int] | None,
-    backend: str,
-) -> Tensor:
-    chosen = pick("attention", backend, q, reference)
-    options = max_seqlen, scale, t, seed, causal, window
-    return chosen.attention_backward(dout, q, k, v, out, lse, cu_seqlens, *options)
-
-
-@fake("attention_backward")
-def _(dout, q, k, v, out, lse, cu_seqlens, max_seqlen, scale, t, seed, causal, window, backend):
-    return q.new_empty(q.shape[0], 3, *q.shape[1:])
+functions = register(
+    reference,
+    kernels,
+    attention_forward=_fake_forward,
+    attention_backward=lambda dout, q, *_: q.new_empty(q.shape[0], 3, *q.shape[1:]),
+)
 
 
 class _Attention(torch.autograd.Function):
     """Of (q, k, v), or of one (qkv)."""
 
     @staticmethod
-    def forward(ctx, cu_seqlens, max_seqlen, scale, t, seed, causal, window, backend, *inputs):
+    def forward(ctx, chosen, cu_seqlens, max_seqlen, scale, t, seed, causal, window, *inputs):
         q, k, v = inputs[0].unbind(1) if len(inputs) == 1 else inputs
-        out, lse = attention_forward(q, k, v, cu_seqlens, max_seqlen, scale, t, seed, causal, window, backend)
+        forward = functions[chosen].attention_forward
+        out, lse = forward(q, k, v, cu_seqlens, max_seqlen, scale, t, seed, causal, window)
         ctx.save_for_backward(out, lse, cu_seqlens, seed, *inputs)
-        ctx.options = max_seqlen, scale, t, causal, window, backend
+        ctx.options = max_seqlen, scale, t, causal, window, chosen
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         out, lse, cu_seqlens, seed, *inputs = ctx.saved_tensors
-        max_seqlen, scale, t, causal, window, backend = ctx.options
+        max_seqlen, scale, t, causal, window, chosen = ctx.options
         q, k, v = inputs[0].unbind(1) if len(inputs) == 1 else inputs
-        dqkv = attention_backward(
-            dout, q, k, v, out, lse, cu_seqlens, max_seqlen, scale, t, seed, causal, window, backend
-        )
+        backward = functions[chosen].attention_backward
+        dqkv = backward(dout, q, k, v, out, lse, cu_seqlens, max_seqlen, scale, t, seed, causal, window)
         return *(None,) * 8, *((dqkv,) if len(inputs) == 1 else dqkv.unbind(1))

@@ -13,9 +13,10 @@ softmax" (2018).
 import torch
 from torch import Tensor
 
+from fastbert.backends import cross_entropy as kernels
 from fastbert.backends import pick, requested
 from fastbert.ops.checks import as_int, check_activation, check_tensor, wide
-from fastbert.ops.register import fake, once_differentiable, register
+from fastbert.ops.register import differentiated, once_differentiable, register
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -59,7 +60,11 @@ def cross_entropy(
         raise ValueError(f"labels must have shape {list(logits.shape[:1])}, one a row, got {list(labels.shape)}")
     if labels.device != logits.device:
         raise ValueError(f"labels must be on the logits' device {logits.device}, got {labels.device}")
-    losses = _CrossEntropy.apply(logits, labels, ignore_index, requested(backend))
+    chosen = pick("cross_entropy", requested(backend), logits)
+    if differentiated(logits):
+        losses = _CrossEntropy.apply(logits, labels, ignore_index, chosen)
+    else:
+        losses = functions[chosen].cross_entropy_forward(logits, labels, ignore_index)[0]
     if reduction == "none":
         return losses
     total = losses.sum()
@@ -71,6 +76,8 @@ class reference:  # a namespace, spelled as the backend is
 
     @staticmethod
     def cross_entropy_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+        if not torch.compiler.is_compiling():
+            kernels.check_labels(labels, logits.shape[1], ignore_index)
         x, counted = wide(logits), labels != ignore_index
         maximum = x.amax(-1)
         total = (x - maximum.unsqueeze(-1)).exp().sum(-1)
@@ -89,58 +96,31 @@ class reference:  # a namespace, spelled as the backend is
         return torch.where(counted.unsqueeze(-1), dlogits, 0.0).to(logits.dtype).contiguous()
 
 
-def _check_labels(labels: Tensor, columns: int, ignore_index: int) -> None:
-    """Raises unless every label lies in [0, columns) or is ignored. Labels on a device are not waited for."""
-    if labels.device.type != "cpu":
-        return
-    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= columns))
-    if wrong.any():
-        place = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"labels must lie in [0, {columns}), or be ignore_index ({ignore_index}) to be left out; got "
-            f"{int(labels[place])} in row {place}"
-        )
-
-
-# The labels are looked at inside the op, so that a compiled graph does it too, at run time.
-@register
-def cross_entropy_forward(
-    logits: Tensor, labels: Tensor, ignore_index: int, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_labels(labels, logits.shape[1], ignore_index)
-    return pick("cross_entropy", backend, logits, reference).cross_entropy_forward(logits, labels, ignore_index)
-
-
-@fake("cross_entropy_forward")
-def _(logits: Tensor, labels: Tensor, ignore_index: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(logits, *_):
     dtype = torch.promote_types(logits.dtype, torch.float32)
     losses, maximum, total = (logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(3))
     return losses, maximum, total
 
 
-@register
-def cross_entropy_backward(
-    dlosses: Tensor, logits: Tensor, labels: Tensor, maximum: Tensor, total: Tensor, ignore_index: int, backend: str
-) -> Tensor:
-    chosen = pick("cross_entropy", backend, logits, reference)
-    return chosen.cross_entropy_backward(dlosses, logits, labels, maximum, total, ignore_index)
-
-
-@fake("cross_entropy_backward")
-def _(dlosses, logits, labels, maximum, total, ignore_index, backend):
-    return logits.new_empty(logits.shape)
+functions = register(
+    reference,
+    kernels,
+    cross_entropy_forward=_fake_forward,
+    cross_entropy_backward=lambda dlosses, logits, *_: logits.new_empty(logits.shape),
+)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, ignore_index, backend):
-        losses, maximum, total = cross_entropy_forward(logits, labels, ignore_index, backend)
+    def forward(ctx, logits, labels, ignore_index, chosen):
+        losses, maximum, total = functions[chosen].cross_entropy_forward(logits, labels, ignore_index)
         ctx.save_for_backward(logits, labels, maximum, total)
-        ctx.options = ignore_index, backend
+        ctx.options = ignore_index, chosen
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dlosses):
-        logits, labels, maximum, total = ctx.saved_tensors
-        return cross_entropy_backward(dlosses, logits, labels, maximum, total, *ctx.options), None, None, None
+        ignore_index, chosen = ctx.options
+        dlogits = functions[chosen].cross_entropy_backward(dlosses, *ctx.saved_tensors, ignore_index)
+        return dlogits, None, None, None

@@ -13,9 +13,10 @@ import math
 import torch
 from torch import Tensor
 
+from fastbert.backends import gelu as kernels
 from fastbert.backends import pick, requested
 from fastbert.ops.checks import autocast, check_activation, check_vector, wide
-from fastbert.ops.register import fake, once_differentiable, register
+from fastbert.ops.register import differentiated, once_differentiable, register
 
 
 def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none", *, backend: str | None = None) -> Tensor:
@@ -42,7 +43,10 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none", *, ba
     x = autocast(x)
     if bias is not None:
         check_vector("bias", bias, x)
-    return _Gelu.apply(x, bias, approximate, requested(backend))
+    chosen = pick("gelu", requested(backend), x)
+    if differentiated(x, bias):
+        return _Gelu.apply(x, bias, approximate, chosen)
+    return functions[chosen].gelu_forward(x, bias, approximate)
 
 
 class reference:  # a namespace, spelled as the backend is
@@ -74,36 +78,28 @@ def _gate(u: Tensor, approximate: str) -> Tensor:
     return 0.5 * torch.erfc(u * -math.sqrt(0.5))
 
 
-@register
-def gelu_forward(x: Tensor, bias: Tensor | None, approximate: str, backend: str) -> Tensor:
-    return pick("gelu", backend, x, reference).gelu_forward(x, bias, approximate)
-
-
-@fake("gelu_forward")
-def _(x: Tensor, bias: Tensor | None, approximate: str, backend: str) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@register
-def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str, backend: str) -> tuple[Tensor, Tensor]:
-    return pick("gelu", backend, x, reference).gelu_backward(dy, x, bias, approximate)
-
-
-@fake("gelu_backward")
-def _(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str, backend: str) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+functions = register(
+    reference,
+    kernels,
+    gelu_forward=lambda x, *_: x.new_empty(x.shape),
+    gelu_backward=lambda dy, x, bias, *_: (
+        x.new_empty(x.shape),
+        torch.empty_like(x.new_empty(0) if bias is None else bias),
+    ),
+)
 
 
 class _Gelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, approximate, backend):
+    def forward(ctx, x, bias, approximate, chosen):
         ctx.save_for_backward(x, bias)
-        ctx.options = approximate, backend
-        return gelu_forward(x, bias, approximate, backend)
+        ctx.options = approximate, chosen
+        return functions[chosen].gelu_forward(x, bias, approximate)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, bias = ctx.saved_tensors
-        dx, dbias = gelu_backward(dy, x, bias, *ctx.options)
+        approximate, chosen = ctx.options
+        dx, dbias = functions[chosen].gelu_backward(dy, x, bias, approximate)
         return dx, None if bias is None else dbias, None, None

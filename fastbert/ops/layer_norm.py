@@ -19,10 +19,12 @@ import math
 import torch
 from torch import Tensor
 
+from fastbert.backends import layer_norm as kernels
 from fastbert.backends import pick, requested
 from fastbert.ops import philox
 from fastbert.ops.checks import FLOATS, as_float, autocast, check_activation, check_tensor, check_vector, wide
-from fastbert.ops.register import fake, once_differentiable, register
+from fastbert.ops.dropout import dropped
+from fastbert.ops.register import differentiated, once_differentiable, register
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12, *, backend: str | None = None) -> Tensor:
@@ -97,7 +99,10 @@ def dropout_add_layer_norm(
         raise ValueError(f"eps is added to the variance: expected a finite number of at least 0, got {eps}")
     t = philox.threshold(dropout_p)
     seed = philox.resolve_seed(seed, t, x.device)
-    return _LayerNorm.apply(x, residual, weight, bias, eps, t, seed, requested(backend))
+    chosen = pick("layer_norm", requested(backend), x)
+    if differentiated(x, residual, weight, bias):
+        return _LayerNorm.apply(x, residual, weight, bias, eps, t, seed, chosen)
+    return functions[chosen].layer_norm_forward(x, residual, weight, bias, eps, t, seed)[0]
 
 
 class reference:  # a namespace, spelled as the backend is
@@ -109,7 +114,7 @@ class reference:  # a namespace, spelled as the backend is
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         z = wide(x)
         if t > 0:
-            z = _dropout(z, t, seed)
+            z = dropped(z, t, seed)
         if residual is not None:
             z = z + residual
         stored = z.to(x.dtype)
@@ -133,7 +138,7 @@ class reference:  # a namespace, spelled as the backend is
         g = wide(dy) * weight
         # normalize
         dz = rstd * (g - g.mean(-1, keepdim=True) - h * (g * h).mean(-1, keepdim=True))
-        dx = z.new_empty(0) if t == 0 else _dropout(dz, t, seed).to(z.dtype).contiguous()
+        dx = z.new_empty(0) if t == 0 else dropped(dz, t, seed).to(z.dtype).contiguous()
         # affine
         columns = z.shape[-1]
         dweight = (wide(dy) * h).reshape(-1, columns).sum(0).to(weight.dtype)
@@ -141,62 +146,33 @@ class reference:  # a namespace, spelled as the backend is
         return dz.to(z.dtype).contiguous(), dx, dweight, dbias
 
 
-def _dropout(x: Tensor, t: int, seed: Tensor) -> Tensor:
-    """x [..., N] with its dropped elements 0 and the others scaled; the same both ways."""
-    columns = x.shape[-1]
-    row = torch.arange(x.numel() // columns, device=x.device).unsqueeze(-1)  # [M, 1]
-    keep = philox.lanes(columns, row, 0, 0, seed) >= t
-    return torch.where(keep.view(x.shape), x * philox.scale(t), 0.0)
-
-
-@register
-def layer_norm_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    t: int,
-    seed: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    chosen = pick("layer_norm", backend, x, reference)
-    return chosen.layer_norm_forward(x, residual, weight, bias, eps, t, seed)
-
-
-@fake("layer_norm_forward")
-def _(x, residual, weight, bias, eps, t, seed, backend):
+def _fake_forward(x, residual, weight, bias, eps, t, *_):
     z = x.new_empty(0) if residual is None and t == 0 else x.new_empty(x.shape)
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(2))
     return x.new_empty(x.shape), z, mean, rstd
 
 
-@register
-def layer_norm_backward(
-    dy: Tensor, z: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, t: int, seed: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return pick("layer_norm", backend, z, reference).layer_norm_backward(dy, z, weight, mean, rstd, t, seed)
-
-
-@fake("layer_norm_backward")
-def _(dy, z, weight, mean, rstd, t, seed, backend):
+def _fake_backward(dy, z, weight, mean, rstd, t, *_):
     dx = z.new_empty(0) if t == 0 else z.new_empty(z.shape)
     return z.new_empty(z.shape), dx, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
+functions = register(reference, kernels, layer_norm_forward=_fake_forward, layer_norm_backward=_fake_backward)
+
+
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, eps, t, seed, backend):
-        y, z, mean, rstd = layer_norm_forward(x, residual, weight, bias, eps, t, seed, backend)
+    def forward(ctx, x, residual, weight, bias, eps, t, seed, chosen):
+        y, z, mean, rstd = functions[chosen].layer_norm_forward(x, residual, weight, bias, eps, t, seed)
         ctx.has_residual = residual is not None
         ctx.save_for_backward(z if ctx.has_residual or t > 0 else x, weight, mean, rstd, seed)
-        ctx.options = t, backend
+        ctx.options = t, chosen
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         z, weight, mean, rstd, seed = ctx.saved_tensors
-        t, backend = ctx.options
-        dz, dx, dweight, dbias = layer_norm_backward(dy, z, weight, mean, rstd, t, seed, backend)
+        t, chosen = ctx.options
+        dz, dx, dweight, dbias = functions[chosen].layer_norm_backward(dy, z, weight, mean, rstd, t, seed)
         return dx if t > 0 else dz, dz if ctx.has_residual else None, dweight, dbias, None, None, None, None

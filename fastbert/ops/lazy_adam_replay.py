@@ -15,9 +15,9 @@ import math
 import torch
 from torch import Tensor
 
+from fastbert.backends import lazy_adam_replay as kernels
 from fastbert.backends import pick
-from fastbert.backends.native import behind_the_record
-from fastbert.ops.lazy_adam import EPS_UNCORRECTED, NO_BIAS_CORRECTION, check_rows
+from fastbert.ops.lazy_adam import EPS_UNCORRECTED, NO_BIAS_CORRECTION
 
 _END = 1e-20  # the twin's walk ends when momentum has become so small a part
 
@@ -59,8 +59,18 @@ def lazy_adam_replay(
         RuntimeError: an explicit backend that cannot run here.
     """
     _check(param, exp_avg, exp_avg_sq, last_step, rows, lr, decay, step, beta1, beta2, flags)
-    pick("lazy_adam", backend, param, reference).lazy_adam_replay(
+    functions = reference if pick("lazy_adam", backend, param) == "reference" else kernels
+    bad = functions.lazy_adam_replay(
         param, exp_avg, exp_avg_sq, last_step, rows, lr, decay, step, beta1, beta2, eps, flags, padding_idx
+    )
+    if bad < 0:
+        return
+    row = bad if rows is None else int(rows[bad])
+    if not 0 <= row < param.shape[0]:
+        raise ValueError(f"row ids must lie in [0, {param.shape[0]}), got {row} at position {bad}; nothing was changed")
+    raise ValueError(
+        f"last_step must be {step - lr.numel()} or more, as the {lr.numel()} steps up to {step} are recorded; got "
+        f"{int(last_step[row])} for row {row}; nothing was changed"
     )
 
 
@@ -91,9 +101,10 @@ class reference:  # a namespace, spelled as the backend is
     def lazy_adam_replay(
         param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, last_step: Tensor, rows: Tensor | None, lr: Tensor,
         decay: Tensor, step: int, beta1: float, beta2: float, eps: float, flags: int, padding_idx: int,
-    ) -> None:  # fmt: skip
-        if rows is not None:
-            check_rows(rows, param.shape[0])
+    ) -> int:  # fmt: skip
+        """-1, or the position of the first row id (without rows: the row) that cannot be brought."""
+        if rows is not None and (outside := (rows < 0) | (rows >= param.shape[0])).any():
+            return int(outside.nonzero()[0])
         behind = last_step < step
         if rows is not None:
             behind &= torch.zeros_like(behind).index_fill_(0, rows, True)
@@ -101,11 +112,11 @@ class reference:  # a namespace, spelled as the backend is
         ids, standing = ids[ids != padding_idx], ids
         since = last_step[ids].long()
         if ids.numel() and int(since.min()) < step - lr.numel():
-            row = int(ids[since.argmin()])
-            raise ValueError(behind_the_record(row, int(last_step[row]), step, lr.numel()))
+            row = ids[since.argmin()]
+            return int(row) if rows is None else int((rows == row).nonzero()[0])
         last_step[standing] = step
         if ids.numel() == 0:
-            return
+            return -1
         w, m, v = (x.flatten(1)[ids] if x.dim() > 1 else x[ids].unsqueeze(1) for x in (param, exp_avg, exp_avg_sq))
         lr, decay = lr.to(param.device), decay.to(param.device)
         before = step - lr.numel()
@@ -130,6 +141,7 @@ class reference:  # a namespace, spelled as the backend is
         m, v = m * (beta1 ** missed.double()).to(m.dtype), v * (beta2 ** missed.double()).to(v.dtype)
         for table, new in ((param, w), (exp_avg, m), (exp_avg_sq, v)):
             table[ids] = new.view(ids.numel(), *table.shape[1:])
+        return -1
 
 
 def check_betas(beta1: float, beta2: float) -> None:

@@ -31,10 +31,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn import functional as F
 
-from fastbert.backends import Choice, native
+from fastbert.backends import Choice, linear_product, native
 from fastbert.backends import requested as requested_backend
 from fastbert.ops.checks import check_tensor
-from fastbert.ops.register import fake, once_differentiable, register
+from fastbert.ops.register import once_differentiable, opaque
 
 NAMES = ("auto", "torch", "onednn", "widened", "fastbert")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -256,7 +256,6 @@ def settle(milliseconds: dict[str, float], usual: str) -> str:
 # ---- the op --------------------------------------------------------------------------------------------------------
 
 
-@register
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [M, K] @ weight [N, K].T + bias [N] -> [M, N] of one dtype, M, N, K >= 1, of any strides.
 
@@ -265,13 +264,11 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None:
         bias = bias.contiguous()  # oneDNN heeds the strides of the other two only
     if x.stride(0) == 1 and x.dtype == torch.float32 and native.module is not None:
-        x = native.cpu.transposed(x.t())  # torch would, six times as slowly
+        x = linear_product.transposed(x.t())  # torch would, six times as slowly
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-@fake("onednn_linear")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+onednn_linear = opaque(onednn_linear, onednn_linear, lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]))
 
 
 class _Linear(torch.autograd.Function):
@@ -290,29 +287,29 @@ class _Linear(torch.autograd.Function):
         return dx, dweight, dy.sum(0) if ctx.needs_input_grad[2] else None
 
 
-@register
 def fastbert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x [M, K] @ weight [N, K].T + bias [N] -> [M, N] in `dtype`, M, N, K >= 1, of any strides; computed in float32.
 
     All are float32 or bfloat16, each for itself.
     """
-    return native.cpu.linear_product(x, weight, bias, dtype)
+    return linear_product.linear_product(x, weight, bias, dtype)
 
 
-@fake("fastbert_linear")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+fastbert_linear = opaque(
+    fastbert_linear,
+    fastbert_linear,
+    lambda x, weight, bias, dtype: x.new_empty(x.shape[0], weight.shape[0], dtype=dtype),
+)
 
 
-@register
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, columns: int, depth: int) -> Tensor:
-    """`fastbert_linear` in x's dtype with a weight [columns, depth] that `native.cpu.linear_packed` rearranged."""
-    return native.cpu.linear_product(x, packed, bias, x.dtype, (columns, depth))
+    """`fastbert_linear` in x's dtype with a weight [columns, depth] that `linear_product.linear_packed` rearranged."""
+    return linear_product.linear_product(x, packed, bias, x.dtype, (columns, depth))
 
 
-@fake("packed_linear")
-def _(x: Tensor, packed: Tensor, bias: Tensor | None, columns: int, depth: int) -> Tensor:
-    return x.new_empty(x.shape[0], columns)
+packed_linear = opaque(
+    packed_linear, packed_linear, lambda x, packed, bias, columns, depth: x.new_empty(x.shape[0], columns)
+)
 
 
 def _widened(product):
@@ -376,7 +373,7 @@ class FrozenWeight:
         self._ours = chosen(dtype) == "fastbert"
         with torch.no_grad():
             if self._ours:
-                self._packed = native.cpu.linear_packed(weight.to(dtype))
+                self._packed = linear_product.linear_packed(weight.to(dtype))
                 return
             # 512 rows of x are a guess; the layout it leads to serves other numbers as well
             packed = dtype if bfloat16_products else torch.float32

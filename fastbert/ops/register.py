@@ -2,50 +2,77 @@
 
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 _library = torch.library.Library("fastbert", "FRAGMENT")
 
-# Who looks at every op of this thread: modes (their number; 1 where torch does not tell), a tracer, the profiler.
+# Who looks at every op of this thread: modes (their number; 1 where torch does not tell), a tracer, the profiler, and
+# the transforms of torch.func.
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _tracer = getattr(torch._C, "_get_tracing_state", lambda: True)
 _profiled = getattr(torch.autograd, "_profiler_enabled", lambda: True)
-_has_storage = getattr(torch._C, "_has_storage", lambda x: False)  # a batched tensor has none
+_transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_PLAIN = frozenset({Tensor, Parameter})
 
 
-def register(function: Callable) -> Callable:
-    """Decorator: an opaque op `fastbert::<name>` that changes none of its inputs, for every device.
+def register(twins: type, kernels: ModuleType, **fakes: Callable) -> dict[str, type]:
+    """Opaque ops `fastbert::<name>` that change none of their inputs, one for each of `fakes`.
 
     What `torch.library.custom_op` makes, less its look for aliases at every call, which takes longer than the rest of
     a call (12 microseconds of 17); `torch.library.opcheck` looks for them in the tests.
 
-    The function that is returned goes around torch's dispatcher where nobody would notice: once a kernel has pushed the
-    dispatcher's code out of the caches, the way through it takes 0.1 ms, a fifth of a LayerNorm. Whatever looks at ops
-    does see this one: compilers and tracers, modes (fake tensors, counters of operations), subclasses of Tensor,
-    batched tensors (of a Jacobian in one piece) and the profiler. It also resolves lazy negatives.
+    Args:
+        twins: the reference, whose functions' names and signatures are the ops'.
+        kernels: a file of `fastbert.backends` with functions of the same names, which run on the CPU.
+        fakes: by name, what gives empty results of the right shapes and dtypes, for torch.compile. The twins would do,
+            but take 2 to 60 times as long under fake tensors, most where dropout draws its mask, and a compiler asks
+            some ten times for each call in a model. tests/ops/test_fakes.py holds both to be the same.
+
+    Returns:
+        By the name of a backend, the functions that run there.
     """
-    name = function.__name__
-    schema = torch.library.infer_schema(function, mutates_args=())
-    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, function, "CompositeExplicitAutograd")
+    ops = {name: opaque(getattr(twins, name), getattr(kernels, name), fake) for name, fake in fakes.items()}
+    return {"reference": twins, "cpu": type("cpu", (), {name: staticmethod(f) for name, f in ops.items()})}
+
+
+def opaque(twin: Callable, kernel: Callable, fake: Callable) -> Callable:
+    """One op of the twin's name and signature, as a function that goes around torch's dispatcher unnoticed.
+
+    Once a kernel has pushed the dispatcher's code out of the caches, the way through it takes 0.1 ms, a fifth of a
+    LayerNorm. Whatever looks at ops does see this one: compilers and tracers, modes (fake tensors, counters of
+    operations), subclasses of Tensor, the transforms of torch.func and the profiler. It also resolves lazy negatives.
+    """
+    name = twin.__name__
+    _library.define(name + torch.library.infer_schema(twin, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, kernel, "CPU")
+    torch.library.register_fake(f"fastbert::{name}", fake, lib=_library)
     op = getattr(torch.ops.fastbert, name).default
 
-    @functools.wraps(function)
+    @functools.wraps(twin)
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or _modes() or _tracer() is not None or _profiled():
+        if torch.compiler.is_compiling() or _modes() or _tracer() is not None or _profiled() or _transformed():
             return op(*arguments)
         for x in arguments:
-            if not isinstance(x, Tensor):
-                continue
-            if (type(x) is not Tensor and type(x) is not Parameter) or x.is_neg() or not _has_storage(x):
+            if isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_neg()):
                 return op(*arguments)
-        return function(*arguments)
+        return kernel(*arguments)
 
     return call
+
+
+def differentiated(*inputs: Tensor | None) -> bool:
+    """Whether an op of these inputs must be noted for a derivative; if not, its Function is left out."""
+    if torch.is_grad_enabled():
+        for x in inputs:
+            if x is not None and x.requires_grad:
+                return True
+    return _transformed() or forward_ad._current_level >= 0  # the Function refuses forward-mode derivatives
 
 
 class _Refusing(torch.autograd.Function):
@@ -86,13 +113,3 @@ def once_differentiable(backward: Callable) -> Callable:
         return marked[0] if alone else tuple(marked)
 
     return call
-
-
-def fake(name: str) -> Callable:
-    """Decorator: says the shapes and dtypes of the results of `fastbert::<name>`, for torch.compile.
-
-    Written by hand, though the twins would do: they take 2 to 60 times as long under fake tensors, most where dropout
-    draws its mask, and a compiler asks some ten times for each call in a model. tests/test_fakes.py holds both to be
-    the same.
-    """
-    return torch.library.register_fake(f"fastbert::{name}", lib=_library)

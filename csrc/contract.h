@@ -1,0 +1,208 @@
+// What every kernel takes, on every device: one struct per op and direction, of addresses and sizes, nothing
+// of torch. Fields come in the order of the op's contract (fastbert/ops/<stem>.py), then results, sizes,
+// types.
+//
+// One alphabet in every language: B sequences, S their longest, T tokens, H hidden size, N heads, D head
+// size, V vocabulary or rows of a table, R touched rows. Ops that work row by row call T and H rows and
+// columns.
+//
+// What lives on a device comes as an address: a kernel reads seed, learning rate and step count itself, so
+// that nobody waits for the device, and a captured graph takes new ones. An address is null where there is
+// nothing. `launch` says how to run: on the CPU the number of threads, which no result depends on; on a GPU
+// the stream.
+#pragma once
+#include <cstdint>
+
+namespace fastbert {
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+// Column sums over T rows are added up in so many chunks, whatever the number of threads, and the chunks in
+// order: the rows of scratch that the backward kernels of gelu and layer_norm need.
+static inline int64_t reduction_chunks(int64_t rows) {
+  const int64_t chunks = (rows + 31) / 32;
+  return chunks < 64 ? chunks : 64;
+}
+
+// ---- gelu --------------------------------------------------------------------------------------------
+
+struct GeluForward {  // y = gelu(x + bias)
+  const void* x;      // [T, H] dtype
+  const void* bias;   // [H] bias_dtype
+  bool tanh_form;
+  void* y;  // [T, H] dtype
+  int64_t rows, columns;
+  DType dtype, bias_dtype;
+  int64_t launch;
+};
+
+struct GeluBackward {
+  const void* dy;    // [T, H] dtype
+  const void* x;     // [T, H] dtype
+  const void* bias;  // [H] bias_dtype
+  bool tanh_form;
+  void* dx;        // [T, H] dtype
+  void* dbias;     // [H] bias_dtype
+  float* scratch;  // [reduction_chunks(T), H] where there is a bias
+  int64_t rows, columns;
+  DType dtype, bias_dtype;
+  int64_t launch;
+};
+
+// ---- layer_norm and dropout --------------------------------------------------------------------------
+
+// t of the dropout contract: an element is kept where its lane >= t; 0 drops nothing. Then there is no seed.
+
+struct LayerNormForward {  // z = residual + dropout(x); y = (z - mean) * rstd * weight + bias
+  const void* x;           // [T, H] dtype
+  const void* residual;    // [T, H] dtype
+  const void* weight;      // [H] weight_dtype
+  const void* bias;        // [H] weight_dtype
+  float eps;
+  uint32_t t;
+  const int64_t* seed;  // [1]
+  void* y;              // [T, H] dtype
+  void* z;              // [T, H] dtype; null where it is x: neither residual nor dropout
+  float *mean, *rstd;   // [T]
+  int64_t rows, columns;
+  DType dtype, weight_dtype;
+  int64_t launch;
+};
+
+struct LayerNormBackward {
+  const void* dy;            // [T, H] dtype
+  const void* z;             // [T, H] dtype
+  const void* weight;        // [H] weight_dtype
+  const float *mean, *rstd;  // [T]
+  uint32_t t;
+  const int64_t* seed;    // [1]
+  void* dz;               // [T, H] dtype
+  void* dx;               // [T, H] dtype; null where nothing was dropped: it is dz
+  void *dweight, *dbias;  // [H] weight_dtype
+  float* scratch;         // [2, reduction_chunks(T), H]
+  int64_t rows, columns;
+  DType dtype, weight_dtype;
+  int64_t launch;
+};
+
+struct Dropout {  // y = dropout(x); its gradient is the same of dy, so one struct serves both directions
+  const void* x;  // [T, H] dtype
+  uint32_t t;
+  const int64_t* seed;  // [1]
+  void* y;              // [T, H] dtype
+  int64_t rows, columns;
+  DType dtype;
+  int64_t launch;
+};
+
+// ---- cross_entropy -----------------------------------------------------------------------------------
+
+struct CrossEntropyForward {  // loss = log(sum_j exp(x_j)) - x_label
+  const void* logits;         // [T, V] dtype
+  const int64_t* labels;      // [T] in [0, V), or ignore_index: the row does not count
+  int64_t ignore_index;
+  float* losses;           // [T]
+  float *maximum, *total;  // [T]: max_j x_j and sum_j exp(x_j - maximum)
+  int64_t rows, columns;
+  DType dtype;
+  int64_t launch;
+};
+
+struct CrossEntropyBackward {
+  const float* dlosses;          // [T]
+  const void* logits;            // [T, V] dtype
+  const int64_t* labels;         // [T]
+  const float *maximum, *total;  // [T]
+  int64_t ignore_index;
+  void* dlogits;  // [T, V] dtype
+  int64_t rows, columns;
+  DType dtype;
+  int64_t launch;
+};
+
+// ---- attention ---------------------------------------------------------------------------------------
+
+struct Attention {            // what both directions take
+  const void *q, *k, *v;      // [T, N, D] dtype, heads D apart
+  const int32_t* cu_seqlens;  // [B + 1]
+  int64_t max_seqlen;         // S
+  float scale;
+  uint32_t t;
+  const int64_t* seed;                   // [1]
+  int64_t window_left, window_right;     // key j is visible to query i where i - left <= j <= i + right
+  int64_t q_stride, k_stride, v_stride;  // elements between tokens
+  int64_t tokens, sequences, heads, head_size;
+  DType dtype;
+  int64_t launch;
+};
+
+struct AttentionForward : Attention {
+  void* out;   // [T, N, D] dtype
+  float* lse;  // [T, N]: log of the sum of exp(scores), -inf where no key is visible
+};
+
+struct AttentionBackward : Attention {
+  const void *dout, *out;  // [T, N, D] dtype
+  const float* lse;        // [T, N]
+  void* dqkv;              // [T, 3, N, D] dtype
+};
+
+// ---- lazy_adam ---------------------------------------------------------------------------------------
+
+enum LazyAdamFlags : int64_t {    // as in fastbert/ops/lazy_adam.py
+  kLazyAdamGradByRow = 1,         // grad is [V, D], indexed by row
+  kLazyAdamMaximize = 2,          // steps uphill
+  kLazyAdamEpsUncorrected = 4,    // eps stands beside sqrt(v), before bias correction
+  kLazyAdamNoBiasCorrection = 8,  // t is infinite
+  kLazyAdamCoupledDecay = 16,     // weight decay joins the gradient
+  kLazyAdamSkipZero = 32,         // a row whose gradient is all zero is left alone
+};
+constexpr int kLazyAdamDigit = 11;    // bits of a row id sorted at a time, at most
+constexpr int kLazyAdamSorters = 16;  // threads that sort, at most
+
+// Numbers of scratch that a step over so many gradient rows needs.
+static inline int64_t lazy_adam_scratch(int64_t touched) {
+  return 2 * (touched + 1) + (kLazyAdamSorters << kLazyAdamDigit);
+}
+
+struct LazyAdamStep {     // one parameter's; see fastbert/ops/lazy_adam.py for the formula
+  void* param;            // [V, D] dtype
+  void* exp_avg;          // [V, D] float, or bf16 where exp_avg_dtype says so
+  float* exp_avg_sq;      // [V, D], or [V] where row_wise
+  float* max_exp_avg_sq;  // likewise; null: no amsgrad
+  int32_t* row_steps;     // [V]; null: bias correction counts this parameter's steps
+  const int64_t* rows;    // [R], duplicates allowed; null: every row once
+  const void* grad;       // [V, D] grad_dtype where rows is null or kLazyAdamGradByRow, else [R, D]
+  const double* lr;       // [1]
+  const float* step;      // [1]: the number of this step, from 1
+  const int64_t* seed;    // [1]: a bf16 param is rounded stochastically; null: to nearest
+  double beta1, beta2, eps, weight_decay;
+  int64_t flags;
+  int64_t padding_idx;                   // a row to leave alone; -1 for none
+  uint32_t number;                       // tells parameters of one seed apart
+  int32_t* scratch;                      // [lazy_adam_scratch(R)]; null without rows
+  int64_t table_rows, touched, columns;  // V, R < 2^31, D
+  DType dtype, exp_avg_dtype, grad_dtype;
+  bool row_wise;
+};
+
+constexpr int kReplayMoments = 9;  // of the missed steps' weights; the last bounds the error
+
+// Doubles of scratch that a catch-up over so many recorded steps needs.
+static inline int64_t lazy_adam_replay_scratch(int64_t steps) { return (steps + 1) * (kReplayMoments + 5); }
+
+struct LazyAdamReplay {                 // see fastbert/ops/lazy_adam_replay.py for the formula
+  float *param, *exp_avg, *exp_avg_sq;  // [V, D]
+  int32_t* last_step;                   // [V]: the step to which each row has been brought
+  const int64_t* rows;                  // [R], duplicates allowed; null: every row
+  const double *lr, *decay;  // [steps]: learning rate and weight decay of the steps that may have been missed
+  int64_t step;              // the recorded steps end with this number, to which rows are brought
+  double beta1, beta2, eps;
+  int64_t flags;                              // kLazyAdamEpsUncorrected, kLazyAdamNoBiasCorrection
+  int64_t padding_idx;                        // a row to leave alone; -1 for none
+  double* scratch;                            // [lazy_adam_replay_scratch(steps)]
+  int64_t table_rows, named, columns, steps;  // V, R, D
+  int64_t launch;
+};
+
+}  // namespace fastbert

@@ -1,0 +1,38 @@
+"""gelu by the C++ modules; the contract is in `fastbert.ops.gelu`."""
+
+import torch
+from torch import Tensor
+
+from fastbert.backends.native import DTYPES, address, contiguous, launcher, rows_of
+
+
+def gelu_forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    x, bias = x.contiguous(), contiguous(bias)
+    y = torch.empty_like(x)
+    columns, elements = x.shape[-1], x.numel()
+    module, launch = launcher(elements)
+    module.gelu_forward(
+        x.data_ptr(), address(bias), approximate == "tanh",
+        y.data_ptr(), rows_of(x, columns), columns, DTYPES[x.dtype],
+        DTYPES[(x if bias is None else bias).dtype], launch,
+    )  # fmt: skip
+    return y
+
+
+def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor]:
+    dy, x, bias = dy.contiguous(), x.contiguous(), contiguous(bias)
+    columns = x.shape[-1]
+    rows = rows_of(x, columns)
+    module, launch = launcher(x.numel())
+    dx = torch.empty_like(x)
+    if bias is None:
+        dbias, scratch = x.new_empty(0), None
+    else:
+        dbias = torch.empty_like(bias)
+        scratch = x.new_empty(module.reduction_chunks(rows), columns, dtype=torch.float32)
+    module.gelu_backward(
+        dy.data_ptr(), x.data_ptr(), address(bias), approximate == "tanh",
+        dx.data_ptr(), 0 if bias is None else dbias.data_ptr(), address(scratch), rows, columns, DTYPES[x.dtype],
+        DTYPES[(x if bias is None else bias).dtype], launch,
+    )  # fmt: skip
+    return dx, dbias

@@ -1,0 +1,45 @@
+"""layer_norm by the C++ modules; the contract is in `fastbert.ops.layer_norm`."""
+
+import torch
+from torch import Tensor
+
+from fastbert.backends.native import DTYPES, address, contiguous, launcher, rows_of
+
+
+def layer_norm_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, t: int, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, residual, weight, bias = x.contiguous(), contiguous(residual), weight.contiguous(), bias.contiguous()
+    shape = x.shape
+    columns, elements, dtype = shape[-1], x.numel(), x.dtype
+    is_changed = residual is not None or t > 0
+    y = torch.empty_like(x)
+    z = torch.empty_like(x) if is_changed else x.new_empty(0)
+    mean = x.new_empty(shape[:-1], dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    module, launch = launcher(elements)
+    module.layer_norm_forward(
+        x.data_ptr(), address(residual), weight.data_ptr(), bias.data_ptr(), eps, t, address(seed),
+        y.data_ptr(), z.data_ptr() if is_changed else 0, mean.data_ptr(), rstd.data_ptr(), rows_of(x, columns), columns,
+        DTYPES[dtype], DTYPES[weight.dtype], launch,
+    )  # fmt: skip
+    return y, z, mean, rstd
+
+
+def layer_norm_backward(
+    dy: Tensor, z: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, t: int, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy, z, weight = dy.contiguous(), z.contiguous(), weight.contiguous()
+    columns = z.shape[-1]
+    rows = rows_of(z, columns)
+    module, launch = launcher(z.numel())
+    dz = torch.empty_like(z)
+    dx = torch.empty_like(z) if t > 0 else z.new_empty(0)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
+    scratch = z.new_empty(2, module.reduction_chunks(rows), columns, dtype=torch.float32)
+    module.layer_norm_backward(
+        dy.data_ptr(), z.data_ptr(), weight.data_ptr(), mean.data_ptr(), rstd.data_ptr(), t, address(seed),
+        dz.data_ptr(), dx.data_ptr() if t > 0 else 0, dweight.data_ptr(), dbias.data_ptr(), scratch.data_ptr(), rows,
+        columns, DTYPES[z.dtype], DTYPES[weight.dtype], launch,
+    )  # fmt: skip
+    return dz, dx, dweight, dbias
