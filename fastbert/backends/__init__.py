@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor

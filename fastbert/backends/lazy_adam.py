@@ -22,7 +22,7 @@ def lazy_adam_steps(steps: Sequence[tuple]) -> None:
             if touched >= 2**31:
                 raise ValueError(f"a step takes fewer than 2**31 gradient rows, got {touched}: split the batch")
             scratch = param.new_empty(module.lazy_adam_scratch(touched), dtype=torch.int32)
-        lr, step = torch.as_tensor(lr, dtype=torch.float64), step.float()
+        lr, step = torch.as_tensor(lr, dtype=torch.float64, device="cpu"), step.float()
         elements = param.numel()
         arguments.append((
             param.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(), address(max_exp_avg_sq), address(row_steps),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastbert.backends import native
+from fastbert.backends import linear_product, native
 from fastbert.testing import assert_close
 
 pytestmark = pytest.mark.skipif(native.module is None, reason=str(native.cpu_missing))
@@ -34,14 +34,14 @@ def operands(m: int, k: int, n: int, order: str = "rows") -> tuple[Tensor, Tenso
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
-    y = native.cpu.linear_product(x, weight, bias, dtype)
+    y = linear_product.linear_product(x, weight, bias, dtype)
     widened, truth = (
         F.linear(*(None if t is None else t.to(kind) for t in (x, weight, bias)))
         for kind in (torch.float32, torch.float64)
     )
     assert y.dtype == dtype and y.is_contiguous()
     if dtype == torch.bfloat16:
-        unrounded = native.cpu.linear_product(x, weight, bias, torch.float32)
+        unrounded = linear_product.linear_product(x, weight, bias, torch.float32)
         assert torch.equal(y, unrounded.bfloat16()), "not rounded once"
     assert_close(y, widened.to(dtype), truth, scale=x.shape[1] ** 0.5)
     return y
@@ -79,7 +79,7 @@ def test_the_number_of_threads_changes_no_bit(backend, shape):
         results = []
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            results.append(native.cpu.linear_product(*inputs, torch.float32))
+            results.append(linear_product.linear_product(*inputs, torch.float32))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results)
@@ -92,9 +92,9 @@ def test_packed_weights_give_the_same_bits(backend, nan_filled, order, weight_dt
     for shape in SMALL + LARGE[:3]:
         x, weight, bias = operands(*shape, order)
         weight = weight.to(weight_dtype)
-        packed = native.cpu.linear_packed(weight)
-        ours = native.cpu.linear_product(x, packed, bias, torch.float32, tuple(weight.shape))
-        assert torch.equal(ours, native.cpu.linear_product(x, weight, bias, torch.float32))
+        packed = linear_product.linear_packed(weight)
+        ours = linear_product.linear_product(x, packed, bias, torch.float32, tuple(weight.shape))
+        assert torch.equal(ours, linear_product.linear_product(x, weight, bias, torch.float32))
 
 
 @on_every_isa
@@ -102,7 +102,7 @@ def test_what_is_not_finite_stays_in_its_row(backend):
     """Row 7 too, which is read together with rows 0 to 5."""
     x, weight, bias = operands(20, 50, 40)
     x[3, 7], x[5, 0], x[7, 49] = torch.nan, torch.inf, -torch.inf
-    y = native.cpu.linear_product(x, weight, bias, torch.float32)
+    y = linear_product.linear_product(x, weight, bias, torch.float32)
     rows = torch.arange(20)[:, None].expand(20, 40)
     assert torch.equal(~y.isfinite(), (rows == 3) | (rows == 5) | (rows == 7))
     assert y[3].isnan().all() and torch.equal(y[5], weight[:, 0].sign() * torch.inf)
@@ -119,7 +119,7 @@ def test_memory_goes_with_its_thread():
     inputs, sizes = operands(240, 768, 768), []
     for _ in range(3):
         for _ in range(10):
-            thread = threading.Thread(target=native.cpu.linear_product, args=(*inputs, torch.float32))
+            thread = threading.Thread(target=linear_product.linear_product, args=(*inputs, torch.float32))
             thread.start()
             thread.join()
         sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbert
-from fastbert.ops.register import register
+from fastbert.ops.register import opaque
 
 FORWARD, BACKWARD = "fastbert::layer_norm_forward", "fastbert::layer_norm_backward"
 
@@ -92,15 +92,17 @@ def test_batched_gradients_and_lazy_negatives_are_seen():
     assert minus_one.is_neg() and fastbert.gelu(minus_one) < 0
 
 
-@register
 def probe(x: Tensor) -> Tensor:
     return x * 2
+
+
+called = opaque(probe, probe, lambda x: x.new_empty(x.shape))
 
 
 @pytest.mark.parametrize("looking", [contextlib.nullcontext, Noting])
 def test_the_dispatcher_is_used_where_somebody_looks(looking):
     """Below the dispatcher autograd records nothing; without it the product is seen."""
     with looking():
-        y = probe(torch.ones(2, requires_grad=True))
+        y = called(torch.ones(2, requires_grad=True))
     name = type(y.grad_fn).__name__
     assert (name == "MulBackward0") == (looking is contextlib.nullcontext), name
