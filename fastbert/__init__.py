@@ -1,7 +1,9 @@
-"""LazyAdam, kernels for CPU, and a thin BERT: training BERT-like models without the wasted work."""
+"""LazyAdam, kernels for CPU, and a thin BERT and ALBERT: training BERT-like models without the wasted work."""
 
 from fastbert.allocator import keep_memory
 from fastbert.backends import backends, use_backend
+from fastbert.models.albert import AlbertConfig, AlbertForPreTraining, AlbertModel
+from fastbert.models.auto import AutoModel
 from fastbert.models.bert import BertConfig, BertForPreTraining, BertModel
 from fastbert.models.layers import freeze
 from fastbert.ops.attention import attention, attention_qkv
@@ -14,6 +16,10 @@ from fastbert.optim.lazy_adam import LazyAdam
 from fastbert.version import __version__
 
 __all__ = [
+    "AlbertConfig",
+    "AlbertForPreTraining",
+    "AlbertModel",
+    "AutoModel",
     "BertConfig",
     "BertForPreTraining",
     "BertModel",

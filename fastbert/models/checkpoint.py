@@ -1,4 +1,4 @@
-"""Hugging Face folders: a BERT's configuration, weights and tokenizer, read and written.
+"""Hugging Face folders: a model's configuration, weights and tokenizer, read and written.
 
 The decoder is tied to the word embedding and is stored once, as that.
 """
@@ -14,31 +14,46 @@ from torch import Tensor, nn
 
 from fastbert import extras, files
 from fastbert.models import parameter_names, tokenizer_files
+from fastbert.models.parameter_names import Names
 
-_DECODER, _DECODER_BIAS = "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"
-_EMBEDDING, _BIAS = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"
-# What a checkpoint may lack, because the model it was saved from had no such part.
-_OPTIONAL = ("pooler.", "bert.pooler.", "cls.")
-# What this BERT does not do, by configuration field: the one value it can take.
+# What no model here does, by configuration field: the one value it can take.
 _SUPPORTED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# Before the encoder's names in a folder whose configuration does not name its kind; another model's would be "roberta".
-_BERTS_OWN = ("", "bert", "module", "model", "_orig_mod")
+# Before the encoder's names in a folder whose configuration does not name its kind, beside the model's own name;
+# another model's would be "roberta".
+_WRAPPERS = ("", "module", "model", "_orig_mod")
 
 
-def load(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Reads a Hugging Face BERT folder.
+def load(folder: str | os.PathLike, names: Names) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads a Hugging Face folder of one architecture.
 
     Args:
         folder: holds config.json and model.safetensors, or pytorch_model.bin where there is no safetensors file.
+        names: the architecture's.
 
     Returns:
         config.json's fields, and the tensors by the names in the file.
 
     Raises:
         FileNotFoundError: no such folder, or a file is missing from it.
-        ValueError: not a BERT, one with features this package does not have, or a file that is damaged.
+        ValueError: another architecture, one with features this package does not have, or a file that is damaged.
     """
+    path = Path(folder) / "config.json"
+    fields = read_config(folder)
+    _check_fields(fields, path, names)
+    tensors = _read_tensors(Path(folder))
+    if fields.get("model_type") is None:
+        prefix = parameter_names.encoder_prefix(list(tensors), folder, names)
+        if prefix.rstrip(".").rpartition(".")[2] not in (names.model_type, *_WRAPPERS):
+            raise ValueError(
+                f'{path} names no "model_type" and the weights stand under {prefix!r}: where this is {names.article}, '
+                f'add "model_type": "{names.model_type}"'
+            )
+    return fields, tensors
+
+
+def read_config(folder: str | os.PathLike) -> dict[str, Any]:
+    """The fields of a folder's config.json, of whatever architecture; raises as `load` does."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -56,40 +71,33 @@ def load(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): fetch or export the folder anew") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{path} must hold an object with a BERT's sizes, got {type(fields).__name__}")
-    _check_fields(fields, path)
-    tensors = _read_tensors(folder)
-    if fields.get("model_type") is None:
-        prefix = parameter_names.encoder_prefix(list(tensors), folder)
-        if prefix.rstrip(".").rpartition(".")[2] not in _BERTS_OWN:
-            raise ValueError(
-                f'{path} names no "model_type" and the weights stand under {prefix!r}: where this is a BERT, add '
-                '"model_type": "bert"'
-            )
-    return fields, tensors
+        raise ValueError(f"{path} must hold an object with a model's sizes, got {type(fields).__name__}")
+    return fields
 
 
-def _check_fields(fields: dict[str, Any], path: Path) -> None:
-    """Raises ValueError unless the configuration is of a BERT that can be loaded; old ones do not name their kind."""
-    kind, classes = fields.get("model_type"), fields.get("architectures") or []
+def _check_fields(fields: dict[str, Any], path: Path, names: Names) -> None:
+    """Raises ValueError unless the configuration is of a model that can be loaded; old ones do not name their kind."""
+    kind, classes, model = fields.get("model_type"), fields.get("architectures") or [], names.model_type.upper()
     sized = {"vocab_size", "hidden_size", "num_hidden_layers"} <= fields.keys()
-    if kind != "bert" and (kind is not None or not sized or not all(str(x).startswith("Bert") for x in classes)):
+    titled = all(str(name).startswith(names.title) for name in classes)
+    if kind != names.model_type and (kind is not None or not sized or not titled):
         raise ValueError(
-            f'{path} must say "model_type": "bert", got {kind or classes or None!r}: this folder holds another kind of '
-            "model"
+            f'{path} must say "model_type": "{names.model_type}", got {kind or classes or None!r}: this folder holds '
+            "another kind of model; fastbert.AutoModel loads those that there are"
         )
     for name, supported in _SUPPORTED.items():
         if fields.get(name, supported) != supported:
-            raise ValueError(f"{path} says {name} = {fields[name]!r}; this BERT has {name} = {supported!r} only")
+            raise ValueError(f"{path} says {name} = {fields[name]!r}; this {model} has {name} = {supported!r} only")
     if fields.get("pruned_heads"):
         raise ValueError(
-            f"{path} says pruned_heads = {fields['pruned_heads']}: layers lost some of their heads; this BERT has "
+            f"{path} says pruned_heads = {fields['pruned_heads']}: layers lost some of their heads; this {model} has "
             "num_attention_heads in every layer"
         )
     if fields.get("quantization_config"):
         raise ValueError(
             f"{path} says quantization_config = {fields['quantization_config']}: the weights are quantised, and this "
-            "BERT reads floating point only; save them with transformers' model.dequantize().save_pretrained(folder)"
+            f"{model} reads floating point only; save them with transformers' "
+            "model.dequantize().save_pretrained(folder)"
         )
 
 
@@ -136,10 +144,10 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], source: str | os.PathLi
     """Copies tensors under Hugging Face's names into the model, which is not touched unless all of them fit.
 
     A pooler or a pretraining head that the checkpoint lacks keeps its fresh weights, and a warning names them; so does
-    one for tensors that the model has no place for. `BertModel` leaves the pretraining heads out without a word.
+    one for tensors that the model has no place for. An encoder leaves the pretraining heads out without a word.
 
     Args:
-        model: a `BertModel` or `BertForPreTraining`.
+        model: an encoder, or one with pretraining heads.
         tensors: by name; dtypes are converted to the model's.
         source: where they come from, for messages.
 
@@ -147,24 +155,30 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], source: str | os.PathLi
         ValueError: an encoder weight is missing, a shape differs, a weight is quantised or not finite, there is a scale
             or an adapter beside a weight, or the decoder is not tied to the word embedding.
     """
+    names = model.names
     state = model.state_dict()
-    expected = parameter_names.to_hugging_face(state)
-    with_heads = _EMBEDDING in state
-    wanted = {name if with_heads else f"bert.{name}" for name in expected}
-    given = parameter_names.normalize(tensors, source)
+    expected = parameter_names.to_hugging_face(state, names)
+    with_heads = names.embedding in state
+    wanted = {name if with_heads else names.base + name for name in expected}
+    given = parameter_names.normalize(tensors, source, names)
     if not with_heads:  # the heads are nobody's here, but the decoder may be all there is of the word embedding
-        kept = () if _EMBEDDING in given else (_DECODER,)
-        given = {name: x for name, x in given.items() if name in kept or not name.startswith("cls.")}
-    _check_tensors(given, wanted | {_DECODER, _DECODER_BIAS}, source)
-    _tie(given, _EMBEDDING, _DECODER, source)
-    _tie(given, _BIAS, _DECODER_BIAS, source)
+        kept = () if names.embedding in given else (names.decoder,)
+        given = {name: x for name, x in given.items() if name in kept or not name.startswith(names.heads)}
+    _check_tensors(given, wanted | {names.decoder, names.decoder_bias}, source)
+    _tie(given, names.embedding, names.decoder, source)
+    _tie(given, names.bias, names.decoder_bias, source)
     if not with_heads:
-        given = {name.removeprefix("bert."): x for name, x in given.items()}
+        given = {name.removeprefix(names.base): x for name, x in given.items()}
     missing = [name for name in expected if name not in given]
     unexpected = [name for name in given if name not in expected]
-    absent = [name for name in missing if not name.startswith(_OPTIONAL)]
+    # What a checkpoint may lack, because the model it was saved from had no such part.
+    optional = ("pooler.", f"{names.base}pooler.", *names.heads)
+    absent = [name for name in missing if not name.startswith(optional)]
     if absent:
-        raise ValueError(f"{source} lacks {_list(absent)}: it does not hold the encoder that its config.json describes")
+        raise ValueError(
+            f"{source} lacks {_list(absent)}: it does not hold the encoder that its config.json describes; fetch or "
+            "export both anew"
+        )
     for name, tensor in given.items():
         if name in expected and tensor.shape != expected[name].shape:
             raise ValueError(
@@ -176,7 +190,7 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], source: str | os.PathLi
     if unexpected:
         warnings.warn(f"{source} has {_list(unexpected)}, which {type(model).__name__} has no use for", stacklevel=3)
     named = {name: given.get(name, expected[name]).to(expected[name].dtype) for name in expected}
-    model.load_state_dict(parameter_names.from_hugging_face(named))
+    model.load_state_dict(parameter_names.from_hugging_face(named, state, names))
 
 
 def _check_tensors(given: dict[str, Tensor], wanted: set[str], source: str | os.PathLike) -> None:
@@ -185,7 +199,7 @@ def _check_tensors(given: dict[str, Tensor], wanted: set[str], source: str | os.
         tensor = given[name]
         if tensor.dtype not in _DTYPES:
             raise ValueError(
-                f"{source}: {name} is {tensor.dtype}, a quantised weight, and this BERT reads floating point only; "
+                f"{source}: {name} is {tensor.dtype}, a quantised weight, and floating point alone is read; "
                 "save the model with transformers' model.dequantize().save_pretrained(folder)"
             )
         if not tensor.float().isfinite().all():
@@ -197,7 +211,7 @@ def _check_tensors(given: dict[str, Tensor], wanted: set[str], source: str | os.
     for name in (x for x in given if x not in wanted):
         if _parents(name) & modules:
             raise ValueError(
-                f"{source} has {name} beside a weight that this BERT has: the weight alone (quantised, or with an "
+                f"{source} has {name} beside a weight that the model has: the weight alone (quantised, or with an "
                 "adapter to be added) is not the model's; merge or dequantise it and save it anew"
             )
 
@@ -215,8 +229,8 @@ def _tie(named: dict[str, Tensor], kept: str, twin: str, source: str | os.PathLi
     tensor = named.setdefault(kept, other)
     coarser = min(tensor.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
     if not torch.equal(tensor.to(coarser), other.to(coarser)):
-        what = "the word embedding" if kept == _EMBEDDING else kept
-        raise ValueError(f"{source}: {twin} differs from {what}; this BERT ties the two")
+        what = "the word embedding" if kept.endswith("word_embeddings.weight") else kept
+        raise ValueError(f"{source}: {twin} differs from {what}; this model ties the two")
 
 
 def _list(names: list[str]) -> str:
@@ -230,7 +244,7 @@ def save(model: nn.Module, folder: str | os.PathLike, fields: dict[str, Any], to
     while writing leaves an earlier export as it was.
 
     Args:
-        model: a `BertModel` or `BertForPreTraining`; stored in the dtype it has.
+        model: an encoder, or one with pretraining heads; stored in the dtype it has.
         folder: made where it does not exist.
         fields: the configuration.
         tokenizer: a `tokenizers.Tokenizer`, a folder to copy tokenizer files from, or None for none.
@@ -243,10 +257,10 @@ def save(model: nn.Module, folder: str | os.PathLike, fields: dict[str, Any], to
     """
     folder = Path(folder)
     safetensors = _safetensors()
-    named = parameter_names.to_hugging_face(model.state_dict())
+    named = parameter_names.to_hugging_face(model.state_dict(), model.names)
     tensors = {name: x.detach().cpu().contiguous() for name, x in named.items()}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    config = {"architectures": [type(model).__name__], "model_type": "bert", "dtype": dtype} | fields
+    config = {"architectures": [type(model).__name__], "model_type": model.names.model_type, "dtype": dtype} | fields
     config |= _SUPPORTED | {"tie_word_embeddings": True}
     contents = {
         "config.json": (files.json_text(dict(sorted(config.items())), 2) + "\n").encode(),

@@ -119,18 +119,19 @@ def check_targets(
     input_ids: Tensor,
     cu_seqlens: Tensor | None,
     labels: Tensor | None,
-    next_sentence_label: Tensor | None,
+    sentence_labels: dict[str, Tensor | None],
     masked_positions: Tensor | None,
 ) -> None:
-    """Checks what the pretraining heads are to predict, and where, ahead of the encoder."""
+    """Checks what the pretraining heads are to predict, and where, ahead of the encoder; sentence labels by name."""
     if masked_positions is not None:
         _check_positions(masked_positions, input_ids.numel())
     if labels is not None:
         shape = input_ids.shape if masked_positions is None else masked_positions.shape
         _check_labels("labels", labels, shape, config.vocab_size)
-    if next_sentence_label is not None:
-        sequences = input_ids.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        _check_labels("next_sentence_label", next_sentence_label, torch.Size([sequences]), 2)
+    for name, label in sentence_labels.items():
+        if label is not None:
+            sequences = input_ids.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            _check_labels(name, label, torch.Size([sequences]), 2)
 
 
 def _check_tensors(named: dict[str, Any]) -> None:

@@ -1,75 +1,145 @@
-"""Parameter names of Hugging Face's BERTs <-> ours.
+"""Parameter names of Hugging Face's models <-> ours, a table for each.
 
-Our names are Hugging Face's but for one thing: query, key and value are one matrix, `attention.self.qkv`. Files of old
-say gamma and beta for a LayerNorm's weight and bias, leave out the prefix `bert.` where only the encoder was saved, and
-carry `position_ids`; wrappers (DataParallel, torch.compile, Lightning) put a prefix of their own before all names.
+Ours are those of Hugging Face's BERT but for one thing: query, key and value are one matrix, `attention.self.qkv`.
+Another model's names differ in what its table lists. Files of old say gamma and beta for a LayerNorm's weight and bias,
+leave out the prefix (`bert.`) where only the encoder was saved, and carry `position_ids`; wrappers (DataParallel,
+torch.compile, Lightning) put a prefix of their own before all names.
 """
 
 import os
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_QKV, _PARTS = ".attention.self.qkv.", (".attention.self.query.", ".attention.self.key.", ".attention.self.value.")
-_ANCHOR = "embeddings.position_embeddings.weight"  # every BERT has it once; the word embedding may be the decoder
+_QKV, _PARTS = ".qkv.", (".query.", ".key.", ".value.")
+_ANCHOR = "embeddings.position_embeddings.weight"  # every encoder has it once; the word embedding may be the decoder
 _BUFFERS = ("position_ids", "token_type_ids")
+_NORMS = ("LayerNorm.", "layer_norm.")
 
 
-def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
+class Names(NamedTuple):
+    """What one architecture is called in Hugging Face's folders.
+
+    Attributes:
+        model_type: in config.json; the encoder's names begin with it in a model that has heads.
+        title: what its classes' names begin with.
+        article: in a sentence.
+        predictions: what the masked word head's names begin with.
+        heads: what the pretraining heads' names begin with.
+        renamed: parts of names, ours and theirs, in this order.
+    """
+
+    model_type: str
+    title: str
+    article: str
+    predictions: str
+    heads: tuple[str, ...]
+    renamed: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def base(self) -> str:
+        """What the encoder's names begin with in a model that has heads."""
+        return f"{self.model_type}."
+
+    @property
+    def embedding(self) -> str:
+        """The word embedding, to which `decoder` is tied."""
+        return f"{self.base}embeddings.word_embeddings.weight"
+
+    @property
+    def bias(self) -> str:
+        """The masked word head's bias, to which `decoder_bias` is tied."""
+        return f"{self.predictions}bias"
+
+    @property
+    def decoder(self) -> str:
+        return f"{self.predictions}decoder.weight"
+
+    @property
+    def decoder_bias(self) -> str:
+        return f"{self.predictions}decoder.bias"
+
+
+BERT = Names("bert", "Bert", "a BERT", "cls.predictions.", ("cls.",))
+ALBERT = Names(
+    "albert",
+    "Albert",
+    "an ALBERT",
+    "predictions.",
+    ("predictions.", "sop_classifier."),
+    renamed=(
+        (".attention.self.", ".attention."),
+        (".attention.output.", ".attention."),
+        (".intermediate.dense.", ".ffn."),
+        (".output.dense.", ".ffn_output."),
+        (".output.LayerNorm.", ".full_layer_layer_norm."),
+        ("predictions.transform.", "predictions."),
+    ),
+)
+
+
+def to_hugging_face(state: dict[str, Tensor], names: Names) -> dict[str, Tensor]:
     """Our state dict under Hugging Face's names: each `qkv` becomes the three views query, key and value."""
     named = {}
     for name, tensor in state.items():
-        if _QKV in name:
-            named |= {name.replace(_QKV, part): x for part, x in zip(_PARTS, tensor.chunk(3), strict=True)}
-        else:
-            named[name] = tensor
+        theirs = _theirs(name, names)
+        named |= zip(theirs, tensor.chunk(len(theirs)), strict=True)
     return named
 
 
-def from_hugging_face(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `to_hugging_face`; every layer must have query, key and value."""
-    state = {}
-    for name, tensor in named.items():
-        if _PARTS[0] in name:
-            state[name.replace(_PARTS[0], _QKV)] = torch.cat([named[name.replace(_PARTS[0], x)] for x in _PARTS])
-        elif not any(part in name for part in _PARTS):
-            state[name] = tensor
-    return state
+def from_hugging_face(named: dict[str, Tensor], ours: Iterable[str], names: Names) -> dict[str, Tensor]:
+    """The inverse of `to_hugging_face`: the tensors of our names, all of which must be there under theirs."""
+    parts = {name: [named[theirs] for theirs in _theirs(name, names)] for name in ours}
+    return {name: torch.cat(tensors) if len(tensors) > 1 else tensors[0] for name, tensors in parts.items()}
 
 
-def encoder_prefix(names: list[str], source: str | os.PathLike) -> str:
+def _theirs(name: str, names: Names) -> list[str]:
+    """What our parameter is called there: one name, or three."""
+    for ours, theirs in names.renamed:
+        name = name.replace(ours, theirs)
+    return [name.replace(_QKV, part) for part in _PARTS] if _QKV in name else [name]
+
+
+def encoder_prefix(given: list[str], source: str | os.PathLike, names: Names) -> str:
     """What stands before the encoder's names: "", "bert.", "module.bert." and so on.
 
     Raises:
         ValueError: there are several encoders.
     """
-    found = [name.removesuffix(_ANCHOR) for name in names if ("." + name).endswith("." + _ANCHOR)]
+    found = [name.removesuffix(_ANCHOR) for name in given if ("." + name).endswith("." + _ANCHOR)]
     if len(found) > 1:
         raise ValueError(
             f"{source} holds {len(found)} encoders, under {', '.join(map(repr, found))}: save the one that is wanted"
         )
-    return found[0] if found else "bert." if any(name.startswith("bert.") for name in names) else ""
+    return found[0] if found else names.base if any(name.startswith(names.base) for name in given) else ""
 
 
-def normalize(tensors: dict[str, Tensor], source: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors under today's names: the encoder's begin with `bert.`, the pretraining heads' with `cls.`.
+def normalize(tensors: dict[str, Tensor], source: str | os.PathLike, names: Names) -> dict[str, Tensor]:
+    """The tensors under today's names: the encoder's begin with its base (`bert.`), the pretraining heads' with theirs.
 
     Raises:
         ValueError: several encoders, or two tensors for one parameter.
     """
-    prefix = encoder_prefix(list(tensors), source)
-    wrapper = prefix.removesuffix("bert.") if ("." + prefix).endswith(".bert.") else prefix
+    prefix = encoder_prefix(list(tensors), source, names)
+    wrapper = prefix.removesuffix(names.base) if ("." + prefix).endswith("." + names.base) else prefix
     named: dict[str, Tensor] = {}
     for given, tensor in tensors.items():
-        name = given
-        if name.endswith(("LayerNorm.gamma", "LayerNorm.beta")):
-            name = name.removesuffix("gamma").removesuffix("beta") + ("weight" if name.endswith("gamma") else "bias")
+        name = _today(given)
         if name.startswith(wrapper):
             name = name.removeprefix(wrapper)
-            if wrapper == prefix and not name.startswith("cls."):
-                name = "bert." + name
+            if wrapper == prefix and not name.startswith(names.heads):
+                name = names.base + name
         if name in named:
             raise ValueError(f"{source} holds two tensors for {name}, one of them as {given}: keep the right one")
         if not name.endswith(_BUFFERS):
             named[name] = tensor
     return named
+
+
+def _today(name: str) -> str:
+    module, _, parameter = name.rpartition(".")
+    if parameter in ("gamma", "beta") and (module + ".").endswith(_NORMS):
+        return f"{module}.{'weight' if parameter == 'gamma' else 'bias'}"
+    return name

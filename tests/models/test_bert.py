@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import fastbert
 from fastbert.models.bert import BertConfig, BertForPreTraining, BertModel
 from fastbert.models.layers import LinearGELU
-from fastbert.models.parameter_names import to_hugging_face
+from fastbert.models.parameter_names import BERT, to_hugging_face
 from fastbert.testing import assert_close
 
 BACKENDS = fastbert.backends()
@@ -319,7 +319,7 @@ def train(loss_of, parameters, steps: int = 20) -> Tensor:
 
 
 def plain_curve(model: BertForPreTraining, dtype: torch.dtype) -> Tensor:
-    weights = to_hugging_face(model.state_dict())
+    weights = to_hugging_face(model.state_dict(), BERT)
     p = {name: x.detach().clone().to(dtype).requires_grad_() for name, x in weights.items()}
     return train(lambda inputs: plain_loss(p, model.config, inputs), p.values())
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastbert.models.bert import BertConfig, BertForPreTraining, BertModel
-from fastbert.models.parameter_names import from_hugging_face, to_hugging_face
+from fastbert.models.parameter_names import BERT, from_hugging_face, to_hugging_face
 
 TINY = BertConfig.preset("tiny", vocab_size=97, max_position_embeddings=40, hidden_act="gelu_new")
 SENTENCES = [
@@ -130,10 +130,10 @@ def test_a_real_pretrained_encoder_on_real_sentences(transformers):
 def test_query_key_and_value_are_stacked_in_this_order():
     names = [f"l.attention.self.{part}.bias" for part in ("query", "key", "value")]
     ours = {"l.attention.self.qkv.bias": torch.arange(6.0), "x": torch.ones(1)}
-    theirs = to_hugging_face(ours)
+    theirs = to_hugging_face(ours, BERT)
     assert [theirs[name].tolist() for name in names] == [[0, 1], [2, 3], [4, 5]] and "x" in theirs
-    assert from_hugging_face(theirs).keys() == ours.keys()
-    assert torch.equal(from_hugging_face(theirs)["l.attention.self.qkv.bias"], torch.arange(6.0))
+    assert from_hugging_face(theirs, ours, BERT).keys() == ours.keys()
+    assert torch.equal(from_hugging_face(theirs, ours, BERT)["l.attention.self.qkv.bias"], torch.arange(6.0))
 
 
 def test_the_file_has_the_names_of_hugging_face_and_the_decoder_once(model, folder):

@@ -1,0 +1,35 @@
+"""The class that a folder's configuration names."""
+
+import os
+from collections.abc import Mapping
+
+from fastbert.models import checkpoint
+from fastbert.models.albert import AlbertModel
+from fastbert.models.bert import BertModel
+from fastbert.models.encoder import Encoder
+
+ENCODERS: Mapping[str, type[Encoder]] = {cls.names.model_type: cls for cls in (AlbertModel, BertModel)}
+
+
+class AutoModel:
+    """Loads the encoder of any Hugging Face folder whose architecture this package has."""
+
+    @staticmethod
+    def from_pretrained(folder: str | os.PathLike) -> Encoder:
+        """The encoder in `folder`, of the class that `model_type` in config.json names, as that loads it.
+
+        An old config.json without `model_type` goes by the class that its `architectures` name, else it is a BERT's.
+
+        Raises:
+            FileNotFoundError: no such folder, or a file is missing from it.
+            ValueError: an architecture that is not here; the message names those that are. And as the class itself.
+        """
+        fields = checkpoint.read_config(folder)
+        classes = [str(name) for name in fields.get("architectures") or []]
+        named = (kind for kind, cls in ENCODERS.items() if classes and classes[0].startswith(cls.names.title))
+        kind = fields.get("model_type") or next(named, "" if classes else BertModel.names.model_type)
+        if kind not in ENCODERS:
+            raise ValueError(
+                f"{folder} holds a model of the architecture {kind or classes!r}: expected one of {', '.join(ENCODERS)}"
+            )
+        return ENCODERS[kind].from_pretrained(folder)

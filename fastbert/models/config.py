@@ -1,0 +1,94 @@
+"""What every model's configuration has: sizes and probabilities under Hugging Face's names, checked once."""
+
+import dataclasses
+from typing import Any, ClassVar, Self
+
+_GELU = {  # hidden_act -> approximate; transformers has several names, and ways to compute it, for each of the two
+    "gelu": "none",
+    "gelu_python": "none",
+    "gelu_new": "tanh",
+    "gelu_pytorch_tanh": "tanh",
+    "gelu_python_tanh": "tanh",
+    "gelu_fast": "tanh",
+    "gelu_accurate": "tanh",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and probabilities of an encoder; names and defaults (BERT base) are Hugging Face's.
+
+    `hidden_act` is "gelu" or "gelu_python" (erf), or one of "gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh",
+    "gelu_fast" and "gelu_accurate" (tanh). `pad_token_id` is the row of the word
+    embeddings that starts as zeros and gets no gradient from the input; None for no such row.
+
+    Raises:
+        ValueError: a value that no such model can have.
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+
+    presets: ClassVar[dict[str, dict[str, int]]] = {}  # name -> the fields that differ from the class's defaults
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> Self:
+        """The configuration that `presets` has under this name, with any field given by name instead.
+
+        Raises:
+            ValueError: no preset has that name.
+        """
+        if name not in cls.presets:
+            model = cls.__name__.removesuffix("Config").upper()
+            raise ValueError(f"no {model} preset is called {name!r}: expected one of {', '.join(cls.presets)}")
+        return cls(**(cls.presets[name] | overrides))
+
+    def __post_init__(self):
+        for name in (f.name for f in dataclasses.fields(self) if f.type is int):
+            value = getattr(self, name)
+            if not _is_number(value, int) or value < 1:
+                raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "
+                f"{self.num_attention_heads}"
+            )
+        for name in (f.name for f in dataclasses.fields(self) if f.name.endswith("dropout_prob")):
+            value = getattr(self, name)
+            if not _is_number(value, float) or not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} is a probability: expected a number from 0 to 1, got {value!r}")
+        for name in ("initializer_range", "layer_norm_eps"):
+            value = getattr(self, name)
+            if not _is_number(value, float) or not 0.0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a number, finite and not negative, got {value!r}")
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in _GELU:
+            raise ValueError(f"hidden_act must be one of {', '.join(_GELU)}, got {self.hidden_act!r}")
+        pad = self.pad_token_id
+        if pad is not None and not (_is_number(pad, int) and 0 <= pad < self.vocab_size):
+            raise ValueError(f"pad_token_id must be None or an id in the vocabulary of {self.vocab_size}, got {pad!r}")
+
+    @property
+    def approximate(self) -> str:
+        """GELU's form, as `fastbert.gelu` says it."""
+        return _GELU[self.hidden_act]
+
+
+def sizes(layers: int, hidden: int, heads: int, **more: int) -> dict[str, int]:
+    """A preset's fields; the intermediate size is four times the hidden size."""
+    fields = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
+    return fields | {"intermediate_size": 4 * hidden} | more
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, int | kind) and not isinstance(value, bool)

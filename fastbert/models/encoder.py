@@ -1,0 +1,202 @@
+"""What the models share: embeddings, the layer, the way of a batch through the encoder, folders of Hugging Face.
+
+Inside, tokens are packed: padding is removed once before the first layer and put back once after the last. What
+computes is in `layers` and the ops under it. Source: Devlin, Chang, Lee and Toutanova, "BERT" (2019).
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.models import checkpoint, inputs
+from fastbert.models.config import ModelConfig
+from fastbert.models.layers import Dropout, DropoutAddLayerNorm, LayerNorm, Linear, LinearGELU, MultiHeadAttention
+from fastbert.models.parameter_names import Names
+
+
+class EncoderOutput(NamedTuple):
+    """What an encoder returns; also readable under Hugging Face's names.
+
+    Attributes:
+        sequence_output: [B, S, H], zeros at padding, or packed [T, H]; [M, H] where `masked_positions` were given.
+        pooled_output: [B, H], tanh of a dense layer over each sequence's first token.
+    """
+
+    sequence_output: Tensor
+    pooled_output: Tensor
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        return self.sequence_output
+
+    @property
+    def pooler_output(self) -> Tensor:
+        return self.pooled_output
+
+
+class Embeddings(nn.Module):
+    """Word, position and token type embeddings: sum, LayerNorm, then dropout. All ids [T] -> [T, size]."""
+
+    def __init__(self, config: ModelConfig, size: int):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
+        self.LayerNorm = LayerNorm(size, config.layer_norm_eps)
+        self.dropout = Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor) -> Tensor:
+        types = self.token_type_embeddings
+        x = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
+        x = x + (types.weight[0] if token_type_ids is None else types(token_type_ids))
+        return self.dropout(self.LayerNorm(x))
+
+
+class DenseAddLayerNorm(nn.Module):
+    """How both halves of a layer end: dense, dropout, residual, LayerNorm. x [T, F], residual [T, H] -> [T, H]."""
+
+    def __init__(self, size: int, config: ModelConfig):
+        super().__init__()
+        self.dense = Linear(size, config.hidden_size)
+        self.LayerNorm = DropoutAddLayerNorm(config.hidden_size, config.layer_norm_eps, config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dense(x), residual)
+
+
+class Layer(nn.Module):
+    """Attention, then the feed-forward network. x [T, H] -> [T, H], or [R, H] for the places `read` alone.
+
+    Its parameters have the names of Hugging Face's BERT, except that query, key and value are one matrix,
+    `attention.self.qkv`.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        heads = MultiHeadAttention(hidden, config.num_attention_heads, config.attention_probs_dropout_prob)
+        self.attention = nn.ModuleDict({"self": heads, "output": DenseAddLayerNorm(hidden, config)})
+        self.intermediate = nn.ModuleDict({"dense": LinearGELU(hidden, inner, config.approximate)})
+        self.output = DenseAddLayerNorm(inner, config)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, read: Tensor | None = None) -> Tensor:
+        heads = self.attention["self"](x, cu_seqlens, max_seqlen)
+        if read is not None:
+            heads, x = inputs.take_rows(heads, read), inputs.take_rows(x, read)
+        x = self.attention["output"](heads, x)
+        return self.output(self.intermediate["dense"](x), x)
+
+
+class PreTrainedModel(nn.Module):
+    """What all models have: a configuration, initialisation, and Hugging Face's folders."""
+
+    config_class: ClassVar[type[ModelConfig]]
+    names: ClassVar[Names]
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | LinearGELU | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear | LinearGELU):
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            with torch.no_grad():
+                module.weight[module.padding_idx] = 0.0
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> Self:
+        """The model in a Hugging Face folder, in float32 and evaluation mode; see `checkpoint.load`."""
+        fields, tensors = checkpoint.load(folder, cls.names)
+        known = {f.name for f in dataclasses.fields(cls.config_class)}
+        model = cls(cls.config_class(**{name: value for name, value in fields.items() if name in known}))
+        checkpoint.assign(model, tensors, folder)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | os.PathLike, tokenizer: Any = None) -> None:
+        """Writes a folder that `transformers` and `from_pretrained` load; see `checkpoint.save`."""
+        checkpoint.save(self, folder, dataclasses.asdict(self.config), tokenizer)
+
+
+class Encoder(PreTrainedModel):
+    """An encoder with its pooler; a subclass has `embed`, `layers` and `pool`.
+
+    Weights start as N(0, initializer_range), biases as 0, LayerNorm as 1 and 0, the padding token's embedding as 0.
+    """
+
+    def embed(self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor) -> Tensor:
+        """All ids [T] -> [T, H]."""
+        raise NotImplementedError
+
+    def layers(self) -> Sequence[Callable[..., Tensor]]:
+        """What is called one after another, with the arguments of `Layer.forward`."""
+        raise NotImplementedError
+
+    def pool(self, first: Tensor) -> Tensor:
+        """Each sequence's first token, [B, H] -> [B, H], before the tanh."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        masked_positions: Tensor | None = None,
+    ) -> EncoderOutput:
+        """Encodes a padded batch, or a packed one where `cu_seqlens` is given.
+
+        Args:
+            input_ids: int64 or int32 [B, S], or packed [T].
+            attention_mask: bool or integer [B, S], 0 at padding, which may stand anywhere; None for no padding. Looked
+                at once, so on a GPU it waits for the device. Not with `cu_seqlens`.
+            token_type_ids: like `input_ids`; None is all 0.
+            position_ids: like `input_ids` (or [1, S]); None counts from 0 in every sequence.
+            cu_seqlens: int32 [B + 1], where each packed sequence starts, and T.
+            max_seqlen: tokens of the longest packed sequence, or more; None looks at `cu_seqlens`, so on a GPU it
+                waits for the device.
+            masked_positions: int64 [M], the only places whose output is wanted: places in the packed tokens, or in the
+                padded batch read as [B * S] (at padding: any token's output). Behind its attention the last layer is
+                then computed at these and at the first tokens alone. None for all.
+
+        Returns:
+            EncoderOutput. An empty sequence pools a zero vector in place of its first token.
+
+        Raises:
+            ValueError, TypeError: shapes or dtypes that do not fit, a sequence longer than the position table, and, on
+                a CPU outside torch.compile, ids or places out of range or boundaries that do not hold.
+            RuntimeError: within `torch.jit.trace`.
+        """
+        packing, position_ids = inputs.pack(
+            self.config,
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            cu_seqlens,
+            max_seqlen,
+            masked_positions,
+        )
+        ids = (packing.remove_padding(x) for x in (input_ids, token_type_ids, position_ids))
+        x = self.embed(*ids)  # [T, H]
+        *earlier, last = self.layers()
+        for layer in earlier:
+            x = layer(x, packing.cu_seqlens, packing.max_seqlen)
+        first = packing.first_places()
+        if masked_positions is None:
+            x = last(x, packing.cu_seqlens, packing.max_seqlen)
+            sequence_output, first = packing.put_padding_back(x), inputs.take_rows(x, first)
+        else:
+            read = torch.cat([first, packing.packed_places(masked_positions)])
+            x = last(x, packing.cu_seqlens, packing.max_seqlen, read)
+            first, sequence_output = x[: len(first)], x[len(first) :]
+        return EncoderOutput(sequence_output, torch.tanh(self.pool(packing.without_empty(first))))

@@ -1,0 +1,105 @@
+"""The two pretraining heads over an encoder: masked words, and one question about the two texts of a pair.
+
+A label of -100 is ignored by both.
+"""
+
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.models import inputs
+from fastbert.models.config import ModelConfig
+from fastbert.models.encoder import Encoder, PreTrainedModel
+from fastbert.models.layers import LayerNorm, LinearGELU
+from fastbert.ops.cross_entropy import cross_entropy
+from fastbert.ops.linear import linear
+
+
+class WordPredictions(nn.Module):
+    """The masked word head: dense, GELU, LayerNorm, then the word embedding as decoder. hidden [M, H] -> [M, V]."""
+
+    def __init__(self, config: ModelConfig, size: int):
+        super().__init__()
+        dense = LinearGELU(config.hidden_size, size, config.approximate)
+        norm = LayerNorm(size, config.layer_norm_eps)
+        self.transform = nn.ModuleDict({"dense": dense, "LayerNorm": norm})
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
+        hidden = self.transform["LayerNorm"](self.transform["dense"](hidden))
+        return linear(hidden, word_embeddings, self.bias)
+
+
+class Predictions(NamedTuple):
+    """Losses and logits of both heads, in the order of the models' outputs; a loss is None where labels were not given.
+
+    Attributes:
+        loss: float32 scalar, the sum of the two below.
+        mlm_loss: float32 scalar, the mean over labels that are not ignored; 0 where there are none.
+        sentence_loss: float32 scalar, likewise over sequences.
+        prediction_logits: [M, V] at the labelled positions in order; without labels at all: [B, S, V] or [T, V].
+        sentence_logits: [B, 2].
+    """
+
+    loss: Tensor | None
+    mlm_loss: Tensor | None
+    sentence_loss: Tensor | None
+    prediction_logits: Tensor
+    sentence_logits: Tensor
+
+
+class PreTrainingModel(PreTrainedModel):
+    """An encoder with both heads; a subclass has `base_model`, `predictions` and `sentence_head`."""
+
+    sentence_label: ClassVar[str]  # the argument of `forward` that holds the sentence head's labels
+    base_model: Encoder
+    predictions: WordPredictions
+    sentence_head: nn.Module
+
+    @property
+    def word_embeddings(self) -> nn.Parameter:
+        """The table that the input is looked up in and that decodes predictions, a row per word."""
+        return self.base_model.embeddings.word_embeddings.weight
+
+    def predict(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        labels: Tensor | None,
+        sentence_label: Tensor | None,
+        masked_positions: Tensor | None,
+    ) -> Predictions:
+        """What `forward` says of its arguments."""
+        named = {self.sentence_label: sentence_label}
+        inputs.check_targets(self.config, input_ids, cu_seqlens, labels, named, masked_positions)
+        if labels is not None and masked_positions is None:
+            masked_positions = (labels.flatten() != inputs.IGNORED).nonzero().squeeze(1)
+            labels = labels.flatten().index_select(0, masked_positions)
+        hidden, pooled = self.base_model(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            masked_positions=masked_positions,
+        )
+        if labels is not None and attention_mask is not None:
+            padding = attention_mask.flatten().index_select(0, masked_positions) == 0
+            labels = labels.masked_fill(padding, inputs.IGNORED)
+
+        logits = self.predictions(hidden.flatten(0, -2), self.word_embeddings)
+        logits = logits.view(*hidden.shape[:-1], logits.shape[1])
+        sentence_logits = self.sentence_head(pooled)
+
+        mlm_loss = None if labels is None else cross_entropy(logits, labels, inputs.IGNORED)
+        sentence_loss = None
+        if sentence_label is not None:
+            sentence_loss = cross_entropy(sentence_logits, sentence_label, inputs.IGNORED)
+        losses = [loss for loss in (mlm_loss, sentence_loss) if loss is not None]
+        return Predictions(sum(losses) if losses else None, mlm_loss, sentence_loss, logits, sentence_logits)
