@@ -13,8 +13,9 @@ NO_LIMIT = 2**31  # of a window: past every sequence
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     q, k, v, cu_seqlens = _heads(q), _heads(k), _heads(v), cu_seqlens.contiguous()
-    out = q.new_empty(q.shape)
-    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    tokens, heads, head_size = q.shape
+    out = q.new_empty(tokens, heads, head_size)
+    lse = q.new_empty(tokens, heads, dtype=torch.float32)
     bad = module.attention_forward(*_shared(q, k, v, cu_seqlens, *options), out.data_ptr(), lse.data_ptr())
     if bad >= 0:
         check_sequences(cu_seqlens, options[0], q.shape[0])

@@ -3,15 +3,13 @@
 import torch
 from torch import Tensor
 
-from fastbert.backends.native import DTYPES, launcher, rows_of
+from fastbert.backends.native import DTYPES, launcher, rows_and_columns
 
 
 def dropout(x: Tensor, t: int, seed: Tensor) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
-    columns = x.shape[-1]
-    module, launch = launcher(x.numel())
-    module.dropout(
-        x.data_ptr(), t, seed.data_ptr(), y.data_ptr(), rows_of(x, columns), columns, DTYPES[x.dtype], launch
-    )
+    rows, columns = rows_and_columns(x)
+    module, launch = launcher(rows * columns)
+    module.dropout(x.data_ptr(), t, seed.data_ptr(), y.data_ptr(), rows, columns, DTYPES[x.dtype], launch)
     return y

@@ -3,17 +3,17 @@
 import torch
 from torch import Tensor
 
-from fastbert.backends.native import DTYPES, address, contiguous, launcher, rows_of
+from fastbert.backends.native import DTYPES, address, contiguous, launcher, rows_and_columns
 
 
 def gelu_forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     x, bias = x.contiguous(), contiguous(bias)
     y = torch.empty_like(x)
-    columns, elements = x.shape[-1], x.numel()
-    module, launch = launcher(elements)
+    rows, columns = rows_and_columns(x)
+    module, launch = launcher(rows * columns)
     module.gelu_forward(
         x.data_ptr(), address(bias), approximate == "tanh",
-        y.data_ptr(), rows_of(x, columns), columns, DTYPES[x.dtype],
+        y.data_ptr(), rows, columns, DTYPES[x.dtype],
         DTYPES[(x if bias is None else bias).dtype], launch,
     )  # fmt: skip
     return y
@@ -21,9 +21,8 @@ def gelu_forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
 
 def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor]:
     dy, x, bias = dy.contiguous(), x.contiguous(), contiguous(bias)
-    columns = x.shape[-1]
-    rows = rows_of(x, columns)
-    module, launch = launcher(x.numel())
+    rows, columns = rows_and_columns(x)
+    module, launch = launcher(rows * columns)
     dx = torch.empty_like(x)
     if bias is None:
         dbias, scratch = x.new_empty(0), None

@@ -3,25 +3,24 @@
 import torch
 from torch import Tensor
 
-from fastbert.backends.native import DTYPES, address, contiguous, launcher, rows_of
+from fastbert.backends.native import DTYPES, address, contiguous, launcher, rows_and_columns
 
 
 def layer_norm_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, t: int, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, residual, weight, bias = x.contiguous(), contiguous(residual), weight.contiguous(), bias.contiguous()
-    shape = x.shape
-    columns, elements, dtype = shape[-1], x.numel(), x.dtype
+    rows, columns = rows_and_columns(x)
     is_changed = residual is not None or t > 0
     y = torch.empty_like(x)
     z = torch.empty_like(x) if is_changed else x.new_empty(0)
-    mean = x.new_empty(shape[:-1], dtype=torch.float32)
+    mean = x.new_empty(*x.shape[:-1], dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    module, launch = launcher(elements)
+    module, launch = launcher(rows * columns)
     module.layer_norm_forward(
         x.data_ptr(), address(residual), weight.data_ptr(), bias.data_ptr(), eps, t, address(seed),
-        y.data_ptr(), z.data_ptr() if is_changed else 0, mean.data_ptr(), rstd.data_ptr(), rows_of(x, columns), columns,
-        DTYPES[dtype], DTYPES[weight.dtype], launch,
+        y.data_ptr(), z.data_ptr() if is_changed else 0, mean.data_ptr(), rstd.data_ptr(), rows, columns,
+        DTYPES[x.dtype], DTYPES[weight.dtype], launch,
     )  # fmt: skip
     return y, z, mean, rstd
 
@@ -30,9 +29,8 @@ def layer_norm_backward(
     dy: Tensor, z: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, t: int, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dy, z, weight = dy.contiguous(), z.contiguous(), weight.contiguous()
-    columns = z.shape[-1]
-    rows = rows_of(z, columns)
-    module, launch = launcher(z.numel())
+    rows, columns = rows_and_columns(z)
+    module, launch = launcher(rows * columns)
     dz = torch.empty_like(z)
     dx = torch.empty_like(z) if t > 0 else z.new_empty(0)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)

@@ -59,6 +59,7 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def rows_of(x: Tensor, columns: int) -> int:
-    """Rows of [..., columns]."""
-    return x.numel() // columns if columns else 0
+def rows_and_columns(x: Tensor) -> tuple[int, int]:
+    """Of [..., columns]."""
+    columns = x.shape[-1]
+    return x.numel() // columns if columns else 0, columns

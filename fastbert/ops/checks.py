@@ -14,9 +14,12 @@ FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
 def autocast(x: Tensor) -> Tensor:
     """Under autocast a float32 activation is cast to the autocast dtype, as the products around the op would do."""
-    if x.dtype != torch.float32 or not (x.is_cpu or torch.amp.is_autocast_available(x.device.type)):
+    if x.dtype != torch.float32:
         return x
-    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+    kind = "cpu" if x.is_cpu else x.device.type
+    if not (kind == "cpu" or torch.amp.is_autocast_available(kind)) or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 def without_autocast(function: Callable) -> Callable:
@@ -46,7 +49,8 @@ def check_tensor(name: str, x: Any) -> None:
 
 def check_activation(op: str, name: str, x: Tensor) -> None:
     """Raises unless x is a floating tensor [..., N] with N >= 1."""
-    check_tensor(name, x)
+    if not isinstance(x, Tensor):
+        check_tensor(name, x)
     if x.dtype not in FLOATS:
         raise TypeError(
             f"{op} takes {name} in float32, bfloat16 or float16 (float64 on the reference backend), got {x.dtype}"
@@ -55,15 +59,19 @@ def check_activation(op: str, name: str, x: Tensor) -> None:
         raise ValueError(f"{op} takes {name} [..., N] with N >= 1, got shape {list(x.shape)}")
 
 
-def check_vector(name: str, vector: Tensor, x: Tensor) -> None:
-    """Raises unless `vector` is [N] for x [..., N], on x's device, in float32 or x's dtype."""
-    check_tensor(name, vector)
-    if vector.shape != x.shape[-1:]:
-        raise ValueError(f"{name} must have shape [{x.shape[-1]}], the last axis of x, got {list(vector.shape)}")
-    if vector.dtype not in (torch.float32, x.dtype):
-        raise TypeError(f"{name} must be float32 or x's dtype {x.dtype}, got {vector.dtype}")
-    if vector.device != x.device:
-        raise ValueError(f"{name} must be on x's device {x.device}, got {vector.device}")
+def check_vectors(x: Tensor, **vectors: Tensor) -> None:
+    """Raises unless each is [N] for x [..., N], on x's device, in float32 or x's dtype."""
+    shape, dtype, device = x.shape[-1:], x.dtype, x.device
+    for name, vector in vectors.items():
+        if not isinstance(vector, Tensor):
+            check_tensor(name, vector)
+        if vector.shape != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}, the last axis of x, got {list(vector.shape)}")
+        own = vector.dtype
+        if own != torch.float32 and own != dtype:
+            raise TypeError(f"{name} must be float32 or x's dtype {dtype}, got {own}")
+        if vector.device != device:
+            raise ValueError(f"{name} must be on x's device {device}, got {vector.device}")
 
 
 # Tensors are no numbers here: a look at one on a device would wait for it. Neither are True and False, which are

@@ -62,13 +62,19 @@ def cross_entropy(
         raise ValueError(f"labels must be on the logits' device {logits.device}, got {labels.device}")
     chosen = pick("cross_entropy", requested(backend), logits)
     if differentiated(logits):
-        losses = _CrossEntropy.apply(logits, labels, ignore_index, chosen)
-    else:
-        losses = functions[chosen].cross_entropy_forward(logits, labels, ignore_index)[0]
+        return _CrossEntropy.apply(logits, labels, ignore_index, reduction, chosen)
+    losses, _, _ = functions[chosen].cross_entropy_forward(logits, labels, ignore_index)
+    return _reduced(losses, labels, ignore_index, reduction)[0]
+
+
+def _reduced(losses: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor | None]:
+    """The result, and what the sum is divided by."""
     if reduction == "none":
-        return losses
-    total = losses.sum()
-    return total if reduction == "sum" else total / (labels != ignore_index).sum().clamp(min=1)
+        return losses, None
+    if reduction == "sum":
+        return losses.sum(), None
+    count = (labels != ignore_index).sum().clamp(min=1)
+    return losses.sum() / count, count
 
 
 class reference:  # a namespace, spelled as the backend is
@@ -112,15 +118,17 @@ functions = register(
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, ignore_index, chosen):
+    def forward(ctx, logits, labels, ignore_index, reduction, chosen):
         losses, maximum, total = functions[chosen].cross_entropy_forward(logits, labels, ignore_index)
-        ctx.save_for_backward(logits, labels, maximum, total)
+        result, count = _reduced(losses, labels, ignore_index, reduction)
+        ctx.save_for_backward(logits, labels, maximum, total, count)
         ctx.options = ignore_index, chosen
-        return losses
+        return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dlosses):
+    def backward(ctx, dresult):
+        *saved, count = ctx.saved_tensors
         ignore_index, chosen = ctx.options
-        dlogits = functions[chosen].cross_entropy_backward(dlosses, *ctx.saved_tensors, ignore_index)
-        return dlogits, None, None, None
+        dlosses = (dresult if count is None else dresult / count).expand_as(saved[1])
+        return functions[chosen].cross_entropy_backward(dlosses, *saved, ignore_index), None, None, None, None

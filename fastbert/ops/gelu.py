@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastbert.backends import gelu as kernels
 from fastbert.backends import pick, requested
-from fastbert.ops.checks import autocast, check_activation, check_vector, wide
+from fastbert.ops.checks import autocast, check_activation, check_vectors, wide
 from fastbert.ops.register import differentiated, once_differentiable, register
 
 
@@ -42,7 +42,7 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none", *, ba
     check_activation("gelu", "x", x)
     x = autocast(x)
     if bias is not None:
-        check_vector("bias", bias, x)
+        check_vectors(x, bias=bias)
     chosen = pick("gelu", requested(backend), x)
     if differentiated(x, bias):
         return _Gelu.apply(x, bias, approximate, chosen)

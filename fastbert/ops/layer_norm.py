@@ -22,7 +22,7 @@ from torch import Tensor
 from fastbert.backends import layer_norm as kernels
 from fastbert.backends import pick, requested
 from fastbert.ops import philox
-from fastbert.ops.checks import FLOATS, as_float, autocast, check_activation, check_tensor, check_vector, wide
+from fastbert.ops.checks import FLOATS, as_float, autocast, check_activation, check_tensor, check_vectors, wide
 from fastbert.ops.dropout import dropped
 from fastbert.ops.register import differentiated, once_differentiable, register
 
@@ -44,7 +44,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12, *, b
         ValueError, TypeError: a shape, dtype, device or eps that does not fit.
         RuntimeError: an explicit backend that cannot run here.
     """
-    return dropout_add_layer_norm(x, None, weight, bias, eps, backend=backend)
+    check_activation("layer_norm", "x", x)
+    return _run(autocast(x), None, weight, bias, eps, 0, None, backend)
 
 
 def dropout_add_layer_norm(
@@ -80,10 +81,6 @@ def dropout_add_layer_norm(
     """
     check_activation("layer_norm", "x", x)
     x = autocast(x)
-    check_vector("weight", weight, x)
-    check_vector("bias", bias, x)
-    if weight.dtype != bias.dtype:
-        raise TypeError(f"weight and bias must have one dtype, got {weight.dtype} and {bias.dtype}")
     if residual is not None:
         check_tensor("residual", residual)
         if residual.dtype not in FLOATS:
@@ -94,11 +91,26 @@ def dropout_add_layer_norm(
                 f"{residual.device}"
             )
         residual = residual.to(x.dtype)
+    t = philox.threshold(dropout_p)
+    return _run(x, residual, weight, bias, eps, t, philox.resolve_seed(seed, t, x.device), backend)
+
+
+def _run(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    t: int,
+    seed: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    check_vectors(x, weight=weight, bias=bias)
+    if weight.dtype != bias.dtype:
+        raise TypeError(f"weight and bias must have one dtype, got {weight.dtype} and {bias.dtype}")
     eps = as_float("eps", eps)
     if not 0.0 <= eps < math.inf:
         raise ValueError(f"eps is added to the variance: expected a finite number of at least 0, got {eps}")
-    t = philox.threshold(dropout_p)
-    seed = philox.resolve_seed(seed, t, x.device)
     chosen = pick("layer_norm", requested(backend), x)
     if differentiated(x, residual, weight, bias):
         return _LayerNorm.apply(x, residual, weight, bias, eps, t, seed, chosen)

@@ -14,12 +14,12 @@ _library = torch.library.Library("fastbert", "FRAGMENT")
 
 # Who looks at every op of this thread: modes (their number; 1 where torch does not tell), a tracer, the profiler, the
 # transforms of torch.func.
+_compiling = torch.compiler.is_compiling
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _tracer = getattr(torch._C, "_get_tracing_state", lambda: True)
 _profiled = getattr(torch.autograd, "_profiler_enabled", lambda: True)
 _transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _has_storage = getattr(torch._C, "_has_storage", lambda x: False)  # a batched tensor has none
-_PLAIN = frozenset({Tensor, Parameter})
 
 
 def register(twins: type, kernels: ModuleType, **fakes: Callable) -> dict[str, type]:
@@ -57,11 +57,17 @@ def opaque(twin: Callable, kernel: Callable, fake: Callable) -> Callable:
 
     @functools.wraps(twin)
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or _modes() or _tracer() is not None or _profiled() or _transformed():
+        if _compiling() or _modes() or _tracer() is not None or _profiled() or _transformed():
             return op(*arguments)
         for x in arguments:
-            if isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_neg() or not _has_storage(x)):
+            kind = type(x)
+            if kind is Tensor or kind is Parameter:
+                if x.is_neg():
+                    return op(*arguments)
+            elif isinstance(x, Tensor):
                 return op(*arguments)
+        if not _has_storage(arguments[0]):  # of batched gradients, which come first
+            return op(*arguments)
         return kernel(*arguments)
 
     return call
