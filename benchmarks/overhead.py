@@ -2,10 +2,10 @@
 
     python benchmarks/overhead.py [--threads 1] [--rounds 400] [--calls 20]
 
-Each op stands beside PyTorch's own, which is compiled C++ up to its autograd; ours is Python down to its kernel. Results
-are checked against PyTorch's before anything is timed. The variants run in turn in bursts of `--calls`; the time is that
-of the fastest burst, which no other process interrupted, and what is kept are the ratios: to PyTorch's op, and to
-`F.layer_norm` in inference, the yardstick of all.
+Each op stands beside PyTorch's own, which is compiled C++ up to its autograd; ours is Python down to its kernel.
+Results are checked against PyTorch's before anything is timed. The variants run in turn in bursts of `--calls`; the
+time is that of the fastest burst, which no other process interrupted, and what is kept are the ratios: to PyTorch's op,
+and to `F.layer_norm` in inference, the yardstick of all.
 """
 
 import argparse
