@@ -9,7 +9,7 @@ from op_cases import DTYPES, assert_same_for_threads, assert_solves, drawn, prob
 
 import fastbert
 from fastbert.ops import philox
-from fastbert.testing import assert_close, run
+from fastbert.testing import run
 
 SEED = torch.tensor([0x123456789ABCDEF])
 
@@ -163,8 +163,8 @@ def test_bits_do_not_depend_on_threads(kernels, dtype, mask):
         dout = torch.randn(sum(lengths), 2, 32)
         options = {"dropout_p": 0.1, "seed": SEED, **MASKS[mask]}
 
-        def function(x, cu_seqlens=cu_seqlens, longest=max(lengths), options=options):
-            return fastbert.attention(*x.unbind(1), cu_seqlens, longest, **options)
+        def function(x, cu_seqlens=cu_seqlens, lengths=lengths, options=options):
+            return fastbert.attention(*x.unbind(1), cu_seqlens, max(lengths), **options)
 
         assert_same_for_threads(lambda f=function, qkv=qkv, dout=dout: run(f, (qkv,), dout), (1, 2, 16))
 
@@ -196,20 +196,23 @@ def test_a_window_without_limits_or_as_wide_as_ints_sees_all(backend):
         assert torch.equal(fastbert.attention(*qkv.unbind(1), cu_seqlens, 600, window=window), whole)
 
 
-def test_a_sequence_longer_than_a_task(kernels):
-    """Its gradients come in pieces, of queries and of keys, from a scratch that does not grow with it."""
-    given = longer_than_a_task()
-    assert_solves(lambda x: fastbert.attention(*x.unbind(1), CU_LONG, 2100), given, ("out", "dqkv"))
+BEYOND_A_TASK = torch.tensor([0, 2100, 2110], dtype=torch.int32)
 
 
-CU_LONG = torch.tensor([0, 2100, 2110], dtype=torch.int32)
+def attention_beyond_a_task(qkv):
+    return fastbert.attention(*qkv.unbind(1), BEYOND_A_TASK, 2100)
 
 
 @functools.cache
-def longer_than_a_task():
-    generator = drawn("longer than a task")
+def judged_beyond_a_task():
+    generator = drawn("beyond a task")
     qkv, dout = (torch.randn(2110, *n, 1, 16, generator=generator) for n in ((3,), ()))
-    return problem((qkv,), dout, lambda x: fastbert.attention(*x.unbind(1), CU_LONG, 2100))
+    return problem((qkv,), dout, attention_beyond_a_task)
+
+
+def test_a_sequence_longer_than_a_task(kernels):
+    """Its gradients come in pieces, of queries and of keys, from a scratch that does not grow with it."""
+    assert_solves(attention_beyond_a_task, judged_beyond_a_task(), ("out", "dqkv"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -21,7 +21,7 @@ CASES = {
     "more columns than are drawn at a time": (3, 2100),
     "a long row": (2, 20000),
 }
-# Whether with a residual, and p. Without one p = 1 would normalise zeros, where any rounding is blown up by 1/sqrt(eps).
+# With a residual or not, and p. Without, p = 1 would normalise zeros, where any rounding is blown up by 1/sqrt(eps).
 WAYS = [(False, 0.0), (False, 0.1), (True, 0.0), (True, 0.1), (True, 1.0)]
 EPS = 1e-5
 SEED = torch.tensor([0x123456789ABCDEF])

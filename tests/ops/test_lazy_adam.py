@@ -211,7 +211,7 @@ def test_equals_sparse_adam_and_adam(backend):
 
 @functools.cache
 def rounded(kind):
-    """State, rows and gradient of steps of odd widths, several blocks and a row with many gradients, and the twin's w."""
+    """State, rows, gradient and the twin's w: odd widths, several blocks, a row with many gradients."""
     made, generator = [], drawn("rounded", kind)
     for V, D, n in ((9, 37, 20), (3, 2100, 7), (2, 70, 5000)):
         w = torch.randn(V, D, generator=generator).bfloat16()
