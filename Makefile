@@ -1,5 +1,6 @@
 # make demo    virtual environment, install, film reviews, a small BERT trained on them: four minutes, fifteen at most
-# make test    virtual environment, install, all tests
+# make test    virtual environment, install, all tests but those of the next line
+# make test-nested  tests that run the tests or compile the kernels anew: lower and emulated instruction sets, compilers
 # make sanitize  the kernels' tests, the kernels watched by AddressSanitizer and UndefinedBehaviorSanitizer
 # make emulate  the kernels' tests for AVX-512, in AVX2's instructions; needs a processor with those
 # make lint    style of Python and C++
@@ -10,7 +11,7 @@ VENV = .venv
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test sanitize emulate lint bench gpu-check clean
+.PHONY: demo test test-nested sanitize emulate lint bench gpu-check clean
 
 # Editable, so that Python files take effect at once; C++ is compiled anew when a source changes.
 $(VENV)/.installed: $(SOURCES)
@@ -28,6 +29,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+test-nested: $(VENV)/.installed
+	$(BIN)/python -m pytest -m nested
 
 # The sanitizers must be loaded before Python, and with them libstdc++, whose exceptions they intercept. Python and torch
 # leak on purpose. PYTHONSAFEPATH keeps the checkout's own fastbert out of the way.

@@ -1,5 +1,7 @@
 """Fixtures shared by the op tests."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -7,13 +9,12 @@ import fastbert
 from fastbert.backends import native
 from fastbert.ops import linear
 
-BACKENDS = ["reference"] + [f"cpu:{isa}" for isa in (native.module.instruction_sets() if native.module else [])]
+KERNELS = [f"cpu:{isa}" for isa in (native.module.instruction_sets() if native.module else [])]
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    """Every backend that runs here, the cpu backend once per instruction set; ops run on it within the test."""
-    name, _, isa = request.param.partition(":")
+@contextlib.contextmanager
+def within(chosen):
+    name, _, isa = chosen.partition(":")
     before = native.isa
     if isa:
         native.module.use(isa)
@@ -21,6 +22,27 @@ def backend(request):
         yield name
     if isa:
         native.module.use(before)
+
+
+@pytest.fixture(params=["reference", *KERNELS])
+def backend(request):
+    """Every backend that runs here, the cpu backend once per instruction set; ops run on it within the test."""
+    with within(request.param) as name:
+        yield name
+
+
+@pytest.fixture(params=KERNELS)
+def kernels(request):
+    """The C++ kernels alone, once per instruction set: what does not concern the twin."""
+    with within(request.param) as name:
+        yield name
+
+
+@pytest.fixture(params=fastbert.backends())
+def best(request):
+    """Every backend once, the cpu backend by its best instruction set: what lies above the kernels."""
+    with fastbert.use_backend(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)
@@ -34,14 +56,6 @@ def nan_filled():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(params=[1, 2, 3], ids="threads{}".format)
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["onednn", "fastbert"])

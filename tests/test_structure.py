@@ -64,6 +64,7 @@ def test_kernels_know_nothing_of_torch():
         assert "<torch" not in path.read_text() and "ATen" not in path.read_text(), path
 
 
+@pytest.mark.nested
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.parametrize(
     "stem", ["gelu", "layer_norm", "cross_entropy", "attention", "lazy_adam", "lazy_adam_replay", "table"]
@@ -83,6 +84,7 @@ def test_kernels_share_no_symbol_between_instruction_sets(stem, tmp_path):
 WIDEST = "-mavx2 -mfma -mf16c -mbmi2 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mamx-tile -mamx-bf16"
 
 
+@pytest.mark.nested
 @pytest.mark.parametrize("compiler", ["g++-11", "clang++-14", "aarch64-linux-gnu-g++"])
 def test_oldest_compilers_and_another_processor(compiler):
     """Every kernel is read for the smallest and the largest instruction set, and the module, without a warning."""

@@ -28,13 +28,17 @@ def case_cross_entropy(n):
     return lambda x: fastbert.cross_entropy(x, torch.arange(len(x)) % 25 - 1, -1), (torch.randn(n, 24),), ()
 
 
-def case_attention(n):
+def case_attention(n, p=0.1):
     cu_seqlens = torch.tensor([0, n // 3, n], dtype=torch.int32)
 
     def function(qkv, cu_seqlens=cu_seqlens):
-        return fastbert.attention(*qkv.unbind(1), cu_seqlens, 64, dropout_p=0.1, seed=SEED)
+        return fastbert.attention(*qkv.unbind(1), cu_seqlens, 64, dropout_p=p, seed=SEED)
 
     return function, (torch.randn(n, 3, 2, 8),), (n, 2, 8)
+
+
+def case_attention_without_dropout(n):
+    return case_attention(n, p=0.0)
 
 
 def case_attention_qkv(n):
@@ -49,27 +53,54 @@ def case_attention_qkv(n):
 CASES = [
     case_gelu, case_layer_norm, case_dropout_add_layer_norm, case_cross_entropy, case_attention, case_attention_qkv
 ]  # fmt: skip
+# The others are parts of these; tracing ten rounds of random numbers once is enough.
+TWINS = [case_gelu, case_dropout_add_layer_norm, case_cross_entropy, case_attention_without_dropout]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
-@pytest.mark.parametrize(
-    ("compiler", "name", "dtype"),
-    [("aot_eager", "reference", torch.bfloat16), ("inductor", fastbert.backends()[-1], torch.float32)],
-    ids=str,
-)
-@pytest.mark.parametrize("case", CASES)
-def test_compiled_equals_eager(case, compiler, name, dtype):
+def compiled_equals_eager(case, backend, dtype, compiler, **options):
+    """For three shapes; returns the number of compilations."""
     torch.compiler.reset()
     counter = CompileCounterWithBackend(compiler)
-    compiled = torch.compile(case(12)[0], fullgraph=True, backend=counter)
+    compiled = torch.compile(case(12)[0], fullgraph=True, backend=counter, **options)
     for n in (12, 40, 56):
         function, inputs, shape = case(n)
         inputs, dy = [x.to(dtype) for x in inputs], torch.randn(shape)
         chosen = compiled if "attention" not in case.__name__ else _with_bounds(compiled, n)
-        with fastbert.use_backend(name):
+        with fastbert.use_backend(backend):
             for ours, eager in zip(run(chosen, inputs, dy), run(function, inputs, dy), strict=True):
                 torch.testing.assert_close(ours, eager)
-    assert counter.frame_count <= 2, f"compiled {counter.frame_count} times for three shapes"
+    return counter.frame_count
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_compile_once_and_for_any_other_shape(case):
+    assert compiled_equals_eager(case, fastbert.backends()[-1], torch.float32, "aot_eager") <= 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
+@pytest.mark.parametrize("case", TWINS)
+def test_twins_compile_for_any_shape(case):
+    """They are traced, op by op, not opaque: so is what they do with shapes."""
+    assert compiled_equals_eager(case, "reference", torch.bfloat16, "aot_eager", dynamic=True) <= 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
+def test_all_in_one_graph_by_inductor():
+    """The compiler that writes code around the ops."""
+    weight, bias, cu_seqlens = torch.ones(16), torch.zeros(16), torch.tensor([0, 5, 12], dtype=torch.int32)
+
+    def layer(x, w):
+        x = fastbert.gelu(x @ w, bias)
+        x = x + fastbert.attention_qkv(torch.stack([x, x, x], 1).view(-1, 3, 2, 8), cu_seqlens, 64).flatten(1)
+        x = fastbert.dropout_add_layer_norm(x, x * 2, weight, bias, dropout_p=0.1, seed=SEED)
+        return fastbert.cross_entropy(x, torch.arange(len(x)))
+
+    torch.compiler.reset()
+    inputs = torch.randn(12, 16), torch.randn(16, 16)
+    compiled = torch.compile(layer, fullgraph=True)
+    for ours, eager in zip(run(compiled, inputs, torch.ones(())), run(layer, inputs, torch.ones(())), strict=True):
+        torch.testing.assert_close(ours, eager)
 
 
 def _with_bounds(compiled, n):

@@ -1,21 +1,31 @@
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
+from op_cases import DTYPES, Problem, assert_same_for_threads, assert_solves, drawn
 
 import fastbert
 from fastbert.ops import cross_entropy as op
 from fastbert.testing import assert_close, run
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# A width of one, below, at and above a vector, one block of 4096 and the element after it, and BERT's vocabulary.
-SHAPES = [(0, 8), (1, 1), (3, 2), (5, 7), (4, 16), (3, 65), (2, 4096), (3, 4097), (2, 12_345), (5, 30_522)]
+CASES = {
+    "nothing": (0, 8),
+    "one word": (1, 1),
+    "a tail alone": (5, 3),
+    "vectors and a tail": (3, 81),
+    "one block": (2, 4096),
+    "one more than a block": (3, 4097),
+    "bert's words": (4, 30_522),
+}
 
 
-def problem(rows, columns, dtype, spread=3.0):
+def problem(rows, columns, dtype, spread=3.0, generator=None):
     """Logits, labels with every third row ignored, and the gradient of each row's loss."""
-    labels = torch.randint(columns, (rows,))
+    labels = torch.randint(columns, (rows,), generator=generator)
     labels[2::3] = -100
-    return (torch.randn(rows, columns) * spread).to(dtype), labels, torch.randn(rows)
+    logits = torch.randn(rows, columns, generator=generator)
+    return (logits * spread).to(dtype), labels, torch.randn(rows, generator=generator)
 
 
 def torch_loss(x, labels, reduction="none"):
@@ -23,17 +33,21 @@ def torch_loss(x, labels, reduction="none"):
     return F.cross_entropy(x.to(torch.promote_types(x.dtype, torch.float32)), labels, reduction=reduction)
 
 
+@functools.cache
+def judged(case, dtype):
+    x, labels, dlosses = problem(*CASES[case], dtype, generator=drawn("cross_entropy", case, dtype))
+    by_torch = [run(lambda x: torch_loss(x, labels), (each,), dlosses.to(each.dtype)) for each in (x, x.double())]
+    return labels, Problem((x,), dlosses, *by_torch)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_close_to_truth(backend, nan_filled, shape, dtype):
-    x, labels, dlosses = problem(*shape, dtype)
-    ours = run(lambda x: fastbert.cross_entropy(x, labels, reduction="none"), (x,), dlosses)
-    theirs = run(lambda x: torch_loss(x, labels), (x,), dlosses)
-    truth = run(lambda x: torch_loss(x, labels), (x.double(),), dlosses.double())
-    for name, *results in zip(("losses", "dlogits"), ours, theirs, truth, strict=True):
-        if results[0].numel():
-            assert_close(*results, what=name)
-    assert ours[0].dtype == torch.float32 and ours[1].dtype == dtype
+@pytest.mark.parametrize("case", CASES)
+def test_close_to_truth(backend, nan_filled, case, dtype):
+    labels, given = judged(case, dtype)
+    losses, dlogits = assert_solves(
+        lambda x: fastbert.cross_entropy(x, labels, reduction="none"), given, ("losses", "dlogits")
+    )
+    assert losses.dtype == torch.float32 and dlogits.dtype == dtype
 
 
 @pytest.mark.parametrize("reduction", op.REDUCTIONS)
@@ -72,19 +86,27 @@ def test_large_logits_keep_their_digits(backend, shift):
     assert_close(ours[1], None, truth[1], what="dlogits")
 
 
-@pytest.mark.parametrize("place", [0, 17, 5000])
-@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 6e4, -6e4])
+@functools.cache
+def extremes(dtype):
+    """One such logit a row: the label's in the first row, another's in the second, and in an ignored one; by torch."""
+    made, generator = [], drawn("extremes", dtype)
+    for value in (torch.inf, -torch.inf, torch.nan, 6e4, -6e4):
+        for place in (0, 17, 5000):
+            x, _, dlosses = problem(3, 5001, dtype, generator=generator)
+            x[:, place] = value
+            labels = torch.tensor([place, 5000 - place + 1 if place else 1, -100])
+            truth = run(lambda x, labels=labels: torch_loss(x, labels), (x.double(),), dlosses.double())
+            truth[1][2] = 0  # torch lets NaN through rows that are ignored
+            made.append((value, place, x, labels, dlosses, truth))
+    return made
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_extreme_values_as_torchs(backend, dtype, value, place):
-    """One such logit a row: the label's in the first row, another's in the second, and in an ignored one."""
-    x, _, dlosses = problem(3, 5001, dtype)
-    x[:, place] = value
-    labels = torch.tensor([place, 5000 - place + 1 if place else 1, -100])
-    ours = run(lambda x: fastbert.cross_entropy(x, labels, reduction="none"), (x,), dlosses)
-    truth = run(lambda x: torch_loss(x, labels), (x.double(),), dlosses.double())
-    truth[1][2] = 0  # torch lets NaN through rows that are ignored
-    assert_close(ours[0], None, truth[0], what="losses")
-    assert_close(ours[1], None, truth[1], what="dlogits")
+def test_extreme_values_as_torchs(backend, dtype):
+    for value, place, x, labels, dlosses, truth in extremes(dtype):
+        ours = run(lambda x, labels=labels: fastbert.cross_entropy(x, labels, reduction="none"), (x,), dlosses)
+        for what, mine, true in zip(("losses", "dlogits"), ours, truth, strict=True):
+            assert_close(mine, None, true, what=f"{what} with {value} at {place}")
 
 
 @pytest.mark.parametrize("columns", [3, 9000])
@@ -127,24 +149,18 @@ def test_not_contiguous(backend):
         torch.testing.assert_close(a, b)  # the twin adds in the order of memory
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bits_do_not_depend_on_threads(backend, threads, dtype):
-    x, labels, _ = problem(40, 5000, dtype)
-    ours = run(lambda x: fastbert.cross_entropy(x, labels), (x,), torch.ones(()))
-    again = run(lambda x: fastbert.cross_entropy(x, labels), (x,), torch.ones(()))
-    torch.set_num_threads(1)
-    alone = run(lambda x: fastbert.cross_entropy(x, labels), (x,), torch.ones(()))
-    for a, b, c in zip(ours, again, alone, strict=True):
-        assert torch.equal(a, b)
-        assert backend == "reference" or torch.equal(a, c)
+def test_bits_do_not_depend_on_threads(kernels):
+    x, labels, _ = problem(40, 1000, torch.float32)
+    assert_same_for_threads(lambda: run(lambda x: fastbert.cross_entropy(x, labels), (x,), torch.ones(())))
 
 
-@pytest.mark.parametrize("label", [24, -1, -101, 2**40])
-def test_a_label_outside_is_refused(backend, label):
+def test_a_label_outside_is_refused(backend):
     x, labels, _ = problem(6, 24, torch.float32)
-    labels[4] = label
-    with pytest.raises(ValueError, match=rf"labels must lie in \[0, 24\), or be .* \(-100\) .* got {label} in row 4"):
-        fastbert.cross_entropy(x, labels)
+    for label in (24, -1, -101, 2**40):
+        labels[4] = label
+        said = rf"labels must lie in \[0, 24\), or be .* \(-100\) .* got {label} in row 4"
+        with pytest.raises(ValueError, match=said):
+            fastbert.cross_entropy(x, labels)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own

@@ -1,14 +1,28 @@
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
+from op_cases import DTYPES, assert_same_for_threads, assert_solves, drawn, problem
 
 import fastbert
 from fastbert.ops import layer_norm as op
 from fastbert.ops import philox
 from fastbert.testing import assert_close, run
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(0, 8), (1, 1), (3, 5), (7, 16), (2, 33), (65, 64), (4, 3, 768), (300, 1024), (2, 20000)]
+CASES = {
+    "nothing": (0, 8),
+    "one column": (1, 1),
+    "a tail alone": (3, 5),
+    "vectors and a tail": (7, 81),
+    "blocks and a tail": (2, 700),
+    "several chunks of rows": (2, 35, 24),
+    "chunks of more than 32 rows": (2100, 21),
+    "more columns than are drawn at a time": (3, 2100),
+    "a long row": (2, 20000),
+}
+# With a residual or not, and p. Without, p = 1 would normalise zeros, where any rounding is blown up by 1/sqrt(eps).
+WAYS = [(False, 0.0), (False, 0.1), (True, 0.0), (True, 0.1), (True, 1.0)]
 EPS = 1e-5
 SEED = torch.tensor([0x123456789ABCDEF])
 
@@ -28,29 +42,31 @@ def ours_layer_norm(x, residual, weight, bias, p):
     return fastbert.dropout_add_layer_norm(x, residual, weight, bias, EPS, p, SEED)
 
 
-# Without a residual p = 1 would normalise zeros, where any rounding is blown up by 1/sqrt(eps).
-@pytest.mark.parametrize(("with_residual", "p"), [(False, 0.0), (False, 0.1), (True, 0.0), (True, 0.1), (True, 1.0)])
+@functools.cache
+def cases(case, dtype):
+    """(p, weight's dtype, size of terms, names of the results, problem) of every way and dtype of the parameters."""
+    shape, made = CASES[case], []
+    generator = drawn("layer_norm", case, dtype)
+    for with_residual, p in WAYS:
+        for weight_dtype in dict.fromkeys((torch.float32, dtype)):
+            x, residual, dy = (torch.randn(shape, generator=generator).mul(2).to(dtype) for _ in range(3))
+            weight, bias = (torch.randn(shape[-1], generator=generator).to(weight_dtype) for _ in range(2))
+            functions = (lambda *a, f=f, p=p: f(*a, p) for f in (ours_layer_norm, torch_layer_norm))
+            given = problem((x, residual if with_residual else None, weight, bias), dy, *functions)
+            # dx is a difference of terms of this size; with one column the difference is 0.
+            term = (dy * weight).abs().max().item() * EPS**-0.5 if shape[-1] == 1 else 1e-30
+            names = ["y", "dx", *(["dresidual"] if with_residual else []), "dweight", "dbias"]
+            made.append((p, weight_dtype, term, names, given))
+    return made
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_close_to_truth(backend, nan_filled, shape, dtype, with_residual, p):
-    x, residual, dy = (torch.randn(shape).mul(2).to(dtype) for _ in range(3))
-    residual = residual if with_residual else None
-    for weight_dtype in {torch.float32, dtype}:
-        weight, bias = (torch.randn(shape[-1]).to(weight_dtype) for _ in range(2))
-        inputs = x, residual, weight, bias
-        ours = run(lambda *a: ours_layer_norm(*a, p), inputs, dy)
-        theirs = run(lambda *a: torch_layer_norm(*a, p), inputs, dy)
-        wide = [None if a is None else a.double() for a in inputs]
-        with fastbert.use_backend("reference"):
-            truth = run(lambda *a: ours_layer_norm(*a, p), wide, dy.double())
-        names = ["y", "dx", *(["dresidual"] if with_residual else []), "dweight", "dbias"]
-        # dx is a difference of terms of this size; with one column the difference is 0.
-        term = (dy * weight).abs().max().item() * EPS**-0.5 if shape[-1] == 1 else 0.0
-        for name, *results in zip(names, ours, theirs, truth, strict=True):
-            if results[0].numel():
-                assert_close(*results, what=name, scale=term or 1e-30)
-        assert ours[0].dtype == ours[1].dtype == dtype
-        assert ours[-1].dtype == ours[-2].dtype == weight_dtype
+@pytest.mark.parametrize("case", CASES)
+def test_close_to_truth(backend, nan_filled, case, dtype):
+    for p, weight_dtype, term, names, given in cases(case, dtype):
+        results = assert_solves(lambda *a, p=p: ours_layer_norm(*a, p), given, names, term)
+        assert results[0].dtype == results[1].dtype == dtype
+        assert results[-1].dtype == results[-2].dtype == weight_dtype
 
 
 def test_by_hand(backend):
@@ -67,16 +83,18 @@ def test_reference_gradients():
     assert torch.autograd.gradcheck(lambda x, w, b: fastbert.layer_norm(x, w, b, EPS), (x, weight, bias))
 
 
-@pytest.mark.parametrize("shape", [(5, 3), (130, 64), (4, 769)], ids=str)
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize(
+    ("shape", "p"), [((5, 3), 0.5), ((130, 64), 0.9), ((4, 2057), 0.1)], ids=["a tail", "many rows", "many columns"]
+)
 def test_mask_is_the_contracts(backend, shape, p):
     """z shows the mask: every backend drops the elements whose lane lies below t, the same in backward."""
     x, weight, bias = torch.ones(shape), torch.ones(shape[-1]), torch.zeros(shape[-1])
     t = philox.threshold(p)
     keep = philox.lanes(shape[-1], torch.arange(shape[0]).unsqueeze(-1), 0, 0, SEED) >= t
-    _, z, mean, rstd = op.functions[backend].layer_norm_forward(x, None, weight, bias, EPS, t, SEED)
+    raw = op.functions[backend]
+    _, z, mean, rstd = raw.layer_norm_forward(x, None, weight, bias, EPS, t, SEED)
     torch.testing.assert_close(z, keep * philox.scale(t))
-    _, dx, _, _ = op.functions[backend].layer_norm_backward(torch.randn(shape), z, weight, mean, rstd, t, SEED)
+    _, dx, _, _ = raw.layer_norm_backward(torch.randn(shape), z, weight, mean, rstd, t, SEED)
     assert torch.equal(dx != 0, keep)
     assert abs(keep.double().mean().item() - (1 - p)) < 5 * (p * (1 - p) / keep.numel()) ** 0.5
 
@@ -113,17 +131,10 @@ def test_not_contiguous(backend):
         torch.testing.assert_close(x, y)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bits_do_not_depend_on_threads(backend, threads, dtype):
-    inputs = torch.randn(200, 768).to(dtype), torch.randn(200, 768).to(dtype), torch.randn(768), torch.randn(768)
-    dy = torch.randn(200, 768)
-    ours = run(lambda *a: ours_layer_norm(*a, 0.1), inputs, dy)
-    again = run(lambda *a: ours_layer_norm(*a, 0.1), inputs, dy)
-    torch.set_num_threads(1)
-    alone = run(lambda *a: ours_layer_norm(*a, 0.1), inputs, dy)
-    for a, b, c in zip(ours, again, alone, strict=True):
-        assert torch.equal(a, b)
-        assert backend == "reference" or torch.equal(a, c)
+def test_bits_do_not_depend_on_threads(kernels):
+    inputs = torch.randn(100, 400), torch.randn(100, 400), torch.randn(400), torch.randn(400)
+    dy = torch.randn(100, 400)
+    assert_same_for_threads(lambda: run(lambda *a: ours_layer_norm(*a, 0.1), inputs, dy))
 
 
 def test_a_drawn_seed_follows_manual_seed():

@@ -1,9 +1,11 @@
 """The op: every backend and instruction set against the twin in float64, which is held to torch.optim.AdamW."""
 
+import functools
 import os
 
 import pytest
 import torch
+from op_cases import DTYPES, assert_same_for_threads, drawn
 
 import fastbert
 from fastbert.backends import requested
@@ -18,19 +20,26 @@ from fastbert.ops.lazy_adam import (
 )
 from fastbert.testing import assert_close
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# rows V, columns D, gradient rows n: width 1; a tail; one vector; several duplicates; above a block of columns; more
-# duplicates than one thread adds up; more digits than one sorting pass takes; a table of one row; none touched.
-SHAPES = [(50, 1, 30), (50, 7, 30), (8, 16, 8), (300, 96, 500), (5, 1100, 9), (3, 40, 15000), (70000, 3, 40000)]
-SHAPES += [(1, 5, 4), (9, 8, 0)]
+# rows V, columns D, gradient rows n
+CASES = {
+    "one column": (50, 1, 30),
+    "a tail alone": (50, 7, 30),
+    "vectors, few duplicates": (20, 48, 30),
+    "columns of two tasks": (5, 1100, 9),
+    "more duplicates than one thread adds up": (3, 40, 13000),
+    "more digits than one pass sorts": (70000, 3, 20000),
+    "one row": (1, 5, 4),
+    "no row is touched": (9, 8, 0),
+}
+KINDS = ["sparse", "by_row", "dense"]
 NAMES = ["param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "row_steps"]
 
 
-def tables(V, D, dtype=torch.float32, amsgrad=False, row_steps=False):
-    m, v = torch.randn(V, D), torch.rand(V, D)
-    u = torch.rand(V, D) if amsgrad else None
-    steps = torch.randint(0, 50, (V,), dtype=torch.int32) if row_steps else None
-    return [torch.randn(V, D).to(dtype), m, v, u, steps]
+def tables(V, D, dtype=torch.float32, amsgrad=False, row_steps=False, generator=None):
+    m, v = torch.randn(V, D, generator=generator), torch.rand(V, D, generator=generator)
+    u = torch.rand(V, D, generator=generator) if amsgrad else None
+    steps = torch.randint(0, 50, (V,), dtype=torch.int32, generator=generator) if row_steps else None
+    return [torch.randn(V, D, generator=generator).to(dtype), m, v, u, steps]
 
 
 def copies(tensors, wide=False):
@@ -68,26 +77,34 @@ def torch_step(state, rows, grad, flags, t=3.0):
     return result
 
 
-@pytest.mark.parametrize("amsgrad", [False, True], ids=["adam", "amsgrad"])
-@pytest.mark.parametrize("kind", ["sparse", "by_row", "dense"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_close_to_truth(backend, shape, dtype, kind, amsgrad):
-    V, D, n = shape
-    state = tables(V, D, dtype, amsgrad)
-    rows = None if kind == "dense" else torch.randint(0, V, (n,))
-    grad = torch.randn(n if kind == "sparse" else V, D).to(dtype)
+@functools.cache
+def judged(case, dtype, kind, amsgrad):
+    """State, rows, gradient and flags of a step, and the state after it by torch and by the twin in float64."""
+    V, D, n = CASES[case]
+    generator = drawn("lazy_adam", case, dtype, kind, amsgrad)
+    state = tables(V, D, dtype, amsgrad, generator=generator)
+    rows = None if kind == "dense" else torch.randint(0, V, (n,), generator=generator)
+    grad = torch.randn(n if kind == "sparse" else V, D, generator=generator).to(dtype)
     flags = (GRAD_BY_ROW if kind == "by_row" else 0) | MAXIMIZE
-    ours = step(copies(state), rows, grad, flags)
     truth = step(copies(state, wide=True), rows, grad.double(), flags, backend="reference")
-    theirs = torch_step(state, rows, grad, flags)
-    for name, a, b, c in zip(NAMES, ours, theirs, truth, strict=True):
-        if a is not None and a.numel():
-            assert_close(a, b, c, name)
-    if rows is not None:
-        untouched = torch.ones(V, dtype=torch.bool).index_fill(0, rows, False)
-        for name, before, after in zip(NAMES, state, ours, strict=True):
-            assert before is None or torch.equal(before[untouched], after[untouched]), f"{name}: another row changed"
+    return state, rows, grad, flags, torch_step(state, rows, grad, flags), truth
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_close_to_truth(backend, case, dtype, kind):
+    for amsgrad in (False, True):
+        state, rows, grad, flags, theirs, truth = judged(case, dtype, kind, amsgrad)
+        ours = step(copies(state), rows, grad, flags)
+        for name, a, b, c in zip(NAMES, ours, theirs, truth, strict=True):
+            if a is not None and a.numel():
+                assert_close(a, b, c, f"{name}, amsgrad {amsgrad}")
+        if rows is not None:
+            untouched = torch.ones(len(state[0]), dtype=torch.bool).index_fill(0, rows, False)
+            for name, before, after in zip(NAMES, state, ours, strict=True):
+                same = before is None or torch.equal(before[untouched], after[untouched])
+                assert same, f"{name}: another row changed"
 
 
 def test_truth_is_adamw():
@@ -131,34 +148,43 @@ FLAGS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["sparse", "by_row", "dense"])
-@pytest.mark.parametrize("row_wise", [False, True], ids=["", "row-wise v"])
-@pytest.mark.parametrize("m_dtype", [torch.float32, torch.bfloat16], ids=["", "bfloat16 m"])
-@pytest.mark.parametrize("name", FLAGS)
-def test_flags_and_small_state_are_close_to_truth(backend, name, m_dtype, row_wise, kind):
-    flags = FLAGS[name] | (GRAD_BY_ROW if kind == "by_row" else 0)
+@functools.cache
+def judged_small(name, m_dtype, row_wise, kind):
+    """Steps of tables that are narrow, wider than a task, and have more duplicates than one thread adds up."""
+    flags, made = FLAGS[name] | (GRAD_BY_ROW if kind == "by_row" else 0), []
     if kind == "sparse":
         flags &= ~(SKIP_ZERO | GRAD_BY_ROW)
-    for V, D, n in ((12, 5, 20), (3, 2100, 7), (3, 48, 9000)):
+    generator = drawn("small state", name, m_dtype, row_wise, kind)
+    for V, D, n in ((12, 5, 20), (3, 2100, 7), (3, 48, 5000)):
         for dtype, amsgrad in ((torch.float32, True), (torch.bfloat16, False)):
-            state = tables(V, D, dtype, amsgrad, row_steps=True)
+            state = tables(V, D, dtype, amsgrad, row_steps=True, generator=generator)
             state[1] = state[1].to(m_dtype)
             if row_wise:
                 state[2:4] = [x if x is None else x[:, :1].contiguous() for x in state[2:4]]
-            rows = None if kind == "dense" else torch.randint(0, V, (n,))
-            grad = torch.randint(-3, 4, (n if kind == "sparse" else V, D)).to(dtype)  # sums are exact
-            grad[1] = -0.0
+            rows = None if kind == "dense" else torch.randint(0, V, (n,), generator=generator)
+            grad = torch.randint(-3, 4, (n if kind == "sparse" else V, D), generator=generator).to(dtype)
+            grad[1] = -0.0  # sums are exact
             truth = step(copies(state, wide=True), rows, grad.double(), flags, "reference", padding_idx=0, eps=1e-3)
-            ours = step(copies(state), rows, grad, flags, padding_idx=0, eps=1e-3)
-            for what, a, b, before in zip(NAMES, ours, truth, state, strict=True):
-                if what == "row_steps":
-                    assert torch.equal(a, b) and not torch.equal(a, before)
-                elif a is not None:
-                    assert_close(a, None, b, what, scale=1.0)
-                if a is not None:
-                    assert torch.equal(a[0], before[0]), "padding moved"
-                    if flags & SKIP_ZERO:
-                        assert torch.equal(a[1], before[1]), "a row without gradient moved"
+            made.append((state, rows, grad, flags, truth))
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("row_wise", [False, True], ids=["full v", "row-wise v"])
+@pytest.mark.parametrize("m_dtype", [torch.float32, torch.bfloat16], ids=["float32 m", "bfloat16 m"])
+@pytest.mark.parametrize("name", FLAGS)
+def test_flags_and_small_state_are_close_to_truth(backend, name, m_dtype, row_wise, kind):
+    for state, rows, grad, flags, truth in judged_small(name, m_dtype, row_wise, kind):
+        ours = step(copies(state), rows, grad, flags, padding_idx=0, eps=1e-3)
+        for what, a, b, before in zip(NAMES, ours, truth, state, strict=True):
+            if what == "row_steps":
+                assert torch.equal(a, b) and not torch.equal(a, before)
+            elif a is not None:
+                assert_close(a, None, b, what, scale=1.0)
+            if a is not None:
+                assert torch.equal(a[0], before[0]), "padding moved"
+                if flags & SKIP_ZERO:
+                    assert torch.equal(a[1], before[1]), "a row without gradient moved"
 
 
 def test_equals_sparse_adam_and_adam(backend):
@@ -183,22 +209,32 @@ def test_equals_sparse_adam_and_adam(backend):
         torch.testing.assert_close(state[0], other.detach())
 
 
-@pytest.mark.parametrize("kind", ["sparse", "dense"])
-def test_stochastic_rounding_is_the_same_everywhere(backend, kind):
-    """The twin's bits: odd widths, several blocks, a row with many gradients."""
-    for V, D, n in ((9, 37, 20), (3, 2100, 7), (2, 70, 9000)):
-        w = torch.randn(V, D).bfloat16()
+@functools.cache
+def rounded(kind):
+    """State, rows, gradient and the twin's w: odd widths, several blocks, a row with many gradients."""
+    made, generator = [], drawn("rounded", kind)
+    for V, D, n in ((9, 37, 20), (3, 2100, 7), (2, 70, 5000)):
+        w = torch.randn(V, D, generator=generator).bfloat16()
         w[1, :3] = torch.tensor([torch.inf, torch.nan, 3.3895e38])
-        rows = torch.randint(0, V, (n,)) if kind == "sparse" else None
-        seed = torch.tensor([-(2**62) + 17])
-        results = []
-        for name in ("reference", backend):
-            state = [w.clone(), torch.ones(V, D), torch.full((V, D), 4.0), None, None]
-            grad = torch.zeros(n if kind == "sparse" else V, D)
-            results.append(step(state, rows, grad, backend=name, t=5.0, seed=seed, number=3, eps=0.0)[0])
-        difference = (results[0] != results[1]) & ~results[0].isnan()
+        rows = torch.randint(0, V, (n,), generator=generator) if kind == "sparse" else None
+        state = [w, torch.ones(V, D), torch.full((V, D), 4.0), None, None]
+        given = state, rows, torch.zeros(n if kind == "sparse" else V, D)
+        made.append((*given, rounding(*given, "reference")))
+    return made
+
+
+def rounding(state, rows, grad, backend):
+    seed = torch.tensor([-(2**62) + 17])
+    return step(copies(state), rows, grad, backend=backend, t=5.0, seed=seed, number=3, eps=0.0)[0]
+
+
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_stochastic_rounding_is_the_same_everywhere(kernels, kind):
+    for *given, twins in rounded(kind):
+        ours = rounding(*given, kernels)
+        difference = (twins != ours) & ~twins.isnan()
         # w in float32 may differ in its last bit, which once in 2**16 decides
-        assert difference.float().mean() < 1e-3 and torch.equal(results[0].isnan(), results[1].isnan())
+        assert difference.float().mean() < 1e-3 and torch.equal(twins.isnan(), ours.isnan())
 
 
 def test_stochastic_rounding_is_right_on_average(backend):
@@ -239,21 +275,16 @@ def test_duplicates_are_summed_in_float32(backend, dtype):
     torch.testing.assert_close(state[1], torch.tensor([[0.0], [409.6]]).expand(2, 3))
 
 
-@pytest.mark.parametrize("kind", ["sparse", "by_row", "dense"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bits_do_not_depend_on_threads(backend, threads, kind, dtype):
-    for V, D, n in ((3000, 40, 40000), (2, 100, 20000)):
-        state = tables(V, D, dtype, amsgrad=True, row_steps=True)
-        rows = None if kind == "dense" else torch.randint(0, V, (n,)) ** 2 // V
-        grad = torch.randn(n if kind == "sparse" else V, D).to(dtype)
-        flags = GRAD_BY_ROW if kind == "by_row" else 0
-        before = torch.get_num_threads()
-        many, again = (step(copies(state), rows, grad, flags) for _ in range(2))
-        torch.set_num_threads(1)
-        one = step(copies(state), rows, grad, flags)
-        torch.set_num_threads(before)
-        for a, b, c in zip(many, again, one, strict=True):
-            assert torch.equal(a, b) and torch.equal(a, c)
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_do_not_depend_on_threads(kernels, kind):
+    """Sorting, rows and the columns of rows with many gradients are shared; dense tensors are cut into chunks."""
+    for V, D, n in ((3000, 24, 33000), (2, 100, 10000)):
+        for with_row_steps in (True, False):
+            state = tables(V, D, torch.float32, amsgrad=True, row_steps=with_row_steps)
+            rows = None if kind == "dense" else torch.randint(0, V, (n,)) ** 2 // V
+            grad = torch.randn(n if kind == "sparse" else V, D)
+            flags = GRAD_BY_ROW if kind == "by_row" else 0
+            assert_same_for_threads(lambda given=(state, rows, grad, flags): step(copies(given[0]), *given[1:]))
 
 
 def test_a_step_starts_no_threads():
@@ -274,7 +305,7 @@ def test_a_step_starts_no_threads():
         torch.set_num_threads(count)
 
 
-def test_rows_without_columns_step(backend):
+def test_rows_without_columns_step(best):
     param = torch.nn.Parameter(torch.zeros(5, 0))
     param.grad = torch.zeros(5, 0)
     optimizer = fastbert.LazyAdam([param], row_wise=True, bias_correction="row", lazy="nonzero")
@@ -320,7 +351,7 @@ def test_a_float64_gradient_of_a_float32_parameter(backend):
 
 
 @pytest.mark.parametrize("missed", ["leave", "replay"])
-def test_the_default_device_is_of_no_account(backend, missed):
+def test_the_default_device_is_of_no_account(best, missed):
     """Scratch memory is where the table is."""
 
     def trained(device):
@@ -372,7 +403,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input_changes_nothing(backend, what):
+def test_bad_input_changes_nothing(best, what):
     error, message, given = BAD[what]
     state = tables(6, 4)
     state[1], state[2], state[4] = given.get("m", state[1]), given.get("v", state[2]), given.get("row_steps")
@@ -383,15 +414,20 @@ def test_bad_input_changes_nothing(backend, what):
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(state, before, strict=True))
 
 
-def test_custom_op_is_sound(backend):
-    rows = torch.tensor([1, 1, 3])
-    for state, ids, grad, flags in (
-        (tables(4, 8), rows, torch.randn(3, 8), 0),
-        (tables(4, 8, amsgrad=True, row_steps=True), rows, torch.randn(4, 8), GRAD_BY_ROW),
-        (tables(4, 8), None, torch.randn(4, 8), MAXIMIZE),
-    ):
-        numbers = (torch.tensor(0.01), torch.tensor(2.0), None, 0.9, 0.999, 1e-8, 0.1)
-        torch.library.opcheck(lazy_adam_step, (*state, ids, grad, *numbers, flags, -1, 0, requested()))
+@pytest.mark.parametrize(
+    ("dtype", "flags", "options"),
+    [
+        (torch.float32, GRAD_BY_ROW, {"amsgrad": True, "row_steps": True}),
+        (torch.bfloat16, 0, {}),
+        (torch.float16, 0, {}),
+    ],
+    ids=str,
+)
+def test_custom_op_is_sound(dtype, flags, options):
+    grad = torch.randn(4 if flags else 3, 8, dtype=dtype)
+    numbers = (torch.tensor(0.01), torch.tensor(2.0), None, 0.9, 0.999, 1e-8, 0.1)
+    state = tables(4, 8, dtype, **options)
+    torch.library.opcheck(lazy_adam_step, (*state, torch.tensor([1, 1, 3]), grad, *numbers, flags, -1, 0, ""))
 
 
 def test_an_explicit_backend_that_cannot_run_raises():

@@ -1,9 +1,11 @@
 """Missed steps made up for at once, against dense AdamW that took every one of them."""
 
+import functools
 import math
 
 import pytest
 import torch
+from op_cases import assert_same_for_threads
 
 from fastbert.backends import requested
 from fastbert.ops.lazy_adam import EPS_UNCORRECTED, NO_BIAS_CORRECTION
@@ -21,7 +23,7 @@ def schedule(steps):
 
 
 def dense(gradients, lr, decay, beta1, beta2, eps, dtype):
-    """torch's AdamW over all steps; gradients [steps, V, D]. Returns weight, m, v after each step as needed."""
+    """torch's AdamW over all steps; gradients [steps, V, D]. Yields weight, m, v after each step."""
     # Small, so that the movement is not lost in the weight.
     p = 1e-3 * torch.randn(V, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     p = p.to(dtype).requires_grad_()
@@ -31,7 +33,7 @@ def dense(gradients, lr, decay, beta1, beta2, eps, dtype):
         p.grad = g.to(dtype)
         optimizer.step()
         state = optimizer.state[p]
-        yield [x.detach().clone() for x in (p, state["exp_avg"], state["exp_avg_sq"])]
+        yield [x.detach() for x in (p, state["exp_avg"], state["exp_avg_sq"])]
 
 
 def gradients_of(steps, last):
@@ -41,31 +43,51 @@ def gradients_of(steps, last):
     return g * (torch.arange(1, steps + 1)[:, None] <= last)[:, :, None]
 
 
-@pytest.mark.parametrize("eps", [0.0, 1e-8, 1e-6])
-@pytest.mark.parametrize("first", [1, 4, 30, 250, 900])
-@pytest.mark.parametrize("gap", [1, 7, 100, 600])
-def test_equals_adamw(backend, first, gap, eps):
+# First missed step (of three rows each), number of missed steps, eps. The kernels walk the steps where bias correction
+# still moves, else expand their sum; momentum ends after some 200 steps.
+CASES = {
+    "one step, walked": (1, 1, 1e-8),
+    "few steps, walked": (4, 7, 1e-6),
+    "many steps, walked": (1, 600, 1e-8),
+    "walked by some rows, expanded for others": (30, 100, 0.0),
+    "one step, expanded": (900, 1, 1e-8),
+    "few steps, expanded": (250, 7, 0.0),
+    "many steps, expanded": (900, 600, 1e-6),
+    "more steps than momentum lasts": (250, 600, 1e-8),
+}
+
+
+@functools.cache
+def judged(case):
+    """last [V], steps, lr and decay of the recorded ones, and by dtype: state to start from and AdamW's at the end."""
+    first, gap, eps = CASES[case]
     last = first + torch.arange(3).repeat(V // 3)
     steps = int(last.max()) + gap
     lr, decay = schedule(steps)
     g = gradients_of(steps, last)
-    paths = {dtype: list(dense(g, lr, decay, 0.9, 0.999, eps, dtype)) for dtype in (torch.float32, torch.float64)}
-    for dtype, path in paths.items():
-        if dtype == torch.float64 and backend != "reference":
-            continue
-        # each row as it stood after its own last step
-        state = [torch.stack([path[int(last[r]) - 1][k][r] for r in range(V)]) for k in range(3)]
-        counters = last.int()
-        before = first - 1  # the record begins at the first row's last step
-        rows = torch.randint(0, V, (60,))
-        lazy_adam_replay(
-            *state, counters, rows, lr[before:], decay[before:], steps, 0.9, 0.999, eps, 0, -1, requested()
-        )
-        lazy_adam_replay(
-            *state, counters, None, lr[before:], decay[before:], steps, 0.9, 0.999, eps, 0, -1, requested()
-        )
+    before, made = first - 1, {}  # the record begins at the first row's last step
+    for dtype in (torch.float32, torch.float64):
+        start = [torch.zeros(V, D, dtype=dtype) for _ in range(3)]
+        for number, state in enumerate(dense(g, lr, decay, 0.9, 0.999, eps, dtype), 1):
+            for row in (last == number).nonzero().flatten().tolist():  # each row as it stood after its own last step
+                for mine, all_rows in zip(start, state, strict=True):
+                    mine[row] = all_rows[row]
+        made[dtype] = start, [x.clone() for x in state]
+    return last, steps, lr[before:], decay[before:], eps, made
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_adamw(backend, case):
+    last, steps, lr, decay, eps, made = judged(case)
+    truths = made[torch.float64][1]
+    for dtype in (torch.float32, torch.float64) if backend == "reference" else (torch.float32,):
+        start, adamw = made[dtype]
+        state, counters = [x.clone() for x in start], last.int()
+        for rows in (torch.randint(0, V, (60,)), None):
+            options = lr, decay, steps, 0.9, 0.999, eps, 0, -1, requested()
+            lazy_adam_replay(*state, counters, rows, *options)
         assert (counters == steps).all()
-        for name, ours, theirs, truth in zip(("w", "m", "v"), state, path[-1], paths[torch.float64][-1], strict=True):
+        for name, ours, theirs, truth in zip(("w", "m", "v"), state, adamw, truths, strict=True):
             if dtype == torch.float64:
                 torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9 * float(truth.abs().max()))
             else:
@@ -111,18 +133,19 @@ def test_rows_without_momentum_only_decay(backend):
     assert state[3].tolist() == [50, 50] and not state[1].any()
 
 
-def test_bits_do_not_depend_on_threads(backend, threads):
+def test_bits_do_not_depend_on_threads(kernels):
     generator = torch.Generator().manual_seed(3)
     g = torch.randn(3000, 33, generator=generator)
     start = [torch.randn(3000, 33, generator=generator), 0.1 * g, 1e-3 * g * g, torch.arange(3000).int() % 400]
     lr, decay = (x.double() for x in schedule(400))
     rows = torch.randint(0, 3000, (5000,), generator=generator)
-    results = []
-    for count in (torch.get_num_threads(), 1):
-        torch.set_num_threads(count)
-        results.append([x.clone() for x in start])
-        call(results[-1], rows, lr, decay, 400, betas=(0.9, 0.999), eps=1e-8)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+    def replayed():
+        state = [x.clone() for x in start]
+        call(state, rows, lr, decay, 400, betas=(0.9, 0.999), eps=1e-8)
+        return state
+
+    assert_same_for_threads(replayed)
 
 
 def test_rows_ahead_stay_where_they_are(backend):
@@ -150,7 +173,7 @@ def test_rows_ahead_stay_where_they_are(backend):
         ({"step": 7, "rows": torch.tensor([2, 1])}, "got 0 for row [12]; nothing was changed"),
     ],
 )
-def test_bad_input_changes_nothing(backend, change, message):
+def test_bad_input_changes_nothing(best, change, message):
     given = {"rows": None, "lr": torch.ones(2).double(), "decay": torch.zeros(2).double(), "step": 2, **change}
     state = [change.get("param", torch.ones(3, 2)), torch.ones(3, 2), torch.ones(3, 2), torch.zeros(3).int()]
     state[3] = given.pop("last_step", state[3])
@@ -161,8 +184,8 @@ def test_bad_input_changes_nothing(backend, change, message):
     assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
 
 
-def test_custom_op_is_sound(backend):
+def test_custom_op_is_sound():
     state = [torch.randn(4, 3), torch.randn(4, 3), torch.rand(4, 3), torch.zeros(4).int()]
     lr = torch.ones(2).double()
-    options = (lr, 0 * lr, 2, 0.9, 0.999, 1e-8, 0, -1, requested())
+    options = (lr, 0 * lr, 2, 0.9, 0.999, 1e-8, 0, -1, "")
     torch.library.opcheck(lazy_adam_replay, (*state, torch.tensor([1, 1, 3]), *options))

@@ -259,11 +259,10 @@ def test_what_does_not_fit_gets_torchs_message(products):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compiled_equals_eager(library, monkeypatch, compiler):
+def test_compiled_equals_eager(library, monkeypatch):
     torch.compiler.reset()
     monkeypatch.setattr(op, "SMALL", dict.fromkeys(op.SMALL, 1))
-    counter = CompileCounterWithBackend(compiler)
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(fastbert.linear, fullgraph=True, backend=counter)
     function = {"onednn": "_LinearBackward", "fastbert": "_InFloat32Backward"}[library]
     for rows in (12, 40, 56):

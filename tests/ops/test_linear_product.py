@@ -1,108 +1,129 @@
 """The kernel of csrc/cpu/linear.cpp: against float64, on every instruction set, in every order of memory and dtype."""
 
+import functools
 import resource
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from op_cases import assert_same_for_threads, drawn
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastbert.backends import linear_product, native
+from fastbert.backends import linear_product as kernel
+from fastbert.backends import native
 from fastbert.testing import assert_close
 
 pytestmark = pytest.mark.skipif(native.module is None, reason=str(native.cpu_missing))
-isas = native.module.instruction_sets() if native.module else []
-on_every_isa = pytest.mark.parametrize("backend", [f"cpu:{isa}" for isa in isas], indirect=True)
 
-# M, K, N: one of each; less than a tile, a tile, one more in each way; several blocks of rows, of depth, of columns
-SMALL = [(1, 1, 1), (3, 5, 7), (6, 16, 16), (7, 17, 65), (13, 40, 31), (101, 30, 9)]
-LARGE = [(97, 385, 401), (200, 130, 900), (5, 1540, 40), (5290, 1537, 17)]
+# M, K, N
+SMALL = {
+    "one of each": (1, 1, 1),
+    "less than a tile": (3, 5, 7),
+    "a tile": (6, 16, 16),
+    "one more than a tile": (7, 17, 65),
+    "groups of rows and five": (101, 30, 9),
+}
+BLOCKS = {
+    "several tasks, blocks of depth and of columns": (97, 385, 401),
+    "columns beyond a task": (50, 130, 900),
+    "depth beyond what is packed at a time": (5, 1540, 40),
+}
+CASES = SMALL | BLOCKS | {"rows beyond a chunk": (5290, 1537, 17)}
+ORDERS = ["rows", "columns", "neither"]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 def operands(m: int, k: int, n: int, order: str = "rows") -> tuple[Tensor, Tensor, Tensor]:
     """x [M, K], weight [N, K] and bias [N]; the matrices along their rows, along their columns, or neither."""
+    generator = drawn("linear_product", m, k, n)
 
     def matrix(rows: int, columns: int) -> Tensor:
+        values = torch.randn(rows, columns, generator=generator)
         if order == "columns":
-            return torch.randn(columns, rows).t()
-        return torch.randn(rows, columns) if order == "rows" else torch.randn(rows + 1, 2 * columns)[1:, ::2]
+            return values.t().contiguous().t()
+        return values if order == "rows" else F.pad(values, (0, 1)).repeat_interleave(2, 1)[:, : 2 * columns : 2]
 
-    return matrix(m, k), matrix(n, k), torch.randn(n)
+    return matrix(m, k), matrix(n, k), torch.randn(n, generator=generator)
 
 
-def check(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
-    y = linear_product.linear_product(x, weight, bias, dtype)
-    widened, truth = (
+@functools.cache
+def judged(case: str) -> list[tuple[bool, Tensor, Tensor]]:
+    """Whether there is a bias, and torch's result and the truth, for operands in any order of memory."""
+    inputs = operands(*CASES[case])
+    results = []
+    for given in (inputs, (*inputs[:2], None)):
+        truth = F.linear(*(None if t is None else t.double() for t in given))
+        results.append((given[2] is not None, F.linear(*given), truth))
+    return results
+
+
+def check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype = torch.float32,
+    judged: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    y = kernel.linear_product(x, weight, bias, dtype)
+    widened, truth = judged or (
         F.linear(*(None if t is None else t.to(kind) for t in (x, weight, bias)))
         for kind in (torch.float32, torch.float64)
     )
     assert y.dtype == dtype and y.is_contiguous()
-    if dtype == torch.bfloat16:
-        unrounded = linear_product.linear_product(x, weight, bias, torch.float32)
-        assert torch.equal(y, unrounded.bfloat16()), "not rounded once"
     assert_close(y, widened.to(dtype), truth, scale=x.shape[1] ** 0.5)
+    if dtype == torch.float32:
+        rounded = kernel.linear_product(x, weight, bias, torch.bfloat16)
+        assert torch.equal(rounded, y.bfloat16()), "not rounded once"
     return y
 
 
-@on_every_isa
-@pytest.mark.parametrize("order", ["rows", "columns", "neither"])
-@pytest.mark.parametrize("shape", SMALL + LARGE, ids=str)
-def test_close_to_truth(backend, nan_filled, shape, order):
-    x, weight, bias = operands(*shape, order)
-    check(x, weight, bias)
-    check(x, weight, None)
-    check(x, weight, bias, torch.bfloat16)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("case", CASES)
+def test_close_to_truth(kernels, nan_filled, case, order):
+    x, weight, bias = operands(*CASES[case], order)
+    for biased, *results in judged(case):
+        check(x, weight, bias if biased else None, judged=results)
 
 
-@on_every_isa
+@functools.cache
+def mixed(x_dtype, weight_dtype, case, order):
+    x, weight, bias = operands(*CASES[case], order)
+    given = x.to(x_dtype), weight.to(weight_dtype), bias.to(weight_dtype)
+    assert given[0].stride() == x.stride()
+    return given, [F.linear(*(t.to(kind) for t in given)) for kind in (torch.float32, torch.float64)]
+
+
 @pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dtypes(backend, nan_filled, x_dtype, weight_dtype, dtype):
+def test_dtypes(kernels, nan_filled, x_dtype, weight_dtype):
     """Each for itself; the bias in the weight's. A product deeper than what is packed at a time is rounded once."""
-    for shape in [(7, 17, 65), (3, 1540, 40)]:
+    for case in ("one more than a tile", "depth beyond what is packed at a time"):
         for order in ("rows", "columns"):
-            x, weight, bias = operands(*shape, order)
-            x, weight = x.to(x_dtype), weight.to(weight_dtype)
-            assert x.stride() == operands(*shape, order)[0].stride()
-            check(x, weight, bias.to(weight_dtype), dtype)
+            given, results = mixed(x_dtype, weight_dtype, case, order)
+            check(*given, judged=results)
 
 
-@on_every_isa
-@pytest.mark.parametrize("shape", [(7, 17, 65), (97, 385, 401), (300, 40, 100), (5290, 770, 17)], ids=str)
-def test_the_number_of_threads_changes_no_bit(backend, shape):
-    inputs, before = operands(*shape), torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            results.append(linear_product.linear_product(*inputs, torch.float32))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(result, results[0]) for result in results)
+@pytest.mark.parametrize("case", ["one more than a tile", *BLOCKS])
+def test_the_number_of_threads_changes_no_bit(kernels, case):
+    inputs = operands(*CASES[case])
+    assert_same_for_threads(lambda: [kernel.linear_product(*inputs, torch.float32)], (1, 2, 3, 7))
 
 
-@on_every_isa
 @pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("order", ["rows", "columns", "neither"])
-def test_packed_weights_give_the_same_bits(backend, nan_filled, order, weight_dtype):
-    for shape in SMALL + LARGE[:3]:
-        x, weight, bias = operands(*shape, order)
+@pytest.mark.parametrize("order", ORDERS)
+def test_packed_weights_give_the_same_bits(kernels, nan_filled, order, weight_dtype):
+    for case in SMALL | BLOCKS:
+        x, weight, bias = operands(*CASES[case], order)
         weight = weight.to(weight_dtype)
-        packed = linear_product.linear_packed(weight)
-        ours = linear_product.linear_product(x, packed, bias, torch.float32, tuple(weight.shape))
-        assert torch.equal(ours, linear_product.linear_product(x, weight, bias, torch.float32))
+        packed = kernel.linear_packed(weight)
+        ours = kernel.linear_product(x, packed, bias, torch.float32, tuple(weight.shape))
+        assert torch.equal(ours, kernel.linear_product(x, weight, bias, torch.float32)), case
 
 
-@on_every_isa
-def test_what_is_not_finite_stays_in_its_row(backend):
+def test_what_is_not_finite_stays_in_its_row(kernels):
     """Row 7 too, which is read together with rows 0 to 5."""
     x, weight, bias = operands(20, 50, 40)
     x[3, 7], x[5, 0], x[7, 49] = torch.nan, torch.inf, -torch.inf
-    y = linear_product.linear_product(x, weight, bias, torch.float32)
+    y = kernel.linear_product(x, weight, bias, torch.float32)
     rows = torch.arange(20)[:, None].expand(20, 40)
     assert torch.equal(~y.isfinite(), (rows == 3) | (rows == 5) | (rows == 7))
     assert y[3].isnan().all() and torch.equal(y[5], weight[:, 0].sign() * torch.inf)
@@ -119,14 +140,13 @@ def test_memory_goes_with_its_thread():
     inputs, sizes = operands(240, 768, 768), []
     for _ in range(3):
         for _ in range(10):
-            thread = threading.Thread(target=linear_product.linear_product, args=(*inputs, torch.float32))
+            thread = threading.Thread(target=kernel.linear_product, args=(*inputs, torch.float32))
             thread.start()
             thread.join()
         sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
     assert sizes[2] - sizes[1] < 10 * 2**20, [size >> 20 for size in sizes]  # 27 MB, if they left theirs
 
 
-@on_every_isa
-def test_overlapping_and_expanded_operands(backend):
+def test_overlapping_and_expanded_operands(kernels):
     check(torch.randn(1, 24).expand(9, 24), torch.randn(7, 1).expand(7, 24), torch.randn(1).expand(7))
     check(torch.randn(40).as_strided((9, 24), (1, 1)), torch.randn(7, 24), torch.randn(14)[::2])

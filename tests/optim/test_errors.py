@@ -37,7 +37,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_bad_gradients_change_nothing(backend, what):
+def test_bad_gradients_change_nothing(best, what):
     error, message, spoil = WRONG[what]
     first, last = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(3, 2))
     optimizer = LazyAdam([first, last])
@@ -69,7 +69,7 @@ def test_a_step_that_no_backend_takes_does_not_count_and_leaves_no_state():
     assert all(torch.equal(a, b) for a, b in zip(before, bits(optimizer, params[0]), strict=True))
 
 
-def test_bad_arguments(backend):
+def test_bad_arguments(best):
     param, stranger = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3, 2))
     param.grad = torch.ones(3, 2)
     optimizer = LazyAdam([param])

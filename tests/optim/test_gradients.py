@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastbert import LazyAdam, all_gather_ids, all_gather_rows, clip_grad_norm_
 
 
-def test_clips_dense_as_torch(backend):
+def test_clips_dense_as_torch(best):
     for max_norm in (0.5, 1e6):
         ours = [nn.Parameter(torch.ones(shape)) for shape in ((3, 4), (70000,), (), (5000,))]
         theirs = [nn.Parameter(p.detach().clone()) for p in ours]
@@ -28,7 +28,7 @@ def test_clips_dense_as_torch(backend):
             torch.testing.assert_close(p.grad, q.grad)
 
 
-def test_norm_is_over_what_is_applied(backend):
+def test_norm_is_over_what_is_applied(best):
     """Sparse rows 3 + 0 and, twice, (4, 0): norm of (3, 8); dense rows named 1 and 1: 6 alone, not 100."""
     sparse, dense = nn.Parameter(torch.zeros(4, 1)), nn.Parameter(torch.zeros(3, 1))
     plain = nn.Parameter(torch.zeros(()))
@@ -46,7 +46,7 @@ def test_norm_is_over_what_is_applied(backend):
     assert torch.equal(values, torch.tensor([[4.0], [3.0], [4.0]])), "another tensor's memory was scaled"
 
 
-def test_clip_sums_duplicates_in_float32_and_takes_expanded_values(backend):
+def test_clip_sums_duplicates_in_float32_and_takes_expanded_values(best):
     param = nn.Parameter(torch.zeros(2, 1, dtype=torch.bfloat16))
     ids, ones = torch.ones(1, 4096, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bfloat16)
     param.grad = torch.sparse_coo_tensor(ids, ones.expand(4096, 1), (2, 1), check_invariants=True)
@@ -64,7 +64,7 @@ def test_clip_takes_a_dense_gradient_whose_elements_share_memory():
         assert param.grad.tolist() == pytest.approx([before / 19**0.5] * len(param), rel=1e-5)
 
 
-def test_clip_when_not_finite_or_empty(backend):
+def test_clip_when_not_finite_or_empty(best):
     assert clip_grad_norm_([nn.Parameter(torch.ones(2))], 1.0) == 0
     param = nn.Parameter(torch.ones(2))
     param.grad = torch.tensor([torch.nan, 1.0])
@@ -77,7 +77,7 @@ def test_clip_when_not_finite_or_empty(backend):
     assert clip_grad_norm_(empty, 1.0) == 0
 
 
-def test_the_optimizer_knows_its_norm(backend):
+def test_the_optimizer_knows_its_norm(best):
     """Twice 3 in a sparse row, 8 in a named row: 10; 100 in rows that are not named."""
     sparse, dense = nn.Parameter(torch.zeros(4, 1)), nn.Parameter(torch.zeros(3, 1))
     sparse.grad = torch.sparse_coo_tensor(
@@ -92,7 +92,7 @@ def test_the_optimizer_knows_its_norm(backend):
     assert optimizer.grad_norm().isinf()
 
 
-def test_grad_scaler(backend):
+def test_grad_scaler(best):
     """A scaled loss takes the same steps; one whose gradient overflows takes none."""
     embedding, other = nn.Embedding(6, 3, sparse=True), nn.Embedding(6, 3, sparse=True)
     other.load_state_dict(embedding.state_dict())

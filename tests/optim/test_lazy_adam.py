@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from op_cases import assert_same_for_threads
 from optim_state import bits
 from torch import nn
 
@@ -39,7 +40,7 @@ def backward(embedding, ids, seed=0):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_dense_is_adamw(backend, options):
+def test_dense_is_adamw(best, options):
     shapes = [(5, 7), (33,), (), (2, 3, 4), (0, 3)]
     ours = [torch.randn(shape).requires_grad_() for shape in shapes]
     theirs = [p.detach().clone().requires_grad_() for p in ours]
@@ -63,7 +64,7 @@ def test_dense_is_adamw(backend, options):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_low_precision_keeps_float32_state(backend, dtype):
+def test_low_precision_keeps_float32_state(best, dtype):
     param = torch.randn(6, 5).to(dtype).requires_grad_()
     wide = param.detach().float().requires_grad_()
     optimizer, reference = LazyAdam([param]), torch.optim.AdamW([wide], weight_decay=0.0)
@@ -77,7 +78,7 @@ def test_low_precision_keeps_float32_state(backend, dtype):
         torch.testing.assert_close(optimizer.state[param][name], reference.state[wide][name])
 
 
-def test_strided_parameters_are_not_left_behind(backend):
+def test_strided_parameters_are_not_left_behind(best):
     base = torch.randn(6, 8)
     for view in (lambda x: x.T, lambda x: x[:, ::2], lambda x: x[1:4, 2:5]):
         storage = base.clone()
@@ -96,7 +97,7 @@ def test_strided_parameters_are_not_left_behind(backend):
 # ---- sparse and named rows -----------------------------------------------------------------------------------------
 
 
-def test_two_steps_of_an_embedding_by_hand(backend):
+def test_two_steps_of_an_embedding_by_hand(best):
     """lr 0.5, betas 1/2 and 3/4, eps 1, decay 0.2: row 1 is looked up twice, row 0 never."""
     embedding = table(2, 1)
     with torch.no_grad():
@@ -113,7 +114,7 @@ def test_two_steps_of_an_embedding_by_hand(backend):
     assert state["step"] == 2 and state["exp_avg"].tolist() == [[0], [0]] and state["exp_avg_sq"].tolist() == [[0], [4]]
 
 
-def test_equals_sparse_adam_without_eps(backend):
+def test_equals_sparse_adam_without_eps(best):
     """eps apart, SparseAdam is the same: gradients uncoalesced, steps without any row counted."""
     ours, theirs = table(), table()
     theirs.load_state_dict(ours.state_dict())
@@ -129,7 +130,7 @@ def test_equals_sparse_adam_without_eps(backend):
 
 
 @pytest.mark.parametrize("kind", ["sparse", "coalesced", "rows"])
-def test_only_touched_rows_change(backend, kind):
+def test_only_touched_rows_change(best, kind):
     embedding = table(sparse=kind != "rows")
     optimizer = LazyAdam(embedding.parameters(), weight_decay=0.1, amsgrad=True)
     weight = embedding.weight
@@ -150,7 +151,7 @@ def test_only_touched_rows_change(backend, kind):
             assert (a[[2, 7]] != b[[2, 7]]).any(1).all()
 
 
-def test_named_rows_equal_a_sparse_gradient(backend):
+def test_named_rows_equal_a_sparse_gradient(best):
     sparse, dense = table(), table(sparse=False)
     dense.load_state_dict(sparse.state_dict())
     optimizers = [LazyAdam(x.parameters(), weight_decay=0.1) for x in (sparse, dense)]
@@ -163,7 +164,7 @@ def test_named_rows_equal_a_sparse_gradient(backend):
     torch.testing.assert_close(sparse.weight, dense.weight, rtol=1e-5, atol=1e-6)
 
 
-def test_a_named_row_with_zero_gradient_takes_an_ordinary_step(backend):
+def test_a_named_row_with_zero_gradient_takes_an_ordinary_step(best):
     param = nn.Parameter(torch.ones(3, 2))
     optimizer = LazyAdam([param], lr=0.1, weight_decay=0.5, eps=1.0)
     param.grad = torch.ones(3, 2)
@@ -177,7 +178,7 @@ def test_a_named_row_with_zero_gradient_takes_an_ordinary_step(backend):
     assert state["step"] == 2
 
 
-def test_vectors_and_blocks_have_rows_too(backend):
+def test_vectors_and_blocks_have_rows_too(best):
     for shape in ((7,), (7, 2, 3)):
         param = nn.Parameter(torch.randn(shape))
         flat = nn.Parameter(param.detach().clone().view(7, -1))
@@ -189,7 +190,7 @@ def test_vectors_and_blocks_have_rows_too(backend):
         assert torch.equal(param.view(7, -1), flat)
 
 
-def test_no_gradient_no_step(backend):
+def test_no_gradient_no_step(best):
     param, named = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     optimizer = LazyAdam([param, named])
     optimizer.step(rows={named: torch.tensor([0])})
@@ -199,7 +200,7 @@ def test_no_gradient_no_step(backend):
     assert param.tolist() == [1, 1, 1] and optimizer.state[param]["step"] == 1
 
 
-def test_bits_do_not_depend_on_threads(backend, threads):
+def test_bits_do_not_depend_on_threads():
     def run():
         torch.manual_seed(0)
         embedding, linear = table(500, 64), nn.Linear(64, 300)
@@ -212,12 +213,7 @@ def test_bits_do_not_depend_on_threads(backend, threads):
             optimizer.step()
         return norm, embedding.weight.detach(), linear.weight.detach()
 
-    before = torch.get_num_threads()
-    many = run()
-    torch.set_num_threads(1)
-    one = run()
-    torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(many, one, strict=True))
+    assert_same_for_threads(run)
 
 
 # ---- a program's life ----------------------------------------------------------------------------------------------
@@ -240,7 +236,7 @@ def train(embedding, linear, optimizer, seeds):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("how", ["state_dict", "file", "deepcopy", "pickle"])
-def test_resumed_equals_unbroken(backend, how, dtype):
+def test_resumed_equals_unbroken(best, how, dtype):
     unbroken = training(dtype)
     train(*unbroken, range(5))
     first = training(dtype)
@@ -270,7 +266,7 @@ def test_resumed_equals_unbroken(backend, how, dtype):
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
-def test_state_goes_to_adamw_and_back(backend, amsgrad):
+def test_state_goes_to_adamw_and_back(best, amsgrad):
     options = {"lr": 0.01, "weight_decay": 0.1, "amsgrad": amsgrad}
     ours, theirs = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4, 3))
     optimizers = [LazyAdam([ours], **options), torch.optim.AdamW([theirs], **options)]
@@ -290,7 +286,7 @@ def test_state_goes_to_adamw_and_back(backend, amsgrad):
     assert plain.param_groups[0]["decoupled_weight_decay"]
 
 
-def test_load_from_sparse_adam_and_refuse_what_does_not_fit(backend):
+def test_load_from_sparse_adam_and_refuse_what_does_not_fit(best):
     param = nn.Parameter(torch.ones(4, 3))
     sparse = torch.optim.SparseAdam([param], lr=0.5)
     param.grad = torch.eye(4, 3).to_sparse(1)
@@ -313,7 +309,7 @@ def test_load_from_sparse_adam_and_refuse_what_does_not_fit(backend):
     assert all(torch.equal(a, b) for a, b in zip(before, bits(optimizer, param), strict=True))
 
 
-def test_closures_schedules_groups_and_hooks(backend):
+def test_closures_schedules_groups_and_hooks(best):
     embedding, linear, optimizer = training()
     seen = []
     optimizer.register_step_post_hook(lambda *_: seen.append(optimizer.param_groups[1]["lr"]))
@@ -342,7 +338,7 @@ def test_closures_schedules_groups_and_hooks(backend):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
-def test_compiled_step_equals_eager(backend):
+def test_compiled_step_equals_eager(best):
     def build():
         torch.manual_seed(0)
         param, other = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(4))

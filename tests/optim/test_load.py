@@ -179,7 +179,7 @@ def test_resumed_from_a_distributed_checkpoint_is_bitwise_unbroken(options, how,
         assert all(torch.equal(torch.as_tensor(mine[name]), torch.as_tensor(theirs[name])) for name in mine)
 
 
-def test_a_first_step_that_moves_something_counts(backend):
+def test_a_first_step_that_moves_something_counts(best):
     """A warm-up from a rate of 0, or a parameter whose gradient is zero beside one whose is not, is AdamW's step 1."""
     for rates, factors in (((0.0, 0.0), (1.0, 0.0)), ((0.0, 0.1), (0.0, 0.0)), ((torch.tensor(0.0), 0.0), (0.0, 1.0))):
         trained = []

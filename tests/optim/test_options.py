@@ -30,7 +30,7 @@ def train(embedding, optimizer, steps, ids=None):
         optimizer.step()
 
 
-def test_equals_sparse_adam(backend):
+def test_equals_sparse_adam(best):
     """With its own eps, large enough to matter, over steps that touch different rows."""
     ours, optimizer = table(eps_mode="sparse_adam", eps=1e-2)
     theirs, _ = table()
@@ -42,7 +42,7 @@ def test_equals_sparse_adam(backend):
     assert (other.weight - ours.weight).abs().max() > 1e-3, "the two eps should differ here"
 
 
-def test_equals_tensorflows_lazy_adam(backend):
+def test_equals_tensorflows_lazy_adam(best):
     """Its update, written out: global step, eps 1e-7 beside sqrt(v), duplicates added up, other rows untouched."""
     embedding, optimizer = table(eps_mode="sparse_adam", eps=1e-7)
     w = embedding.weight.detach().double().clone()
@@ -58,7 +58,7 @@ def test_equals_tensorflows_lazy_adam(backend):
     torch.testing.assert_close(embedding.weight.double(), w, rtol=1e-5, atol=1e-6)
 
 
-def test_berts_own(backend):
+def test_berts_own(best):
     """Groups by number of axes; the first step is lr * (0.1 g / (sqrt(0.001) |g| + eps) + decay * w)."""
     model = BertModel(BertConfig(V, 8, 1, 2, 16, max_position_embeddings=4))
     optimizer = LazyAdam.bert(model, lr=0.1, weight_decay=0.5)
@@ -80,7 +80,7 @@ def test_berts_own(backend):
             torch.testing.assert_close(param.detach(), expected)
 
 
-def test_rows_count_their_own_steps(backend):
+def test_rows_count_their_own_steps(best):
     """A row's third step is the third, whenever it comes: as if its batches had been the only ones."""
     embedding, optimizer = table(bias_correction="row", weight_decay=0.1)
     alone, other = table(weight_decay=0.1)
@@ -92,7 +92,7 @@ def test_rows_count_their_own_steps(backend):
     assert optimizer.state[embedding.weight]["row_steps"].tolist() == [0, 1, 1, 0, 3, 1, 0, 0]
 
 
-def test_rows_without_gradient_are_left_alone(backend):
+def test_rows_without_gradient_are_left_alone(best):
     """lazy="nonzero" on a dense gradient is the sparse step; a row that named is steps with a gradient of zero."""
     ours, theirs = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4, 3))
     lazy, sparse = LazyAdam([ours], lazy="nonzero", weight_decay=0.1), LazyAdam([theirs], weight_decay=0.1)
@@ -110,7 +110,7 @@ def test_rows_without_gradient_are_left_alone(backend):
     assert (ours != before).any(1).tolist() == [False, False, True, False]
 
 
-def test_rows_may_be_demanded(backend):
+def test_rows_may_be_demanded(best):
     param = nn.Parameter(torch.ones(4, 3))
     optimizer = LazyAdam([param], lazy="rows")
     param.grad = torch.ones(4, 3)
@@ -122,7 +122,7 @@ def test_rows_may_be_demanded(backend):
 
 
 @pytest.mark.parametrize("known", ["option", "attached"])
-def test_padding_never_moves(backend, known):
+def test_padding_never_moves(best, known):
     embedding = nn.Embedding(4, 3, padding_idx=2)
     with torch.no_grad():
         embedding.weight[2] = 5.0
@@ -141,7 +141,7 @@ def test_padding_never_moves(backend, known):
     assert not optimizer.state[embedding.weight]["exp_avg"][2].any()
 
 
-def test_l2_penalty_is_adams_and_not_for_rows(backend):
+def test_l2_penalty_is_adams_and_not_for_rows(best):
     ours, theirs = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4, 3))
     options = {"weight_decay": 0.3, "amsgrad": True, "maximize": True}
     optimizer, other = LazyAdam([ours], decoupled_weight_decay=False, **options), torch.optim.Adam([theirs], **options)
@@ -160,7 +160,7 @@ def test_l2_penalty_is_adams_and_not_for_rows(backend):
     assert torch.equal(ours, before)
 
 
-def test_stochastic_rounding_moves_what_rounding_to_nearest_cannot(backend):
+def test_stochastic_rounding_moves_what_rounding_to_nearest_cannot(best):
     """1,000 steps of 1e-5 from 1: nearest stays at 1, where bfloat16's next number is 0.996; on average it is 0.99."""
     ends = []
     for is_stochastic in (False, True):
@@ -174,7 +174,7 @@ def test_stochastic_rounding_moves_what_rounding_to_nearest_cannot(backend):
     assert abs(ends[1].mean() - 0.99) < 1e-3 and ends[1].std() > 1e-3
 
 
-def test_rounding_depends_on_seed_and_parameter_and_is_resumed(backend):
+def test_rounding_depends_on_seed_and_parameter_and_is_resumed(best):
     def run(seed, resume):
         params = [nn.Parameter(torch.ones(5, 8, dtype=torch.bfloat16)) for _ in range(2)]
         optimizer = LazyAdam(params, lr=1e-3, stochastic_rounding=True, seed=seed)
@@ -193,7 +193,7 @@ def test_rounding_depends_on_seed_and_parameter_and_is_resumed(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_small_state_is_near_the_large(backend, dtype):
+def test_small_state_is_near_the_large(best, dtype):
     small, optimizer = table(dtype, exp_avg_dtype=torch.bfloat16, row_wise=True, amsgrad=True, lr=0.01)
     large, other = table(dtype, amsgrad=True, lr=0.01)
     start = large.weight.detach().clone()
@@ -216,7 +216,7 @@ def test_small_state_is_near_the_large(backend, dtype):
         optimizer.load_state_dict({**other.state_dict(), "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def test_capturable_keeps_the_count_with_the_parameter(backend):
+def test_capturable_keeps_the_count_with_the_parameter(best):
     embedding, optimizer = table(capturable=True)
     train(embedding, optimizer, range(2))
     assert optimizer.state[embedding.weight]["step"].device == embedding.weight.device
@@ -225,7 +225,7 @@ def test_capturable_keeps_the_count_with_the_parameter(backend):
     assert torch.equal(embedding.weight, plain.weight)
 
 
-def test_only_new_tokens_learn(backend):
+def test_only_new_tokens_learn(best):
     """Rows added to a trained table: the others keep their bits, weight decay included."""
     embedding = nn.Embedding(10, 4)
     new = torch.tensor([8, 9])

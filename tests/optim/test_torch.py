@@ -66,7 +66,7 @@ def train(params, optimizer, steps, sparse):
 
 @pytest.mark.parametrize("contiguous", [True, False], ids=["", "not contiguous"])
 @pytest.mark.parametrize(("name", "given"), INPUTS)
-def test_same_trajectory(backend, name, given, contiguous):
+def test_same_trajectory(best, name, given, contiguous):
     sparse = name == "SparseAdam"
     ours, theirs = problem(1, contiguous), problem(1, contiguous)
     optimizer = LazyAdam(ours, **{**SELECTS[name], **given.kwargs})
