@@ -1,9 +1,10 @@
-"""Files that are written whole or not at all: the one way in which this package writes what must survive a kill."""
+"""Files and folders that are written whole or not at all: how this package writes what must survive a kill."""
 
 import contextlib
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ _REMEDIES = {
     errno.EACCES: "choose another folder, or ask for the permission",
     errno.EPERM: "choose another folder, or ask for the permission",
 }
+
+WRITING = ".writing"  # ends the hidden name of what is not whole yet
 
 
 def write(folder: str | os.PathLike, contents: Mapping[str, bytes]) -> None:
@@ -36,7 +39,7 @@ def write(folder: str | os.PathLike, contents: Mapping[str, bytes]) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    staged = {folder / name: folder / f".{name}.writing" for name in contents}
+    staged = {folder / name: folder / f".{name}{WRITING}" for name in contents}
     try:
         for (path, temporary), data in zip(staged.items(), contents.values(), strict=True):
             with naming(path, "what was there before is unchanged"):
@@ -48,6 +51,28 @@ def write(folder: str | os.PathLike, contents: Mapping[str, bytes]) -> None:
     finally:
         for temporary in staged.values():
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `path` when the block ends well and is removed when it does not.
+
+    It has a hidden name beside `path` and is flushed to the disk before it takes the place of what was there, so that
+    after a full disk or a kill `path` is as it was or as it should be.
+    """
+    writing = path.with_name(f".{path.name}{WRITING}")
+    shutil.rmtree(writing, ignore_errors=True)  # of a process that was killed
+    writing.mkdir(parents=True)
+    try:
+        yield writing
+        for part in (*writing.rglob("*"), writing):
+            flush(part)
+        shutil.rmtree(path, ignore_errors=True)
+        writing.rename(path)
+        flush(path.parent)
+    except BaseException:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise
 
 
 @contextlib.contextmanager

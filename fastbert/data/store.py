@@ -10,11 +10,10 @@ Sentences without tokens and documents without sentences are left out, so all le
 
 import hashlib
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from pathlib import Path
@@ -54,7 +53,7 @@ def write_store(
         FileExistsError: `folder` exists. ValueError: no token at all, or none but special ones such as [UNK].
         OSError: the disk is full or fails; nothing is left behind.
     """
-    with _new_folder(Path(folder)) as temporary:
+    with _whole_folder(Path(folder)) as temporary:
         _write_tokenised(temporary, documents, tokenizer, progress)
 
 
@@ -87,7 +86,7 @@ def write_stores(
             f"held_out_fraction is the share of documents kept for evaluation: expected 0 < fraction <= 0.5, got "
             f"{held_out_fraction}; write_store splits nothing"
         )
-    with _new_folder(Path(folder)) as temporary:
+    with _whole_folder(Path(folder)) as temporary:
         _write_tokenised(temporary / "all", documents, tokenizer, progress)
         corpus = TokenStore.open(temporary / "all", verify=False)
         corpus, held_out = _split(corpus, held_out_fraction, seed)
@@ -318,7 +317,6 @@ class _Writer:
         for name, file in self.files.items():
             with self._writing(name):
                 file.flush()
-                os.fsync(file.fileno())
 
     def _append(self, name: str, array: np.ndarray) -> None:
         self.checksums[name] = zlib.crc32(array, self.checksums[name])
@@ -332,21 +330,10 @@ class _Writer:
         )
 
 
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its name when the block ends well, and is removed when it does not."""
+def _whole_folder(folder: Path) -> AbstractContextManager[Path]:
     if folder.exists():
         raise FileExistsError(f"{folder} exists: delete it or choose another folder, a store is written only once")
-    temporary = folder.with_name(f".{folder.name}.partial")
-    if temporary.exists():
-        shutil.rmtree(temporary)  # of a run that was killed
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary)
-        raise
+    return files.whole_folder(folder)
 
 
 def _split(corpus: "TokenStore", fraction: float, seed: int) -> tuple["TokenStore", np.ndarray]:

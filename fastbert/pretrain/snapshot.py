@@ -1,8 +1,7 @@
 """The state of a training run on disk: written whole or not at all, checked before it is trusted.
 
 A snapshot is a folder `step-00001000` with `state.pt` (what `torch.save` writes) and `manifest.json` (its size and
-SHA-256). It is written under a hidden name, flushed to the disk and renamed, so that a kill or a full disk at any time
-leaves the snapshots before it as they were.
+SHA-256). A kill or a full disk at any time leaves the snapshots before it as they were (`files.whole_folder`).
 """
 
 import hashlib
@@ -19,9 +18,6 @@ from torch import Tensor
 
 from fastbert import files
 
-_WRITING = ".writing-"
-
-
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Writes `state` as the snapshot of `step` and removes all but the newest `keep` snapshots.
 
@@ -34,7 +30,6 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
         OSError: it could not be written, for instance because the disk is full; older snapshots are untouched.
     """
     target = _path(folder, step)
-    writing = folder / f"{_WRITING}{target.name}"
     before = steps(folder)
     rest = f"the snapshot of step {before[-1]} is good" if before else "there is no earlier snapshot"
     with files.naming(target, f"the snapshot of step {step} was not written; {rest}: go on with --resume"):
@@ -42,20 +37,11 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
         remove_unfinished(folder)
         if target.exists() and _problem(target) is None:
             return target  # a run that was stopped here before: the same state
-        writing.mkdir()
-        try:
+        with files.whole_folder(target) as writing:
             _write_state(state, writing / "state.pt")
             size, digest = _digest(writing / "state.pt")
             manifest = {"step": step, "bytes": size, "sha256": digest}
             (writing / "manifest.json").write_text(files.json_text(manifest))
-            for path in (writing / "state.pt", writing / "manifest.json", writing):
-                files.flush(path)
-            shutil.rmtree(target, ignore_errors=True)
-            writing.rename(target)
-            files.flush(folder)
-        except BaseException:
-            shutil.rmtree(writing, ignore_errors=True)
-            raise
     for old in steps(folder)[:-keep]:
         shutil.rmtree(_path(folder, old))
     return target
@@ -117,7 +103,7 @@ def not_finite(state: Any, name: str = "") -> str | None:
 
 def remove_unfinished(folder: Path) -> None:
     """Removes what a killed process left half-written."""
-    for path in folder.glob(f"{_WRITING}*"):
+    for path in folder.glob(f".step-*{files.WRITING}"):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -165,7 +165,7 @@ def test_leftovers_of_a_killed_run_are_replaced(tmp_path, tokenizer):
     )
     killed = subprocess.run([sys.executable, "-c", program, tmp_path / "store"])
     assert killed.returncode == -9
-    assert [p.name for p in tmp_path.iterdir()] == [".store.partial"]
+    assert [p.name for p in tmp_path.iterdir()] == [".store.writing"]
     write_store(tmp_path / "store", DOCUMENTS, tokenizer, progress=False)
     assert [p.name for p in tmp_path.iterdir()] == ["store"]
     TokenStore.open(tmp_path / "store")
@@ -181,7 +181,7 @@ def test_full_disk(tmp_path, tokenizer):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert caught.value.errno == errno.EFBIG
-    assert caught.value.filename == str(tmp_path / ".store.partial/tokens.bin")
+    assert caught.value.filename == str(tmp_path / ".store.writing/tokens.bin")
     assert not list(tmp_path.iterdir())
 
 

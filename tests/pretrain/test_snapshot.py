@@ -54,9 +54,9 @@ def test_a_damaged_snapshot_is_named(tmp_path, damage):
 
 def test_what_a_kill_leaves_half_written_is_ignored_and_removed(tmp_path):
     snapshot.save(tmp_path, 5, state(5), keep=2)
-    shutil.copytree(tmp_path / "step-00000005", tmp_path / ".writing-step-00000010")
+    shutil.copytree(tmp_path / "step-00000005", tmp_path / ".step-00000010.writing")
     assert snapshot.load(tmp_path)["step"] == 5
-    assert not (tmp_path / ".writing-step-00000010").exists()
+    assert not (tmp_path / ".step-00000010.writing").exists()
 
 
 FULL_DISK = """
