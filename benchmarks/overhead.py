@@ -76,7 +76,9 @@ def main() -> None:
                 "ratio": round(mine / torchs, 2), "ratio_to_layer_norm": round(mine / yardstick, 2),
             }  # fmt: skip
             rows.append(row)
-            print(f"{op:<16}{direction:<20}{mine:>9.2f}{torchs:>10.2f}{row['ratio']:>8}{row['ratio_to_layer_norm']:>15}")
+            print(
+                f"{op:<16}{direction:<20}{mine:>9.2f}{torchs:>10.2f}{row['ratio']:>8}{row['ratio_to_layer_norm']:>15}"
+            )
     write_csv(results_path("overhead"), rows)
 
 

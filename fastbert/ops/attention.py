@@ -22,6 +22,7 @@ Sources: Vaswani et al., "Attention is all you need" (2017); Dao, "FlashAttentio
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -151,9 +152,8 @@ def _run(backend: str | None, cu_seqlens: Tensor, options: tuple, *inputs: Tenso
     """Of (q, k, v), or of one (qkv)."""
     chosen = pick("attention", requested(backend), inputs[0])
     if differentiated(*inputs):
-        return _Attention.apply(chosen, cu_seqlens, *options, *inputs)
-    q, k, v = inputs[0].unbind(1) if len(inputs) == 1 else inputs
-    return functions[chosen].attention_forward(q, k, v, cu_seqlens, *options)[0]
+        return _Attention.apply(chosen, *inputs, cu_seqlens, *options)
+    return functions[chosen].attention_forward(*_split(inputs), cu_seqlens, *options)[0]
 
 
 def _limits(window: tuple[int, int]) -> list[int]:
@@ -268,23 +268,27 @@ functions = register(
 
 
 class _Attention(torch.autograd.Function):
-    """Of (q, k, v), or of one (qkv)."""
+    """Of q, k and v, or of one qkv, and the op's other arguments behind them."""
 
     @staticmethod
-    def forward(ctx, chosen, cu_seqlens, max_seqlen, scale, t, seed, causal, window, *inputs):
-        q, k, v = inputs[0].unbind(1) if len(inputs) == 1 else inputs
-        forward = functions[chosen].attention_forward
-        out, lse = forward(q, k, v, cu_seqlens, max_seqlen, scale, t, seed, causal, window)
+    def forward(ctx, chosen, *arguments):
+        inputs, others = arguments[:-7], arguments[-7:]
+        cu_seqlens, max_seqlen, scale, t, seed, causal, window = others
+        out, lse = functions[chosen].attention_forward(*_split(inputs), *others)
         ctx.save_for_backward(out, lse, cu_seqlens, seed, *inputs)
-        ctx.options = max_seqlen, scale, t, causal, window, chosen
+        ctx.options = chosen, max_seqlen, scale, t, causal, window
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         out, lse, cu_seqlens, seed, *inputs = ctx.saved_tensors
-        max_seqlen, scale, t, causal, window, chosen = ctx.options
-        q, k, v = inputs[0].unbind(1) if len(inputs) == 1 else inputs
+        chosen, max_seqlen, scale, t, *visible = ctx.options
         backward = functions[chosen].attention_backward
-        dqkv = backward(dout, q, k, v, out, lse, cu_seqlens, max_seqlen, scale, t, seed, causal, window)
-        return *(None,) * 8, *((dqkv,) if len(inputs) == 1 else dqkv.unbind(1))
+        dqkv = backward(dout, *_split(inputs), out, lse, cu_seqlens, max_seqlen, scale, t, seed, *visible)
+        return None, *((dqkv,) if len(inputs) == 1 else dqkv.unbind(1)), *(None,) * 7
+
+
+def _split(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """q, k and v."""
+    return inputs[0].unbind(1) if len(inputs) == 1 else inputs

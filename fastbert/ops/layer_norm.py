@@ -15,6 +15,7 @@ Source: Ba, Kiros and Hinton, "Layer normalization" (2016).
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12, *, b
         RuntimeError: an explicit backend that cannot run here.
     """
     check_activation("layer_norm", "x", x)
-    return _run(autocast(x), None, weight, bias, eps, 0, None, backend)
+    return _run(backend, autocast(x), None, weight, bias, eps, 0, None)
 
 
 def dropout_add_layer_norm(
@@ -92,19 +93,12 @@ def dropout_add_layer_norm(
             )
         residual = residual.to(x.dtype)
     t = philox.threshold(dropout_p)
-    return _run(x, residual, weight, bias, eps, t, philox.resolve_seed(seed, t, x.device), backend)
+    return _run(backend, x, residual, weight, bias, eps, t, philox.resolve_seed(seed, t, x.device))
 
 
-def _run(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    t: int,
-    seed: Tensor | None,
-    backend: str | None,
-) -> Tensor:
+def _run(backend: str | None, x: Tensor, residual: Tensor | None, *others: Any) -> Tensor:
+    """`others` are weight, bias, eps, t and seed, of which the first three are yet to be checked."""
+    weight, bias, eps, t, seed = others
     check_vectors(x, weight=weight, bias=bias)
     if weight.dtype != bias.dtype:
         raise TypeError(f"weight and bias must have one dtype, got {weight.dtype} and {bias.dtype}")
@@ -112,9 +106,10 @@ def _run(
     if not 0.0 <= eps < math.inf:
         raise ValueError(f"eps is added to the variance: expected a finite number of at least 0, got {eps}")
     chosen = pick("layer_norm", requested(backend), x)
+    arguments = x, residual, weight, bias, eps, t, seed
     if differentiated(x, residual, weight, bias):
-        return _LayerNorm.apply(x, residual, weight, bias, eps, t, seed, chosen)
-    return functions[chosen].layer_norm_forward(x, residual, weight, bias, eps, t, seed)[0]
+        return _LayerNorm.apply(chosen, *arguments)
+    return functions[chosen].layer_norm_forward(*arguments)[0]
 
 
 class reference:  # a namespace, spelled as the backend is
@@ -174,17 +169,17 @@ functions = register(reference, kernels, layer_norm_forward=_fake_forward, layer
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, eps, t, seed, chosen):
-        y, z, mean, rstd = functions[chosen].layer_norm_forward(x, residual, weight, bias, eps, t, seed)
-        ctx.has_residual = residual is not None
-        ctx.save_for_backward(z if ctx.has_residual or t > 0 else x, weight, mean, rstd, seed)
-        ctx.options = t, chosen
+    def forward(ctx, chosen, *arguments):
+        x, residual, weight, _, _, t, seed = arguments
+        y, z, mean, rstd = functions[chosen].layer_norm_forward(*arguments)
+        ctx.save_for_backward(x if residual is None and t == 0 else z, weight, mean, rstd, seed)
+        ctx.options = chosen, t, residual is not None
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        z, weight, mean, rstd, seed = ctx.saved_tensors
-        t, chosen = ctx.options
-        dz, dx, dweight, dbias = functions[chosen].layer_norm_backward(dy, z, weight, mean, rstd, t, seed)
-        return dx if t > 0 else dz, dz if ctx.has_residual else None, dweight, dbias, None, None, None, None
+        *saved, seed = ctx.saved_tensors
+        chosen, t, has_residual = ctx.options
+        dz, dx, dweight, dbias = functions[chosen].layer_norm_backward(dy, *saved, t, seed)
+        return None, dx if t > 0 else dz, dz if has_residual else None, dweight, dbias, None, None, None

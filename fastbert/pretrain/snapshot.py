@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastbert import files
 
+
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Writes `state` as the snapshot of `step` and removes all but the newest `keep` snapshots.
 
