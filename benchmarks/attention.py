@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastbert
-from fastbert.ops.linear import bfloat16_products
+from fastbert.backends.linear import bfloat16_products
 from fastbert.testing import assert_close, run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -22,7 +22,13 @@ from fastbert.models.bert import BertConfig, BertForPreTraining
 
 STEPS = 4
 KINDS = {
-    "products": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise", "fastbert::fastbert_linear"),
+    "products": (
+        "aten::mm",
+        "aten::addmm",
+        "mkldnn::_linear_pointwise",
+        "fastbert::linear_forward",
+        "fastbert::linear_backward",
+    ),
     "attention": ("fastbert::attention_forward", "fastbert::attention_backward"),
     "LayerNorm": ("fastbert::layer_norm_forward", "fastbert::layer_norm_backward"),
     "GELU": ("fastbert::gelu_forward", "fastbert::gelu_backward"),

@@ -5,7 +5,7 @@
 Forward and backward take three products of M x N x K multiplications, M rows (tokens, or words to predict); frozen
 weights have the forward pass only. Values and gradients are checked against float64 before anything is timed. All run
 in turn in one process, under the same allocator setting. Where a product is too small for a library
-(`fastbert.ops.linear.SMALL`), it is left out. bfloat16 is also computed in float32 ("widened", "fastbert").
+(`fastbert.backends.linear.SMALL`), it is left out. bfloat16 is also computed in float32 ("widened", "fastbert").
 """
 
 import argparse
@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 import fastbert
 from fastbert.backends import native
+from fastbert.backends.linear import SMALL, onednn_missing
 from fastbert.models.bert import BertConfig
-from fastbert.ops.linear import SMALL, FrozenWeight, onednn_missing
+from fastbert.models.frozen import FrozenWeight
 from fastbert.testing import assert_close, run
 
 NAMES = ("y", "dx", "dweight", "dbias")
@@ -49,7 +50,7 @@ def benchmark(name: str, m: int, k: int, n: int, dtype: torch.dtype, repeats: in
     for library in ("onednn", "fastbert"):
         if not MISSING[library]:
             with fastbert.use_linear(library):
-                frozen[f"{library} frozen"] = functools.partial(fastbert.linear, x, FrozenWeight(weight, dtype), bias)
+                frozen[f"{library} frozen"] = functools.partial(FrozenWeight(weight, dtype).product, x, bias)
     for what, call in frozen.items():
         assert_close(call(), results["torch"][0], truth[0], what=what)
 

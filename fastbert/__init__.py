@@ -2,15 +2,16 @@
 
 from fastbert.allocator import keep_memory
 from fastbert.backends import backends, use_backend
+from fastbert.backends.linear import use_linear
 from fastbert.models.albert import AlbertConfig, AlbertForPreTraining, AlbertModel
 from fastbert.models.auto import AutoModel
 from fastbert.models.bert import BertConfig, BertForPreTraining, BertModel
-from fastbert.models.layers import freeze
+from fastbert.models.frozen import freeze
 from fastbert.ops.attention import attention, attention_qkv
 from fastbert.ops.cross_entropy import cross_entropy
 from fastbert.ops.gelu import gelu
 from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
-from fastbert.ops.linear import linear, use_linear
+from fastbert.ops.linear import linear
 from fastbert.optim.gradients import all_gather_ids, all_gather_rows, clip_grad_norm_
 from fastbert.optim.lazy_adam import LazyAdam
 from fastbert.version import __version__

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from fastbert import extras
-from fastbert.backends import info
-from fastbert.ops import linear
+from fastbert.backends import info, linear
 from fastbert.version import __version__
 
 USAGE = """usage: fastbert COMMAND

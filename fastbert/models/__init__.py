@@ -3,7 +3,7 @@
 from fastbert.models.albert import AlbertConfig, AlbertForPreTraining, AlbertModel
 from fastbert.models.auto import AutoModel
 from fastbert.models.bert import BertConfig, BertForPreTraining, BertModel
-from fastbert.models.layers import freeze
+from fastbert.models.frozen import freeze
 
 __all__ = [
     "AlbertConfig",

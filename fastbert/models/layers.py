@@ -4,6 +4,8 @@ They work on packed tokens, [T, H] without padding, and follow autocast as the o
 torch's default generator, once per call, so `torch.manual_seed` reproduces a run on every backend alike.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +13,7 @@ from fastbert.ops.attention import attention_qkv
 from fastbert.ops.dropout import dropout
 from fastbert.ops.gelu import gelu
 from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
-from fastbert.ops.linear import FrozenWeight, linear
+from fastbert.ops.linear import linear
 
 
 class LayerNorm(nn.Module):
@@ -67,7 +69,12 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return _product(x, self.weight, self.bias)
+
+
+def _product(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+    """By `linear`, or where the weight is a `FrozenWeight`, by itself."""
+    return linear(x, weight, bias) if isinstance(weight, Tensor) else weight.product(x, bias)
 
 
 class LinearGELU(nn.Module):
@@ -89,7 +96,7 @@ class LinearGELU(nn.Module):
         self.weight, self.bias = layer.weight, layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return gelu(linear(x, self.weight), self.bias, self.approximate)
+        return gelu(_product(x, self.weight), self.bias, self.approximate)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, approximate={self.approximate!r}"
@@ -140,40 +147,3 @@ class Dropout(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
-
-
-def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Makes a model's linear layers constant, in place, for faster inference on a CPU.
-
-    Their weights are rearranged once into the layout that oneDNN, or "fastbert" where `use_linear` says so, multiplies
-    by fastest, and the originals are given back to the system: a large batch takes up to 7 % less time, a single
-    sentence 30 to 45 %. Evaluation mode is set and no parameter takes a gradient any more. A frozen model cannot be
-    trained or saved; copies share its weights; torch.compile does not look into its products.
-
-    Args:
-        model: any module that has layers of this package's `Linear` and `LinearGELU` in it, such as `BertModel`, on
-            the CPU. Its other layers stay as they are.
-        dtype: float32, or bfloat16 for use under `torch.autocast("cpu", torch.bfloat16)`; None keeps each weight's own.
-
-    Returns:
-        The same model.
-
-    Raises:
-        ValueError: there is nothing to freeze, or not on the CPU. TypeError: another dtype.
-        RuntimeError: this torch has no such products. Nothing is changed then.
-    """
-    layers = [m for m in model.modules() if isinstance(m, Linear | LinearGELU) and isinstance(m.weight, Tensor)]
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no fastbert Linear or LinearGELU layer that is not frozen yet")
-    for layer in layers:
-        FrozenWeight.check(layer.weight, dtype or layer.weight.dtype)
-    for layer in layers:
-        weight = FrozenWeight(layer.weight, dtype or layer.weight.dtype)
-        del layer.weight
-        layer.weight = weight
-        layer.register_state_dict_pre_hook(_refuse_to_save)
-    return model.requires_grad_(False).eval()
-
-
-def _refuse_to_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    raise RuntimeError(f"{prefix or 'this layer'} is frozen and cannot be saved: save the model before it is frozen")

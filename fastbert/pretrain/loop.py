@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fastbert import allocator
+from fastbert.backends.linear import use_linear
 from fastbert.data.batches import Batch, PretrainBatches
 from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import special_ids, vocab_size
 from fastbert.models.bert import BertConfig, BertForPreTraining
-from fastbert.ops.linear import use_linear
 from fastbert.optim.gradients import clip_grad_norm_
 from fastbert.optim.lazy_adam import LazyAdam, decay_groups
 from fastbert.pretrain import lock, snapshot

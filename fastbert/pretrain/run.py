@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from fastbert import files
-from fastbert.backends import check_environment, native, requested
+from fastbert.backends import check_environment, linear, native, requested
 from fastbert.data.batches import LONGEST
 from fastbert.data.corpus import check_corpus
 from fastbert.data.tables import Quoting
 from fastbert.data.tokenizer import LARGEST_VOCABULARY
 from fastbert.models.bert import BertConfig
-from fastbert.ops import linear
+from fastbert.ops import linear_timing
 from fastbert.pretrain.presets import LEARNING_RATES
 from fastbert.version import __version__
 
@@ -236,7 +236,7 @@ def choose_linear(config: PretrainConfig) -> str:
     model = BertConfig.preset(config.preset)
     rows = min(config.batch_tokens, 512)  # more take longer and tell no more
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    name, why = linear.fastest(rows, model.hidden_size, model.intermediate_size, dtype)
+    name, why = linear_timing.fastest(rows, model.hidden_size, model.intermediate_size, dtype)
     print(f"linear products by {name}: {why}")
     return name
 
