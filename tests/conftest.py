@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import fastbert
-from fastbert.backends import native
-from fastbert.ops import linear
+from fastbert.backends import linear, native
 
 KERNELS = [f"cpu:{isa}" for isa in (native.module.instruction_sets() if native.module else [])]
 

@@ -12,8 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import ProfilerActivity, profile
 
 import fastbert
-from fastbert.backends import NAMES, OPS, fallbacks, info, native, requested, why_not
-from fastbert.ops import linear
+from fastbert.backends import NAMES, OPS, fallbacks, info, linear, native, requested, why_not
 
 # Both choices of a block, with what they are asked by and two names that any build takes.
 CHOICES = pytest.mark.parametrize(

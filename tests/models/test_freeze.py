@@ -9,11 +9,12 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import fastbert
+from fastbert.backends import linear as kernels
+from fastbert.models.frozen import FrozenWeight
 from fastbert.models.layers import Linear, LinearGELU
-from fastbert.ops import linear as op
 from fastbert.testing import assert_close
 
-needs_onednn = pytest.mark.skipif(op.onednn_missing is not None, reason=str(op.onednn_missing))
+needs_onednn = pytest.mark.skipif(kernels.onednn_missing is not None, reason=str(kernels.onednn_missing))
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -66,7 +67,7 @@ def test_frozen_layers_refuse_what_they_cannot_do(library, tmp_path):
             model(wrong)
     for wrong in (torch.randn(3), torch.randn(4, device="meta")):
         with pytest.raises(RuntimeError, match=r"bias must be \[4\] on the cpu"), torch.no_grad():
-            fastbert.linear(x.detach(), model[0].weight, wrong)
+            model[0].weight.product(x.detach(), wrong)
     for save in (lambda: model.state_dict(), lambda: torch.save(model[0].weight, tmp_path / "weight.pt")):
         with pytest.raises(RuntimeError, match="cannot be saved: save the model before it is frozen"):
             save()
@@ -78,7 +79,7 @@ def test_frozen_layers_refuse_what_they_cannot_do(library, tmp_path):
 
 def test_frozen_products_by_our_own_kernel_are_seen_by_those_who_look_at_ops():
     with fastbert.use_linear("fastbert"):
-        weight = op.FrozenWeight(torch.randn(5, 8), torch.float32)
+        weight = FrozenWeight(torch.randn(5, 8), torch.float32)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
         y = weight.product(torch.randn(2, 3, 8), None)
     assert mode.is_our_fake(y) and y.shape == (2, 3, 5)
@@ -98,7 +99,7 @@ def test_what_cannot_be_frozen_stays_as_it_was(monkeypatch):
         fastbert.freeze(model)
     with pytest.raises(ValueError, match="on the cpu, got one of"):
         fastbert.freeze(nn.Sequential(Linear(8, 4), Linear(4, 2).to("meta")))
-    monkeypatch.setattr(op, "onednn_missing", "gone")
+    monkeypatch.setattr(kernels, "onednn_missing", "gone")
     with fastbert.use_linear("torch"), pytest.raises(RuntimeError, match="cannot be frozen here: gone"):
         fastbert.freeze(model[:1])
     assert all(isinstance(layer.weight, nn.Parameter) and layer.weight.requires_grad for layer in model)

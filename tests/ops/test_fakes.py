@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from fastbert.backends import linear as linear_kernels
 from fastbert.backends import linear_product, native
 from fastbert.ops import attention as attention_op
 from fastbert.ops import cross_entropy as cross_entropy_op
@@ -14,8 +15,8 @@ from fastbert.ops import layer_norm as layer_norm_op
 from fastbert.ops import linear as linear_op
 
 raw = torch.ops.fastbert  # the kernels, as the dispatcher has them
-# The twins of those that have one.
-TWINS = [op.functions["reference"] for op in (gelu_op, layer_norm_op, dropout_op, cross_entropy_op, attention_op)]
+STEMS = gelu_op, layer_norm_op, dropout_op, cross_entropy_op, attention_op, linear_op
+TWINS = [op.functions["reference"] for op in STEMS]  # of those that have one
 SEED = torch.tensor([99])
 WIDTHS = [(torch.float32, torch.float32)] + [
     (x, w) for x in (torch.bfloat16, torch.float16) for w in (x, torch.float32)
@@ -76,16 +77,18 @@ def with_twins(dtype, weight_dtype, everything):
 
 
 def of_linear(dtype, weight_dtype):
+    """By each library: every gradient, and one alone."""
     x, weight, bias, dy = torch.randn(4, 24), torch.randn(6, 24), torch.randn(6), torch.randn(4, 6)
-    if linear_op.onednn_missing is None and dtype == weight_dtype and dtype != torch.float16:
-        yield raw.onednn_linear, (x.to(dtype), weight.to(dtype), bias.to(dtype))
-        if dtype == torch.float32:
-            yield raw.onednn_linear, (dy, weight.t(), None)
-            yield raw.onednn_linear, (dy.t(), x.t(), None)
-    if native.module is not None and torch.float16 not in (dtype, weight_dtype):
-        x, dy, weight = x.to(dtype), dy.to(dtype), weight.to(weight_dtype)
-        yield raw.fastbert_linear, (x, weight, bias.to(weight_dtype), dtype)
-        yield raw.fastbert_linear, (dy.t(), x.t(), None, weight_dtype)
+    x, weight, bias, dy = x.to(dtype), weight.to(weight_dtype), bias.to(weight_dtype), dy.to(dtype)
+    if torch.float16 in (dtype, weight_dtype):
+        return
+    for library, missing in (("onednn", linear_kernels.onednn_missing), ("fastbert", native.cpu_missing)):
+        if missing:
+            continue
+        yield raw.linear_forward, (x, weight, bias, library)
+        for wanted in ((x, weight, bias.dtype), (x, None, None), (None, weight, None), (None, None, bias.dtype)):
+            yield raw.linear_backward, (dy, *wanted[:2], weight_dtype, wanted[2], library)
+    if native.module is not None:
         yield raw.packed_linear, (x, linear_product.linear_packed(weight), bias, 6, 24)
 
 
@@ -110,7 +113,9 @@ def test_fakes_are_what_twins_and_kernels_give(dtype, weight_dtype):
             shapes = [getattr(x, "shape", x) for x in arguments]
             assert seen(function(*arguments)) == expected, (op, function is twin, shapes)
     for op, arguments in of_linear(dtype, weight_dtype):
-        assert seen(op(*arguments)) == told(op, arguments), op
+        expected = told(op, arguments)
+        for function in (op, *(getattr(twins, op.__name__) for twins in TWINS if hasattr(twins, op.__name__))):
+            assert seen(function(*arguments)) == expected, (op, function is op)
 
 
 @pytest.mark.skipif(native.module is None, reason=str(native.cpu_missing))

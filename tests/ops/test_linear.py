@@ -12,26 +12,27 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import fastbert
+from fastbert.backends import linear as kernels
 from fastbert.backends import linear_product, native
-from fastbert.ops import linear as op
+from fastbert.ops.linear import functions
+from fastbert.ops.linear_timing import fastest, settle
 from fastbert.testing import assert_close, run
 
-needs_onednn = pytest.mark.skipif(op.onednn_missing is not None, reason=str(op.onednn_missing))
+# Where each library's products can be watched.
+PRODUCTS = {"onednn": (kernels, "onednn_product"), "fastbert": (linear_product, "linear_product")}
 
 
 @pytest.fixture
 def products(library, monkeypatch):
     """That library for products of every size, and the shapes of those it computes."""
-    seen, product = [], getattr(op, f"{library}_linear")
+    seen, product = [], getattr(*PRODUCTS[library])
 
     def counted(x, weight, *others):
         seen.append((*x.shape, weight.shape[0]))
         return product(x, weight, *others)
 
-    monkeypatch.setattr(op, "SMALL", dict.fromkeys(op.SMALL, 1))
-    monkeypatch.setattr(op, f"{library}_linear", counted)
-    if library == "fastbert":
-        monkeypatch.setitem(op._PRODUCTS, library, counted)
+    monkeypatch.setattr(kernels, "SMALL", dict.fromkeys(kernels.SMALL, 1))
+    monkeypatch.setattr(*PRODUCTS[library], counted)
     return seen
 
 
@@ -53,13 +54,13 @@ def test_close_to_truth(library, products, nan_filled, shape, out, biased, dtype
     truth = run(F.linear, [None if x is None else x.double() for x in inputs], dy.double())
     for name, *results in zip(("y", "dx", "dweight", "dbias"), ours, theirs, truth, strict=False):
         assert_close(*results, what=name, scale=shape[-1] ** 0.5)
-    backward_too = dtype == torch.float32 or not op.bfloat16_products or library == "fastbert"
+    backward_too = dtype == torch.float32 or not kernels.bfloat16_products or library == "fastbert"
     assert len(products) == (3 if backward_too else 1), "not every product was the library's"
 
 
 @pytest.fixture
 def widened(monkeypatch):
-    monkeypatch.setattr(op, "SMALL", dict.fromkeys(op.SMALL, 1))
+    monkeypatch.setattr(kernels, "SMALL", dict.fromkeys(kernels.SMALL, 1))
     with fastbert.use_linear("widened"):
         yield
 
@@ -99,19 +100,19 @@ def test_widened_compiled_equals_eager(widened):
 def test_widened_is_for_bfloat16_alone(widened):
     x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(5, 8)
     assert torch.equal(fastbert.linear(x, weight), F.linear(x, weight))
-    assert op.chosen(torch.float32) == "torch" and op.chosen(torch.bfloat16) == "widened"
+    assert kernels.chosen(torch.float32) == "torch" and kernels.chosen(torch.bfloat16) == "widened"
 
 
 def test_a_processor_without_bfloat16_products_widens(monkeypatch):
-    monkeypatch.setattr(op, "bfloat16_products", False)
-    monkeypatch.setattr(op, "slow_libraries", False)
+    monkeypatch.setattr(kernels, "bfloat16_products", False)
+    monkeypatch.setattr(kernels, "slow_libraries", False)
     with fastbert.use_linear("auto"):
-        assert op.chosen(torch.bfloat16) == "widened" and op.chosen(torch.float32) != "widened"
-        assert "no bfloat16 products: they are computed as float32 products" in op.info()
+        assert kernels.chosen(torch.bfloat16) == "widened" and kernels.chosen(torch.float32) != "widened"
+        assert "no bfloat16 products: they are computed as float32 products" in kernels.info()
     with fastbert.use_linear("torch"):
-        assert op.chosen(torch.bfloat16) == "torch"
-        assert "many times slower than float32" in op.info()
-    assert op.fastest(512, 768, 768, torch.bfloat16)[0] != "torch"
+        assert kernels.chosen(torch.bfloat16) == "torch"
+        assert "many times slower than float32" in kernels.info()
+    assert fastest(512, 768, 768, torch.bfloat16)[0] != "torch"
 
 
 @pytest.mark.parametrize(("shape", "out"), [((0, 8), 5), ((4, 0), 5), ((4, 8), 0), ((2, 0, 8), 5)], ids=str)
@@ -172,6 +173,19 @@ def test_frozen_weights_keep_no_input(products):
     assert saved == [weight.shape]
 
 
+def test_the_twin_is_the_formula():
+    """Against torch's own derivatives in float64; what is not wanted stays empty."""
+    x, weight, bias, dy = (torch.randn(shape).double() for shape in ((6, 8), (5, 8), (5,), (6, 5)))
+    twin = functions["reference"]
+    y, dx, dweight, dbias = run(F.linear, (x, weight, bias), dy)
+    torch.testing.assert_close(twin.linear_forward(x, weight, bias, "widened"), y)
+    whole = twin.linear_backward(dy, x, weight, torch.float64, torch.float64, "widened")
+    for ours, theirs in zip(whole, (dx, dweight, dbias), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    nothing = twin.linear_backward(dy, None, None, torch.float64, None, "widened")
+    assert [result.numel() for result in nothing] == [0, 0, 0]
+
+
 def test_a_weight_used_twice_adds_its_gradients(products):
     x, weight = torch.randn(6, 8), torch.randn(8, 8)
     dy = torch.randn(6, 8)
@@ -213,7 +227,7 @@ def test_other_dtypes_are_torch(products, dtype):
 def test_autocast(library, products):
     """bfloat16 whatever the inputs are, and gradients in their own dtypes: as torch's autocast."""
     dy = torch.randn(4, 5).bfloat16()
-    rounded = op.bfloat16_products and library == "onednn"
+    rounded = kernels.bfloat16_products and library == "onednn"
     for kinds in ((torch.float32,) * 3, (torch.bfloat16, torch.float32, torch.float32), (torch.bfloat16,) * 3):
         inputs = [
             x.to(kind) for x, kind in zip((torch.randn(4, 8), torch.randn(5, 8), torch.randn(5)), kinds, strict=True)
@@ -238,11 +252,10 @@ def test_other_autocast_and_other_devices_are_torch(products):
 
 
 def test_small_products_are_torch(library):
-    least = op.SMALL[library, torch.float32] // 2**18
+    least = kernels.SMALL[library, torch.float32] // 2**18
     x, small, large = (torch.randn(n, 512) for n in (512, least - 1, least))
-    function = {"onednn": "_LinearBackward", "fastbert": "_InFloat32Backward"}[library]
-    assert type(fastbert.linear(x, small.requires_grad_()).grad_fn).__name__ != function
-    assert type(fastbert.linear(x, large.requires_grad_()).grad_fn).__name__ == function
+    assert type(fastbert.linear(x, small.requires_grad_()).grad_fn).__name__ != "_LinearBackward"
+    assert type(fastbert.linear(x, large.requires_grad_()).grad_fn).__name__ == "_LinearBackward"
 
 
 def test_what_does_not_fit_gets_torchs_message(products):
@@ -261,13 +274,12 @@ def test_what_does_not_fit_gets_torchs_message(products):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
 def test_compiled_equals_eager(library, monkeypatch):
     torch.compiler.reset()
-    monkeypatch.setattr(op, "SMALL", dict.fromkeys(op.SMALL, 1))
+    monkeypatch.setattr(kernels, "SMALL", dict.fromkeys(kernels.SMALL, 1))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(fastbert.linear, fullgraph=True, backend=counter)
-    function = {"onednn": "_LinearBackward", "fastbert": "_InFloat32Backward"}[library]
     for rows in (12, 40, 56):
         inputs, dy = (torch.randn(rows, 24), torch.randn(16, 24), torch.randn(16)), torch.randn(rows, 16)
-        assert type(fastbert.linear(inputs[0], inputs[1].requires_grad_()).grad_fn).__name__ == function
+        assert type(fastbert.linear(inputs[0], inputs[1].requires_grad_()).grad_fn).__name__ == "_LinearBackward"
         for ours, eager in zip(run(compiled, inputs, dy), run(fastbert.linear, inputs, dy), strict=True):
             torch.testing.assert_close(ours, eager)
     assert counter.frame_count <= 2
@@ -304,26 +316,26 @@ def test_every_product_of_the_model(products):
     ],
 )
 def test_the_processor_decides_where_nobody_does(monkeypatch, slow_mkl, slow_libraries, missing, expected, why):
-    monkeypatch.setattr(op, "slow_mkl", slow_mkl)
-    monkeypatch.setattr(op, "slow_libraries", slow_libraries)
-    monkeypatch.setattr(op, "onednn_missing", missing)
+    monkeypatch.setattr(kernels, "slow_mkl", slow_mkl)
+    monkeypatch.setattr(kernels, "slow_libraries", slow_libraries)
+    monkeypatch.setattr(kernels, "onednn_missing", missing)
     with fastbert.use_linear("auto"):
-        assert op.chosen() == expected and f"linear products by {expected} ({why})" in op.info()
+        assert kernels.chosen() == expected and f"linear products by {expected} ({why})" in kernels.info()
         with fastbert.use_backend("reference"):
-            assert op.chosen() == ("torch" if slow_libraries else expected)
+            assert kernels.chosen() == ("torch" if slow_libraries else expected)
 
 
 def test_the_block_decides_and_ends(monkeypatch):
-    before = op.requested()
+    before = kernels.requested()
     with pytest.raises(ZeroDivisionError), fastbert.use_linear("torch"):
-        assert op.chosen() == "torch"
+        assert kernels.chosen() == "torch"
         raise ZeroDivisionError
-    assert op.requested() == before
+    assert kernels.requested() == before
     with pytest.raises(
         ValueError, match="'mkl': use_linear and FASTBERT_LINEAR take one of auto, torch, onednn, widened, fastbert"
     ):
         fastbert.use_linear("mkl").__enter__()
-    monkeypatch.setattr(op, "onednn_missing", "torch 9 has it no more")
+    monkeypatch.setattr(kernels, "onednn_missing", "torch 9 has it no more")
     with pytest.raises(ValueError, match=r"torch 9 has it no more\. FASTBERT_LINEAR=torch takes torch's"):
         fastbert.use_linear("onednn").__enter__()
     monkeypatch.setattr(native, "module", None)
@@ -346,34 +358,33 @@ def test_environment_decides():
 
 
 def test_near_ties_settle_by_a_fixed_order():
-    assert op.settle({"torch": 10.0, "onednn": 9.5, "fastbert": 9.2}, usual="torch") == "torch"
-    assert op.settle({"torch": 10.0, "onednn": 9.5, "fastbert": 9.2}, usual="fastbert") == "fastbert"
-    assert op.settle({"torch": 10.3, "onednn": 9.5, "fastbert": 9.2}, usual="torch") == "onednn"
-    assert op.settle({"torch": 10.0, "onednn": 4.7, "fastbert": 9.0}, usual="torch") == "onednn"
-    assert op.settle({"widened": 10.0, "fastbert": 9.2}, usual="widened") == "widened"
+    assert settle({"torch": 10.0, "onednn": 9.5, "fastbert": 9.2}, usual="torch") == "torch"
+    assert settle({"torch": 10.0, "onednn": 9.5, "fastbert": 9.2}, usual="fastbert") == "fastbert"
+    assert settle({"torch": 10.3, "onednn": 9.5, "fastbert": 9.2}, usual="torch") == "onednn"
+    assert settle({"torch": 10.0, "onednn": 4.7, "fastbert": 9.0}, usual="torch") == "onednn"
+    assert settle({"widened": 10.0, "fastbert": 9.2}, usual="widened") == "widened"
 
 
 def test_the_fastest_is_timed_and_must_be_right(monkeypatch):
     before = torch.get_rng_state()
-    names = [name for name, missing in (("onednn", op.onednn_missing), ("fastbert", native.cpu_missing)) if not missing]
-    name, why = op.fastest(512, 256, 1024)
+    missing = {"onednn": kernels.onednn_missing, "fastbert": native.cpu_missing}
+    names = [name for name, why_not in missing.items() if not why_not]
+    name, why = fastest(512, 256, 1024)
     milliseconds = dict(re.findall(r"(\w+) took (\d+\.\d) ms", why))
     milliseconds = {name: float(taken) for name, taken in milliseconds.items()}
     assert list(milliseconds) == ["torch", *names]
     assert milliseconds[name] <= 1.1 * min(milliseconds.values()) + 0.1, "the words are rounded"
     assert torch.equal(torch.get_rng_state(), before), "timing must leave no trace in the run's random numbers"
     nothing = " is small, or no other library is there"
-    assert op.fastest(64, 128, 512, torch.float32) == ("torch", f"64 x 128 x 512{nothing}")
+    assert fastest(64, 128, 512, torch.float32) == ("torch", f"64 x 128 x 512{nothing}")
     for name in names:
-        product = getattr(op, f"{name}_linear")
+        product = getattr(*PRODUCTS[name])
         wrong = lambda *arguments, product=product: product(*arguments) * 1.001  # noqa: E731
-        monkeypatch.setattr(op, f"{name}_linear", wrong)
-        if name == "fastbert":
-            monkeypatch.setitem(op._PRODUCTS, name, wrong)
-    name, why = op.fastest(512, 256, 1024)
+        monkeypatch.setattr(*PRODUCTS[name], wrong)
+    name, why = fastest(512, 256, 1024)
     assert name == "torch" and why.split(", ")[1:] == [f"{name} differs by more than rounding" for name in names]
-    monkeypatch.setattr(op, "onednn_missing", "gone")
+    monkeypatch.setattr(kernels, "onednn_missing", "gone")
     with fastbert.use_backend("reference"):
-        assert op.fastest(512, 256, 1024) == ("torch", f"512 x 256 x 1024{nothing}")
+        assert fastest(512, 256, 1024) == ("torch", f"512 x 256 x 1024{nothing}")
     monkeypatch.setattr(native, "cpu_missing", "gone")
-    assert op.fastest(512, 256, 1024) == ("torch", f"512 x 256 x 1024{nothing}")
+    assert fastest(512, 256, 1024) == ("torch", f"512 x 256 x 1024{nothing}")

@@ -16,8 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastbert.backends import linear
 from fastbert.models.bert import BertConfig, BertForPreTraining
-from fastbert.ops import linear
+from fastbert.ops import linear_timing
 from fastbert.pretrain import lock, snapshot
 from fastbert.pretrain import loop as loop
 from fastbert.pretrain import run as runs
@@ -340,7 +341,7 @@ def test_the_library_of_products_is_chosen_once(settings, finished, tmp_path, mo
         timed.append(shape)
         return "onednn", "a test says so"
 
-    monkeypatch.setattr(linear, "fastest", fastest)
+    monkeypatch.setattr(linear_timing, "fastest", fastest)
     monkeypatch.setattr(linear, "onednn_missing", None)
     monkeypatch.setattr(linear, "_requested", "auto")
     config = runs.new_run(dataclasses.replace(settings, output=tmp_path / "new"))
