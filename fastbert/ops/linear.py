@@ -41,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight, bias = weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype)
     chosen = "reference" if library == "widened" else "cpu"
     if differentiated(rows, weight, bias):
-        y = _Linear.apply(rows, weight, bias, library, chosen)
+        y = _Linear.apply(chosen, rows, weight, bias, library)
     else:
         y = functions[chosen].linear_forward(rows, weight, bias, library)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
@@ -86,16 +86,17 @@ packed_linear = opaque(
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, library, chosen):
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
-        ctx.options = weight.dtype, bias.dtype if ctx.needs_input_grad[2] else None, library
-        ctx.chosen = chosen
+    def forward(ctx, chosen, x, weight, bias, library):
+        _, dx, dweight, dbias, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if dweight else None, weight if dx else None)
+        ctx.options = chosen, weight.dtype, bias.dtype if dbias else None, library
         return functions[chosen].linear_forward(x, weight, bias, library)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        gradients = functions[ctx.chosen].linear_backward(dy, x, weight, *ctx.options)
-        wanted = zip(gradients, ctx.needs_input_grad, strict=False)
-        return *(gradient if needed else None for gradient, needed in wanted), None, None
+        chosen, *options = ctx.options
+        gradients = functions[chosen].linear_backward(dy, x, weight, *options)
+        wanted = zip(gradients, ctx.needs_input_grad[1:4], strict=True)
+        return None, *(gradient if needed else None for gradient, needed in wanted), None
