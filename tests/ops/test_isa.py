@@ -21,6 +21,7 @@ from fastbert.backends import native, requested
 from fastbert.ops.lazy_adam import NO_BIAS_CORRECTION, lazy_adam_step
 
 TESTS = Path(__file__).parent.parent
+ROOT = TESTS.parent
 OPS = ("gelu", "layer_norm", "cross_entropy", "attention", "linear_product", "lazy_adam", "lazy_adam_replay")
 ISAS = native.module.instruction_sets() if native.module else []
 
@@ -29,14 +30,15 @@ def pytest_process(*arguments, **environment):
     """A pytest of its own; FASTBERT_BACKEND would take the choice from it."""
     environment = {**os.environ, "FASTBERT_BACKEND": "", **environment}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
 
 
+@pytest.mark.nested
 @pytest.mark.skipif(not ISAS, reason="the C++ module is not built")
 def test_every_op_is_tested_on_every_instruction_set():
-    listing = pytest_process("--collect-only", *(TESTS / f"test_{op}.py" for op in OPS))
+    listing = pytest_process("--collect-only", *(TESTS / f"ops/test_{op}.py" for op in OPS))
     found = collections.Counter(re.findall(r"test_(\w+)\.py::\w+\[[^\]]*cpu:(\w+)", listing))
     for op in OPS:
         counts = {isa: found[op, isa] for isa in ISAS}
@@ -66,6 +68,7 @@ def test_float16_is_read_and_rounded_exactly(backend):
     assert torch.equal(rounded.nan_to_num(nan=7.0, posinf=8.0), numbers.half().nan_to_num(nan=7.0, posinf=8.0))
 
 
+@pytest.mark.nested
 @pytest.mark.parametrize("isa", ISAS[:-1])
 def test_a_model_on_a_lower_instruction_set(isa):
     """Modules and the whole BERT: 20 steps with the loss curve of a plain PyTorch BERT, dropout, bfloat16, padding.
@@ -73,7 +76,7 @@ def test_a_model_on_a_lower_instruction_set(isa):
     What compiles is left out: it takes ten times as long and calls the same kernels.
     """
     selection = "(cpu or backend) and not compiles"
-    output = pytest_process("-k", selection, TESTS / "test_nn.py", TESTS / "test_bert.py", FASTBERT_CPU_ISA=isa)
+    output = pytest_process("-k", selection, TESTS / "models/test_layers.py", TESTS / "models/test_bert.py", FASTBERT_CPU_ISA=isa)
     assert int(re.search(r"(\d+) passed", output)[1]) >= 12, output[-1000:]
 
 
@@ -88,14 +91,16 @@ def emulator(tmp_path_factory):
     return str(library)
 
 
+@pytest.mark.nested
 def test_attention_on_emulated_amx(emulator):
     """What attention on tiles is held to is what it is held to on vectors; the slowest combinations are left out."""
-    selection = "amx_bf16 and not torch.float32 and not torch.float16 and not (700 and all)"
-    tests = TESTS / "test_attention.py", f"{TESTS / 'test_shapes.py'}::test_attention"
+    selection = "amx_bf16 and not torch.float32 and not torch.float16 and not (long and all)"
+    tests = TESTS / "ops/test_attention.py", f"{TESTS / 'ops/test_shapes.py'}::test_attention"
     output = pytest_process("-p", "no:faulthandler", "-k", selection, *tests, LD_PRELOAD=emulator)
     assert int(re.search(r"(\d+) passed", output)[1]) >= 75, output[-1000:]
 
 
+@pytest.mark.nested
 def test_amx_is_left_to_those_who_name_it(emulator):
     code = "from fastbert.backends import info, native; print(native.isa); print(info())"
     for named, chosen in (("", "avx512_bf16"), ("amx_bf16", "amx_bf16")):
@@ -105,6 +110,7 @@ def test_amx_is_left_to_those_who_name_it(emulator):
         assert "amx_bf16; amx_bf16, so far tested by emulation alone, where FASTBERT_CPU_ISA names it)" in done.stdout
 
 
+@pytest.mark.nested
 def test_products_use_tiles(emulator):
     """Counted for a head of 64 and 56 tokens: three whole tiles of 16 rows, columns padded to four."""
     code = """
@@ -124,6 +130,7 @@ print(products.value)
     assert done.stdout.split() == [str(forward), str(forward + backward)]
 
 
+@pytest.mark.nested
 def test_every_op_on_emulated_avx512(tmp_path):
     """Left out is what `make emulate` runs besides: float16, numbers of threads, and the slowest combinations."""
     if "avx2" not in ISAS or "avx512" in ISAS or shutil.which("g++") is None:
@@ -131,8 +138,8 @@ def test_every_op_on_emulated_avx512(tmp_path):
     library = tmp_path / "lib"
     build = [sys.executable, "setup.py", "-q", "build", "--build-base", tmp_path / "build", "--build-lib", library]
     environment = {**os.environ, "FASTBERT_EMULATE": "1", "CXX": "g++"}
-    subprocess.run(build, cwd=TESTS.parent, env=environment, check=True)
-    tests = [TESTS / f"test_{stem}.py" for stem in (*OPS, "philox", "shapes")]
+    subprocess.run(build, cwd=ROOT, env=environment, check=True)
+    tests = [TESTS / f"ops/test_{stem}.py" for stem in (*OPS, "philox", "shapes")]
     selection = (
         "(avx512 or known_answers) and not torch.float16 and not threads and not long and not adamw and not sound"
     )
