@@ -55,7 +55,7 @@ struct Count {  // a number that a lambda can take as a constant
 
 FASTBERT_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTBERT_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-FASTBERT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FASTBERT_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 FASTBERT_INLINE vfloat splat(float x) { return x - vfloat{}; }
 FASTBERT_INLINE vint splat(int32_t x) { return x - vint{}; }

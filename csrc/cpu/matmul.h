@@ -246,10 +246,12 @@ static void multiply(int64_t m, int64_t n, int64_t depth, Left a, Right b, Resul
   }
 }
 
-FASTBERT_INLINE int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
+FASTBERT_INLINE constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return ceil_div(n, multiple) * multiple;
+}
 
 // Rows of packed blocks are not a power of two apart, where they would share a few sets of the cache.
-FASTBERT_INLINE int64_t row_of(int64_t n) { return round_up(n, kLanes) + 16; }
+FASTBERT_INLINE constexpr int64_t row_of(int64_t n) { return round_up(n, kLanes) + 16; }
 
 // ---- packing: rows [n, D] of T at `source`, `stride` elements apart ----------------------------------
 
