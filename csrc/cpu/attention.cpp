@@ -16,6 +16,7 @@
 // task. Dao, "FlashAttention-2" (2023).
 #include "attention_softmax.h"
 #include "attention_tasks.h"
+#include "sweep.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {

@@ -4,6 +4,7 @@
 #include "dropout.h"
 #include "exp.h"
 #include "matmul.h"
+#include "reduce.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {

@@ -1,15 +1,13 @@
 // How attention's work is cut into tasks for any number of threads, and where a task's rows stand.
 //
-//   for every task, the longest first                  shared out among the threads; one head of one
-//   sequence,
-//                                                      all of it, or a run of its queries or keys
-//     for every block of keys                          packed once; kKeys, in backward kBackwardKeys
-//       for every block of queries                     kQueries, in backward kBackwardQueries
+//   for every task, the longest first      a head of a sequence: all of it, or a run of queries or keys
+//     for every block of keys              packed once; kKeys of them, in backward kBackwardKeys
+//       for every block of queries         kQueries of them, in backward kBackwardQueries
 //         a few products out of L2 and the softmax between them
 //
-// Forward takes runs of up to kRun queries, shortened by blocks until there are four tasks for each thread:
-// on 8 threads one head of one sequence of 1000 tokens makes runs of 528, 240, 96 and at last 48 queries,
-// which is 21 tasks; 16 sequences of 128 tokens with 12 heads are 192 tasks of one run each.
+// Forward takes runs of up to kRun queries, or of fewer blocks where there would not be four tasks for each
+// thread: 16 sequences of 128 tokens with 12 heads are 192 tasks of one run each, but one head of one
+// sequence of 1000 tokens is 21 runs of 48 queries on 8 threads.
 //
 // Backward takes a head of a sequence whole, for 5 products a block, unless it is more than a thread's share
 // of the work or longer than kSpan: 12 heads of 1000 tokens are 12 tasks on 8 threads. On 16 threads that
@@ -18,6 +16,7 @@
 #pragma once
 #include "amx.h"
 #include "matmul.h"
+#include "packing.h"
 #include "scratch.h"
 
 namespace fastbert {

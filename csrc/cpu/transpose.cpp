@@ -1,12 +1,13 @@
-// target[j, i] = source[i, j], float32: what a product that sums over rows wants its operand to be.
+// target [H, T] = source [T, H] transposed, float32: what a product that sums over rows wants its operand to
+// be.
 //
 // Blocks of whole cache lines both ways, each through squares in registers.
-#include "matmul.h"
+#include "transpose.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {
 
-constexpr int64_t kBlock = 64;  // rows and columns: 16 KB read and 16 KB written, which L1 holds
+constexpr int64_t kBlock = 64;  // rows and columns of a block: 16 KB read and 16 KB written, which L1 holds
 
 void transpose(const Transpose& p) {
   const int64_t downwards = ceil_div(p.rows, kBlock), across = ceil_div(p.columns, kBlock);
