@@ -1,9 +1,10 @@
-// Attention of packed sequences with dropout: for a query i and the keys j it sees, head by head,
+// Attention of packed sequences with dropout, q, k, v and out [T, N, D], lse [T, N]: for a query i and the
+// keys j it sees, head by head,
 //
-//   s_ij = scale * q_i . k_j,  lse_i = log(sum_j exp(s_ij)),  P_ij = exp(s_ij - lse_i),  out_i = sum_j
-//   drop(P_ij) v_j
+//   s_ij = scale * q_i . k_j,   lse_i = log(sum_j exp(s_ij)),   P_ij = exp(s_ij - lse_i)
+//   out_i = sum_j drop(P_ij) v_j
 //
-// and backward, where P and the dropout mask are computed again from q, k and lse:
+// Backward takes q, k, v, out and lse and computes P and the dropout mask again:
 //
 //   delta_i = dout_i . out_i,   dS_ij = P_ij * (drop'(dout_i . v_j) - delta_i)
 //   dq_i = scale * sum_j dS_ij k_j,   dk_j = scale * sum_i dS_ij q_i,   dv_j = sum_i drop(P_ij) dout_i
@@ -38,10 +39,13 @@ struct ForwardTask {
   const AttentionForward& p;
   const Task& task;
   const HeadSizes<Words> sizes;
-  uint32_t *part, *k_columns, *v;  // room to pack in; [width, kRow]; [kKeys, columns]
-  uint32_t* q;                     // [kRun, width]
-  float *out, *highest, *sum;      // [kRun, columns], [kRun], [kRun]: of the blocks of keys so far
-  float* scores;                   // [kQueries, kRow]: and their softmax in place
+  uint32_t* part;        // room to pack in
+  uint32_t* k_columns;   // [width, kRow]
+  uint32_t* v;           // [kKeys, columns]
+  uint32_t* q;           // [kRun, width]
+  float* out;            // [kRun, columns]: of the keys so far,
+  float *highest, *sum;  // [kRun]: and the running maximum and sum of their softmax
+  float* scores;         // [kQueries, kRow]: q k^T, then drop(P) times sum
   DropoutMask<kKeys, kDrawn> dropout;
   Ahead ahead;
 
@@ -155,18 +159,18 @@ struct BackwardTask {
   const bool some_masked;  // so there may be blocks to which no product is added
   int64_t span;            // the first query of the span
   // Of a block of keys.
-  uint32_t *part, *k_columns, *v_columns,
-      *k;          // room to pack in; [width, kRow] twice; [kBackwardKeys, columns]
-  float *dk, *dv;  // [kBackwardKeys, columns]
+  uint32_t* part;                   // room to pack in
+  uint32_t *k_columns, *v_columns;  // [width, kRow]
+  uint32_t* k;                      // [kBackwardKeys, columns]
+  float *dk, *dv;                   // [kBackwardKeys, columns]
   // Of a span of queries.
   uint32_t *q, *dout;                // [kSpan, width]
   uint32_t *q_summed, *dout_summed;  // [kSpan / words' depth, columns]: to be summed over
   float *lse, *delta;                // [kSpan]: less log c and over c, see Query
   float* dq;                         // [kSpan, columns]
   // Of a block of queries and keys.
-  float *scores, *products;  // [kBackwardQueries, kRow]: q k^T and dout v^T, then drop(P) and dS
-  uint32_t *weights,
-      *dscores;  // [kBackwardQueries / words' depth, kRow]: drop(P) and dS to be summed over queries
+  float *scores, *products;     // [kBackwardQueries, kRow]: q k^T and dout v^T, then drop(P) and dS
+  uint32_t *weights, *dscores;  // [kBackwardQueries / words' depth, kRow]: these, to be summed over queries
   DropoutMask<kBackwardKeys, kDrawn> dropout;
   Ahead ahead;
 
@@ -245,8 +249,8 @@ struct BackwardTask {
 
   void pack_span(int64_t first, int64_t queries) {
     const int64_t size = sizes.head_size, stride = p.heads * size;  // of out and dout
-    const T *q_rows = row_at<T>(p, task, p.q, p.q_stride, first),
-            *out_rows = row_at<T>(p, task, p.out, stride, first);
+    const T* q_rows = row_at<T>(p, task, p.q, p.q_stride, first);
+    const T* out_rows = row_at<T>(p, task, p.out, stride, first);
     const T* dout_rows = row_at<T>(p, task, p.dout, stride, first);
     span = first;
     pack_rows<Words>(q_rows, p.q_stride, queries, size, q, sizes.width);
@@ -373,13 +377,13 @@ int64_t attention_forward(const AttentionForward& p) {
   const auto plan = [&](auto emit) { plan_forward(p, emit); };
   switch (p.dtype) {
     case DType::f32:
-      run(p, plan, forward_task<Floats, float>);
+      run_tasks(p, plan, forward_task<Floats, float>);
       break;
     case DType::bf16:
-      run(p, plan, forward_task<Bf16Words, bf16>);
+      run_tasks(p, plan, forward_task<Bf16Words, bf16>);
       break;
     case DType::f16:
-      run(p, plan, forward_task<Floats, f16>);
+      run_tasks(p, plan, forward_task<Floats, f16>);
       break;
   }
   return -1;
@@ -389,11 +393,11 @@ void attention_backward(const AttentionBackward& p) {
   const auto plan = [&](auto emit) { plan_backward(p, emit); };
   switch (p.dtype) {
     case DType::f32:
-      return run(p, plan, backward_task<Floats, float>);
+      return run_tasks(p, plan, backward_task<Floats, float>);
     case DType::bf16:
-      return run(p, plan, backward_task<Bf16Words, bf16>);
+      return run_tasks(p, plan, backward_task<Bf16Words, bf16>);
     case DType::f16:
-      return run(p, plan, backward_task<Floats, f16>);
+      return run_tasks(p, plan, backward_task<Floats, f16>);
   }
 }
 

@@ -99,8 +99,8 @@ static void plan_backward(const Attention& p, Emit emit) {
 
 // The longest tasks first; a task also learns which one will probably be next.
 template <typename Arguments, typename Plan>
-static void run(const Arguments& p, Plan plan,
-                void (*run_task)(const Arguments&, const Task&, const Task* next)) {
+static void run_tasks(const Arguments& p, Plan plan,
+                      void (*run_task)(const Arguments&, const Task&, const Task* next)) {
   int64_t count = 0;
   plan([&](const Task&) { ++count; });
   Task* tasks = static_cast<Task*>(malloc(max(1, count) * sizeof(Task)));

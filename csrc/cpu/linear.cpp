@@ -60,26 +60,28 @@ FASTBERT_INLINE void for_type(DType dtype, const void* data, Body body) {
 
 // ---- packing -----------------------------------------------------------------------------------------
 
-// b[depth, columns] -> panels [columns / kColumns][depth rounded up to lanes][kColumns], by a cache line's
-// worth of rows at a time; 0 behind the last column.
+constexpr int64_t kPiece = 16;  // rows or columns of b packed at a time: a cache line of the other
+
+// b[depth, columns] -> panels [columns / kColumns][depth rounded up to lanes][kColumns], its rows along the
+// columns.
 template <typename T>
-static void pack_panels(const T* b, int64_t row, int64_t column, int64_t depth, int64_t columns,
-                        uint32_t* panels) {
-  constexpr int64_t kPiece = 16;
+static void pack_panels_by_rows(const T* b, int64_t row, int64_t depth, int64_t columns, uint32_t* panels) {
+  const int64_t panel_words = round_up(depth, kLanes) * kColumns;
+  for (int64_t k = 0; k < depth; k += kPiece)
+    for (int64_t j = 0; j < columns; j += kColumns) {
+      for (int64_t i = k + kPiece; i < min(depth, k + 2 * kPiece); ++i)
+        __builtin_prefetch(b + i * row + j, 0, 2);
+      pack_rows<Floats>(b + k * row + j, row, min(kPiece, depth - k), min(kColumns, columns - j),
+                        panels + j / kColumns * panel_words + k * kColumns, kColumns);
+    }
+}
+
+// The same, its rows along the depth.
+template <typename T>
+static void pack_panels_by_columns(const T* b, int64_t column, int64_t depth, int64_t columns,
+                                   uint32_t* panels) {
   uint32_t part[kLanes * kPiece];
   const int64_t panel_words = round_up(depth, kLanes) * kColumns;
-  if (columns % kColumns)
-    memset(panels + columns / kColumns * panel_words, 0, panel_words * sizeof(uint32_t));
-  if (column == 1) {
-    for (int64_t k = 0; k < depth; k += kPiece)
-      for (int64_t j = 0; j < columns; j += kColumns) {
-        for (int64_t i = k + kPiece; i < min(depth, k + 2 * kPiece); ++i)
-          __builtin_prefetch(b + i * row + j, 0, 2);
-        pack_rows<Floats>(b + k * row + j, row, min(kPiece, depth - k), min(kColumns, columns - j),
-                          panels + j / kColumns * panel_words + k * kColumns, kColumns);
-      }
-    return;
-  }
   for (int64_t j = 0; j < columns; j += kColumns, b += kColumns * column, panels += panel_words)
     for (int64_t k = 0; k < depth; k += kPiece) {
       // The next panel's rows are too far from these for the processor to foresee them.
@@ -89,6 +91,19 @@ static void pack_panels(const T* b, int64_t row, int64_t column, int64_t depth, 
       pack_columns<Floats>(b + k, column, min(kColumns, columns - j), some, panels + k * kColumns, kColumns,
                            round_up(some, kLanes), part);
     }
+}
+
+// Either; 0 behind the last column.
+template <typename T>
+static void pack_panels(const T* b, int64_t row, int64_t column, int64_t depth, int64_t columns,
+                        uint32_t* panels) {
+  const int64_t panel_words = round_up(depth, kLanes) * kColumns;
+  if (columns % kColumns)
+    memset(panels + columns / kColumns * panel_words, 0, panel_words * sizeof(uint32_t));
+  if (column == 1)
+    pack_panels_by_rows(b, row, depth, columns, panels);
+  else
+    pack_panels_by_columns(b, column, depth, columns, panels);
 }
 
 template <typename Arguments>

@@ -119,16 +119,7 @@ class Ahead {
 
   FASTBERT_MEMBER void some() {
     for (int turn = 0; turn < kTurns && row_ < rows_; ++turn) {
-      for (int i = 0; i < kAtOnce; ++i) {
-        const Array& array = arrays_[array_ + i];
-        const char* row = array.first + row_ * array.stride;
-        for (int64_t b = 0; b < bytes_; b += 64) {
-          if (array.written)
-            __builtin_prefetch(row + b, 1, 2);
-          else
-            __builtin_prefetch(row + b, 0, 2);
-        }
-      }
+      for (int i = 0; i < kAtOnce; ++i) prefetch_row(arrays_[array_ + i]);
       array_ += kAtOnce;
       if (array_ == count_) array_ = 0, ++row_;
     }
@@ -141,6 +132,17 @@ class Ahead {
     int64_t stride;
     bool written;
   } arrays_[kArrays];
+
+  FASTBERT_MEMBER void prefetch_row(const Array& array) const {
+    const char* row = array.first + row_ * array.stride;
+    for (int64_t b = 0; b < bytes_; b += 64) {
+      if (array.written)
+        __builtin_prefetch(row + b, 1, 2);
+      else
+        __builtin_prefetch(row + b, 0, 2);
+    }
+  }
+
   int count_ = 0, array_ = 0;  // this array and row come next
   int64_t row_ = 0, rows_ = 0, bytes_ = 0;
 };

@@ -39,17 +39,14 @@ FASTBERT_INLINE void pack_columns(const T* source, int64_t stride, int64_t n, in
                                   int64_t row, int64_t width, uint32_t* part) {
   for (int64_t i = round_up(n, kLanes) - kLanes; i >= 0; i -= kLanes) {
     const int64_t rows = min(kLanes, n - i);
-    if constexpr (sizeof(T) == sizeof(uint32_t)) {
-      if (rows == kLanes && size == width) {
-        const T* first = source + i * stride;
-        for (int64_t d = 0; d < width; d += kLanes)
-          transpose(reinterpret_cast<const uint32_t*>(first + d), stride, target + d * row + i, row);
-        continue;
-      }
+    const bool as_they_are = sizeof(T) == sizeof(uint32_t) && rows == kLanes && size == width;
+    const uint32_t* words = as_they_are ? reinterpret_cast<const uint32_t*>(source + i * stride) : part;
+    if (!as_they_are) {
+      pack_rows<Words>(source + i * stride, stride, rows, size, part, width);
+      memset(part + rows * width, 0, (kLanes - rows) * width * 4);
     }
-    pack_rows<Words>(source + i * stride, stride, rows, size, part, width);
-    memset(part + rows * width, 0, (kLanes - rows) * width * 4);
-    for (int64_t d = 0; d < width; d += kLanes) transpose(part + d, width, target + d * row + i, row);
+    const int64_t between = as_they_are ? stride : width;
+    for (int64_t d = 0; d < width; d += kLanes) transpose(words + d, between, target + d * row + i, row);
   }
 }
 
