@@ -46,11 +46,11 @@ struct ForwardTask {
   float* out;            // [kRun, columns]: of the keys so far,
   float *highest, *sum;  // [kRun]: and the running maximum and sum of their softmax
   float* scores;         // [kQueries, kRow]: q k^T, then drop(P) times sum
-  DropoutMask<kKeys, kDrawn> dropout;
-  Ahead ahead;
+  DropoutMask<kKeys, kDrawn>& dropout;
+  Ahead& ahead;
 
-  ForwardTask(const AttentionForward& p, const Task& task, const Task* next)
-      : p(p), task(task), sizes(p.head_size), dropout(p.seed, p.t, 1) {
+  ForwardTask(const AttentionForward& p, const Task& task, DropoutMask<kKeys, kDrawn>& dropout, Ahead& ahead)
+      : p(p), task(task), sizes(p.head_size), dropout(dropout), ahead(ahead) {
     const int64_t columns = sizes.columns, width = sizes.width;
     Scratch scratch(width * (kRow + kLanes) + kKeys * columns + kRun * (width + columns + 2) +
                     kQueries * kRow + 256);
@@ -62,10 +62,6 @@ struct ForwardTask {
     highest = scratch.floats(kRun);
     sum = scratch.floats(kRun);
     scores = scratch.floats(kQueries * kRow);
-    if (next) {
-      prefetch_inputs<T>(p, *next, ahead);
-      prefetch_rows<T>(p, *next, p.out, p.heads * p.head_size, true, ahead);
-    }
   }
 
   void run() {
@@ -137,6 +133,17 @@ struct ForwardTask {
   }
 };
 
+template <typename Words, typename T>
+void forward_task(const AttentionForward& p, const Task& task, const Task* next) {
+  Ahead ahead;
+  if (next) {
+    prefetch_inputs<T>(p, *next, ahead);
+    prefetch_rows<T>(p, *next, p.out, p.heads * p.head_size, true, ahead);
+  }
+  DropoutMask<kKeys, kDrawn> dropout(p.seed, p.t, 1);
+  ForwardTask<Words, T>(p, task, dropout, ahead).run();
+}
+
 // ---- backward ----------------------------------------------------------------------------------------
 
 template <typename T>
@@ -171,21 +178,18 @@ struct BackwardTask {
   // Of a block of queries and keys.
   float *scores, *products;     // [kBackwardQueries, kRow]: q k^T and dout v^T, then drop(P) and dS
   uint32_t *weights, *dscores;  // [kBackwardQueries / words' depth, kRow]: these, to be summed over queries
-  DropoutMask<kBackwardKeys, kDrawn> dropout;
-  Ahead ahead;
+  DropoutMask<kBackwardKeys, kDrawn>& dropout;
+  Ahead& ahead;
 
-  BackwardTask(const AttentionBackward& p, const Task& task, const Task* next)
+  BackwardTask(const AttentionBackward& p, const Task& task, DropoutMask<kBackwardKeys, kDrawn>& dropout,
+               Ahead& ahead)
       : p(p),
         task(task),
         sizes(p.head_size),
         some_masked(min(p.window_left, p.window_right) < length_of(p, task.sequence) - 1),
         span(task.query),
-        dropout(p.seed, p.t, 1) {
-    allocate();
-    if (next) prefetch(*next);
-  }
-
-  void allocate() {
+        dropout(dropout),
+        ahead(ahead) {
     const int64_t columns = sizes.columns, width = sizes.width;
     Scratch scratch(width * (2 * kRow + kLanes + 2 * kSpan) + 3 * kBackwardKeys * columns +
                     2 * kSpan * columns + 3 * kBackwardQueries * kRow + kSpan * 2 + 512);
@@ -206,15 +210,6 @@ struct BackwardTask {
     products = scratch.floats(kBackwardQueries * kRow);
     weights = kPaired ? scratch.words(kBackwardQueries / 2 * kRow) : reinterpret_cast<uint32_t*>(scores);
     dscores = kPaired ? scratch.words(kBackwardQueries / 2 * kRow) : reinterpret_cast<uint32_t*>(products);
-  }
-
-  void prefetch(const Task& next) {
-    const int64_t stride = p.heads * p.head_size;
-    prefetch_inputs<T>(p, next, ahead);
-    prefetch_rows<T>(p, next, p.dout, stride, false, ahead);
-    prefetch_rows<T>(p, next, p.out, stride, false, ahead);
-    for (int64_t i = 0; i < 3; ++i)
-      prefetch_rows<T>(p, next, static_cast<T*>(p.dqkv) + i * stride, 3 * stride, true, ahead);
   }
 
   void run() {
@@ -350,13 +345,18 @@ struct BackwardTask {
 };
 
 template <typename Words, typename T>
-void forward_task(const AttentionForward& p, const Task& task, const Task* next) {
-  ForwardTask<Words, T>(p, task, next).run();
-}
-
-template <typename Words, typename T>
 void backward_task(const AttentionBackward& p, const Task& task, const Task* next) {
-  BackwardTask<Words, T>(p, task, next).run();
+  Ahead ahead;
+  if (next) {
+    const int64_t stride = p.heads * p.head_size;
+    prefetch_inputs<T>(p, *next, ahead);
+    prefetch_rows<T>(p, *next, p.dout, stride, false, ahead);
+    prefetch_rows<T>(p, *next, p.out, stride, false, ahead);
+    for (int64_t i = 0; i < 3; ++i)
+      prefetch_rows<T>(p, *next, static_cast<T*>(p.dqkv) + i * stride, 3 * stride, true, ahead);
+  }
+  DropoutMask<kBackwardKeys, kDrawn> dropout(p.seed, p.t, 1);
+  BackwardTask<Words, T>(p, task, dropout, ahead).run();
 }
 
 // ---- launchers ---------------------------------------------------------------------------------------
