@@ -1,9 +1,10 @@
-// Attention of packed sequences with dropout: for a query i and the keys j it sees, head by head,
+// Attention of packed sequences with dropout, q, k, v and out [T, N, D], lse [T, N]: for a query i and the
+// keys j it sees, head by head,
 //
-//   s_ij = scale * q_i . k_j,  lse_i = log(sum_j exp(s_ij)),  P_ij = exp(s_ij - lse_i),  out_i = sum_j
-//   drop(P_ij) v_j
+//   s_ij = scale * q_i . k_j,   lse_i = log(sum_j exp(s_ij)),   P_ij = exp(s_ij - lse_i)
+//   out_i = sum_j drop(P_ij) v_j
 //
-// and backward, where P and the dropout mask are computed again from q, k and lse:
+// Backward takes q, k, v, out and lse and computes P and the dropout mask again:
 //
 //   delta_i = dout_i . out_i,   dS_ij = P_ij * (drop'(dout_i . v_j) - delta_i)
 //   dq_i = scale * sum_j dS_ij k_j,   dk_j = scale * sum_i dS_ij q_i,   dv_j = sum_i drop(P_ij) dout_i
@@ -14,243 +15,136 @@
 // product; then P and dS are rounded to bf16. Sums are float32. How the work is cut into tasks depends on the
 // number of threads, what a query or a key gets does not: its blocks are summed in the same order in any
 // task. Dao, "FlashAttention-2" (2023).
+#include "attention_softmax.h"
 #include "attention_tasks.h"
-#include "dropout.h"
-#include "exp.h"
-#include "matmul.h"
+#include "sweep.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {
 
 namespace {
 
-// Blocks of keys, multiples of 8 for dropout's counters, and of queries.
-constexpr int64_t kKeys = 512;
-constexpr int64_t kBackwardKeys = 128, kBackwardQueries = 64;  // even, for pairs
-
-// ---- what a query sees of a block of keys: lanes first to last of it, none where last < first --------
-
-struct Visible {
-  int64_t first, last;
-};
-
-FASTBERT_INLINE Visible visible_keys(const Attention& p, int64_t query, int64_t key0, int64_t keys) {
-  return {max(0, query - p.window_left - key0), min(keys - 1, query + p.window_right - key0)};
-}
-
-struct AllSeen {
-  FASTBERT_MEMBER vfloat pick(Visible, int64_t, vfloat v, float) const { return v; }
-};
-
-struct SomeSeen {  // `otherwise` in lanes whose key is not visible
-  FASTBERT_MEMBER vfloat pick(Visible s, int64_t j, vfloat v, float otherwise) const {
-    vint key;
-    for (int i = 0; i < kLanes; ++i) key[i] = i;
-    key += static_cast<int32_t>(j);
-    const vint seen = (key >= static_cast<int32_t>(s.first)) & (key <= static_cast<int32_t>(s.last));
-    return seen ? v : splat(otherwise);
-  }
-};
-
-// body(j, seen, i) for the vectors j = 0, kLanes, ... of a row of scores; most are seen whole. i < 2 numbers
-// independent accumulators.
-template <typename Body>
-FASTBERT_INLINE void over_keys(Visible s, int64_t width, Body body) {
-  const int64_t first = min(width, round_up(max(0, s.first), kLanes));
-  const int64_t last = max(first, (s.last + 1) / kLanes * kLanes);
-  for (int64_t j = 0; j < first; j += kLanes) body(j, SomeSeen{}, 0);
-  int64_t j = first;
-  for (; j + 2 * kLanes <= last; j += 2 * kLanes) body(j, AllSeen{}, 0), body(j + kLanes, AllSeen{}, 1);
-  if (j < last) body(j, AllSeen{}, 0);
-  for (j = last; j < width; j += kLanes) body(j, SomeSeen{}, 0);
-}
-
-// e^(score * scale - base), where base is at least the score less 11 (log of dropout's factor); as exact as
-// the words that it is rounded to.
-template <typename Words>
-FASTBERT_INLINE vfloat weight(vfloat score, float scale, float base) {
-  constexpr float log2e = 1.44269504f;
-  if constexpr (Words::kDepth == 2)
-    return exp2_short(score * (scale * log2e) - base * log2e);
-  else
-    return exp_below(score * scale - base);
-}
-
-// Dropout is drawn for so many queries at a time, of which some may stand behind the last.
-constexpr int kDrawn = 4;
-
-// What a task reads of its sequence, and what it will write, by tokens a stride apart.
-template <typename T>
-FASTBERT_INLINE void prefetch_tokens(const Attention& p, const Task& task, const void* x, int64_t stride,
-                                     bool written, Ahead& ahead) {
-  const int64_t first = p.cu_seqlens[task.sequence] * stride + task.head * p.head_size;
-  ahead.add(static_cast<const T*>(x) + first, stride * sizeof(T), written);
-}
-
-template <typename T>
-FASTBERT_INLINE void prefetch_inputs(const Attention& p, const Task& task, Ahead& ahead) {
-  ahead.begin(length_of(p, task.sequence), p.head_size * sizeof(T));
-  prefetch_tokens<T>(p, task, p.q, p.q_stride, false, ahead);
-  prefetch_tokens<T>(p, task, p.k, p.k_stride, false, ahead);
-  prefetch_tokens<T>(p, task, p.v, p.v_stride, false, ahead);
-}
+constexpr int64_t kKeys = 512;  // keys of a block in forward, where queries come by kQueries
+constexpr int64_t kBackwardKeys = 128, kBackwardQueries = 64;  // keys and queries of a block in backward
+static_assert(kKeys % 8 == 0 && kBackwardKeys % 8 == 0, "dropout draws for eight keys at a time");
+static_assert(kQueries % kDrawn == 0 && kBackwardQueries % kDrawn == 0, "and for kDrawn queries");
 
 // ---- forward -----------------------------------------------------------------------------------------
 
-// Scores of one query against a block become dropped, unnormalised weights, in place (as bf16 in the row's
-// first half where words are pairs). `highest` and `sum` run over the blocks; returns what earlier sums must
-// be multiplied by.
-template <typename Words>
-FASTBERT_INLINE float softmax_block(const Attention& p, float* scores, Visible s, int64_t width,
-                                    const uint16_t* kept, float* highest, float* sum) {
-  if (s.last < s.first) {
-    memset(scores, 0, width * sizeof(float));
-    return 1.f;
+// A run of queries against all keys, a block of either at a time, and the memory it works in.
+template <typename Words, typename T>
+struct ForwardTask {
+  static constexpr int64_t kRow = row_of(kKeys);  // of scores, and of k by columns
+
+  const AttentionForward& p;
+  const Task& task;
+  const HeadSizes<Words> sizes;
+  uint32_t* part;        // room to pack in
+  uint32_t* k_columns;   // [width, kRow]
+  uint32_t* v;           // [kKeys, columns]
+  uint32_t* q;           // [kRun, width]
+  float* out;            // [kRun, columns]: of the keys so far,
+  float *highest, *sum;  // [kRun]: and the running maximum and sum of their softmax
+  float* scores;         // [kQueries, kRow]: q k^T, then drop(P) times sum
+  DropoutMask<kKeys, kDrawn>& dropout;
+  Ahead& ahead;
+
+  ForwardTask(const AttentionForward& p, const Task& task, DropoutMask<kKeys, kDrawn>& dropout, Ahead& ahead)
+      : p(p), task(task), sizes(p.head_size), dropout(dropout), ahead(ahead) {
+    const int64_t columns = sizes.columns, width = sizes.width;
+    Scratch scratch(width * (kRow + kLanes) + kKeys * columns + kRun * (width + columns + 2) +
+                    kQueries * kRow + 256);
+    part = scratch.words(kLanes * width);
+    k_columns = scratch.words(width * kRow);
+    v = scratch.words(kKeys * columns);
+    q = scratch.words(kRun * width);
+    out = scratch.floats(kRun * columns);
+    highest = scratch.floats(kRun);
+    sum = scratch.floats(kRun);
+    scores = scratch.floats(kQueries * kRow);
   }
-  const float scale = p.scale;  // stores could alias what stands in p
-  vfloat most[2] = {splat(-__builtin_inff()), splat(-__builtin_inff())};
-  over_keys(s, width, [&](int64_t j, auto seen, int i) FASTBERT_LAMBDA {
-    most[i] = max(seen.pick(s, j, load(scores + j) * scale, -__builtin_inff()), most[i]);
-  });
-  const float before = *highest, block = reduce_max(max(most[0], most[1])),
-              now = before > block ? before : block;
-  const float base = now == -__builtin_inff() ? 0.f : now;  // where all seen scores are -inf
-  vfloat total[2] = {};
-  over_keys(s, width, [&](int64_t j, auto seen, int i) FASTBERT_LAMBDA {
-    vfloat e = seen.pick(s, j, weight<Words>(load(scores + j), scale, base), 0.f);
-    total[i] += e;
-    if (kept) e = drop(kept, j, e);
-    if constexpr (Words::kDepth == 2)
-      store(reinterpret_cast<bf16*>(scores) + j, e);
-    else
-      store(scores + j, e);
-  });
-  const bool same = before == now || before == -__builtin_inff();
-  const float shrink = same ? 1.f : exp(splat(before - base))[0];
-  *highest = now;
-  *sum = *sum * shrink + reduce_add(total[0] + total[1]);
-  return shrink;
-}
+
+  void run() {
+    pack_queries();
+    const int64_t first_seen = max(0, task.query - p.window_left);
+    const int64_t last_seen = min(task.keys - 1, task.query + task.queries - 1 + p.window_right);
+    for (int64_t key = first_seen / kKeys * kKeys; key <= last_seen; key += kKeys) {
+      const int64_t keys = min(kKeys, task.keys - key);
+      pack_keys(key, keys);
+      for (int64_t i = 0; i < task.queries; i += kQueries) {
+        const Block block{task.query + i, min(kQueries, task.queries - i), key, keys};
+        if (!fully_masked(p, block)) attend(block);
+      }
+    }
+    store_out();
+  }
+
+  void pack_queries() {
+    pack_rows<Words>(row_at<T>(p, task, p.q, p.q_stride, task.query), p.q_stride, task.queries,
+                     sizes.head_size, q, sizes.width);
+    for (int64_t i = 0; i < task.queries; ++i) highest[i] = -__builtin_inff(), sum[i] = 0.f;
+  }
+
+  void pack_keys(int64_t key, int64_t keys) {
+    if (p.t) dropout.at(static_cast<uint32_t>(key / 8), keys, static_cast<uint32_t>(task.head));
+    pack_columns<Words>(row_at<T>(p, task, p.k, p.k_stride, key), p.k_stride, keys, sizes.head_size,
+                        k_columns, kRow, sizes.width, part);
+    pack_summed<Words>(row_at<T>(p, task, p.v, p.v_stride, key), p.v_stride, keys, sizes.head_size, v,
+                       sizes.columns);
+  }
+
+  // out (+)= softmax(q k^T) v of the block.
+  void attend(const Block& block) {
+    const int64_t i0 = block.query - task.query;
+    multiply<Words>(block.queries, round_up(block.keys, kLanes), sizes.depth,
+                    {q + i0 * sizes.width, sizes.width, 1}, {k_columns, kRow}, {scores, kRow}, false, ahead);
+    softmax_rows(block);
+    const bool add = block.key > max(0, block.query - p.window_left) / kKeys * kKeys;  // to earlier keys'
+    multiply<Words>(block.queries, sizes.columns, ceil_div(block.keys, Words::kDepth),
+                    {reinterpret_cast<uint32_t*>(scores), kRow, 1}, {v, sizes.columns},
+                    {out + i0 * sizes.columns, sizes.columns}, add, ahead);
+  }
+
+  // Scores become weights, and what earlier keys have given is scaled where the maximum has moved.
+  void softmax_rows(const Block& block) {
+    const int64_t padded = round_up(block.keys, kLanes);
+    for (int64_t i = 0; i < block.queries; ++i) {
+      const int64_t query = block.query + i, place = query - task.query;
+      if (p.t && i % kDrawn == 0)
+        dropout.draw(static_cast<uint32_t>(p.cu_seqlens[task.sequence] + query), 0, block.keys);
+      const float shrink =
+          softmax_block<Words>(p, scores + i * kRow, visible_keys(p, query, block.key, block.keys), padded,
+                               p.t ? dropout.kept(i % kDrawn, 0) : nullptr, highest + place, sum + place);
+      if (shrink == 1.f) continue;
+      float* earlier = out + place * sizes.columns;
+      for (int64_t d = 0; d < sizes.columns; d += kLanes) store(earlier + d, load(earlier + d) * shrink);
+    }
+  }
+
+  void store_out() {
+    for (int64_t i = 0; i < task.queries; ++i) {
+      const int64_t at = (p.cu_seqlens[task.sequence] + task.query + i) * p.heads + task.head;
+      const bool sees_nothing = sum[i] == 0.f;  // no key, or scores of -inf alone
+      if (sees_nothing) memset(out + i * sizes.columns, 0, sizes.head_size * sizeof(float));
+      p.lse[at] = sees_nothing ? -__builtin_inff() : highest[i] + __builtin_logf(sum[i]);
+      store_row(static_cast<T*>(p.out) + at * sizes.head_size, out + i * sizes.columns, sizes.head_size,
+                sees_nothing ? 0.f : dropout_scale(p.t) / sum[i]);
+    }
+  }
+};
 
 template <typename Words, typename T>
 void forward_task(const AttentionForward& p, const Task& task, const Task* next) {
-  const int64_t token0 = p.cu_seqlens[task.sequence], length = task.keys, queries = task.queries;
-  const int64_t size = p.head_size, columns = round_up(size, kLanes);
-  const int64_t depth = ceil_div(size, Words::kDepth), width = round_up(depth, kLanes), row = row_of(kKeys);
-  Scratch scratch(width * (row + kLanes) + kKeys * columns + kRun * (width + columns + 2) + kQueries * row +
-                  256);
-  uint32_t* part = scratch.words(kLanes * width);
-  uint32_t* kt = scratch.words(width * row);
-  uint32_t* v = scratch.words(kKeys * columns);
-  uint32_t* q = scratch.words(kRun * width);
-  float* out = scratch.floats(kRun * columns);
-  float* highest = scratch.floats(kRun);
-  float* sum = scratch.floats(kRun);
-  float* scores = scratch.floats(kQueries * row);
-  DropoutMask<kKeys, kDrawn> dropout(p.seed, p.t, 1);
-  const auto at = [&](const void* x, int64_t stride, int64_t token) {
-    return static_cast<const T*>(x) + (token0 + token) * stride + task.head * size;
-  };
   Ahead ahead;
   if (next) {
     prefetch_inputs<T>(p, *next, ahead);
-    prefetch_tokens<T>(p, *next, p.out, p.heads * size, true, ahead);
+    prefetch_rows<T>(p, *next, p.out, p.heads * p.head_size, true, ahead);
   }
-  pack_rows<Words>(at(p.q, p.q_stride, task.query), p.q_stride, queries, size, q, width);
-  for (int64_t i = 0; i < queries; ++i) highest[i] = -__builtin_inff(), sum[i] = 0.f;
-
-  const int64_t first_seen = max(0, task.query - p.window_left);
-  const int64_t last_seen = min(length - 1, task.query + queries - 1 + p.window_right);
-  for (int64_t key0 = first_seen / kKeys * kKeys; key0 <= last_seen; key0 += kKeys) {
-    const int64_t keys = min(kKeys, length - key0), padded = round_up(keys, kLanes);
-    if (p.t) dropout.at(static_cast<uint32_t>(key0 / 8), keys, static_cast<uint32_t>(task.head));
-    pack_columns<Words>(at(p.k, p.k_stride, key0), p.k_stride, keys, size, kt, row, width, part);
-    pack_summed<Words>(at(p.v, p.v_stride, key0), p.v_stride, keys, size, v, columns);
-    for (int64_t i0 = 0; i0 < queries; i0 += kQueries) {
-      const int64_t n = min(kQueries, queries - i0), query0 = task.query + i0;
-      const int64_t first_key = max(0, query0 - p.window_left) / kKeys * kKeys;
-      if (key0 < first_key || key0 > query0 + n - 1 + p.window_right) continue;  // sees none of them
-      multiply<Words>(n, padded, depth, {q + i0 * width, width, 1}, {kt, row}, {scores, row}, false, ahead);
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t query = query0 + i;
-        if (p.t && i % kDrawn == 0) dropout.draw(static_cast<uint32_t>(token0 + query), 0, keys);
-        const float shrink =
-            softmax_block<Words>(p, scores + i * row, visible_keys(p, query, key0, keys), padded,
-                                 p.t ? dropout.kept(i % kDrawn, 0) : nullptr, highest + i0 + i, sum + i0 + i);
-        if (shrink != 1.f) {
-          float* earlier = out + (i0 + i) * columns;
-          for (int64_t d = 0; d < columns; d += kLanes) store(earlier + d, load(earlier + d) * shrink);
-        }
-      }
-      const Left weights{reinterpret_cast<uint32_t*>(scores), row, 1};
-      multiply<Words>(n, columns, ceil_div(keys, Words::kDepth), weights, {v, columns},
-                      {out + i0 * columns, columns}, key0 > first_key, ahead);
-    }
-  }
-  for (int64_t i = 0; i < queries; ++i) {
-    const int64_t place = (token0 + task.query + i) * p.heads + task.head;
-    const bool fully_masked = sum[i] == 0.f;  // sees no key, or scores of -inf alone
-    if (fully_masked) memset(out + i * columns, 0, size * sizeof(float));
-    p.lse[place] = fully_masked ? -__builtin_inff() : highest[i] + __builtin_logf(sum[i]);
-    store_row(static_cast<T*>(p.out) + place * size, out + i * columns, size,
-              fully_masked ? 0.f : dropout_scale(p.t) / sum[i]);
-  }
+  DropoutMask<kKeys, kDrawn> dropout(p.seed, p.t, 1);
+  ForwardTask<Words, T>(p, task, dropout, ahead).run();
 }
 
 // ---- backward ----------------------------------------------------------------------------------------
-
-// One query against a block. Dropout's factor is in `lse` and `delta`: with c = 1 / (1 - p),
-// c P = exp(s - (lse - log c)) and dS = c P * (kept(dout . v) - delta / c).
-struct Query {
-  float *scores, *products;  // q . k and dout . v
-  Visible visible;
-  float lse, delta;
-  const uint16_t* kept;  // of the block; null where nothing is dropped
-};
-
-// Scores of two queries become drop(P) and their products dS: in place, or, where words are pairs, side by
-// side in `weights` and `dscores`, and dS also by rows in the first half of the products.
-template <typename Words>
-FASTBERT_INLINE void gradients(const Attention& p, const Query (&queries)[2], int64_t width,
-                               uint32_t* weights, uint32_t* dscores) {
-  const Visible both = {max(queries[0].visible.first, queries[1].visible.first),
-                        min(queries[0].visible.last, queries[1].visible.last)};
-  const Query a = queries[0], b = queries[1];
-  const float scale = p.scale;  // stores could alias what stands in p
-  over_keys(both, width, [&](int64_t j, auto seen, int) FASTBERT_LAMBDA {
-    vfloat w[2], ds[2];
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      const Query& q = i == 0 ? a : b;
-      const vfloat full = seen.pick(q.visible, j, weight<Words>(load(q.scores + j), scale, q.lse), 0.f);
-      vfloat dw = load(q.products + j);
-      w[i] = full;
-      if (q.kept) {
-        w[i] = drop(q.kept, j, full);
-        dw = drop(q.kept, j, dw);
-      }
-      ds[i] = seen.pick(q.visible, j, full * (dw - q.delta), 0.f);
-    }
-    if constexpr (Words::kDepth == 2) {
-      const vuint rows = Words::round(ds[0], ds[1]);
-      const vuint pairs = Words::join(Words::round(w[0], w[1])), dpairs = Words::join(rows);
-      memcpy(weights + j, &pairs, sizeof pairs);
-      memcpy(dscores + j, &dpairs, sizeof dpairs);
-      memcpy(a.products + j / 2, &rows, sizeof rows / 2);
-      memcpy(b.products + j / 2, reinterpret_cast<const char*>(&rows) + sizeof rows / 2, sizeof rows / 2);
-    } else {
-      for (int i = 0; i < 2; ++i)
-        store((i == 0 ? a : b).scores + j, w[i]), store((i == 0 ? a : b).products + j, ds[i]);
-    }
-  });
-}
-
-// What products want of up to kSpan queries.
-struct Span {
-  uint32_t *q, *dout;                // by rows
-  uint32_t *q_summed, *dout_summed;  // to be summed over
-  float *lse, *delta;
-};
 
 template <typename T>
 FASTBERT_INLINE float dot(const T* a, const T* b, int64_t size) {
@@ -260,124 +154,209 @@ FASTBERT_INLINE float dot(const T* a, const T* b, int64_t size) {
   return reduce_add(sum);
 }
 
+// A run of queries, packed a span at a time, against a run of keys, a block of either at a time.
+template <typename Words, typename T>
+struct BackwardTask {
+  static constexpr int64_t kRow = row_of(kBackwardKeys);  // of scores, and of k and v by columns
+  static constexpr bool kPaired = Words::kDepth == 2;
+
+  const AttentionBackward& p;
+  const Task& task;
+  const HeadSizes<Words> sizes;
+  const bool some_masked;  // so there may be blocks to which no product is added
+  int64_t span;            // the first query of the span
+  // Of a block of keys.
+  uint32_t* part;                   // room to pack in
+  uint32_t *k_columns, *v_columns;  // [width, kRow]
+  uint32_t* k;                      // [kBackwardKeys, columns]
+  float *dk, *dv;                   // [kBackwardKeys, columns]
+  // Of a span of queries.
+  uint32_t *q, *dout;                // [kSpan, width]
+  uint32_t *q_summed, *dout_summed;  // [kSpan / words' depth, columns]: to be summed over
+  float *lse, *delta;                // [kSpan]: less log c and over c, see Query
+  float* dq;                         // [kSpan, columns]
+  // Of a block of queries and keys.
+  float *scores, *products;     // [kBackwardQueries, kRow]: q k^T and dout v^T, then drop(P) and dS
+  uint32_t *weights, *dscores;  // [kBackwardQueries / words' depth, kRow]: these, to be summed over queries
+  DropoutMask<kBackwardKeys, kDrawn>& dropout;
+  Ahead& ahead;
+
+  BackwardTask(const AttentionBackward& p, const Task& task, DropoutMask<kBackwardKeys, kDrawn>& dropout,
+               Ahead& ahead)
+      : p(p),
+        task(task),
+        sizes(p.head_size),
+        some_masked(min(p.window_left, p.window_right) < length_of(p, task.sequence) - 1),
+        span(task.query),
+        dropout(dropout),
+        ahead(ahead) {
+    const int64_t columns = sizes.columns, width = sizes.width;
+    Scratch scratch(width * (2 * kRow + kLanes + 2 * kSpan) + 3 * kBackwardKeys * columns +
+                    2 * kSpan * columns + 3 * kBackwardQueries * kRow + kSpan * 2 + 512);
+    part = scratch.words(kLanes * width);
+    k_columns = scratch.words(width * kRow);
+    v_columns = scratch.words(width * kRow);
+    k = scratch.words(kBackwardKeys * columns);
+    dk = scratch.floats(kBackwardKeys * columns);
+    dv = scratch.floats(kBackwardKeys * columns);
+    dq = scratch.floats(kSpan * columns);
+    q = scratch.words(kSpan * width);
+    dout = scratch.words(kSpan * width);
+    lse = scratch.floats(kSpan);
+    delta = scratch.floats(kSpan);
+    q_summed = kPaired ? scratch.words(kSpan / 2 * columns) : q;
+    dout_summed = kPaired ? scratch.words(kSpan / 2 * columns) : dout;
+    scores = scratch.floats(kBackwardQueries * kRow);
+    products = scratch.floats(kBackwardQueries * kRow);
+    weights = kPaired ? scratch.words(kBackwardQueries / 2 * kRow) : reinterpret_cast<uint32_t*>(scores);
+    dscores = kPaired ? scratch.words(kBackwardQueries / 2 * kRow) : reinterpret_cast<uint32_t*>(products);
+  }
+
+  void run() {
+    const int64_t last_query = task.query + task.queries, last_key = task.key + task.keys;
+    if (some_masked) memset(dq, 0, min(kSpan, task.queries) * sizes.columns * sizeof(float));
+    for (int64_t key = task.key; key < last_key; key += kBackwardKeys) {
+      const int64_t keys = min(kBackwardKeys, last_key - key);
+      pack_keys(key, keys);
+      for (int64_t first = task.query; first < last_query; first += kSpan) {
+        const int64_t queries = min(kSpan, last_query - first);
+        if (key == task.key || task.queries > kSpan) pack_span(first, queries);
+        for (int64_t i = 0; i < queries; i += kBackwardQueries)
+          add_block({first + i, min(kBackwardQueries, queries - i), key, keys});
+      }
+      if (task.for_keys) store_dk_dv(key, keys);
+    }
+    if (task.for_queries) store_dq();
+  }
+
+  void pack_keys(int64_t key, int64_t keys) {
+    const T* k_rows = row_at<T>(p, task, p.k, p.k_stride, key);
+    const T* v_rows = row_at<T>(p, task, p.v, p.v_stride, key);
+    if (p.t) dropout.at(static_cast<uint32_t>(key / 8), keys, static_cast<uint32_t>(task.head));
+    pack_columns<Words>(k_rows, p.k_stride, keys, sizes.head_size, k_columns, kRow, sizes.width, part);
+    pack_columns<Words>(v_rows, p.v_stride, keys, sizes.head_size, v_columns, kRow, sizes.width, part);
+    pack_summed<Words>(k_rows, p.k_stride, keys, sizes.head_size, k, sizes.columns);
+    if (some_masked) {
+      memset(dk, 0, keys * sizes.columns * sizeof(float));
+      memset(dv, 0, keys * sizes.columns * sizeof(float));
+    }
+  }
+
+  void pack_span(int64_t first, int64_t queries) {
+    const int64_t size = sizes.head_size, stride = p.heads * size;  // of out and dout
+    const T* q_rows = row_at<T>(p, task, p.q, p.q_stride, first);
+    const T* out_rows = row_at<T>(p, task, p.out, stride, first);
+    const T* dout_rows = row_at<T>(p, task, p.dout, stride, first);
+    span = first;
+    pack_rows<Words>(q_rows, p.q_stride, queries, size, q, sizes.width);
+    pack_rows<Words>(dout_rows, stride, queries, size, dout, sizes.width);
+    if constexpr (kPaired) {
+      pack_summed<Words>(q_rows, p.q_stride, queries, size, q_summed, sizes.columns);
+      pack_summed<Words>(dout_rows, stride, queries, size, dout_summed, sizes.columns);
+    }
+    const float c = p.t < 65536 ? dropout_scale(p.t) : 1.f;  // all dropped: out and delta are 0
+    const float log_c = __builtin_logf(c), inverse = 1.f / c;
+    const float* saved = p.lse + (p.cu_seqlens[task.sequence] + first) * p.heads + task.head;
+    for (int64_t i = 0; i < queries; ++i) {
+      lse[i] = saved[i * p.heads] - log_c;
+      delta[i] = dot(dout_rows + i * stride, out_rows + i * stride, size) * inverse;
+    }
+  }
+
+  // What the block adds to dq, dk and dv.
+  void add_block(const Block& block) {
+    if (fully_masked(p, block)) return;
+    multiply_scores(block);
+    softmax_gradients(block);
+    if (task.for_keys) add_dk_dv(block);
+    if (task.for_queries) add_dq(block);
+  }
+
+  // scores = q k^T, products = dout v^T
+  void multiply_scores(const Block& block) {
+    const int64_t first = (block.query - span) * sizes.width, padded = round_up(block.keys, kLanes);
+    multiply<Words>(block.queries, padded, sizes.depth, {q + first, sizes.width, 1}, {k_columns, kRow},
+                    {scores, kRow}, false, ahead);
+    multiply<Words>(block.queries, padded, sizes.depth, {dout + first, sizes.width, 1}, {v_columns, kRow},
+                    {products, kRow}, false, ahead);
+  }
+
+  // drop(P) and dS of two queries at a time.
+  void softmax_gradients(const Block& block) {
+    const int64_t padded = round_up(block.keys, kLanes);
+    Query pair[2];
+    for (int64_t i = 0; i < block.queries; i += 2) {
+      if (p.t && i % kDrawn == 0)
+        dropout.draw(static_cast<uint32_t>(p.cu_seqlens[task.sequence] + block.query + i), 0, block.keys);
+      for (int64_t r = 0; r < 2; ++r) pair[r] = query_at(block, i + r);
+      gradients<Words>(p, pair, padded, weights + i / 2 * kRow, dscores + i / 2 * kRow);
+    }
+  }
+
+  // Query i of the block; one behind the last sees nothing.
+  FASTBERT_MEMBER Query query_at(const Block& block, int64_t i) const {
+    const int64_t query = block.query + i, place = query - span;
+    const bool sees = i < block.queries && lse[place] != -__builtin_inff();
+    return {scores + i * kRow,
+            products + i * kRow,
+            sees ? visible_keys(p, query, block.key, block.keys) : Visible{0, -1},
+            lse[place],
+            delta[place],
+            p.t ? dropout.kept(i % kDrawn, 0) : nullptr};
+  }
+
+  // dv (+)= drop(P)^T dout, dk (+)= dS^T q, summed over queries
+  void add_dk_dv(const Block& block) {
+    const int64_t columns = sizes.columns, summed = ceil_div(block.queries, Words::kDepth);
+    const int64_t first = (block.query - span) / Words::kDepth * columns;
+    const bool add = some_masked || block.query > task.query;
+    multiply<Words>(block.keys, columns, summed, {weights, 1, kRow}, {dout_summed + first, columns},
+                    {dv, columns}, add, ahead);
+    multiply<Words>(block.keys, columns, summed, {dscores, 1, kRow}, {q_summed + first, columns},
+                    {dk, columns}, add, ahead);
+  }
+
+  // dq (+)= dS k, summed over keys
+  void add_dq(const Block& block) {
+    const int64_t columns = sizes.columns;
+    multiply<Words>(block.queries, columns, ceil_div(block.keys, Words::kDepth),
+                    {reinterpret_cast<uint32_t*>(products), kRow, 1}, {k, columns},
+                    {dq + (block.query - span) * columns, columns}, some_masked || block.key > task.key,
+                    ahead);
+  }
+
+  void store_dk_dv(int64_t key, int64_t keys) {
+    for (int64_t j = 0; j < keys; ++j) {
+      store_row(gradient(1, key + j), dk + j * sizes.columns, sizes.head_size, p.scale);
+      store_row(gradient(2, key + j), dv + j * sizes.columns, sizes.head_size, 1.f);
+    }
+  }
+
+  void store_dq() {
+    for (int64_t i = 0; i < task.queries; ++i)
+      store_row(gradient(0, task.query + i), dq + i * sizes.columns, sizes.head_size, p.scale);
+  }
+
+  // Of q, k or v at a token, in dqkv [T, 3, N, D].
+  FASTBERT_MEMBER T* gradient(int64_t which, int64_t token) const {
+    const int64_t place = ((p.cu_seqlens[task.sequence] + token) * 3 + which) * p.heads + task.head;
+    return static_cast<T*>(p.dqkv) + place * sizes.head_size;
+  }
+};
+
 template <typename Words, typename T>
 void backward_task(const AttentionBackward& p, const Task& task, const Task* next) {
-  const int64_t token0 = p.cu_seqlens[task.sequence];
-  const int64_t size = p.head_size, columns = round_up(size, kLanes), row = row_of(kBackwardKeys);
-  const int64_t depth = ceil_div(size, Words::kDepth), width = round_up(depth, kLanes);
-  constexpr bool paired = Words::kDepth == 2;
-  Scratch scratch(width * (2 * row + kLanes + 2 * kSpan) + 3 * kBackwardKeys * columns + 2 * kSpan * columns +
-                  3 * kBackwardQueries * row + kSpan * 2 + 512);
-  uint32_t* part = scratch.words(kLanes * width);
-  uint32_t* kt = scratch.words(width * row);
-  uint32_t* vt = scratch.words(width * row);
-  uint32_t* k = scratch.words(kBackwardKeys * columns);
-  float* dk = scratch.floats(kBackwardKeys * columns);
-  float* dv = scratch.floats(kBackwardKeys * columns);
-  float* dq = scratch.floats(kSpan * columns);
-  Span span = {scratch.words(kSpan * width), scratch.words(kSpan * width), nullptr, nullptr,
-               scratch.floats(kSpan),        scratch.floats(kSpan)};
-  span.q_summed = paired ? scratch.words(kSpan / 2 * columns) : span.q;
-  span.dout_summed = paired ? scratch.words(kSpan / 2 * columns) : span.dout;
-  float* scores = scratch.floats(kBackwardQueries * row);
-  float* products = scratch.floats(kBackwardQueries * row);
-  uint32_t* weights =
-      paired ? scratch.words(kBackwardQueries / 2 * row) : reinterpret_cast<uint32_t*>(scores);
-  uint32_t* dscores =
-      paired ? scratch.words(kBackwardQueries / 2 * row) : reinterpret_cast<uint32_t*>(products);
-  Query pair[2];
-  DropoutMask<kBackwardKeys, kDrawn> dropout(p.seed, p.t, 1);
-
-  const float scale = p.t < 65536 ? dropout_scale(p.t) : 1.f;  // all dropped: out and delta are 0
-  const float log_scale = __builtin_logf(scale), inverse = 1.f / scale;
-  const auto at = [&](const void* x, int64_t stride, int64_t token) {
-    return static_cast<const T*>(x) + (token0 + token) * stride + task.head * size;
-  };
-  const int64_t packed = p.heads * size;  // between the tokens of out and dout
-  const auto gradient = [&](int64_t which, int64_t token) {
-    return static_cast<T*>(p.dqkv) + ((token0 + token) * 3 + which) * packed + task.head * size;
-  };
-  const auto pack_span = [&](int64_t first, int64_t n) {
-    pack_rows<Words>(at(p.q, p.q_stride, first), p.q_stride, n, size, span.q, width);
-    pack_rows<Words>(at(p.dout, packed, first), packed, n, size, span.dout, width);
-    if constexpr (paired) {
-      pack_summed<Words>(at(p.q, p.q_stride, first), p.q_stride, n, size, span.q_summed, columns);
-      pack_summed<Words>(at(p.dout, packed, first), packed, n, size, span.dout_summed, columns);
-    }
-    for (int64_t i = 0; i < n; ++i) {
-      span.lse[i] = p.lse[(token0 + first + i) * p.heads + task.head] - log_scale;
-      span.delta[i] = dot(at(p.dout, packed, first + i), at(p.out, packed, first + i), size) * inverse;
-    }
-  };
   Ahead ahead;
   if (next) {
+    const int64_t stride = p.heads * p.head_size;
     prefetch_inputs<T>(p, *next, ahead);
-    prefetch_tokens<T>(p, *next, p.dout, packed, false, ahead);
-    prefetch_tokens<T>(p, *next, p.out, packed, false, ahead);
+    prefetch_rows<T>(p, *next, p.dout, stride, false, ahead);
+    prefetch_rows<T>(p, *next, p.out, stride, false, ahead);
     for (int64_t i = 0; i < 3; ++i)
-      prefetch_tokens<T>(p, *next, static_cast<T*>(p.dqkv) + i * packed, 3 * packed, true, ahead);
+      prefetch_rows<T>(p, *next, static_cast<T*>(p.dqkv) + i * stride, 3 * stride, true, ahead);
   }
-  const int64_t last_query = task.query + task.queries, last_key = task.key + task.keys;
-  const int64_t reach = length_of(p, task.sequence) - 1;
-  const bool some_unseen =
-      p.window_left < reach || p.window_right < reach;  // blocks that nothing is added to
-  if (some_unseen) memset(dq, 0, min(kSpan, task.queries) * columns * sizeof(float));
-  for (int64_t key0 = task.key; key0 < last_key; key0 += kBackwardKeys) {
-    const int64_t keys = min(kBackwardKeys, last_key - key0), padded = round_up(keys, kLanes);
-    if (p.t) dropout.at(static_cast<uint32_t>(key0 / 8), keys, static_cast<uint32_t>(task.head));
-    pack_columns<Words>(at(p.k, p.k_stride, key0), p.k_stride, keys, size, kt, row, width, part);
-    pack_columns<Words>(at(p.v, p.v_stride, key0), p.v_stride, keys, size, vt, row, width, part);
-    pack_summed<Words>(at(p.k, p.k_stride, key0), p.k_stride, keys, size, k, columns);
-    if (some_unseen) {
-      memset(dk, 0, keys * columns * sizeof(float));
-      memset(dv, 0, keys * columns * sizeof(float));
-    }
-    for (int64_t span0 = task.query; span0 < last_query; span0 += kSpan) {
-      const int64_t queries = min(kSpan, last_query - span0);
-      if (key0 == task.key || task.queries > kSpan) pack_span(span0, queries);
-      for (int64_t i0 = 0; i0 < queries; i0 += kBackwardQueries) {
-        const int64_t query0 = span0 + i0, n = min(kBackwardQueries, queries - i0);
-        if (query0 - p.window_left >= key0 + keys || query0 + n - 1 + p.window_right < key0)
-          continue;  // sees none of them
-        multiply<Words>(n, padded, depth, {span.q + i0 * width, width, 1}, {kt, row}, {scores, row}, false,
-                        ahead);
-        multiply<Words>(n, padded, depth, {span.dout + i0 * width, width, 1}, {vt, row}, {products, row},
-                        false, ahead);
-        for (int64_t i = 0; i < n; i += 2) {
-          if (p.t && i % kDrawn == 0) dropout.draw(static_cast<uint32_t>(token0 + query0 + i), 0, keys);
-          for (int64_t r = 0; r < 2; ++r) {
-            const int64_t at_row = (i + r) * row, query = query0 + i + r;
-            Query& q = pair[r];
-            q.scores = scores + at_row, q.products = products + at_row,
-            q.kept = p.t ? dropout.kept((i + r) % kDrawn, 0) : nullptr;
-            q.lse = span.lse[i0 + i + r], q.delta = span.delta[i0 + i + r];
-            q.visible =
-                i + r < n && q.lse != -__builtin_inff() ? visible_keys(p, query, key0, keys) : Visible{0, -1};
-          }
-          gradients<Words>(p, pair, padded, weights + i / 2 * row, dscores + i / 2 * row);
-        }
-        // Over queries go drop(P) and dS by columns, over keys dS by rows.
-        const int64_t over_queries = ceil_div(n, Words::kDepth), over_keys = ceil_div(keys, Words::kDepth);
-        const int64_t summed = i0 / Words::kDepth * columns;
-        const bool add = some_unseen || query0 > task.query;
-        if (task.for_keys) {
-          multiply<Words>(keys, columns, over_queries, {weights, 1, row},
-                          {span.dout_summed + summed, columns}, {dv, columns}, add, ahead);
-          multiply<Words>(keys, columns, over_queries, {dscores, 1, row}, {span.q_summed + summed, columns},
-                          {dk, columns}, add, ahead);
-        }
-        if (task.for_queries)
-          multiply<Words>(n, columns, over_keys, {reinterpret_cast<uint32_t*>(products), row, 1},
-                          {k, columns}, {dq + i0 * columns, columns}, some_unseen || key0 > task.key, ahead);
-      }
-    }
-    for (int64_t j = 0; task.for_keys && j < keys; ++j) {
-      store_row(gradient(1, key0 + j), dk + j * columns, size, p.scale);
-      store_row(gradient(2, key0 + j), dv + j * columns, size, 1.f);
-    }
-  }
-  for (int64_t i = 0; task.for_queries && i < task.queries; ++i)
-    store_row(gradient(0, task.query + i), dq + i * columns, size, p.scale);
+  DropoutMask<kBackwardKeys, kDrawn> dropout(p.seed, p.t, 1);
+  BackwardTask<Words, T>(p, task, dropout, ahead).run();
 }
 
 // ---- launchers ---------------------------------------------------------------------------------------
@@ -398,13 +377,13 @@ int64_t attention_forward(const AttentionForward& p) {
   const auto plan = [&](auto emit) { plan_forward(p, emit); };
   switch (p.dtype) {
     case DType::f32:
-      run(p, plan, forward_task<Floats, float>);
+      run_tasks(p, plan, forward_task<Floats, float>);
       break;
     case DType::bf16:
-      run(p, plan, forward_task<Bf16Words, bf16>);
+      run_tasks(p, plan, forward_task<Bf16Words, bf16>);
       break;
     case DType::f16:
-      run(p, plan, forward_task<Floats, f16>);
+      run_tasks(p, plan, forward_task<Floats, f16>);
       break;
   }
   return -1;
@@ -414,11 +393,11 @@ void attention_backward(const AttentionBackward& p) {
   const auto plan = [&](auto emit) { plan_backward(p, emit); };
   switch (p.dtype) {
     case DType::f32:
-      return run(p, plan, backward_task<Floats, float>);
+      return run_tasks(p, plan, backward_task<Floats, float>);
     case DType::bf16:
-      return run(p, plan, backward_task<Bf16Words, bf16>);
+      return run_tasks(p, plan, backward_task<Bf16Words, bf16>);
     case DType::f16:
-      return run(p, plan, backward_task<Floats, f16>);
+      return run_tasks(p, plan, backward_task<Floats, f16>);
   }
 }
 

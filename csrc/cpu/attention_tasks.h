@@ -1,14 +1,30 @@
-// How attention's work is cut into tasks for any number of threads, and the memory a task works in.
+// How attention's work is cut into tasks for any number of threads, and where a task's rows stand.
+//
+//   for every task, the longest first      a head of a sequence: all of it, or a run of queries or keys
+//     for every block of keys              packed once; kKeys of them, in backward kBackwardKeys
+//       for every block of queries         kQueries of them, in backward kBackwardQueries
+//         a few products out of L2 and the softmax between them
+//
+// Forward takes runs of up to kRun queries, or of fewer blocks where there would not be four tasks for each
+// thread: 16 sequences of 128 tokens with 12 heads are 192 tasks of one run each, but one head of one
+// sequence of 1000 tokens is 21 runs of 48 queries on 8 threads.
+//
+// Backward takes a head of a sequence whole, for 5 products a block, unless it is more than a thread's share
+// of the work or longer than kSpan: 12 heads of 1000 tokens are 12 tasks on 8 threads. On 16 threads that
+// would leave some idle: 8 runs of 128 queries, for dq alone by 3 products, and 8 runs of keys, for dk and dv
+// by 4, are 16 tasks a head.
 #pragma once
 #include "amx.h"
+#include "matmul.h"
+#include "packing.h"
 #include "scratch.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {
 
-constexpr int64_t kQueries = 48;         // queries of a block of a forward task,
-constexpr int64_t kRun = 11 * kQueries;  // and of the task at most, for which a block of keys is packed once
-constexpr int64_t kSpan = 2048;  // queries of a backward task that are packed once; scratch is for so many
+constexpr int64_t kQueries = 48;         // queries of a block in forward
+constexpr int64_t kRun = 11 * kQueries;  // queries of a forward task at most
+constexpr int64_t kSpan = 2048;  // queries that a backward task packs at a time: scratch is for so many
 constexpr int64_t kPiece = 128;  // queries, or keys, of a backward task where a sequence takes several
 
 // ---- tasks -------------------------------------------------------------------------------------------
@@ -83,8 +99,8 @@ static void plan_backward(const Attention& p, Emit emit) {
 
 // The longest tasks first; a task also learns which one will probably be next.
 template <typename Arguments, typename Plan>
-static void run(const Arguments& p, Plan plan,
-                void (*run_task)(const Arguments&, const Task&, const Task* next)) {
+static void run_tasks(const Arguments& p, Plan plan,
+                      void (*run_task)(const Arguments&, const Task&, const Task* next)) {
   int64_t count = 0;
   plan([&](const Task&) { ++count; });
   Task* tasks = static_cast<Task*>(malloc(max(1, count) * sizeof(Task)));
@@ -105,6 +121,53 @@ static void run(const Arguments& p, Plan plan,
     tiles_end();
   }
   free(tasks);
+}
+
+// ---- what a task reads and writes ----------------------------------------------------------------------
+
+// Some queries and some keys of one sequence, counted from its first token.
+struct Block {
+  int64_t query, queries, key, keys;
+};
+
+// None of the queries sees any of the keys.
+FASTBERT_INLINE bool fully_masked(const Attention& p, const Block& b) {
+  return b.query - p.window_left >= b.key + b.keys || b.query + b.queries - 1 + p.window_right < b.key;
+}
+
+// How a row of D elements is packed: in `depth` words, padded to `width`, where D is summed over, and in
+// `columns` lanes where it is not.
+template <typename Words>
+struct HeadSizes {
+  int64_t head_size, columns, depth, width;
+
+  FASTBERT_MEMBER explicit HeadSizes(int64_t head_size)
+      : head_size(head_size),
+        columns(round_up(head_size, kLanes)),
+        depth(ceil_div(head_size, Words::kDepth)),
+        width(round_up(depth, kLanes)) {}
+};
+
+// The task's head of a token of its sequence, in x [T, N, D] with tokens `stride` apart.
+template <typename T>
+FASTBERT_INLINE const T* row_at(const Attention& p, const Task& task, const void* x, int64_t stride,
+                                int64_t token) {
+  return static_cast<const T*>(x) + (p.cu_seqlens[task.sequence] + token) * stride + task.head * p.head_size;
+}
+
+// Rows that a later task reads, or writes, are to be prefetched.
+template <typename T>
+FASTBERT_INLINE void prefetch_rows(const Attention& p, const Task& task, const void* x, int64_t stride,
+                                   bool written, Ahead& ahead) {
+  ahead.add(row_at<T>(p, task, x, stride, 0), stride * sizeof(T), written);
+}
+
+template <typename T>
+FASTBERT_INLINE void prefetch_inputs(const Attention& p, const Task& task, Ahead& ahead) {
+  ahead.begin(length_of(p, task.sequence), p.head_size * sizeof(T));
+  prefetch_rows<T>(p, task, p.q, p.q_stride, false, ahead);
+  prefetch_rows<T>(p, task, p.k, p.k_stride, false, ahead);
+  prefetch_rows<T>(p, task, p.v, p.v_stride, false, ahead);
 }
 
 }  // namespace FASTBERT_ISA

@@ -1,7 +1,7 @@
 // Sums over the rows of a matrix, which do not depend on the number of threads: a kernel adds up
 // `reduction_chunks(rows)` chunks of rows, each by itself, and `add_chunks` adds those in order.
 #pragma once
-#include "common.h"
+#include "sweep.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {

@@ -11,14 +11,19 @@
 // Gimelshein, "Online normalizer calculation for softmax", 2018). Backward reads them once and writes dx
 // once. One thread does a whole row, so results do not depend on the number of threads.
 #include "exp.h"
+#include "reduce.h"
+#include "sweep.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {
 namespace {
 
-constexpr int64_t kBlock = 4096;  // columns; in float32 half of a small L1 cache
-constexpr int kUnroll = 4;
+constexpr int64_t kBlock = 4096;  // columns of a block; in float32 half of a small L1 cache
+constexpr int kUnroll = 4;        // vectors of it side by side
 
+// ---- forward ----------------------------------------------------------------------------------------
+
+// `fill` in the lanes behind the last number.
 template <typename T>
 FASTBERT_INLINE vfloat load_or(AllLanes, const T* p, float) {
   return load(p);
@@ -29,9 +34,33 @@ FASTBERT_INLINE vfloat load_or(FirstLanes lanes, const T* p, float fill) {
   return load_n(p, lanes.n, fill);
 }
 
+// The maximum m of numbers, and their sum of exp(x - m).
+struct Softmax {
+  float maximum, sum;
+};
+
+// Takes n more numbers in, from L1 the second time.
+template <typename T>
+FASTBERT_INLINE void add_block(const T* x, int64_t n, Softmax& softmax) {
+  const float lowest = -__builtin_inff();
+  vfloat highest[kUnroll], part[kUnroll] = {};
+  for (int i = 0; i < kUnroll; ++i) highest[i] = splat(lowest);
+  sweep<kUnroll>(n, [&](int64_t j, int i, auto lanes)
+                        FASTBERT_LAMBDA { highest[i] = max(highest[i], load_or(lanes, x + j, lowest)); });
+  const float top = reduce_max(max(max(highest[0], highest[1]), max(highest[2], highest[3])));
+  if (top > softmax.maximum) {  // false for NaN, which comes through the sum instead
+    softmax.sum *= exp(splat(softmax.maximum - top))[0];
+    softmax.maximum = top;
+  }
+  // -inf - -inf is NaN: not yet, a number may come
+  const float shift = softmax.maximum == lowest ? 0.f : softmax.maximum;
+  sweep<kUnroll>(n, [&](int64_t j, int i, auto lanes)
+                        FASTBERT_LAMBDA { part[i] += exp(load_or(lanes, x + j, lowest) - shift); });
+  softmax.sum += reduce_add((part[0] + part[1]) + (part[2] + part[3]));
+}
+
 template <typename T>
 void forward(const CrossEntropyForward& p) {
-  const float lowest = -__builtin_inff();
 #pragma omp parallel for num_threads(p.launch) schedule(dynamic)
   for (int64_t r = 0; r < p.rows; ++r) {
     if (p.labels[r] == p.ignore_index) {
@@ -39,31 +68,16 @@ void forward(const CrossEntropyForward& p) {
       continue;
     }
     const T* x = static_cast<const T*>(p.logits) + r * p.columns;
-    float maximum = lowest, sum = 0.f;
-    for (int64_t first = 0; first < p.columns; first += kBlock) {
-      const int64_t n = min(kBlock, p.columns - first);
-      vfloat highest[kUnroll], part[kUnroll] = {};
-      for (int i = 0; i < kUnroll; ++i) highest[i] = splat(lowest);
-      sweep<kUnroll>(n, [&](int64_t j, int i, auto lanes) FASTBERT_LAMBDA {
-        highest[i] = max(highest[i], load_or(lanes, x + first + j, lowest));
-      });
-      const float top = reduce_max(max(max(highest[0], highest[1]), max(highest[2], highest[3])));
-      if (top > maximum) {  // false for NaN, which comes through the sum instead
-        sum *= exp(splat(maximum - top))[0];
-        maximum = top;
-      }
-      const float shift =
-          maximum == lowest ? 0.f : maximum;  // -inf - -inf is NaN: not yet, a number may come
-      sweep<kUnroll>(n, [&](int64_t j, int i, auto lanes) FASTBERT_LAMBDA {
-        part[i] += exp(load_or(lanes, x + first + j, lowest) - shift);
-      });
-      sum += reduce_add((part[0] + part[1]) + (part[2] + part[3]));
-    }
-    p.losses[r] = __builtin_logf(sum) + (maximum - load_n(x + p.labels[r], 1)[0]);
-    p.maximum[r] = maximum;
-    p.total[r] = sum;
+    Softmax softmax = {-__builtin_inff(), 0.f};
+    for (int64_t first = 0; first < p.columns; first += kBlock)
+      add_block(x + first, min(kBlock, p.columns - first), softmax);
+    p.losses[r] = __builtin_logf(softmax.sum) + (softmax.maximum - load_n(x + p.labels[r], 1)[0]);
+    p.maximum[r] = softmax.maximum;
+    p.total[r] = softmax.sum;
   }
 }
+
+// ---- backward ---------------------------------------------------------------------------------------
 
 template <typename T>
 void backward(const CrossEntropyBackward& p) {
@@ -85,6 +99,8 @@ void backward(const CrossEntropyBackward& p) {
 }
 
 }  // namespace
+
+// ---- launchers --------------------------------------------------------------------------------------
 
 int64_t cross_entropy_forward(const CrossEntropyForward& p) {
   for (int64_t r = 0; r < p.rows; ++r)

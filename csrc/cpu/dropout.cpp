@@ -4,12 +4,15 @@
 // Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (2011).
 #include "dropout.h"
 
+#include "sweep.h"
+
 namespace fastbert {
 namespace FASTBERT_ISA {
 namespace {
 
-constexpr int64_t kColumns = 256;  // a block: random numbers between reads of memory
+constexpr int64_t kColumns = 256;  // of a block: its random numbers are drawn before it is read
 
+// Both directions.
 template <typename T>
 void rows(const Dropout& p) {
   const vfloat scale = splat(dropout_scale(p.t));
@@ -31,6 +34,8 @@ void rows(const Dropout& p) {
 }
 
 }  // namespace
+
+// ---- launchers --------------------------------------------------------------------------------------
 
 void dropout(const Dropout& p) {
   switch (p.dtype) {

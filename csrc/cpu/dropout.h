@@ -6,10 +6,12 @@
 // part is one number (`dropout_row`).
 #pragma once
 #include "../philox.h"
-#include "common.h"
+#include "load_store.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {
+
+typedef uint64_t vulong __attribute__((vector_size(kLanes * 4)));  // kLanes / 2 wide numbers
 
 constexpr int kDropoutBlock = kLanes * 4;  // lanes drawn at a time: kLanes / 2 counters of eight lanes
 

@@ -12,6 +12,7 @@
 // column sums of dx before it is rounded, is taken in the same pass.
 #include "column_sums.h"
 #include "exp.h"
+#include "sweep.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {
@@ -30,6 +31,10 @@ constexpr float kExactEndShort = 15.f, kTanhEndShort = 10.8f;  // by exp2_short
 // processor looks ahead over one or two. GCC interleaves them by -fschedule-insns (see setup.py), as far as
 // results that it knows to stand elsewhere (__restrict) let it.
 constexpr int kTogether = 4;
+
+FASTBERT_INLINE vfloat absolute(vfloat x) { return as_float(as_uint(x) & 0x7FFFFFFFu); }
+
+// ---- gelu and its derivative ------------------------------------------------------------------------
 
 struct Tail {
   vfloat value, slope;  // tail(a), tail'(a)
@@ -112,7 +117,9 @@ FASTBERT_INLINE vfloat gelu_slope(vfloat u) {
   return u > 0.f ? 1.f - slope : slope;
 }
 
-// A tile: kColumns columns of one run of rows. Without bias x is one long row.
+// ---- tiles ------------------------------------------------------------------------------------------
+
+// x in chunks of rows by blocks of kColumns columns; without bias it is one long row.
 struct Tiles {
   int64_t rows, columns, chunks, blocks;
 };
@@ -123,6 +130,18 @@ FASTBERT_INLINE Tiles tiles(const Arguments& p) {
   return {rows, columns, reduction_chunks(rows), ceil_div(columns, kColumns)};
 }
 
+// Rows `row` to `end` of columns `first` to `first + n`.
+struct Tile {
+  int64_t chunk, row, end, first, n;
+};
+
+FASTBERT_INLINE Tile tile_at(const Tiles& grid, int64_t i) {
+  const int64_t chunk = i / grid.blocks, first = i % grid.blocks * kColumns;
+  return {chunk, chunk * grid.rows / grid.chunks, (chunk + 1) * grid.rows / grid.chunks, first,
+          min(kColumns, grid.columns - first)};
+}
+
+// Bias of a tile's columns, in float32.
 template <typename Arguments>
 FASTBERT_INLINE void read_bias(const Arguments& p, int64_t first, int64_t n, float* bias) {
   sweep<1>(n, [=](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
@@ -137,25 +156,69 @@ FASTBERT_INLINE void read_bias(const Arguments& p, int64_t first, int64_t n, flo
   });
 }
 
+// ---- forward ----------------------------------------------------------------------------------------
+
+template <typename T, bool kTanh, bool kBias>
+FASTBERT_INLINE void forward_row(const T* x, const float* bias, int64_t n, T* __restrict y) {
+  sweep<kTogether>(n, [=](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
+    vfloat u = lanes.load(x + j);
+    if (kBias) u += lanes.load(bias + j);
+    lanes.store(y + j, gelu<T, kTanh>(u));
+  });
+}
+
 template <typename T, bool kTanh, bool kBias>
 void forward_tiles(const GeluForward& p) {
   const Tiles grid = tiles(p);
 #pragma omp parallel for num_threads(p.launch) schedule(static)
-  for (int64_t tile = 0; tile < grid.chunks * grid.blocks; ++tile) {
-    const int64_t chunk = tile / grid.blocks, first = tile % grid.blocks * kColumns;
-    const int64_t n = min(kColumns, grid.columns - first);
+  for (int64_t i = 0; i < grid.chunks * grid.blocks; ++i) {
+    const Tile tile = tile_at(grid, i);
     float bias[kBias ? kColumns : 1];
-    if (kBias) read_bias(p, first, n, bias);
-    for (int64_t r = chunk * grid.rows / grid.chunks; r < (chunk + 1) * grid.rows / grid.chunks; ++r) {
-      const T* x = static_cast<const T*>(p.x) + r * grid.columns + first;
-      T* __restrict y = static_cast<T*>(p.y) + r * grid.columns + first;
-      sweep<kTogether>(n, [=, &bias](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
-        vfloat u = lanes.load(x + j);
-        if (kBias) u += lanes.load(bias + j);
-        lanes.store(y + j, gelu<T, kTanh>(u));
-      });
+    if (kBias) read_bias(p, tile.first, tile.n, bias);
+    for (int64_t row = tile.row; row < tile.end; ++row) {
+      const int64_t start = row * grid.columns + tile.first;
+      forward_row<T, kTanh, kBias>(static_cast<const T*>(p.x) + start, bias, tile.n,
+                                   static_cast<T*>(p.y) + start);
     }
   }
+}
+
+// ---- backward ---------------------------------------------------------------------------------------
+
+// kRows rows, `columns` apart, whose sum is added to dbias.
+template <typename T, bool kTanh, bool kBias, int kRows>
+FASTBERT_INLINE void backward_rows(const T* dy, const T* x, const float* bias, int64_t columns, int64_t n,
+                                   T* __restrict dx, float* dbias) {
+  sweep<kTogether / kRows>(n, [=](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
+    const vfloat b = kBias ? lanes.load(bias + j) : vfloat{};
+    vfloat sum = kBias ? lanes.load(dbias + j) : vfloat{};
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+      const int64_t at = i * columns + j;
+      const vfloat u = kBias ? lanes.load(x + at) + b : lanes.load(x + at);
+      const vfloat d = lanes.load(dy + at) * gelu_slope<T, kTanh>(u);
+      lanes.store(dx + at, d);
+      sum += d;
+    }
+    if (kBias) lanes.store(dbias + j, sum);
+  });
+}
+
+template <typename T, bool kTanh, bool kBias>
+FASTBERT_INLINE void backward_tile(const GeluBackward& p, const Tiles& grid, const Tile& tile) {
+  float bias[kBias ? kColumns : 1], dbias[kBias ? kColumns : 1] = {};
+  if (kBias) read_bias(p, tile.first, tile.n, bias);
+  int64_t row = tile.row;
+  const auto rows = [&](auto count) FASTBERT_LAMBDA {
+    const int64_t start = row * grid.columns + tile.first;
+    backward_rows<T, kTanh, kBias, count.value>(static_cast<const T*>(p.dy) + start,
+                                                static_cast<const T*>(p.x) + start, bias, grid.columns,
+                                                tile.n, static_cast<T*>(p.dx) + start, dbias);
+    row += count.value;
+  };
+  while (kBias && row + kTogether <= tile.end) rows(Count<kTogether>{});
+  while (row < tile.end) rows(Count<1>{});
+  if (kBias) memcpy(p.scratch + tile.chunk * grid.columns + tile.first, dbias, tile.n * sizeof(float));
 }
 
 template <typename T, bool kTanh, bool kBias>
@@ -164,39 +227,13 @@ void backward_tiles(const GeluBackward& p) {
 #pragma omp parallel num_threads(p.launch)
   {
 #pragma omp for schedule(static)
-    for (int64_t tile = 0; tile < grid.chunks * grid.blocks; ++tile) {
-      const int64_t chunk = tile / grid.blocks, first = tile % grid.blocks * kColumns;
-      const int64_t n = min(kColumns, grid.columns - first);
-      float bias[kBias ? kColumns : 1], dbias[kBias ? kColumns : 1] = {};
-      if (kBias) read_bias(p, first, n, bias);
-      const int64_t end = (chunk + 1) * grid.rows / grid.chunks;
-      int64_t r = chunk * grid.rows / grid.chunks;
-      const auto rows = [&](auto count) FASTBERT_LAMBDA {
-        const int64_t start = r * grid.columns + first;
-        const T *x = static_cast<const T*>(p.x) + start, *dy = static_cast<const T*>(p.dy) + start;
-        T* __restrict dx = static_cast<T*>(p.dx) + start;
-        sweep<kTogether / count.value>(n, [=, &bias, &dbias](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
-          const vfloat b = kBias ? lanes.load(bias + j) : vfloat{};
-          vfloat sum = kBias ? lanes.load(dbias + j) : vfloat{};
-#pragma GCC unroll 4
-          for (int i = 0; i < count.value; ++i) {
-            const int64_t at = i * grid.columns + j;
-            const vfloat u = kBias ? lanes.load(x + at) + b : lanes.load(x + at);
-            const vfloat d = lanes.load(dy + at) * gelu_slope<T, kTanh>(u);
-            lanes.store(dx + at, d);
-            sum += d;
-          }
-          if (kBias) lanes.store(dbias + j, sum);
-        });
-        r += count.value;
-      };
-      while (kBias && r + kTogether <= end) rows(Count<kTogether>{});
-      while (r < end) rows(Count<1>{});
-      if (kBias) memcpy(p.scratch + chunk * grid.columns + first, dbias, n * sizeof(float));
-    }
+    for (int64_t i = 0; i < grid.chunks * grid.blocks; ++i)
+      backward_tile<T, kTanh, kBias>(p, grid, tile_at(grid, i));
     if (kBias) add_chunks(p.scratch, grid.chunks, p.columns, p.dbias, p.bias_dtype);
   }
 }
+
+// ---- launchers --------------------------------------------------------------------------------------
 
 template <typename T, bool kTanh>
 void forward(const GeluForward& p) {

@@ -3,7 +3,7 @@
 //   z = residual + dropout(x)                      rounded to x's dtype; z = x when there is neither
 //   y = (z - mean) * rstd * weight + bias          mean and variance over a row, of the rounded z
 //
-// Backward takes z, mean and rstd; with h = (z - mean) * rstd and g = dy * weight:
+// Backward takes z, mean [T] and rstd [T]; with h = (z - mean) * rstd and g = dy * weight:
 //
 //   dz = rstd * (g - mean(g) - h * mean(g * h)),  dx = dropout'(dz),  dweight = sum(dy * h),  dbias = sum(dy)
 //
@@ -12,13 +12,15 @@
 // dropout mask is drawn again in backward, not stored. Ba, Kiros and Hinton, "Layer normalization" (2016).
 #include "column_sums.h"
 #include "dropout.h"
+#include "reduce.h"
+#include "sweep.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {
 namespace {
 
-constexpr int64_t kColumns = 256;  // a block: sums within it, and random numbers, between reads of memory
-constexpr int kSums = 4;
+constexpr int64_t kColumns = 256;  // of a block: summed by itself, its random numbers drawn before it is read
+constexpr int kSums = 4;           // sums of a block side by side
 
 // The next row is prefetched while this one is swept from L1. With AVX2 that takes 10 % off LayerNorm; with
 // AVX-512 it cost time.
@@ -47,6 +49,8 @@ struct RowsAhead {
 
 FASTBERT_INLINE vfloat add_up(const vfloat* sums) { return (sums[0] + sums[1]) + (sums[2] + sums[3]); }
 
+// ---- forward -----------------------------------------------------------------------------------------
+
 // z = residual + dropout(x) for a block at x, residual and z.
 template <typename T>
 FASTBERT_INLINE void add_dropped(const LayerNormForward& p, RowDropout& dropout, int64_t row, int64_t first,
@@ -63,12 +67,53 @@ FASTBERT_INLINE void add_dropped(const LayerNormForward& p, RowDropout& dropout,
   });
 }
 
+// The sum of a row, written to `z` first where it is not x.
+template <typename T>
+FASTBERT_INLINE float sum_row(const LayerNormForward& p, RowDropout& dropout, int64_t row, const T* z,
+                              T* written) {
+  vfloat total = {};
+  for (int64_t first = 0; first < p.columns; first += kColumns) {
+    const int64_t n = min(kColumns, p.columns - first);
+    if (written) add_dropped(p, dropout, row, first, n, written + first);
+    vfloat sums[kSums] = {};
+    sweep<kSums>(n,
+                 [&](int64_t j, int i, auto lanes) FASTBERT_LAMBDA { sums[i] += lanes.load(z + first + j); });
+    total += add_up(sums);
+  }
+  return reduce_add(total);
+}
+
+// The sum of a row's squared deviations.
+template <typename T>
+FASTBERT_INLINE float sum_squares(const T* z, int64_t columns, float mean, const RowsAhead<T>& ahead,
+                                  int64_t ahead_at) {
+  vfloat total = {};
+  for (int64_t first = 0; first < columns; first += kColumns) {
+    vfloat sums[kSums] = {};
+    sweep<kSums>(min(kColumns, columns - first), [&](int64_t j, int i, auto lanes) FASTBERT_LAMBDA {
+      if (prefetches<T>(i)) ahead.prefetch(ahead_at + first + j);
+      const vfloat d = lanes.keep(lanes.load(z + first + j) - mean);
+      sums[i] += d * d;
+    });
+    total += add_up(sums);
+  }
+  return reduce_add(total);
+}
+
+template <typename T, typename W>
+FASTBERT_INLINE void normalize(const T* z, int64_t columns, float mean, float rstd, const W* weight,
+                               const W* bias, T* __restrict y) {
+  sweep<4>(columns, [=](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
+    const vfloat h = (lanes.load(z + j) - mean) * rstd;
+    lanes.store(y + j, h * lanes.load(weight + j) + lanes.load(bias + j));
+  });
+}
+
 template <typename T, typename W>
 void forward(const LayerNormForward& p) {
   const int64_t columns = p.columns;
   const float share = 1.f / static_cast<float>(columns);
-  const W* weight = static_cast<const W*>(p.weight);
-  const W* bias = static_cast<const W*>(p.bias);
+  const W *weight = static_cast<const W*>(p.weight), *bias = static_cast<const W*>(p.bias);
   const RowsAhead<T> ahead{p.x, p.residual, p.y, p.z};
 #pragma omp parallel num_threads(p.launch)
   {
@@ -77,39 +122,77 @@ void forward(const LayerNormForward& p) {
     for (int64_t row = 0; row < p.rows; ++row) {
       T* written = p.z ? static_cast<T*>(p.z) + row * columns : nullptr;
       const T* z = written ? written : static_cast<const T*>(p.x) + row * columns;
-      T* __restrict y = static_cast<T*>(p.y) + row * columns;
-
-      // statistics
-      vfloat total = {};
-      for (int64_t first = 0; first < columns; first += kColumns) {
-        const int64_t n = min(kColumns, columns - first);
-        if (written) add_dropped(p, dropout, row, first, n, written + first);
-        vfloat sums[kSums] = {};
-        sweep<kSums>(
-            n, [&](int64_t j, int i, auto lanes) FASTBERT_LAMBDA { sums[i] += lanes.load(z + first + j); });
-        total += add_up(sums);
-      }
-      const float mean = reduce_add(total) * share;
-      total = vfloat{};
-      for (int64_t first = 0; first < columns; first += kColumns) {
-        vfloat sums[kSums] = {};
-        sweep<kSums>(min(kColumns, columns - first), [&](int64_t j, int i, auto lanes) FASTBERT_LAMBDA {
-          if (prefetches<T>(i)) ahead.prefetch((row + 1) * columns + first + j);
-          const vfloat d = lanes.keep(lanes.load(z + first + j) - mean);
-          sums[i] += d * d;
-        });
-        total += add_up(sums);
-      }
-      const float rstd = 1.f / __builtin_sqrtf(reduce_add(total) * share + p.eps);
+      const float mean = sum_row(p, dropout, row, z, written) * share;
+      const float variance = sum_squares(z, columns, mean, ahead, (row + 1) * columns) * share;
+      const float rstd = 1.f / __builtin_sqrtf(variance + p.eps);
       p.mean[row] = mean;
       p.rstd[row] = rstd;
-
-      // normalize, affine
-      sweep<4>(columns, [=](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
-        const vfloat h = (lanes.load(z + j) - mean) * rstd;
-        lanes.store(y + j, h * lanes.load(weight + j) + lanes.load(bias + j));
-      });
+      normalize(z, columns, mean, rstd, weight, bias, static_cast<T*>(p.y) + row * columns);
     }
+  }
+}
+
+// ---- backward ----------------------------------------------------------------------------------------
+
+// Sums over a row of g and of g * h, with h = (z - mean) * rstd and g = dy * weight.
+struct RowSums {
+  float g, gh;
+};
+
+// Also adds the row to dweight and dbias, and draws its dropout where that can be kept for `row_gradients`.
+template <typename T, typename W>
+FASTBERT_INLINE RowSums sum_gradients(const LayerNormBackward& p, RowDropout& dropout, int64_t row,
+                                      float* __restrict dweight, float* __restrict dbias) {
+  const int64_t columns = p.columns;
+  const T* dy = static_cast<const T*>(p.dy) + row * columns;
+  const T* z = static_cast<const T*>(p.z) + row * columns;
+  const W* weight = static_cast<const W*>(p.weight);
+  const float mean = p.mean[row], rstd = p.rstd[row];
+  vfloat total_g = {}, total_gh = {};
+  for (int64_t first = 0; first < columns; first += kColumns) {
+    const int64_t n = min(kColumns, columns - first);
+    if (p.t && columns <= kRowDrawn) draw_row(dropout, row, columns, first, n);
+    vfloat sum_g[kSums] = {}, sum_gh[kSums] = {};
+    sweep<kSums>(n, [&](int64_t k, int i, auto lanes) FASTBERT_LAMBDA {
+      const int64_t j = first + k;
+      const vfloat d = lanes.load(dy + j), h = (lanes.load(z + j) - mean) * rstd;
+      const vfloat g = d * lanes.load(weight + j);
+      sum_g[i] += g;
+      sum_gh[i] += lanes.keep(g * h);
+      lanes.store(dweight + j, lanes.load(dweight + j) + d * h);
+      lanes.store(dbias + j, lanes.load(dbias + j) + d);
+    });
+    total_g += add_up(sum_g);
+    total_gh += add_up(sum_gh);
+  }
+  return {reduce_add(total_g), reduce_add(total_gh)};
+}
+
+// dz of a row, and dx where something was dropped.
+template <typename T, typename W>
+FASTBERT_INLINE void row_gradients(const LayerNormBackward& p, RowDropout& dropout, int64_t row, float mean_g,
+                                   float mean_gh, const RowsAhead<T>& ahead) {
+  const int64_t columns = p.columns;
+  const T* dy = static_cast<const T*>(p.dy) + row * columns;
+  const T* z = static_cast<const T*>(p.z) + row * columns;
+  const W* weight = static_cast<const W*>(p.weight);
+  T* __restrict dz = static_cast<T*>(p.dz) + row * columns;
+  T* __restrict dx = static_cast<T*>(p.dx) + (p.t ? row * columns : 0);
+  const float mean = p.mean[row], rstd = p.rstd[row];
+  const vfloat scale = splat(dropout_scale(p.t));
+  for (int64_t first = 0; first < columns; first += kColumns) {
+    const int64_t n = min(kColumns, columns - first);
+    const uint16_t* kept = !p.t                   ? nullptr
+                           : columns <= kRowDrawn ? dropout.kept(0, first)
+                                                  : draw_row(dropout, row, columns, first, n);
+    sweep<4>(n, [=](int64_t k, int i, auto lanes) FASTBERT_LAMBDA {
+      const int64_t j = first + k;
+      if (prefetches<T>(i)) ahead.prefetch((row + 1) * columns + j);
+      const vfloat h = (lanes.load(z + j) - mean) * rstd, g = lanes.load(dy + j) * lanes.load(weight + j);
+      const vfloat d = rstd * (g - mean_g - h * mean_gh);
+      lanes.store(dz + j, d);
+      if (kept) lanes.store(dx + j, drop(kept, k, d * scale));
+    });
   }
 }
 
@@ -117,61 +200,18 @@ template <typename T, typename W>
 void backward(const LayerNormBackward& p) {
   const int64_t columns = p.columns, chunks = reduction_chunks(p.rows);
   const float share = 1.f / static_cast<float>(columns);
-  const vfloat scale = splat(dropout_scale(p.t));
-  const W* weight = static_cast<const W*>(p.weight);
   const RowsAhead<T> ahead{p.dy, p.z, p.dz, p.dx};
 #pragma omp parallel num_threads(p.launch)
   {
     RowDropout dropout(p.seed, p.t, 0);
 #pragma omp for schedule(static)
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      float* __restrict dweight = p.scratch + chunk * columns;
-      float* __restrict dbias = p.scratch + (chunks + chunk) * columns;
+      float *dweight = p.scratch + chunk * columns, *dbias = p.scratch + (chunks + chunk) * columns;
       memset(dweight, 0, columns * sizeof(float));
       memset(dbias, 0, columns * sizeof(float));
       for (int64_t row = chunk * p.rows / chunks; row < (chunk + 1) * p.rows / chunks; ++row) {
-        const T* dy = static_cast<const T*>(p.dy) + row * columns;
-        const T* z = static_cast<const T*>(p.z) + row * columns;
-        T* __restrict dz = static_cast<T*>(p.dz) + row * columns;
-        T* __restrict dx = static_cast<T*>(p.dx) + (p.t ? row * columns : 0);
-        const float mean = p.mean[row], rstd = p.rstd[row];
-
-        // sums over the row, and over the rows
-        vfloat total_g = {}, total_gh = {};
-        for (int64_t first = 0; first < columns; first += kColumns) {
-          const int64_t n = min(kColumns, columns - first);
-          if (p.t && columns <= kRowDrawn) draw_row(dropout, row, columns, first, n);
-          vfloat sum_g[kSums] = {}, sum_gh[kSums] = {};
-          sweep<kSums>(n, [&](int64_t k, int i, auto lanes) FASTBERT_LAMBDA {
-            const int64_t j = first + k;
-            const vfloat d = lanes.load(dy + j), h = (lanes.load(z + j) - mean) * rstd;
-            const vfloat g = d * lanes.load(weight + j);
-            sum_g[i] += g;
-            sum_gh[i] += lanes.keep(g * h);
-            lanes.store(dweight + j, lanes.load(dweight + j) + d * h);
-            lanes.store(dbias + j, lanes.load(dbias + j) + d);
-          });
-          total_g += add_up(sum_g);
-          total_gh += add_up(sum_gh);
-        }
-        const float mean_g = reduce_add(total_g) * share, mean_gh = reduce_add(total_gh) * share;
-
-        // gradients of the row
-        for (int64_t first = 0; first < columns; first += kColumns) {
-          const int64_t n = min(kColumns, columns - first);
-          const uint16_t* kept = !p.t                   ? nullptr
-                                 : columns <= kRowDrawn ? dropout.kept(0, first)
-                                                        : draw_row(dropout, row, columns, first, n);
-          sweep<4>(n, [=](int64_t k, int i, auto lanes) FASTBERT_LAMBDA {
-            const int64_t j = first + k;
-            if (prefetches<T>(i)) ahead.prefetch((row + 1) * columns + j);
-            const vfloat h = (lanes.load(z + j) - mean) * rstd,
-                         g = lanes.load(dy + j) * lanes.load(weight + j);
-            const vfloat d = rstd * (g - mean_g - h * mean_gh);
-            lanes.store(dz + j, d);
-            if (kept) lanes.store(dx + j, drop(kept, k, d * scale));
-          });
-        }
+        const RowSums sums = sum_gradients<T, W>(p, dropout, row, dweight, dbias);
+        row_gradients<T, W>(p, dropout, row, sums.g * share, sums.gh * share, ahead);
       }
     }
     add_chunks(p.scratch, chunks, columns, p.dweight, p.weight_dtype);
@@ -180,6 +220,8 @@ void backward(const LayerNormBackward& p) {
 }
 
 }  // namespace
+
+// ---- launchers ---------------------------------------------------------------------------------------
 
 void layer_norm_forward(const LayerNormForward& p) {
   const bool same = p.weight_dtype == p.dtype;

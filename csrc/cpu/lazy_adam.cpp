@@ -18,18 +18,20 @@
 
 #include "dropout.h"
 #include "lazy_adam_groups.h"
+#include "reduce.h"
 #include "row_ids.h"
+#include "sweep.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {
 namespace {
 
 constexpr int64_t kColumns = 1024;  // columns of a task; the sum of its gradients stays in L1
-constexpr int64_t kChunk = 32768;   // numbers of a dense tensor's task; fewer in all are left to one thread
-constexpr int64_t kPrefetchGroups = 4;  // rows are prefetched so many groups ahead,
-constexpr int64_t kPrefetchLines = 8;   // so many cache lines each: the processor foresees the rest
-constexpr int64_t kLong = 4096;         // gradients of one row beyond which threads share its columns,
-constexpr int64_t kLongColumns = 32;    // so many each
+constexpr int64_t kChunk = 32768;   // elements of a dense tensor's task; fewer in all are left to one thread
+constexpr int64_t kPrefetchGroups = 4;  // groups ahead whose rows are prefetched
+constexpr int64_t kPrefetchLines = 8;   // cache lines of a row prefetched: the processor foresees the rest
+constexpr int64_t kLongGroup = 4096;    // gradients of one row, beyond which threads share its columns
+constexpr int64_t kLongColumns = 32;    // columns of such a row's task
 
 // ---- gradient -------------------------------------------------------------------------------------------
 
@@ -246,42 +248,64 @@ void step_row_wise(const LazyAdamStep& p, Row r, const Coefficients& c) {
   }
 }
 
-// A table whose rows differ in what they take.
+// A table whose rows differ in what they take; tasks are blocks of `width` columns of its groups.
+struct Table {
+  const LazyAdamStep& p;
+  const Groups groups;
+  const Coefficients same;  // of all rows, unless they count their own steps
+  const int64_t width, blocks;
+};
+
+FASTBERT_INLINE Coefficients coefficients_of(const Table& table, int64_t row) {
+  const LazyAdamStep& p = table.p;
+  return p.row_steps ? coefficients(p, p.row_steps[row] + 1.) : table.same;
+}
+
+// One block of a group, unless the group is long.
+template <typename T, typename M, bool kAmsgrad>
+FASTBERT_INLINE void step_block(const Table& table, int64_t task) {
+  const LazyAdamStep& p = table.p;
+  const Groups& groups = table.groups;
+  const int64_t g = task / table.blocks, first = task % table.blocks * table.width;
+  const int64_t n = min(table.width, p.columns - first);
+  if (groups.order && g + kPrefetchGroups < groups.count)
+    prefetch(p, find(p, groups, g + kPrefetchGroups, first), n);
+  const Row row = find(p, groups, g, first);
+  if (!moves(p, row.row)) return;
+  if (p.row_wise)
+    step_row_wise<T, M>(p, row, coefficients_of(table, row.row));
+  else if (row.count <= kLongGroup)
+    step<T, M, kAmsgrad, false>(p, row, first, n, 0.f, coefficients_of(table, row.row));
+}
+
+// The long groups, one after the other. Every thread of a parallel region calls it.
+template <typename T, typename M, bool kAmsgrad>
+void step_long_groups(const Table& table) {
+  const LazyAdamStep& p = table.p;
+  for (int64_t g = 0; g < table.groups.count; ++g) {
+    const Row row = find(p, table.groups, g, 0);
+    if (row.count <= kLongGroup || !moves(p, row.row)) continue;
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < p.columns; first += kLongColumns)
+      step<T, M, kAmsgrad, false>(p, find(p, table.groups, g, first), first,
+                                  min(kLongColumns, p.columns - first), 0.f, coefficients_of(table, row.row));
+  }
+}
+
 template <typename T, typename M, bool kAmsgrad>
 void step_table(const LazyAdamStep& p, int threads) {
   const int64_t width = p.row_wise ? max(1, p.columns) : kColumns, blocks = ceil_div(p.columns, width);
-  const Coefficients same = coefficients(p, *p.step);
-  const Groups groups = group(p, threads);
-  const int64_t tasks = groups.count * blocks, chunk = max(1, tasks / (16 * threads));
-  const auto own = [&](int64_t row) { return p.row_steps ? coefficients(p, p.row_steps[row] + 1.) : same; };
+  const Table table{p, group(p, threads), coefficients(p, *p.step), width, blocks};
+  const int64_t groups = table.groups.count, tasks = groups * blocks, chunk = max(1, tasks / (16 * threads));
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(dynamic, chunk)
-    for (int64_t task = 0; task < tasks; ++task) {
-      const int64_t g = task / blocks, first = task % blocks * width, n = min(width, p.columns - first);
-      if (groups.order && g + kPrefetchGroups < groups.count)
-        prefetch(p, find(p, groups, g + kPrefetchGroups, first), n);
-      const Row row = find(p, groups, g, first);
-      if (!moves(p, row.row)) continue;
-      if (p.row_wise)
-        step_row_wise<T, M>(p, row, own(row.row));
-      else if (row.count <= kLong)
-        step<T, M, kAmsgrad, false>(p, row, first, n, 0.f, own(row.row));
-    }
-    if (p.touched > kLong && !p.row_wise) {
-      for (int64_t g = 0; g < groups.count; ++g) {
-        const Row row = find(p, groups, g, 0);
-        if (row.count <= kLong || !moves(p, row.row)) continue;
-#pragma omp for schedule(static)
-        for (int64_t first = 0; first < p.columns; first += kLongColumns)
-          step<T, M, kAmsgrad, false>(p, find(p, groups, g, first), first,
-                                      min(kLongColumns, p.columns - first), 0.f, own(row.row));
-      }
-    }
+    for (int64_t task = 0; task < tasks; ++task) step_block<T, M, kAmsgrad>(table, task);
+    if (p.touched > kLongGroup && !p.row_wise) step_long_groups<T, M, kAmsgrad>(table);
     if (p.row_steps) {
 #pragma omp for schedule(static)
-      for (int64_t g = 0; g < groups.count; ++g) {
-        const int64_t row = find(p, groups, g, 0).row;
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t row = find(p, table.groups, g, 0).row;
         p.row_steps[row] += moves(p, row);
       }
     }
@@ -361,6 +385,8 @@ void step_dense(const LazyAdamStep* steps, int64_t count, int threads) {
 }
 
 }  // namespace
+
+// ---- launcher ---------------------------------------------------------------------------------------
 
 int64_t lazy_adam_steps(const LazyAdamStep* steps, int64_t count, int64_t launch) {
   const int threads = static_cast<int>(launch);

@@ -19,32 +19,45 @@ struct Groups {
 
 FASTBERT_INLINE int32_t* counters(const LazyAdamStep& p) { return p.scratch + 2 * (p.touched + 1); }
 
+// The positions that a thread works on; none for those behind the first `threads`.
+struct Stretch {
+  int64_t begin, end;
+};
+
+FASTBERT_INLINE Stretch stretch_of(const LazyAdamStep& p, int thread, int threads) {
+  const int64_t begin = p.touched * thread / threads;
+  return {begin, thread < threads ? p.touched * (thread + 1) / threads : begin};
+}
+
+// Counts of digits [threads, digits] become the first place of each in the sorted positions.
+static void counts_to_places(int32_t* counts, int threads, int digits) {
+  for (int32_t d = 0, sum = 0; d < digits; ++d)
+    for (int t = 0; t < threads; ++t) {
+      int32_t* place = counts + t * digits + d;
+      const int32_t count = *place;
+      *place = sum;
+      sum += count;
+    }
+}
+
 // Sorts the positions by id, first the lowest digit. Every thread of a parallel region calls it, those behind
 // the first `threads` only to wait. Each counts the digits of its own stretch and later places it, so that
 // equal ids stay in order for any number of threads.
 FASTBERT_INLINE int32_t* sort_positions(const LazyAdamStep& p, int thread, int threads) {
   const int bits = p.table_rows > 1 ? 64 - __builtin_clzll(p.table_rows - 1) : 1;
   const int passes = ceil_div(bits, kLazyAdamDigit), digit = ceil_div(bits, passes), digits = 1 << digit;
-  const bool sorts = thread < threads;
-  const int64_t begin = p.touched * thread / threads,
-                end = sorts ? p.touched * (thread + 1) / threads : begin;
+  const Stretch stretch = stretch_of(p, thread, threads);
   int32_t *from = p.scratch, *to = from + p.touched + 1;
   int32_t* mine = counters(p) + thread * digits;
   for (int pass = 0; pass < passes; ++pass) {
     const int shift = pass * digit;
-    if (sorts) memset(mine, 0, digits * sizeof(int32_t));
-    for (int64_t i = begin; i < end; ++i) ++mine[p.rows[pass == 0 ? i : from[i]] >> shift & (digits - 1)];
+    if (thread < threads) memset(mine, 0, digits * sizeof(int32_t));
+    for (int64_t i = stretch.begin; i < stretch.end; ++i)
+      ++mine[p.rows[pass == 0 ? i : from[i]] >> shift & (digits - 1)];
 #pragma omp barrier
 #pragma omp single
-    for (int32_t d = 0, sum = 0; d < digits; ++d) {
-      for (int t = 0; t < threads; ++t) {
-        int32_t* place = counters(p) + t * digits + d;
-        const int32_t count = *place;
-        *place = sum;
-        sum += count;
-      }
-    }
-    for (int64_t i = begin; i < end; ++i) {
+    counts_to_places(counters(p), threads, digits);
+    for (int64_t i = stretch.begin; i < stretch.end; ++i) {
       const int32_t position = pass == 0 ? static_cast<int32_t>(i) : from[i];
       to[mine[p.rows[position] >> shift & (digits - 1)]++] = position;
     }
@@ -60,20 +73,18 @@ FASTBERT_INLINE int32_t* sort_positions(const LazyAdamStep& p, int thread, int t
 FASTBERT_INLINE Groups group(const LazyAdamStep& p, int thread, int threads) {
   const int32_t* order = sort_positions(p, thread, threads);
   int32_t* start = order == p.scratch ? p.scratch + p.touched + 1 : p.scratch;
-  const bool sorts = thread < threads;
-  const int64_t begin = p.touched * thread / threads,
-                end = sorts ? p.touched * (thread + 1) / threads : begin;
+  const Stretch stretch = stretch_of(p, thread, threads);
   const auto opens = [&](int64_t i) { return i == 0 || p.rows[order[i]] != p.rows[order[i - 1]]; };
   int32_t opened = 0;
-  for (int64_t i = begin; i < end; ++i) opened += opens(i);
-  if (sorts) counters(p)[thread] = opened;
+  for (int64_t i = stretch.begin; i < stretch.end; ++i) opened += opens(i);
+  if (thread < threads) counters(p)[thread] = opened;
 #pragma omp barrier
   int64_t before = 0, count = 0;
   for (int t = 0; t < threads; ++t) {
     before += t < thread ? counters(p)[t] : 0;
     count += counters(p)[t];
   }
-  for (int64_t i = begin; i < end; ++i)
+  for (int64_t i = stretch.begin; i < stretch.end; ++i)
     if (opens(i)) start[before++] = static_cast<int32_t>(i);
   if (thread == 0) start[count] = static_cast<int32_t>(p.touched);
 #pragma omp barrier

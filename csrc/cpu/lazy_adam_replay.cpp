@@ -22,60 +22,74 @@
 #include <math.h>
 
 #include "row_ids.h"
+#include "sweep.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {
 namespace {
 
-constexpr double kRest = 1e-7;        // of the movement: what the expansion may leave out,
-constexpr double kEnd = 1e-10;        // and the walk: it ends when momentum has become so small a part
-constexpr int64_t kPrefetchRows = 2;  // rows prefetched
-constexpr int64_t kLines = 8;         // so many cache lines each
+constexpr double kRest = 1e-7;         // of the movement: what the expansion may leave out,
+constexpr double kEnd = 1e-10;         // and the walk: it ends when momentum has become so small a part
+constexpr int64_t kPrefetchRows = 2;   // rows ahead that are prefetched
+constexpr int64_t kPrefetchLines = 8;  // cache lines of each
+
+// ---- recorded steps ---------------------------------------------------------------------------------
 
 // What is known of the recorded steps i, at places 1 .. steps, and of the step before them, at place 0.
 struct History {
-  int64_t before;         // the number of the step at place 0
-  const double* moments;  // [steps + 1, kReplayMoments]: T_k(i)
-  const double* rate;     // [steps + 1]: w_i / beta1^(i - s), the same for every s
-  const double* spread;   // [steps + 1]: q_i / beta2^((i - s) / 2)
-  const double* keep_w;   // [steps + 1]: D_e / D_i
-  const double* keep_m;   // [steps + 1]: beta1^(e - i)
-  const double* keep_v;   // [steps + 1]: beta2^(e - i)
-  int64_t longest;        // after so many steps momentum no longer counts
+  int64_t before;   // the number of the step at place 0
+  double* moments;  // [steps + 1, kReplayMoments]: T_k(i)
+  double* rate;     // [steps + 1]: w_i / beta1^(i - s), the same for every s
+  double* spread;   // [steps + 1]: q_i / beta2^((i - s) / 2)
+  double* keep_w;   // [steps + 1]: D_e / D_i
+  double* keep_m;   // [steps + 1]: beta1^(e - i)
+  double* keep_v;   // [steps + 1]: beta2^(e - i)
+  int64_t longest;  // after so many steps momentum no longer counts
 };
 
-History recall(const LazyAdamReplay& p) {
+History history_in(const LazyAdamReplay& p) {
+  const int64_t places = p.steps + 1;
+  double* rate = p.scratch + places * kReplayMoments;
+  const double slowest = ::log(p.beta1 / ::sqrt(p.beta2));
+  const int64_t longest = p.beta1 > 0. ? 1 + static_cast<int64_t>(::log(kEnd) / slowest) : 0;
+  return {p.step - p.steps,  p.scratch,         rate,   rate + places, rate + 2 * places,
+          rate + 3 * places, rate + 4 * places, longest};
+}
+
+// rate without D_e / D_i, and spread: forwards.
+void correct_bias(const LazyAdamReplay& p, History& history) {
   const bool corrected = !(p.flags & kLazyAdamNoBiasCorrection), beside = p.flags & kLazyAdamEpsUncorrected;
-  const int64_t places = p.steps + 1, before = p.step - p.steps;
-  double *moments = p.scratch, *rate = moments + places * kReplayMoments, *spread = rate + places;
-  double *keep_w = spread + places, *keep_m = keep_w + places, *keep_v = keep_m + places;
-  double power1 = ::pow(p.beta1, before), power2 = ::pow(p.beta2, before);
-  rate[0] = spread[0] = 0.;
-  for (int64_t i = 1; i < places; ++i) {
+  double power1 = ::pow(p.beta1, history.before), power2 = ::pow(p.beta2, history.before);
+  history.rate[0] = history.spread[0] = 0.;
+  for (int64_t i = 1; i <= p.steps; ++i) {
     power1 *= p.beta1, power2 *= p.beta2;
     const double rest1 = corrected ? 1. - power1 : 1., root = corrected ? ::sqrt(1. - power2) : 1.;
-    rate[i] =
-        p.lr[i - 1] / rest1 * (beside ? root : 1.);  // eps beside sqrt(v): the root leaves the denominator
-    spread[i] = beside ? 1. : 1. / root;
+    // eps beside sqrt(v): the root leaves the denominator
+    history.rate[i] = p.lr[i - 1] / rest1 * (beside ? root : 1.);
+    history.spread[i] = beside ? 1. : 1. / root;
   }
+}
+
+// Everything else: backwards.
+void add_moments(const LazyAdamReplay& p, History& history) {
   double factor[kReplayMoments];
   for (int k = 0; k < kReplayMoments; ++k) {
     factor[k] = p.beta1 * ::pow(p.beta2, 0.5 * k);
-    moments[p.steps * kReplayMoments + k] = 0.;
+    history.moments[p.steps * kReplayMoments + k] = 0.;
   }
-  keep_w[p.steps] = keep_m[p.steps] = keep_v[p.steps] = 1.;
+  history.keep_w[p.steps] = history.keep_m[p.steps] = history.keep_v[p.steps] = 1.;
   for (int64_t i = p.steps; i > 0; --i) {
-    rate[i] *= keep_w[i];
-    keep_w[i - 1] = keep_w[i] * (1. - p.lr[i - 1] * p.decay[i - 1]);
-    keep_m[i - 1] = keep_m[i] * p.beta1, keep_v[i - 1] = keep_v[i] * p.beta2;
-    const double* from = moments + i * kReplayMoments;
-    double *to = moments + (i - 1) * kReplayMoments, term = rate[i];
-    for (int k = 0; k < kReplayMoments; ++k, term *= spread[i]) to[k] = factor[k] * (from[k] + term);
+    history.rate[i] *= history.keep_w[i];
+    history.keep_w[i - 1] = history.keep_w[i] * (1. - p.lr[i - 1] * p.decay[i - 1]);
+    history.keep_m[i - 1] = history.keep_m[i] * p.beta1;
+    history.keep_v[i - 1] = history.keep_v[i] * p.beta2;
+    const double* from = history.moments + i * kReplayMoments;
+    double *to = history.moments + (i - 1) * kReplayMoments, term = history.rate[i];
+    for (int k = 0; k < kReplayMoments; ++k, term *= history.spread[i]) to[k] = factor[k] * (from[k] + term);
   }
-  const double slowest = ::log(p.beta1 / ::sqrt(p.beta2));
-  const int64_t longest = p.beta1 > 0. ? 1 + static_cast<int64_t>(::log(kEnd) / slowest) : 0;
-  return {before, moments, rate, spread, keep_w, keep_m, keep_v, longest};
 }
+
+// ---- one row ----------------------------------------------------------------------------------------
 
 // A row's way from step s: m and v shrink, w shrinks and moves by m times a function of sqrt(v).
 struct Walk {
@@ -151,41 +165,56 @@ void move_stepwise(const LazyAdamReplay& p, const History& history, const Walk& 
   }
 }
 
+void move_row(const LazyAdamReplay& p, const History& history, int64_t row, int64_t s) {
+  float *w = p.param + row * p.columns, *m = p.exp_avg + row * p.columns, *v = p.exp_avg_sq + row * p.columns;
+  const Walk walk = plan_walk(p, history, s);
+  if (walk.expanded)
+    move_expanded(walk, w, m, v, p.columns);
+  else
+    move_stepwise(p, history, walk, w, m, v, p.columns);
+}
+
+FASTBERT_INLINE int64_t row_at(const LazyAdamReplay& p, int64_t i) { return p.rows ? p.rows[i] : i; }
+
+FASTBERT_INLINE void prefetch_row(const LazyAdamReplay& p, int64_t row) {
+  const int64_t first = row * p.columns;
+  for (int64_t j = 0; j < min(p.columns, 16 * kPrefetchLines); j += 16) {
+    __builtin_prefetch(p.param + first + j);
+    __builtin_prefetch(p.exp_avg + first + j);
+    __builtin_prefetch(p.exp_avg_sq + first + j);
+  }
+}
+
+// The step at which a row stands, which is noted as the last from here on: of a row that is named twice, by
+// two threads perhaps, the first to come gets the step to move it from, and the other p.step.
+FASTBERT_INLINE int32_t claim(const LazyAdamReplay& p, int64_t row) {
+  int32_t* place = p.last_step + row;
+  int32_t s = __atomic_load_n(place, __ATOMIC_RELAXED);
+  while (s < p.step && !__atomic_compare_exchange_n(place, &s, static_cast<int32_t>(p.step), false,
+                                                    __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return s;
+}
+
 }  // namespace
+
+// ---- launcher ---------------------------------------------------------------------------------------
 
 int64_t lazy_adam_replay(const LazyAdamReplay& p) {
   const int64_t bad = first_outside(p.rows, p.rows ? p.named : 0, p.table_rows);
   if (bad >= 0) return bad;
   const int64_t count = p.rows ? p.named : p.table_rows, chunk = max(1, count / (16 * p.launch));
-  const auto row_at = [&](int64_t i) { return p.rows ? p.rows[i] : i; };
   for (int64_t i = 0; i < count; ++i)
-    if (p.last_step[row_at(i)] < p.step - p.steps && row_at(i) != p.padding_idx) return i;
-  const History history = recall(p);
+    if (p.last_step[row_at(p, i)] < p.step - p.steps && row_at(p, i) != p.padding_idx) return i;
+  History history = history_in(p);
+  correct_bias(p, history);
+  add_moments(p, history);
 #pragma omp parallel for schedule(dynamic, chunk) num_threads(p.launch)
   for (int64_t i = 0; i < count; ++i) {
-    if (i + kPrefetchRows < count) {
-      const int64_t ahead = row_at(i + kPrefetchRows) * p.columns;
-      for (int64_t j = 0; j < min(p.columns, 16 * kLines); j += 16) {
-        __builtin_prefetch(p.param + ahead + j);
-        __builtin_prefetch(p.exp_avg + ahead + j);
-        __builtin_prefetch(p.exp_avg_sq + ahead + j);
-      }
-    }
-    const int64_t row = row_at(i);
-    // Whoever finds a row first brings it; a duplicate finds it there.
-    int32_t* place = p.last_step + row;
-    int32_t s = __atomic_load_n(place, __ATOMIC_RELAXED);
-    while (s < p.step && !__atomic_compare_exchange_n(place, &s, static_cast<int32_t>(p.step), false,
-                                                      __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-    }
-    if (s >= p.step || row == p.padding_idx) continue;
-    float *w = p.param + row * p.columns, *m = p.exp_avg + row * p.columns,
-          *v = p.exp_avg_sq + row * p.columns;
-    const Walk walk = plan_walk(p, history, s);
-    if (walk.expanded)
-      move_expanded(walk, w, m, v, p.columns);
-    else
-      move_stepwise(p, history, walk, w, m, v, p.columns);
+    if (i + kPrefetchRows < count) prefetch_row(p, row_at(p, i + kPrefetchRows));
+    const int64_t row = row_at(p, i);
+    const int32_t s = claim(p, row);
+    if (s < p.step && row != p.padding_idx) move_row(p, history, row, s);
   }
   return -1;
 }

@@ -1,13 +1,26 @@
-// c = a @ b + bias in float32, operands and result in float32 or bf16: the products of linear layers and of
-// their gradients, for processors whose multipliers torch's libraries leave waiting.
+// c = a @ b + bias, a [M, K], b [K, N], bias [N], c [M, N], in float32, operands and result in float32 or
+// bf16: the products of linear layers, x [T, K] @ weight^T, and of their gradients, for processors whose
+// multipliers torch's libraries leave waiting.
 //
-// K. Goto, R. van de Geijn: Anatomy of high-performance matrix multiplication, 2008. Rows of a are copied
-// into groups as high as a tile, once and by all threads; then each takes columns of c and copies its part of
-// b into panels as wide as a tile. A block of groups stays in L2 while the panels pass by, one of them in L1.
-// Both lie in the order in which a tile reads them: six rows apart from each other arrive late from L2. Sums
-// are taken over kDepth at a time and these added up in order, in float32, so neither tasks nor threads
-// change a bit of the result.
+//   for a chunk of a's rows, for kResident of the depth                     linear_product
+//     all threads copy that part of a into groups of kGroup rows            pack_left
+//     for a task, columns of c (and rows, where columns are few)            run_task, by one thread
+//       for a block of kRows rows, for kDepth of the depth                  packs b at the first block
+//         for a panel of kColumns columns, for a group of rows              multiply_block, multiply_groups
+//           for k of the depth: tile += a[group, k] * b[k, panel]           multiply_tile, in registers
+//
+// (K. Goto, R. van de Geijn: Anatomy of high-performance matrix multiplication, 2008.) A block of groups
+// stays in L2 while the panels pass by, one of them in L1. Both lie in the order in which a tile reads them:
+// six rows apart from each other arrive late from L2. Sums are taken over kDepth at a time and these added up
+// in order, in float32, so neither tasks nor threads change a bit of the result; a bf16 c is rounded once, at
+// the end.
+//
+// With 16 lanes, two threads and [4096, 768] @ [768, 3072]: all of a is one chunk and one kResident, 683
+// groups in 6 pieces of the depth. Each of 8 tasks has 384 columns, 6 panels of 64, and all rows, 18 blocks
+// of 40 groups; a panel of 128 x 64 floats, 32 KB, meets the 40 groups of a block, 120 KB, before the next
+// one comes.
 #include "matmul.h"
+#include "packing.h"
 #include "scratch.h"
 
 namespace fastbert {
@@ -15,14 +28,14 @@ namespace FASTBERT_ISA {
 
 namespace {
 
-constexpr int64_t kColumns = kPanel * kLanes;         // of b in a panel
-constexpr int64_t kGroup = 6;                         // rows of a in a group
-constexpr int64_t kDepth = kLanes == 16 ? 128 : 384;  // of a panel at a time: 12, 24 or 32 KB
-constexpr int64_t kRows = 240;                        // of a block at a time: 370 KB, with 16 lanes 120
+constexpr int64_t kColumns = kPanel * kLanes;         // columns of a panel of b
+constexpr int64_t kGroup = 6;                         // rows of a group of a
+constexpr int64_t kDepth = kLanes == 16 ? 128 : 384;  // depth of a panel: 12, 24 or 32 KB
+constexpr int64_t kRows = 240;                        // rows of a block: 370 KB, with 16 lanes 120
 constexpr int64_t kWidth = 384;                       // columns of a task, at most
 constexpr int64_t kLeast = 96;        // columns or rows of a task, at least, where there is more than one
 constexpr int64_t kResident = 768;    // depth of a and b that is packed at a time
-constexpr int64_t kShared = 1 << 22;  // words of a, and of sums, at a time: 16 MB each, or kRows rows
+constexpr int64_t kShared = 1 << 22;  // words of a chunk of a, and of its sums: 16 MB each, or kRows rows
 static_assert(kResident % kDepth == 0 && kDepth % kLanes == 0, "a piece of the depth is packed whole");
 static_assert(kRows % kGroup == 0 && kLeast % kGroup == 0, "blocks begin with a group");
 
@@ -47,26 +60,28 @@ FASTBERT_INLINE void for_type(DType dtype, const void* data, Body body) {
 
 // ---- packing -----------------------------------------------------------------------------------------
 
-// b[depth, columns] -> panels [columns / kColumns][depth rounded up to lanes][kColumns], by a cache line's
-// worth of rows at a time; 0 behind the last column.
+constexpr int64_t kPiece = 16;  // rows or columns of b packed at a time: a cache line of the other
+
+// b[depth, columns] -> panels [columns / kColumns][depth rounded up to lanes][kColumns], its rows along the
+// columns.
 template <typename T>
-static void pack_panels(const T* b, int64_t row, int64_t column, int64_t depth, int64_t columns,
-                        uint32_t* panels) {
-  constexpr int64_t kPiece = 16;
+static void pack_panels_by_rows(const T* b, int64_t row, int64_t depth, int64_t columns, uint32_t* panels) {
+  const int64_t panel_words = round_up(depth, kLanes) * kColumns;
+  for (int64_t k = 0; k < depth; k += kPiece)
+    for (int64_t j = 0; j < columns; j += kColumns) {
+      for (int64_t i = k + kPiece; i < min(depth, k + 2 * kPiece); ++i)
+        __builtin_prefetch(b + i * row + j, 0, 2);
+      pack_rows<Floats>(b + k * row + j, row, min(kPiece, depth - k), min(kColumns, columns - j),
+                        panels + j / kColumns * panel_words + k * kColumns, kColumns);
+    }
+}
+
+// The same, its rows along the depth.
+template <typename T>
+static void pack_panels_by_columns(const T* b, int64_t column, int64_t depth, int64_t columns,
+                                   uint32_t* panels) {
   uint32_t part[kLanes * kPiece];
   const int64_t panel_words = round_up(depth, kLanes) * kColumns;
-  if (columns % kColumns)
-    memset(panels + columns / kColumns * panel_words, 0, panel_words * sizeof(uint32_t));
-  if (column == 1) {
-    for (int64_t k = 0; k < depth; k += kPiece)
-      for (int64_t j = 0; j < columns; j += kColumns) {
-        for (int64_t i = k + kPiece; i < min(depth, k + 2 * kPiece); ++i)
-          __builtin_prefetch(b + i * row + j, 0, 2);
-        pack_rows<Floats>(b + k * row + j, row, min(kPiece, depth - k), min(kColumns, columns - j),
-                          panels + j / kColumns * panel_words + k * kColumns, kColumns);
-      }
-    return;
-  }
   for (int64_t j = 0; j < columns; j += kColumns, b += kColumns * column, panels += panel_words)
     for (int64_t k = 0; k < depth; k += kPiece) {
       // The next panel's rows are too far from these for the processor to foresee them.
@@ -76,6 +91,19 @@ static void pack_panels(const T* b, int64_t row, int64_t column, int64_t depth, 
       pack_columns<Floats>(b + k, column, min(kColumns, columns - j), some, panels + k * kColumns, kColumns,
                            round_up(some, kLanes), part);
     }
+}
+
+// Either; 0 behind the last column.
+template <typename T>
+static void pack_panels(const T* b, int64_t row, int64_t column, int64_t depth, int64_t columns,
+                        uint32_t* panels) {
+  const int64_t panel_words = round_up(depth, kLanes) * kColumns;
+  if (columns % kColumns)
+    memset(panels + columns / kColumns * panel_words, 0, panel_words * sizeof(uint32_t));
+  if (column == 1)
+    pack_panels_by_rows(b, row, depth, columns, panels);
+  else
+    pack_panels_by_columns(b, column, depth, columns, panels);
 }
 
 template <typename Arguments>
@@ -189,43 +217,105 @@ static void pack_left(const LinearProduct& p, const Part& part, Range rows, Rang
   });
 }
 
-// Rows and columns of a part. Sums stand in c itself where it is float32.
-static void run_task(const LinearProduct& p, const Part& part, Range rows, Range columns) {
-  const bool rounded = p.c_dtype == DType::bf16, last = part.depth.end == p.depth;
-  const int64_t width = round_up(columns.size(), kColumns), all_columns = round_up(p.columns, kColumns);
-  const int64_t row = !rounded ? p.columns : part.sums ? all_columns : row_of(width);
-  const int64_t right_words = p.packed ? 0 : round_up(part.depth.size(), kLanes) * width;
-  const int64_t sum_words = rounded && !part.sums ? min(kRows, rows.size()) * row : 0;
-  Scratch scratch(right_words + sum_words + width + 64);
-  uint32_t* right = scratch.words(right_words);
-  float *sums = scratch.floats(sum_words), *bias = nullptr;
+// What a task works in: its rows and columns of a part, counted from the part's first row.
+struct Task {
+  Range rows, columns;
+  int64_t width;     // columns rounded up to panels
+  uint32_t* panels;  // [depth of the part, width], unless b is packed
+  float* bias;       // [width] float32; null where it is not added, or not yet
+  // Sums stand in c itself where it is float32; in `part.sums`, or here, where they are rounded later.
+  float* sums;  // [kRows, sum_row]
+  int64_t sum_row;
+};
+
+// The bias of columns, in float32, 0 behind the last.
+static void read_bias(const LinearProduct& p, Range columns, int64_t width, float* bias) {
   for_type(p.bias_dtype, p.bias, [&](auto* values) FASTBERT_LAMBDA {
-    if (!values || !last) return;
-    bias = scratch.floats(width);
     memset(bias, 0, width * sizeof(float));
     pack_rows<Floats>(values + columns.begin, 0, 1, columns.size(), reinterpret_cast<uint32_t*>(bias), 0);
   });
+}
 
+static Task allocate_task(const LinearProduct& p, const Part& part, Range rows, Range columns) {
+  const bool rounded = p.c_dtype == DType::bf16, last = part.depth.end == p.depth;
+  const int64_t width = round_up(columns.size(), kColumns);
+  const int64_t row = !rounded ? p.columns : part.sums ? round_up(p.columns, kColumns) : row_of(width);
+  const int64_t panel_words = p.packed ? 0 : round_up(part.depth.size(), kLanes) * width;
+  const int64_t sum_words = rounded && !part.sums ? min(kRows, rows.size()) * row : 0;
+  Scratch scratch(panel_words + sum_words + width + 64);
+  Task task{rows, columns, width, scratch.words(panel_words), nullptr, scratch.floats(sum_words), row};
+  if (p.bias && last) read_bias(p, columns, width, task.bias = scratch.floats(width));
+  return task;
+}
+
+// Panels of the task's columns of b over some of the part's depth; packed here, unless they are already.
+static const uint32_t* panels_of(const LinearProduct& p, const Part& part, const Task& task, Range depth,
+                                 bool pack) {
+  const Range all{part.depth.begin + depth.begin, part.depth.begin + depth.end};
+  if (p.packed)
+    return static_cast<const uint32_t*>(p.b) + all.begin * round_up(p.columns, kColumns) +
+           task.columns.begin * round_up(depth.size(), kLanes);
+  uint32_t* panels = task.panels + depth.begin * task.width;
+  if (pack) pack_right(p, all, task.columns, panels);
+  return panels;
+}
+
+static void run_task(const LinearProduct& p, const Part& part, Range rows, Range columns) {
+  const bool rounded = p.c_dtype == DType::bf16;
+  const Task task = allocate_task(p, part, rows, columns);
   for (int64_t i = rows.begin; i < rows.end; i += kRows) {
     const int64_t block = min(kRows, rows.end - i), place = (part.rows.begin + i) * p.columns + columns.begin;
     float* target = !rounded    ? static_cast<float*>(p.c) + place
-                    : part.sums ? part.sums + i * row + columns.begin
-                                : sums;
+                    : part.sums ? part.sums + i * task.sum_row + columns.begin
+                                : task.sums;
     for (int64_t k = 0; k < part.depth.size(); k += kDepth) {
       const Range depth{k, min(part.depth.size(), k + kDepth)};
-      const Range all{part.depth.begin + k, part.depth.begin + depth.end};
-      const uint32_t* panels = right + k * width;
-      if (p.packed)
-        panels = static_cast<const uint32_t*>(p.b) + all.begin * all_columns +
-                 columns.begin * round_up(depth.size(), kLanes);
-      else if (i == rows.begin)
-        pack_right(p, all, columns, right + k * width);
-      multiply_block(block, rounded ? width : columns.size(), depth.size(), part.groups.at(i, depth), panels,
-                     {target, row}, all.begin > 0, all.end == p.depth ? bias : nullptr);
+      const bool first = part.depth.begin + k == 0, last = part.depth.begin + depth.end == p.depth;
+      const uint32_t* panels = panels_of(p, part, task, depth, i == rows.begin);
+      multiply_block(block, rounded ? task.width : columns.size(), depth.size(), part.groups.at(i, depth),
+                     panels, {target, task.sum_row}, !first, last ? task.bias : nullptr);
     }
-    if (rounded && last)
+    if (rounded && part.depth.end == p.depth)
       for (int64_t j = 0; j < block; ++j)
-        store_row(static_cast<bf16*>(p.c) + place + j * p.columns, target + j * row, columns.size(), 1.f);
+        store_row(static_cast<bf16*>(p.c) + place + j * p.columns, target + j * task.sum_row, columns.size(),
+                  1.f);
+  }
+}
+
+// ---- all tasks ---------------------------------------------------------------------------------------
+
+// How c is plan.
+struct Plan {
+  bool keeps_sums;       // from part to part, as c is rounded once
+  int64_t chunk;         // rows of a part
+  int64_t across;        // tasks that there should be for each chunk
+  int64_t column_parts;  // of which so many beside each other
+};
+
+static Plan plan_product(const LinearProduct& p) {
+  const bool keeps_sums = p.c_dtype == DType::bf16 && p.depth > kResident;
+  const int64_t words = max(Groups::stride(min(p.depth, kResident)) / kGroup,
+                            keeps_sums ? round_up(p.columns, kColumns) : 0);  // for a row
+  const int64_t across = p.launch * ceil_div(p.columns, p.launch * kWidth);
+  return {keeps_sums, max(1, kShared / words / kRows) * kRows, across,
+          min(across, ceil_div(p.columns, kLeast))};
+}
+
+static void run_part(const LinearProduct& p, const Plan& plan, const Part& part) {
+  const int64_t blocks = ceil_div(part.rows.size(), kLeast), pieces = ceil_div(part.depth.size(), kDepth);
+  const int64_t row_parts = min(ceil_div(plan.across, plan.column_parts), blocks);
+#pragma omp parallel num_threads(p.launch)
+  {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < blocks * pieces; ++i) {
+      const int64_t row = i % blocks * kLeast, first = i / blocks * kDepth;
+      pack_left(p, part, {row, min(part.rows.size(), row + kLeast)},
+                {first, min(part.depth.size(), first + kDepth)});
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < plan.column_parts * row_parts; ++i)
+      run_task(p, part, share(part.rows.size(), row_parts, kGroup, i % row_parts),
+               share(p.columns, plan.column_parts, kColumns, i / row_parts));
   }
 }
 
@@ -250,36 +340,17 @@ void linear_pack(const LinearPack& p) {
 }
 
 void linear_product(const LinearProduct& p) {
-  const int64_t deep = min(p.depth, kResident), wide = round_up(p.columns, kColumns);
-  const bool keep = p.c_dtype == DType::bf16 && p.depth > kResident;
-  const int64_t words = max(Groups::stride(deep) / kGroup, keep ? wide : 0);  // for a row
-  const int64_t chunk = max(1, kShared / words / kRows) * kRows;
-  const int64_t across = p.launch * ceil_div(p.columns, p.launch * kWidth);
-  const int64_t column_parts = min(across, ceil_div(p.columns, kLeast));
-  const int64_t group_words = Groups::all(min(chunk, p.rows), deep);
-  const int64_t sum_words = keep ? min(chunk, p.rows) * wide : 0;
+  const Plan plan = plan_product(p);
+  const int64_t rows_at_most = min(plan.chunk, p.rows);
+  const int64_t group_words = Groups::all(rows_at_most, min(p.depth, kResident));
+  const int64_t sum_words = plan.keeps_sums ? rows_at_most * round_up(p.columns, kColumns) : 0;
   CallScratch scratch(group_words + sum_words + 16);
   uint32_t* groups = scratch.words(group_words);
-  float* sums = scratch.floats(sum_words);
-  for (int64_t i = 0; i < p.rows; i += chunk)
+  float* sums = plan.keeps_sums ? scratch.floats(sum_words) : nullptr;
+  for (int64_t i = 0; i < p.rows; i += plan.chunk)
     for (int64_t k = 0; k < p.depth; k += kResident) {
-      const Range rows{i, min(p.rows, i + chunk)}, depth{k, min(p.depth, k + kResident)};
-      const Part part{rows, depth, {groups, rows.size()}, keep ? sums : nullptr};
-      const int64_t row_parts = min(ceil_div(across, column_parts), ceil_div(rows.size(), kLeast));
-      const int64_t blocks = ceil_div(rows.size(), kLeast), pieces = ceil_div(depth.size(), kDepth);
-#pragma omp parallel num_threads(p.launch)
-      {
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < blocks * pieces; ++task) {
-          const int64_t row = task % blocks * kLeast, first = task / blocks * kDepth;
-          pack_left(p, part, {row, min(rows.size(), row + kLeast)},
-                    {first, min(depth.size(), first + kDepth)});
-        }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < column_parts * row_parts; ++task)
-          run_task(p, part, share(rows.size(), row_parts, kGroup, task % row_parts),
-                   share(p.columns, column_parts, kColumns, task / row_parts));
-      }
+      const Range rows{i, min(p.rows, i + plan.chunk)}, depth{k, min(p.depth, k + kResident)};
+      run_part(p, plan, {rows, depth, {groups, rows.size()}, sums});
     }
 }
 

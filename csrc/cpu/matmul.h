@@ -1,14 +1,26 @@
-// Small matrix products out of L1 and L2, and the packing of their operands.
+// Small matrix products out of L1 and L2, of packed operands: C[m, n] (+)= sum over k of A[m, k] * B[k, n].
+//
+//   for a panel of C's columns             up to kPanel vectors, all about as wide           multiply
+//     for a tile of its rows               as many as leave registers for A and B            multiply_rows
+//       for k                              C stays in registers over the whole sum           multiply_tile
+//         for rows i, for vectors j        A[i, k] broadcast, B[k, j] a vector
+//           sum[i][j] += A[i, k] * B[k, j]
+//
+// With 16 lanes the scores of 48 queries and 128 keys of 64 floats are two panels of 4 vectors, each of 8
+// tiles of 6 rows: 24 registers hold sums, 4 a row of B and one a word of A, through 64 steps.
 //
 // Operands are 32-bit words: a float, or two bf16 that are neighbours along the summed index and go through
-// the dot product instruction of AVX-512-BF16. C[m, n] (+)= sum over k of A[m, k] * B[k, n], A read word by
-// word and broadcast, B in vectors along n. With AMX, whole tiles of 16 x 16 words are multiplied at a time.
+// the dot product instruction of AVX-512-BF16. With AMX, whole tiles of 16 x 16 words are multiplied at a
+// time.
 #pragma once
 #include "amx.h"
-#include "common.h"
+#include "load_store.h"
+#include "transpose.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {
+
+// ---- words -------------------------------------------------------------------------------------------
 
 struct Floats {
   static constexpr int kDepth = 1;  // summed elements in a word
@@ -37,27 +49,9 @@ struct Pairs {
 };
 #endif
 
-// A square of kLanes x kLanes words: source[i * from + j] -> target[j * to + i]. Halves are zipped
-// log2(kLanes) times.
-FASTBERT_INLINE void transpose(const uint32_t* source, int64_t from, uint32_t* target, int64_t to) {
-  vuint rows[kLanes], zipped[kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) memcpy(&rows[i], source + i * from, sizeof(vuint));
-#pragma GCC unroll 4
-  for (int width = 1; width < kLanes; width *= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kLanes / 2; ++i) {
-      zipped[2 * i] = zip_first(rows[i], rows[i + kLanes / 2]);
-      zipped[2 * i + 1] = zip_second(rows[i], rows[i + kLanes / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) rows[i] = zipped[i];
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) memcpy(target + i * to, &rows[i], sizeof(vuint));
-}
+// ---- tiles -------------------------------------------------------------------------------------------
 
-constexpr int kPanel = kLanes == 16 ? 4 : 2;  // vectors of C beside each other: 32 or 16 registers
+constexpr int kPanel = kLanes == 16 ? 4 : 2;  // vectors of a panel: there are 32 or 16 registers
 
 // A[m, k] stands at words[m * row + k * step].
 struct Left {
@@ -76,7 +70,7 @@ struct Result {
   int64_t row;
 };
 
-constexpr int kUnrolled = kLanes == 8 ? 4 : 1;  // of the summed index; with 16 lanes it made no difference
+constexpr int kUnrolled = kLanes == 8 ? 4 : 1;  // steps of k together; with 16 lanes it made no difference
 
 // One tile of C, kept in registers over the whole sum; `bias` is added to every row, or is null.
 template <typename Words, int rows, int vectors>
@@ -110,6 +104,8 @@ FASTBERT_INLINE void multiply_tile(int64_t depth, Left a, Right b, Result c, boo
     }
 }
 
+// ---- prefetch ----------------------------------------------------------------------------------------
+
 // Rows that will be read or written soon, prefetched between tiles, where memory has nothing to do: a few
 // after each, as a core waits for some 24 lines at a time and is held up by more.
 class Ahead {
@@ -123,16 +119,7 @@ class Ahead {
 
   FASTBERT_MEMBER void some() {
     for (int turn = 0; turn < kTurns && row_ < rows_; ++turn) {
-      for (int i = 0; i < kAtOnce; ++i) {
-        const Array& array = arrays_[array_ + i];
-        const char* row = array.first + row_ * array.stride;
-        for (int64_t b = 0; b < bytes_; b += 64) {
-          if (array.written)
-            __builtin_prefetch(row + b, 1, 2);
-          else
-            __builtin_prefetch(row + b, 0, 2);
-        }
-      }
+      for (int i = 0; i < kAtOnce; ++i) prefetch_row(arrays_[array_ + i]);
       array_ += kAtOnce;
       if (array_ == count_) array_ = 0, ++row_;
     }
@@ -145,9 +132,22 @@ class Ahead {
     int64_t stride;
     bool written;
   } arrays_[kArrays];
+
+  FASTBERT_MEMBER void prefetch_row(const Array& array) const {
+    const char* row = array.first + row_ * array.stride;
+    for (int64_t b = 0; b < bytes_; b += 64) {
+      if (array.written)
+        __builtin_prefetch(row + b, 1, 2);
+      else
+        __builtin_prefetch(row + b, 0, 2);
+    }
+  }
+
   int count_ = 0, array_ = 0;  // this array and row come next
   int64_t row_ = 0, rows_ = 0, bytes_ = 0;
 };
+
+// ---- panels and products -----------------------------------------------------------------------------
 
 template <typename Words, int vectors>
 static void multiply_rows(int64_t m, int64_t depth, Left a, Right b, Result c, bool add, Ahead& ahead) {
@@ -244,81 +244,6 @@ static void multiply(int64_t m, int64_t n, int64_t depth, Left a, Right b, Resul
     }
     j += width;
   }
-}
-
-FASTBERT_INLINE int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
-
-// Rows of packed blocks are not a power of two apart, where they would share a few sets of the cache.
-FASTBERT_INLINE int64_t row_of(int64_t n) { return round_up(n, kLanes) + 16; }
-
-// ---- packing: rows [n, D] of T at `source`, `stride` elements apart ----------------------------------
-
-// n rows of `width` words with D elements in order, the rest 0; width is a multiple of kLanes.
-template <typename Words, typename T>
-FASTBERT_INLINE void pack_rows(const T* source, int64_t stride, int64_t n, int64_t size, uint32_t* target,
-                               int64_t width) {
-  for (int64_t i = 0; i < n; ++i, source += stride, target += width) {
-    if constexpr (Words::kDepth == 2) {
-      const int64_t words = size / 2, whole = words - words % kLanes;
-      for (int64_t d = 0; d < whole; d += kLanes) memcpy(target + d, source + 2 * d, sizeof(vuint));
-      if (whole < width) {
-        memset(target + whole, 0, (width - whole) * 4);
-        memcpy(target + whole, source + 2 * whole, (size - 2 * whole) * sizeof(T));
-      }
-    } else {
-      float* row = reinterpret_cast<float*>(target);
-      int64_t d = 0;
-      for (; d + kLanes <= size; d += kLanes) store(row + d, load(source + d));
-      if (d < size) store(row + d, load_n(source + d, size - d));
-    }
-  }
-}
-
-// Words of rows with the row in the lanes: [width, round_up(n, kLanes)], `row` words apart; 0 behind the last
-// row. `part` is room for kLanes rows. Where rows are less than n rounded up apart, the last lanes are
-// written first and what they cover of the next row is written after them.
-template <typename Words, typename T>
-FASTBERT_INLINE void pack_columns(const T* source, int64_t stride, int64_t n, int64_t size, uint32_t* target,
-                                  int64_t row, int64_t width, uint32_t* part) {
-  for (int64_t i = round_up(n, kLanes) - kLanes; i >= 0; i -= kLanes) {
-    const int64_t rows = min(kLanes, n - i);
-    if constexpr (sizeof(T) == sizeof(uint32_t)) {
-      if (rows == kLanes && size == width) {
-        const T* first = source + i * stride;
-        for (int64_t d = 0; d < width; d += kLanes)
-          transpose(reinterpret_cast<const uint32_t*>(first + d), stride, target + d * row + i, row);
-        continue;
-      }
-    }
-    pack_rows<Words>(source + i * stride, stride, rows, size, part, width);
-    memset(part + rows * width, 0, (kLanes - rows) * width * 4);
-    for (int64_t d = 0; d < width; d += kLanes) transpose(part + d, width, target + d * row + i, row);
-  }
-}
-
-// Rows as the right operand of a sum over rows: words [ceil(n / depth), columns], columns = D rounded up to
-// lanes.
-template <typename Words, typename T>
-FASTBERT_INLINE void pack_summed(const T* source, int64_t stride, int64_t n, int64_t size, uint32_t* target,
-                                 int64_t columns) {
-  if constexpr (Words::kDepth == 1) {
-    pack_rows<Words>(source, stride, n, size, target, columns);
-  } else {
-    for (int64_t i = 0; i < n; i += 2, source += 2 * stride, target += columns)
-      for (int64_t d = 0; d < columns; d += kLanes) {
-        const int64_t left = size - d;
-        const auto bits = [&](const T* p) { return as_uint(left >= kLanes ? load(p) : load_n(p, left)); };
-        const vuint pair = bits(source + d) >> 16 | (i + 1 < n ? bits(source + stride + d) : vuint{});
-        memcpy(target + d, &pair, sizeof pair);
-      }
-  }
-}
-
-template <typename T>
-FASTBERT_INLINE void store_row(T* target, const float* row, int64_t size, float scale) {
-  int64_t d = 0;
-  for (; d + kLanes <= size; d += kLanes) store(target + d, load(row + d) * scale);
-  if (d < size) store_n(target + d, load(row + d) * scale, size - d);
 }
 
 }  // namespace FASTBERT_ISA
