@@ -63,7 +63,7 @@ struct LayerNormForward {  // z = residual + dropout(x); y = (z - mean) * rstd *
   const int64_t* seed;  // [1]
   void* y;              // [T, H] dtype
   void* z;              // [T, H] dtype; null where it is x: neither residual nor dropout
-  float *mean, *rstd;   // [T]
+  float *mean, *rstd;   // [T]; null, and z with them, where y alone is wanted
   int64_t rows, columns;
   DType dtype, weight_dtype;
   int64_t launch;

@@ -12,6 +12,7 @@
 // dropout mask is drawn again in backward, not stored. Ba, Kiros and Hinton, "Layer normalization" (2016).
 #include "column_sums.h"
 #include "dropout.h"
+#include "scratch.h"
 #include "reduce.h"
 #include "sweep.h"
 
@@ -118,15 +119,16 @@ void forward(const LayerNormForward& p) {
 #pragma omp parallel num_threads(p.launch)
   {
     RowDropout dropout(p.seed, p.t, 0);
+    Scratch scratch(columns);
+    T* row_alone = p.residual || p.t ? reinterpret_cast<T*>(scratch.words(columns)) : nullptr;
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < p.rows; ++row) {
-      T* written = p.z ? static_cast<T*>(p.z) + row * columns : nullptr;
+      T* written = p.z ? static_cast<T*>(p.z) + row * columns : row_alone;
       const T* z = written ? written : static_cast<const T*>(p.x) + row * columns;
       const float mean = sum_row(p, dropout, row, z, written) * share;
       const float variance = sum_squares(z, columns, mean, ahead, (row + 1) * columns) * share;
       const float rstd = 1.f / __builtin_sqrtf(variance + p.eps);
-      p.mean[row] = mean;
-      p.rstd[row] = rstd;
+      if (p.mean) p.mean[row] = mean, p.rstd[row] = rstd;
       normalize(z, columns, mean, rstd, weight, bias, static_cast<T*>(p.y) + row * columns);
     }
   }

@@ -19,7 +19,7 @@ from fastbert import allocator
 from fastbert.backends import native
 
 NAMES = ("reference", "cpu", "cuda", "triton")
-OPS = ("gelu", "layer_norm", "cross_entropy", "attention", "lazy_adam")
+OPS = ("gelu", "layer_norm", "dropout", "cross_entropy", "attention", "lazy_adam")
 _AUTOMATIC = {"cpu": "cpu", "cuda": "cuda"}  # device type -> preferred backend
 
 

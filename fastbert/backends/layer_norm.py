@@ -1,29 +1,44 @@
 """layer_norm by the C++ modules; the contract is in `fastbert.ops.layer_norm`."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastbert.backends.native import DTYPES, address, contiguous, launcher, rows_and_columns
 
 
-def layer_norm_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, t: int, seed: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, residual, weight, bias = x.contiguous(), contiguous(residual), weight.contiguous(), bias.contiguous()
-    rows, columns = rows_and_columns(x)
-    is_changed = residual is not None or t > 0
+def layer_norm(x: Tensor, *others: Any) -> Tensor:
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _forward((y.data_ptr(), 0, 0, 0), x, *others)
+    return y
+
+
+def layer_norm_forward(x: Tensor, residual: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = x.contiguous()
+    is_changed = residual is not None or others[3] > 0
     y = torch.empty_like(x)
     z = torch.empty_like(x) if is_changed else x.new_empty(0)
     leading = x.shape[:-1]  # spelled out: a size in one piece takes a microsecond more
     mean = x.new_empty(*leading, dtype=torch.float32) if leading else x.new_empty((), dtype=torch.float32)
     rstd = torch.empty_like(mean)
+    results = y.data_ptr(), z.data_ptr() if is_changed else 0, mean.data_ptr(), rstd.data_ptr()
+    _forward(results, x, residual, *others)
+    return y, z, mean, rstd
+
+
+def _forward(
+    results: tuple[int, ...], x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, t: int,
+    seed: Tensor | None,
+) -> None:  # fmt: skip
+    residual, weight, bias = contiguous(residual), weight.contiguous(), bias.contiguous()
+    rows, columns = rows_and_columns(x)
     module, launch = launcher(rows * columns)
     module.layer_norm_forward(
-        x.data_ptr(), address(residual), weight.data_ptr(), bias.data_ptr(), eps, t, address(seed),
-        y.data_ptr(), z.data_ptr() if is_changed else 0, mean.data_ptr(), rstd.data_ptr(), rows, columns,
-        DTYPES[x.dtype], DTYPES[weight.dtype], launch,
+        x.data_ptr(), address(residual), weight.data_ptr(), bias.data_ptr(), eps, t, address(seed), *results, rows,
+        columns, DTYPES[x.dtype], DTYPES[weight.dtype], launch,
     )  # fmt: skip
-    return y, z, mean, rstd
 
 
 def layer_norm_backward(

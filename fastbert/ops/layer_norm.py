@@ -109,11 +109,18 @@ def _run(backend: str | None, x: Tensor, residual: Tensor | None, *others: Any) 
     arguments = x, residual, weight, bias, eps, t, seed
     if differentiated(x, residual, weight, bias):
         return _LayerNorm.apply(chosen, *arguments)
-    return functions[chosen].layer_norm_forward(*arguments)[0]
+    return functions[chosen].layer_norm(*arguments)
 
 
 class reference:  # a namespace, spelled as the backend is
     """The twin in plain PyTorch: any device, and float64, which is the truth of the tests."""
+
+    @staticmethod
+    def layer_norm(
+        x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, t: int, seed: Tensor | None
+    ) -> Tensor:
+        """y alone, where no derivative is wanted: the kernels then write nothing else."""
+        return reference.layer_norm_forward(x, residual, weight, bias, eps, t, seed)[0]
 
     @staticmethod
     def layer_norm_forward(
@@ -164,7 +171,13 @@ def _fake_backward(dy, z, weight, mean, rstd, t, *_):
     return z.new_empty(z.shape), dx, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
-functions = register(reference, kernels, layer_norm_forward=_fake_forward, layer_norm_backward=_fake_backward)
+functions = register(
+    reference,
+    kernels,
+    layer_norm=lambda x, *_: x.new_empty(x.shape),
+    layer_norm_forward=_fake_forward,
+    layer_norm_backward=_fake_backward,
+)
 
 
 class _LayerNorm(torch.autograd.Function):

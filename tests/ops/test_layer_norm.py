@@ -69,6 +69,16 @@ def test_close_to_truth(backend, nan_filled, case, dtype):
         assert results[-1].dtype == results[-2].dtype == weight_dtype
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_y_alone_is_the_y_of_training(backend, dtype):
+    """Where no derivative is wanted nothing else is written."""
+    x, residual = torch.randn(2, 5, 300).to(dtype)
+    weight, bias = torch.randn(2, 300)
+    for added, p in ((None, 0.0), (residual, 0.0), (None, 0.3), (residual, 0.3)):
+        alone = ours_layer_norm(x, added, weight, bias, p)
+        assert torch.equal(alone, ours_layer_norm(x, added, weight.clone().requires_grad_(), bias, p))
+
+
 def test_by_hand(backend):
     # Mean 2, variance 1 (population), so the row becomes -1, 1, -1, 1; then * 2 + 1.
     x = torch.tensor([[1.0, 3.0, 1.0, 3.0]])

@@ -71,7 +71,7 @@ def test_subclasses_of_tensor_see_the_ops():
         Wrapped.names.clear()
         given = [x.as_subclass(Wrapped) if i == place else x for i, x in enumerate((x, weight, bias))]
         assert torch.equal(fastbert.layer_norm(*given).as_subclass(Tensor), expected)
-        assert FORWARD in Wrapped.names
+        assert "fastbert::layer_norm" in Wrapped.names
 
 
 def test_fake_tensors_run_no_kernel():
