@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastbert.backends import requested
-from fastbert.ops.lazy_adam import GRAD_BY_ROW, SKIP_ZERO, backend_of, check, update
+from fastbert.backends import native, requested
+from fastbert.ops.lazy_adam import GRAD_BY_ROW, SKIP_ZERO, Step, backend_of, check, reference, update
 from fastbert.optim import gradients, replay, state
 from fastbert.optim.gradients import Gradient, Rows
 from fastbert.optim.options import (
@@ -30,6 +30,7 @@ from fastbert.optim.options import (
     formula_of,
     name_dtype,
 )
+from fastbert.optim.plan import Plans
 
 
 class LazyAdam(Optimizer):
@@ -132,6 +133,7 @@ class LazyAdam(Optimizer):
         name_dtype(defaults)
         self._padding: dict[Tensor, int] = {}  # of attached embeddings
         self._checked: list[tuple] = []  # of each group, the options that were found to hold
+        self._forget_plans()
         self.is_raw = False
         super().__init__(params, defaults)
 
@@ -196,45 +198,59 @@ class LazyAdam(Optimizer):
         rows = {} if rows is None else rows
         gradients.check_named(rows, set(self._parameters()) if rows else set(), "this optimizer's")
         self._check_changed_options()
-        planned, number = [], 0
-        for group in self.param_groups:
-            formula = formula_of(group)
+        taken, number = [], 0
+        for group, formula in zip(self.param_groups, self._current_formulas(), strict=True):
             for param in group["params"]:
                 gradient = gradients.read(param, rows)
                 if gradient is not None:
-                    planned.append((param, gradient, group, formula, number))
+                    taken.append((number, param, gradient, group, formula))
                 number += 1
-        if closure is None and not self.state and state.is_asked_for(self.param_groups, [plan[1] for plan in planned]):
-            for param, _, group, *_ in planned:
+        if closure is None and not self.state and state.is_asked_for(self.param_groups, [take[2] for take in taken]):
+            for _, param, _, group, _ in taken:
                 self.state[param] = state.complete({}, param, group)
             return loss
-        steps, states = [], []
-        for param, gradient, group, formula, number in planned:
-            check_touched(group, param.shape, gradient.rows is not None)
+        self._take(taken)
+        return loss
+
+    def _take(self, taken: list[tuple[int, Tensor, Gradient, dict[str, Any], Formula]]) -> None:
+        """The step of all that have a gradient, each by its plan or, where it can have none, by all its arguments."""
+        backend = requested()
+        by_module = native.module is not None and backend in ("", "cpu") and not torch.compiler.is_compiling()
+        plans, listed, replayed, completed = self._plans, [], [], {}
+        plans.begin(sum(len(group["params"]) for group in self.param_groups))
+        for number, param, gradient, group, formula in taken:
+            its = self.state.get(param, {})
             if group["missed"] == "replay":
-                replay.check_gradient(gradient, self.state.get(param, {}), self._padding_idx(param, group))
-            states.append(state.complete(self.state.get(param, {}), param, group))
-            steps.append(self._arguments(param, gradient, group, formula, number, states[-1]))
-        for arguments in steps:
-            check(*arguments)
-            backend_of(arguments[0], requested())
-        # from here on something changes
-        for (param, gradient, group, formula, _), its in zip(planned, states, strict=True):
-            self.state[param] = its
+                replay.check_gradient(gradient, its, self._padding_idx(param, group))
+            has_plan = by_module and plans.take(number, param, its, gradient)
+            if not has_plan:
+                check_touched(group, param.shape, gradient.rows is not None)
+                its = completed[param] = state.complete(its, param, group)
+                arguments = self._arguments(number, param, gradient, group, formula, its)
+                check(arguments)
+                kernels = backend_of(param, backend) is not reference
+                has_plan = by_module and kernels and plans.make(number, arguments, param, its, gradient)
+                if not has_plan:
+                    listed.append((param, arguments))
             if "last_step" in its:
-                self._record(param, gradient, group, formula)
+                replayed.append((param, gradient, group, formula))
+        # from here on something changes
+        self.state.update(completed)
+        for param, gradient, group, formula in replayed:
+            self._record(param, gradient, group, formula)
+        plans.finish([(len(g["params"]), f) for g, f in zip(self.param_groups, self._formulas, strict=True)])
         counts: dict[torch.device, list[Tensor]] = {}
-        for its in states:
-            counts.setdefault(its["step"].device, []).append(its["step"])
+        for _, arguments in listed:
+            counts.setdefault(arguments.step.device, []).append(arguments.step)
         for device, steps_taken in counts.items():  # a number in place of the tensor takes three times as long
             torch._foreach_add_(steps_taken, torch.ones((), device=device), alpha=1.0)
-        update(steps, requested())
-        for (param, gradient, *_), its, (table, *_) in zip(planned, states, steps, strict=True):
-            if table is not param:
-                param.copy_(table)
-            if "last_step" in its:
+        update([arguments for _, arguments in listed], backend)
+        for param, arguments in listed:
+            if arguments.param is not param:
+                param.copy_(arguments.param)
+        for param, gradient, *_ in replayed:
+            if "last_step" in (its := self.state[param]):
                 replay.note(its, gradient.rows)
-        return loss
 
     def _check_changed_options(self) -> None:
         """Checks the groups whose options are not those that were checked last; numbers are checked at every step."""
@@ -244,16 +260,32 @@ class LazyAdam(Optimizer):
             choices = choices_of(group)
             if self._checked[number : number + 1] == [choices]:
                 continue
+            self._forget_plans()
             check_choices(group)
             for param in group["params"]:
                 check_param(param, group)
                 state.check_kept(self.state.get(param, {}), param, group)
             self._checked[number : number + 1] = [choices]
 
+    def _forget_plans(self) -> None:
+        """Options have changed, which every plan was made of."""
+        self._plans = Plans()
+        self._formulas: list[Formula] = []  # of each group, in its last step
+
+    def _current_formulas(self) -> list[Formula]:
+        last = [*self._formulas, *[None] * (len(self.param_groups) - len(self._formulas))]
+        formulas = [formula_of(group, its) for group, its in zip(self.param_groups, last, strict=False)]
+        if any(
+            its and bool(its.weight_decay) != bool(now.weight_decay) for its, now in zip(last, formulas, strict=False)
+        ):
+            self._forget_plans()  # `check_touched` goes by whether there is any
+        self._formulas = formulas
+        return formulas
+
     def _arguments(
-        self, param: Tensor, gradient: Gradient, group: dict[str, Any], formula: Formula, number: int, its: state.State
-    ) -> tuple:
-        """Of `lazy_adam_step`, up to `number`; `its` state, whose count of steps is yet to be raised."""
+        self, number: int, param: Tensor, gradient: Gradient, group: dict[str, Any], formula: Formula, its: state.State
+    ) -> Step:
+        """Of the op; `its` state, whose count of steps is yet to be raised."""
         flags, seed = formula.flags, None
         if gradient.by_row:
             flags += GRAD_BY_ROW
@@ -263,12 +295,25 @@ class LazyAdam(Optimizer):
             seed = torch.tensor([group["seed"]], device=param.device)
         if not param.is_contiguous():
             check_memory(param)
-        return (
-            param.contiguous(), its["exp_avg"], its["exp_avg_sq"], its["max_exp_avg_sq"] if group["amsgrad"] else None,
-            its["row_steps"] if group["bias_correction"] == "row" and param.dim() else None, gradient.rows,
-            gradient.values, formula.lr, its["step"], seed, formula.beta1, formula.beta2, group["eps"],
-            group["weight_decay"], flags, self._padding_idx(param, group), number,
-        )  # fmt: skip
+        return Step(
+            param=param.contiguous(),
+            exp_avg=its["exp_avg"],
+            exp_avg_sq=its["exp_avg_sq"],
+            max_exp_avg_sq=its["max_exp_avg_sq"] if group["amsgrad"] else None,
+            row_steps=its["row_steps"] if group["bias_correction"] == "row" and param.dim() else None,
+            rows=gradient.rows,
+            grad=gradient.values,
+            lr=formula.lr,
+            step=its["step"],
+            seed=seed,
+            beta1=formula.beta1,
+            beta2=formula.beta2,
+            eps=formula.eps,
+            weight_decay=formula.weight_decay,
+            flags=flags,
+            padding_idx=self._padding_idx(param, group),
+            number=number,
+        )
 
     def _record(self, param: Tensor, gradient: Gradient, group: dict[str, Any], formula: Formula) -> None:
         """Before a step: what rows that it leaves out will have missed."""
@@ -276,8 +321,8 @@ class LazyAdam(Optimizer):
         if group["missed"] != "replay":  # any more
             replay.end(param, its, padding_idx)
         elif gradient.rows is not None:
-            options = (formula.beta1, formula.beta2, group["eps"], formula.flags & replay.FLAGS)
-            replay.record(param, its, float(formula.lr), group["weight_decay"], options, padding_idx)
+            options = (formula.beta1, formula.beta2, formula.eps, formula.flags & replay.FLAGS)
+            replay.record(param, its, float(formula.lr), formula.weight_decay, options, padding_idx)
 
     def grad_norm(self, *, rows: Rows | None = None, error_if_nonfinite: bool = False) -> Tensor:
         """The L2 norm over what the gradients of all groups will apply, a scalar; see `fastbert.clip_grad_norm_`."""
@@ -301,6 +346,7 @@ class LazyAdam(Optimizer):
         check_padding_idx(embedding.padding_idx, embedding.weight)
         if embedding.padding_idx is not None:
             self._padding[embedding.weight] = embedding.padding_idx
+            self._forget_plans()
         if group["missed"] == "replay":
             hook = replay.Hook(self)
             embedding.register_forward_pre_hook(hook.before_forward, with_kwargs=True)
@@ -363,6 +409,7 @@ class LazyAdam(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.setdefault("is_raw", False)
         self._checked = []
+        self._forget_plans()
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in {**self.defaults, **DEFAULTS}.items():
