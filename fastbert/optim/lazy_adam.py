@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastbert.backends import native, requested
-from fastbert.ops.lazy_adam import GRAD_BY_ROW, SKIP_ZERO, Step, backend_of, check, reference, update
+from fastbert.ops.lazy_adam import backend_of, check, reference
 from fastbert.optim import gradients, replay, state
 from fastbert.optim.gradients import Gradient, Rows
 from fastbert.optim.options import (
     DEFAULTS,
     Formula,
     check_choices,
-    check_memory,
     check_options,
     check_padding_idx,
     check_param,
@@ -30,7 +29,7 @@ from fastbert.optim.options import (
     formula_of,
     name_dtype,
 )
-from fastbert.optim.plan import Plans
+from fastbert.optim.plan import Plans, arguments_of, step_by_arguments
 
 
 class LazyAdam(Optimizer):
@@ -226,7 +225,8 @@ class LazyAdam(Optimizer):
             if not has_plan:
                 check_touched(group, param.shape, gradient.rows is not None)
                 its = completed[param] = state.complete(its, param, group)
-                arguments = self._arguments(number, param, gradient, group, formula, its)
+                padding_idx = self._padding_idx(param, group)
+                arguments = arguments_of(number, param, its, gradient, group, formula, padding_idx)
                 check(arguments)
                 kernels = backend_of(param, backend) is not reference
                 has_plan = by_module and kernels and plans.make(number, arguments, param, its, gradient)
@@ -239,15 +239,7 @@ class LazyAdam(Optimizer):
         for param, gradient, group, formula in replayed:
             self._record(param, gradient, group, formula)
         plans.finish([(len(g["params"]), f) for g, f in zip(self.param_groups, self._formulas, strict=True)])
-        counts: dict[torch.device, list[Tensor]] = {}
-        for _, arguments in listed:
-            counts.setdefault(arguments.step.device, []).append(arguments.step)
-        for device, steps_taken in counts.items():  # a number in place of the tensor takes three times as long
-            torch._foreach_add_(steps_taken, torch.ones((), device=device), alpha=1.0)
-        update([arguments for _, arguments in listed], backend)
-        for param, arguments in listed:
-            if arguments.param is not param:
-                param.copy_(arguments.param)
+        step_by_arguments(listed, backend)
         for param, gradient, *_ in replayed:
             if "last_step" in (its := self.state[param]):
                 replay.note(its, gradient.rows)
@@ -281,39 +273,6 @@ class LazyAdam(Optimizer):
             self._forget_plans()  # `check_touched` goes by whether there is any
         self._formulas = formulas
         return formulas
-
-    def _arguments(
-        self, number: int, param: Tensor, gradient: Gradient, group: dict[str, Any], formula: Formula, its: state.State
-    ) -> Step:
-        """Of the op; `its` state, whose count of steps is yet to be raised."""
-        flags, seed = formula.flags, None
-        if gradient.by_row:
-            flags += GRAD_BY_ROW
-        elif gradient.rows is None and group["lazy"] == "nonzero":
-            flags += SKIP_ZERO
-        if group["stochastic_rounding"] and param.dtype == torch.bfloat16:
-            seed = torch.tensor([group["seed"]], device=param.device)
-        if not param.is_contiguous():
-            check_memory(param)
-        return Step(
-            param=param.contiguous(),
-            exp_avg=its["exp_avg"],
-            exp_avg_sq=its["exp_avg_sq"],
-            max_exp_avg_sq=its["max_exp_avg_sq"] if group["amsgrad"] else None,
-            row_steps=its["row_steps"] if group["bias_correction"] == "row" and param.dim() else None,
-            rows=gradient.rows,
-            grad=gradient.values,
-            lr=formula.lr,
-            step=its["step"],
-            seed=seed,
-            beta1=formula.beta1,
-            beta2=formula.beta2,
-            eps=formula.eps,
-            weight_decay=formula.weight_decay,
-            flags=flags,
-            padding_idx=self._padding_idx(param, group),
-            number=number,
-        )
 
     def _record(self, param: Tensor, gradient: Gradient, group: dict[str, Any], formula: Formula) -> None:
         """Before a step: what rows that it leaves out will have missed."""

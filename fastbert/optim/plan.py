@@ -6,17 +6,71 @@ which costs a tenth of making its arguments, and a plan that no longer fits is m
 """
 
 import weakref
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastbert.backends import native
 from fastbert.backends.lazy_adam import Plan, readable
-from fastbert.ops.lazy_adam import Step, check_rows
+from fastbert.ops.lazy_adam import GRAD_BY_ROW, SKIP_ZERO, Step, check_rows, update
 from fastbert.optim.gradients import Gradient
-from fastbert.optim.options import Formula
+from fastbert.optim.options import Formula, check_memory
 from fastbert.optim.state import TABLES, State
+
+
+def arguments_of(
+    number: int,
+    param: Tensor,
+    state: State,
+    gradient: Gradient,
+    group: dict[str, Any],
+    formula: Formula,
+    padding_idx: int,
+) -> Step:
+    """All that a step of one parameter takes; its state's count is yet to be raised."""
+    flags, seed = formula.flags, None
+    if gradient.by_row:
+        flags += GRAD_BY_ROW
+    elif gradient.rows is None and group["lazy"] == "nonzero":
+        flags += SKIP_ZERO
+    if group["stochastic_rounding"] and param.dtype == torch.bfloat16:
+        seed = torch.tensor([group["seed"]], device=param.device)
+    if not param.is_contiguous():
+        check_memory(param)
+    return Step(
+        param=param.contiguous(),
+        exp_avg=state["exp_avg"],
+        exp_avg_sq=state["exp_avg_sq"],
+        max_exp_avg_sq=state["max_exp_avg_sq"] if group["amsgrad"] else None,
+        row_steps=state["row_steps"] if group["bias_correction"] == "row" and param.dim() else None,
+        rows=gradient.rows,
+        grad=gradient.values,
+        lr=formula.lr,
+        step=state["step"],
+        seed=seed,
+        beta1=formula.beta1,
+        beta2=formula.beta2,
+        eps=formula.eps,
+        weight_decay=formula.weight_decay,
+        flags=flags,
+        padding_idx=padding_idx,
+        number=number,
+    )
+
+
+def step_by_arguments(listed: list[tuple[Tensor, Step]], backend: str) -> None:
+    """The steps of parameters that have no plan, each with its arguments."""
+    counts: dict[torch.device, list[Tensor]] = {}
+    for _, s in listed:
+        counts.setdefault(s.step.device, []).append(s.step)
+    for device, its in counts.items():  # a number in place of the tensor takes three times as long
+        torch._foreach_add_(its, torch.ones((), device=device), alpha=1.0)
+    update([s for _, s in listed], backend)
+    for param, s in listed:
+        if s.param is not param:
+            param.copy_(s.param)
+
 
 KEPT = ("step", *TABLES)  # of a parameter's state what is tensors of fixed place
 

@@ -37,7 +37,8 @@ def rebuilt(params, optimizer):
     copies = {param: nn.Parameter(param.detach().clone(memory_format=torch.contiguous_format)) for param in params}
     groups = [{**g, "params": [copies[p] for p in g["params"]]} for g in optimizer.param_groups]
     fresh = LazyAdam(groups)
-    for param, its in optimizer.state.items():
+    for param in params:
+        its = optimizer.state.get(param, {})
         fresh.state[copies[param]] = {name: copy.deepcopy(value) for name, value in its.items()}
     return list(copies.values()), fresh
 
@@ -183,7 +184,9 @@ def sparse(params):
 
 def empty(params):
     give_gradients(params)
-    params[0].grad = torch.sparse_coo_tensor(torch.empty(1, 0, dtype=torch.long), torch.empty(0, 4), (6, 4))
+    params[0].grad = torch.sparse_coo_tensor(
+        torch.empty(1, 0, dtype=torch.long), torch.empty(0, 4), (6, 4), check_invariants=True
+    )
 
 
 def transposed(params):
