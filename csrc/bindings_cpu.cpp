@@ -176,8 +176,9 @@ PYBIND11_MODULE(_cpu, m) {
       "Words of a packed right operand of linear_product.");
   m.def("lazy_adam_steps", lazy_adam_steps);
   py::class_<LazyAdamPlan>(m, "LazyAdamPlan")
-      .def(py::init<>())
+      .def(py::init<const py::capsule&, py::tuple>())
       .def("set", &LazyAdamPlan::set, "Plans the parameter at a place by the fields of its LazyAdamStep.")
+      .def("look", &LazyAdamPlan::look, "Whether plans hold for the tensors that there are now.")
       .def("step", step_by_plan,
            "Takes gradients, formulas and threads; -1, or which of those that step names a row outside.");
   m.def("lazy_adam_replay_scratch", lazy_adam_replay_scratch,

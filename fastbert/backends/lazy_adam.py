@@ -56,19 +56,43 @@ def _raise_outside(rows: Tensor, table_rows: int) -> None:
     raise ValueError(f"row ids must lie in [0, {table_rows}), got {row}; nothing was changed")
 
 
+_DLPACK = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+can_plan = module is not None and _DLPACK is not None
+
+
 class Plan:
     """Parameters that the module knows from one step to the next, each by its place in the optimizer.
 
     A step brings gradients, and a group's learning rate, betas, eps and weight decay. It counts itself: it raises the
     number in `Step.step` of all parameters that it moves, and takes the raised number for its own.
+
+    Args:
+        names: those that a parameter's state has its tensors under.
     """
 
-    def __init__(self) -> None:
-        self._structs = module.LazyAdamPlan()
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._structs = module.LazyAdamPlan(_DLPACK, names)
 
-    def set(self, place: int, s: Any) -> None:
-        """Plans the steps of a parameter whose gradients are like `s.grad`: of its dtype, and for rows or not."""
-        self._structs.set(place, _fields(s, None))
+    def set(self, place: int, s: Any, param: Tensor, state: dict[str, Any], kind: int) -> None:
+        """Plans a parameter's steps, of which `s` is one.
+
+        The plan is for tensors that are as these are and lie where they lie, and for gradients of `s.grad`'s dtype and
+        shape: for every row (kind 0), indexed by row with ids (1), or one row for each id (2).
+        """
+        self._structs.set(place, _fields(s, None), param, state, s.grad, kind)
+
+    def look(self, seen: list[Any], gradients: list[Any], changed: list[Tensor]) -> list[bool | None]:
+        """Whether the plans are for these tensors.
+
+        Args:
+            seen: place, param, state, grad and kind of one parameter after the other.
+            gradients: of each place; gets the address of a gradient of kind 0 that can be read where it is.
+            changed: gets the tensors that the step will change.
+
+        Returns:
+            For each parameter None: no plan is. True: its gradient is in `gradients`. False: it is yet to be brought.
+        """
+        return self._structs.look(seen, gradients, changed)
 
     def step(self, gradients: list[int | tuple[int, ...] | None], groups: list[tuple[int | float, ...]]) -> bool:
         """One step of all parameters that have a gradient.

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastbert.backends import native, requested
+from fastbert.backends import requested
+from fastbert.backends.lazy_adam import can_plan
 from fastbert.ops.lazy_adam import backend_of, check, reference
 from fastbert.optim import gradients, replay, state
 from fastbert.optim.gradients import Gradient, Rows
@@ -214,14 +215,17 @@ class LazyAdam(Optimizer):
     def _take(self, taken: list[tuple[int, Tensor, Gradient, dict[str, Any], Formula]]) -> None:
         """The step of all that have a gradient, each by its plan or, where it can have none, by all its arguments."""
         backend = requested()
-        by_module = native.module is not None and backend in ("", "cpu") and not torch.compiler.is_compiling()
+        by_module = can_plan and backend in ("", "cpu") and not torch.compiler.is_compiling()
         plans, listed, replayed, completed = self._plans, [], [], {}
-        plans.begin(sum(len(group["params"]) for group in self.param_groups))
-        for number, param, gradient, group, formula in taken:
-            its = self.state.get(param, {})
+        states = [self.state.get(param, {}) for _, param, *_ in taken]
+        seen = [
+            (number, param, its, gradient) for (number, param, gradient, *_), its in zip(taken, states, strict=True)
+        ]
+        plans.begin(len(self._parameters()))
+        have_plans = plans.take(seen) if by_module else [False] * len(taken)
+        for (number, param, gradient, group, formula), its, has_plan in zip(taken, states, have_plans, strict=True):
             if group["missed"] == "replay":
                 replay.check_gradient(gradient, its, self._padding_idx(param, group))
-            has_plan = by_module and plans.take(number, param, its, gradient)
             if not has_plan:
                 check_touched(group, param.shape, gradient.rows is not None)
                 its = completed[param] = state.complete(its, param, group)
@@ -229,8 +233,7 @@ class LazyAdam(Optimizer):
                 arguments = arguments_of(number, param, its, gradient, group, formula, padding_idx)
                 check(arguments)
                 kernels = backend_of(param, backend) is not reference
-                has_plan = by_module and kernels and plans.make(number, arguments, param, its, gradient)
-                if not has_plan:
+                if not (by_module and kernels and plans.make(number, arguments, param, its, gradient)):
                     listed.append((param, arguments))
             if "last_step" in its:
                 replayed.append((param, gradient, group, formula))

@@ -1,12 +1,11 @@
 """LazyAdam's steps by a plan: made of a step's checked arguments, followed as long as everything is where it was.
 
 The C++ module keeps addresses. What lies there can change between two steps: state is loaded or replaced, `param.data`
-is another tensor after `module.to()`, a gradient comes in another layout. So each step looks at the tensors again,
-which costs a tenth of making its arguments, and a plan that no longer fits is made anew. It keeps no state alive.
+is another tensor after `module.to()`, a gradient comes in another layout. So the module looks at all tensors again
+before each step, and a plan that is not for them is made anew. It keeps none of them alive.
 """
 
-import weakref
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,71 +71,46 @@ def step_by_arguments(listed: list[tuple[Tensor, Step]], backend: str) -> None:
             param.copy_(s.param)
 
 
-KEPT = ("step", *TABLES)  # of a parameter's state what is tensors of fixed place
-
-
-class _Made(NamedTuple):
-    """What a parameter's plan was made of."""
-
-    address: int
-    dtype: torch.dtype
-    shape: torch.Size
-    tables: list[tuple[str, weakref.ref[Tensor], int]]  # of state: name, tensor and its address
-    has_rows: bool
-    by_row: bool
-    grad_dtype: torch.dtype
-    grad_shape: torch.Size  # of a gradient that holds its rows, without their number
-    seed: Tensor | None
-
-
 class Plans:
     """Of one optimizer's parameters, by their number in it.
 
-    A step begins with `begin`, takes along every parameter with a gradient, by its plan or by a new one, and is done by
-    `finish`. Only that changes anything.
+    A step begins by `begin`, takes along parameters that have a gradient, by `take` those with a plan and by `make` the
+    others, and is done by `finish`. Only that changes anything.
     """
 
     def __init__(self) -> None:
-        self._made: dict[int, _Made] = {}
         self._module: Plan | None = None  # made with the first plan
+        self._seeds: dict[int, Tensor | None] = {}  # the module has their addresses
         self.begin(0)
 
     def begin(self, parameters: int) -> None:
+        """Forgets a step that was not finished; the optimizer has so many parameters."""
         self._gradients: list[int | tuple[int, ...] | None] = [None] * parameters
         self._changed: list[Tensor] = []
-        self._read: list[
-            tuple[Tensor, Tensor | None, Tensor, Tensor | None]
-        ] = []  # what the kernels read lives so long
+        self._brought: list[tuple[Tensor, Tensor | None, Tensor, Tensor | None]] = []  # the kernels read what is in it
 
-    def take(self, number: int, param: Tensor, state: State, gradient: Gradient) -> bool:
-        """Takes the parameter along by its plan; False where it has none that is for these tensors."""
-        made = self._made.get(number)
-        if made is None:
+    def take(self, taken: list[tuple[int, Tensor, State, Gradient]]) -> list[bool]:
+        """Takes along each parameter, by its number, that has a plan which is for these tensors. Which those are."""
+        if self._module is None:
+            return [False] * len(taken)
+        seen: list[Any] = []
+        for number, param, state, gradient in taken:
+            seen += (number, param, state, gradient.values, _kind(gradient))
+        looked = self._module.look(seen, self._gradients, self._changed)
+        return [
+            bool(found) or (found is False and self._bring(number, param, gradient))
+            for (number, param, _, gradient), found in zip(taken, looked, strict=True)
+        ]
+
+    def _bring(self, number: int, param: Tensor, gradient: Gradient) -> bool:
+        rows, grad, by_row = gradient
+        if rows is not None and not by_row and len(rows) != len(grad):
             return False
-        address, dtype, shape, tables, has_rows, by_row, grad_dtype, grad_shape, _ = made
-        rows, grad, is_by_row = gradient
-        if param.data_ptr() != address or param.shape != shape or param.dtype is not dtype or not param.is_contiguous():
-            return False
-        found = [param]
-        for name, same, address in tables:
-            x = state.get(name)
-            if x is None or x is not same() or x.data_ptr() != address:
-                return False
-            found.append(x)
-        if (rows is not None) is not has_rows or is_by_row is not by_row or grad.dtype is not grad_dtype:
-            return False
-        if has_rows and not by_row:
-            grad_shape = (rows.numel(), *grad_shape)
-        if grad.shape != grad_shape or not grad.is_cpu:
-            return False
-        self._changed += found
-        if not has_rows and grad.is_contiguous() and not grad.is_neg():
-            self._gradients[number] = grad.data_ptr()
-        else:
-            ids, grad, scratch = readable(rows, grad)
-            self._read.append((param, ids, grad, scratch))
-            its = grad.data_ptr()
-            self._gradients[number] = (its, ids.data_ptr(), ids.numel(), scratch.data_ptr()) if has_rows else its
+        rows, grad, scratch = readable(rows, grad)
+        self._brought.append((param, rows, grad, scratch))
+        self._gradients[number] = grad.data_ptr()
+        if rows is not None:
+            self._gradients[number] = grad.data_ptr(), rows.data_ptr(), rows.numel(), scratch.data_ptr()
         return True
 
     def make(self, number: int, s: Step, param: Tensor, state: State, gradient: Gradient) -> bool:
@@ -144,21 +118,16 @@ class Plans:
 
         False where it can have no plan, because a tensor has to be copied for the module at every step.
         """
-        self._made.pop(number, None)
         if s.param is not param or s.grad.dtype not in native.DTYPES or not s.lr.is_cpu:
             return False
         if s.step.dtype != torch.float32 or not s.step.is_cpu or s.step.numel() != 1:
             return False
-        rows, grad, by_row = gradient
-        self._made[number] = _Made(
-            param.data_ptr(), param.dtype, param.shape,
-            [(name, weakref.ref(state[name]), state[name].data_ptr()) for name in KEPT if name in state],
-            rows is not None, by_row, grad.dtype, grad.shape if rows is None or by_row else grad.shape[1:], s.seed,
-        )  # fmt: skip
         if self._module is None:
-            self._module = Plan()
-        self._module.set(number, s)
-        return self.take(number, param, state, gradient)
+            self._module = Plan(("step", *TABLES))
+        self._module.set(number, s, param, state, _kind(gradient))
+        self._seeds[number] = s.seed
+        self._changed += [x for x in (param, *state.values()) if isinstance(x, Tensor)]
+        return self._bring(number, param, gradient)
 
     def finish(self, groups: list[tuple[int, Formula]]) -> None:
         """Does the step. `groups` are all of the optimizer's: the number of their parameters, and their formulas.
@@ -169,8 +138,15 @@ class Plans:
             return
         formulas = [(count, f.lr.data_ptr(), f.beta1, f.beta2, f.eps, f.weight_decay) for count, f in groups]
         if not self._module.step(self._gradients, formulas):
-            for param, ids, *_ in self._read:
-                if ids is not None:
-                    check_rows(ids, param.shape[0])
+            for param, rows, *_ in self._brought:
+                if rows is not None:
+                    check_rows(rows, param.shape[0])
+            raise ValueError(
+                "row ids were changed while they were read, to some outside the table: nothing was changed"
+            )
         torch.autograd.graph.increment_version(self._changed)
         self.begin(0)
+
+
+def _kind(gradient: Gradient) -> int:
+    return 0 if gradient.rows is None else 1 if gradient.by_row else 2

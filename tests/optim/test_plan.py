@@ -251,6 +251,19 @@ def test_steps_count_once_and_a_refused_one_not_at_all():
     assert [float(optimizer.state[param]["step"]) for param in params] == [3, 3, 3]
 
 
+def test_a_step_that_was_given_up_leaves_nothing_for_the_next():
+    """The first parameter has been taken along by its plan when the second is refused."""
+    params, optimizer = build()
+    give_gradients(params)
+    optimizer.param_groups[1]["lazy"] = "rows"
+    with pytest.raises(ValueError, match="came without its rows"):
+        optimizer.step()
+    optimizer.param_groups[1]["lazy"] = None
+    with fastbert.use_backend("reference"):
+        assert_next_steps_equal(params, optimizer, grads=left_out)
+    assert [float(optimizer.state[param]["step"]) for param in params] == [4, 2, 4]
+
+
 def test_decay_that_does_not_go_with_rows_is_refused_later_too():
     param = nn.Parameter(torch.ones(3, 2))
     param.grad = torch.ones(3, 2)
