@@ -131,8 +131,8 @@ int64_t lazy_adam_steps(const std::vector<py::tuple>& tuples, int64_t launch) {
   return selected->kernels->lazy_adam_steps(steps.data(), static_cast<int64_t>(steps.size()), launch);
 }
 
-// The planned parameters' next step, counted: the kernels read the number of the step that they are taking, and
-// state has it once they have taken it.
+// The planned parameters' next step, counted: the kernels read the number of the step that they are taking,
+// and state has it once they have taken it.
 int64_t step_by_plan(const LazyAdamPlan& plan, const py::list& gradients, const py::list& formulas,
                      int64_t launch) {
   std::vector<LazyAdamStep> steps = plan.next(gradients, formulas), running;

@@ -1,6 +1,7 @@
-// What a tensor of Python is, read through DLPack's table of C functions, which every framework that has one hands out
-// under one name: all of it in a twentieth of a microsecond, where asking for one attribute takes a tenth. Only the
-// part of that standard's binary interface that is used here is declared (https://dmlc.github.io/dlpack).
+// What a tensor of Python is, read through DLPack's table of C functions, which every framework that has one
+// hands out under one name: all of it in a twentieth of a microsecond, where asking for one attribute takes a
+// tenth. Only the part of that standard's binary interface that is used here is declared
+// (https://dmlc.github.io/dlpack).
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -51,7 +52,8 @@ inline bool is_contiguous(const DLTensor& x) {
 class Tensors {
  public:
   explicit Tensors(const pybind11::capsule& table)
-      : table_(static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(table.ptr(), "dlpack_exchange_api"))) {
+      : table_(
+            static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(table.ptr(), "dlpack_exchange_api"))) {
     if (!table_) throw pybind11::error_already_set();
     if (table_->major != 1 || !table_->to_tensor)
       throw std::invalid_argument("DLPack's table of C functions must be of version 1 and have them all");
@@ -83,7 +85,8 @@ class Layout {
 
   // Device, dtype and the axes from `first` on.
   bool is_like(const DLTensor& x, size_t first) const {
-    if (!(x.device == device_) || !(x.dtype == dtype_) || static_cast<size_t>(x.ndim) != shape_.size()) return false;
+    if (!(x.device == device_) || !(x.dtype == dtype_) || static_cast<size_t>(x.ndim) != shape_.size())
+      return false;
     for (size_t i = first; i < shape_.size(); ++i)
       if (x.shape[i] != shape_[i]) return false;
     return true;
@@ -95,7 +98,6 @@ class Layout {
       if (x.strides[i] != strides_[i]) return false;
     return true;
   }
-
 
  private:
   void* data_;

@@ -30,7 +30,7 @@ from fastbert.optim.options import (
     formula_of,
     name_dtype,
 )
-from fastbert.optim.plan import Plans, arguments_of, step_by_arguments
+from fastbert.optim.plan import Plans, Taken, arguments_of, step_by_arguments
 
 
 class LazyAdam(Optimizer):
@@ -203,27 +203,23 @@ class LazyAdam(Optimizer):
             for param in group["params"]:
                 gradient = gradients.read(param, rows)
                 if gradient is not None:
-                    taken.append((number, param, gradient, group, formula))
+                    taken.append((number, param, self.state.get(param, {}), gradient, group, formula))
                 number += 1
-        if closure is None and not self.state and state.is_asked_for(self.param_groups, [take[2] for take in taken]):
-            for _, param, _, group, _ in taken:
+        if closure is None and not self.state and state.is_asked_for(self.param_groups, [take[3] for take in taken]):
+            for _, param, _, _, group, _ in taken:
                 self.state[param] = state.complete({}, param, group)
             return loss
         self._take(taken)
         return loss
 
-    def _take(self, taken: list[tuple[int, Tensor, Gradient, dict[str, Any], Formula]]) -> None:
+    def _take(self, taken: list[Taken]) -> None:
         """The step of all that have a gradient, each by its plan or, where it can have none, by all its arguments."""
         backend = requested()
         by_module = can_plan and backend in ("", "cpu") and not torch.compiler.is_compiling()
         plans, listed, replayed, completed = self._plans, [], [], {}
-        states = [self.state.get(param, {}) for _, param, *_ in taken]
-        seen = [
-            (number, param, its, gradient) for (number, param, gradient, *_), its in zip(taken, states, strict=True)
-        ]
         plans.begin(len(self._parameters()))
-        have_plans = plans.take(seen) if by_module else [False] * len(taken)
-        for (number, param, gradient, group, formula), its, has_plan in zip(taken, states, have_plans, strict=True):
+        have_plans = plans.take(taken) if by_module else [False] * len(taken)
+        for (number, param, its, gradient, group, formula), has_plan in zip(taken, have_plans, strict=True):
             if group["missed"] == "replay":
                 replay.check_gradient(gradient, its, self._padding_idx(param, group))
             if not has_plan:
@@ -232,8 +228,8 @@ class LazyAdam(Optimizer):
                 padding_idx = self._padding_idx(param, group)
                 arguments = arguments_of(number, param, its, gradient, group, formula, padding_idx)
                 check(arguments)
-                kernels = backend_of(param, backend) is not reference
-                if not (by_module and kernels and plans.make(number, arguments, param, its, gradient)):
+                by_kernels = backend_of(param, backend) is not reference
+                if not (by_module and by_kernels and plans.make(number, arguments, param, its, gradient)):
                     listed.append((param, arguments))
             if "last_step" in its:
                 replayed.append((param, gradient, group, formula))
@@ -268,14 +264,12 @@ class LazyAdam(Optimizer):
         self._formulas: list[Formula] = []  # of each group, in its last step
 
     def _current_formulas(self) -> list[Formula]:
-        last = [*self._formulas, *[None] * (len(self.param_groups) - len(self._formulas))]
-        formulas = [formula_of(group, its) for group, its in zip(self.param_groups, last, strict=False)]
-        if any(
-            its and bool(its.weight_decay) != bool(now.weight_decay) for its, now in zip(last, formulas, strict=False)
-        ):
-            self._forget_plans()  # `check_touched` goes by whether there is any
-        self._formulas = formulas
-        return formulas
+        before = [*self._formulas, *[None] * len(self.param_groups)]
+        self._formulas = [formula_of(group, last) for group, last in zip(self.param_groups, before, strict=False)]
+        for last, now in zip(before, self._formulas, strict=False):
+            if last and bool(last.weight_decay) != bool(now.weight_decay):
+                self._plans = Plans()  # `check_touched` goes by whether there is decay
+        return self._formulas
 
     def _record(self, param: Tensor, gradient: Gradient, group: dict[str, Any], formula: Formula) -> None:
         """Before a step: what rows that it leaves out will have missed."""

@@ -18,6 +18,10 @@ from fastbert.optim.options import Formula, check_memory
 from fastbert.optim.state import TABLES, State
 
 
+# A parameter that has a gradient: its number, itself, its state, the gradient, its group and the group's formula.
+Taken = tuple[int, Tensor, State, Gradient, dict[str, Any], Formula]
+
+
 def arguments_of(
     number: int,
     param: Tensor,
@@ -89,17 +93,17 @@ class Plans:
         self._changed: list[Tensor] = []
         self._brought: list[tuple[Tensor, Tensor | None, Tensor, Tensor | None]] = []  # the kernels read what is in it
 
-    def take(self, taken: list[tuple[int, Tensor, State, Gradient]]) -> list[bool]:
+    def take(self, taken: list[Taken]) -> list[bool]:
         """Takes along each parameter, by its number, that has a plan which is for these tensors. Which those are."""
         if self._module is None:
             return [False] * len(taken)
         seen: list[Any] = []
-        for number, param, state, gradient in taken:
+        for number, param, state, gradient, *_ in taken:
             seen += (number, param, state, gradient.values, _kind(gradient))
         looked = self._module.look(seen, self._gradients, self._changed)
         return [
             bool(found) or (found is False and self._bring(number, param, gradient))
-            for (number, param, _, gradient), found in zip(taken, looked, strict=True)
+            for (number, param, _, gradient, *_), found in zip(taken, looked, strict=True)
         ]
 
     def _bring(self, number: int, param: Tensor, gradient: Gradient) -> bool:

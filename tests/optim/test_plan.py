@@ -252,7 +252,7 @@ def test_steps_count_once_and_a_refused_one_not_at_all():
 
 
 def test_a_step_that_was_given_up_leaves_nothing_for_the_next():
-    """The first parameter has been taken along by its plan when the second is refused."""
+    """The first parameter has been taken along when the second is refused."""
     params, optimizer = build()
     give_gradients(params)
     optimizer.param_groups[1]["lazy"] = "rows"
