@@ -1,39 +1,109 @@
-"""lazy_adam by the C++ modules; the contract is in `fastbert.ops.lazy_adam`."""
+"""lazy_adam by the C++ modules; the contract is in `fastbert.ops.lazy_adam`, whose `Step` holds a step's arguments.
+
+Steps come with all of their arguments, or by a `Plan`, which was told before what does not change.
+"""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from fastbert.backends.native import DTYPES, address, contiguous, module
+from fastbert.backends.native import DTYPES, address, module
 
 
-def lazy_adam_steps(steps: Sequence[tuple]) -> None:
-    arguments, kept = [], []  # tensors made here live until the kernels are done
-    for (
-        param, exp_avg, exp_avg_sq, max_exp_avg_sq, row_steps, rows, grad, lr, step, seed, beta1, beta2, eps,
-        weight_decay, flags, padding_idx, number,
-    ) in steps:  # fmt: skip
-        table_rows, touched = param.shape[0] if param.dim() else 1, 0
-        scratch, grad = None, (grad if grad.dtype in DTYPES else grad.float()).resolve_neg().contiguous()
-        if rows is not None:
-            touched, rows = rows.numel(), contiguous(rows)
-            if touched == 0:
-                continue  # its address is null, which the kernel reads as every row
-            if touched >= 2**31:
-                raise ValueError(f"a step takes fewer than 2**31 gradient rows, got {touched}: split the batch")
-            scratch = param.new_empty(module.lazy_adam_scratch(touched), dtype=torch.int32)
-        lr, step = torch.as_tensor(lr, dtype=torch.float64, device="cpu"), step.float()
-        elements = param.numel()
-        arguments.append((
-            param.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(), address(max_exp_avg_sq), address(row_steps),
-            address(rows), grad.data_ptr(), lr.data_ptr(), step.data_ptr(), address(seed), beta1, beta2, eps,
-            weight_decay, flags, padding_idx, number, address(scratch), table_rows, touched,
-            elements // table_rows if table_rows else 0, DTYPES[param.dtype], DTYPES[exp_avg.dtype],
-            DTYPES[grad.dtype], exp_avg_sq.numel() != elements,
-        ))  # fmt: skip
-        kept.append((table_rows, rows, grad, scratch, lr, step))
-    bad = module.lazy_adam_steps(arguments, torch.get_num_threads())
+def lazy_adam_steps(steps: Sequence[Any]) -> None:
+    """Takes `Step`s, checked."""
+    structs, taken = [], []
+    for s in steps:
+        rows, grad, scratch = readable(s.rows, s.grad)
+        if rows is not None and rows.numel() == 0:
+            continue  # its address is null, which the kernel reads as every row
+        lr = torch.as_tensor(s.lr, dtype=torch.float64, device=s.param.device)
+        taken.append((s._replace(rows=rows, grad=grad, lr=lr, step=s.step.float()), scratch))
+        structs.append(_fields(*taken[-1]))
+    bad = module.lazy_adam_steps(structs, torch.get_num_threads())
     if bad >= 0:
-        table_rows, rows, *_ = kept[bad]
-        row = int(rows[(rows < 0) | (rows >= table_rows)][0])
-        raise ValueError(f"row ids must lie in [0, {table_rows}), got {row}; nothing was changed")
+        _raise_outside(taken[bad][0].rows, taken[bad][0].param.shape[0])
+
+
+def readable(rows: Tensor | None, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Ids and gradient as the kernels read them, and the scratch that so many ids need.
+
+    Kernels are given addresses: the three have to live until they are done.
+    """
+    grad = (grad if grad.dtype in DTYPES else grad.float()).resolve_neg().contiguous()
+    if rows is None:
+        return None, grad, None
+    if rows.numel() >= 2**31:
+        raise ValueError(f"a step takes fewer than 2**31 gradient rows, got {rows.numel()}: split the batch")
+    return rows.contiguous(), grad, grad.new_empty(module.lazy_adam_scratch(rows.numel()), dtype=torch.int32)
+
+
+def _fields(s: Any, scratch: Tensor | None) -> tuple[int | float, ...]:
+    """Those of LazyAdamStep in csrc/contract.h."""
+    given = [address(x) if x is None or isinstance(x, Tensor) else x for x in s]
+    elements, table_rows = s.param.numel(), s.param.shape[0] if s.param.dim() else 1
+    return (
+        *given, address(scratch), table_rows, 0 if s.rows is None else s.rows.numel(),
+        elements // table_rows if table_rows else 0, DTYPES[s.param.dtype], DTYPES[s.exp_avg.dtype],
+        DTYPES[s.grad.dtype], s.exp_avg_sq.numel() != elements,
+    )  # fmt: skip
+
+
+def _raise_outside(rows: Tensor, table_rows: int) -> None:
+    row = int(rows[(rows < 0) | (rows >= table_rows)][0])
+    raise ValueError(f"row ids must lie in [0, {table_rows}), got {row}; nothing was changed")
+
+
+_DLPACK = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+can_plan = module is not None and _DLPACK is not None
+
+
+class Plan:
+    """Parameters that the module knows from one step to the next, each by its place in the optimizer.
+
+    A step brings gradients, and a group's learning rate, betas, eps and weight decay. It counts itself: it raises the
+    number in `Step.step` of all parameters that it moves, and takes the raised number for its own.
+
+    Args:
+        names: those that a parameter's state has its tensors under.
+    """
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._structs = module.LazyAdamPlan(_DLPACK, names)
+
+    def set(self, place: int, s: Any, param: Tensor, state: dict[str, Any], kind: int) -> None:
+        """Plans a parameter's steps, of which `s` is one.
+
+        The plan is for tensors that are as these are and lie where they lie, and for gradients of `s.grad`'s dtype and
+        shape: for every row (kind 0), indexed by row with ids (1), or one row for each id (2).
+        """
+        self._structs.set(place, _fields(s, None), param, state, s.grad, kind)
+
+    def look(self, seen: list[Any], gradients: list[Any], changed: list[Tensor]) -> list[bool | None]:
+        """Whether the plans are for these tensors.
+
+        Args:
+            seen: place, param, state, grad and kind of one parameter after the other.
+            gradients: of each place; gets the address of a gradient of kind 0 that can be read where it is.
+            changed: gets the tensors that the step will change.
+
+        Returns:
+            For each parameter None: no plan is. True: its gradient is in `gradients`. False: it is yet to be brought.
+        """
+        return self._structs.look(seen, gradients, changed)
+
+    def step(self, gradients: list[int | tuple[int, ...] | None], groups: list[tuple[int | float, ...]]) -> bool:
+        """One step of all parameters that have a gradient.
+
+        Args:
+            gradients: of each place None, the address of a gradient for every row, or the addresses of gradient and
+                ids, the number of ids, and the address of scratch.
+            groups: of each group, in the order of places, the number of its parameters, the address of lr, beta1,
+                beta2, eps and weight_decay.
+
+        Returns:
+            Whether it was done. It was not, and nothing was changed, where an id lies outside its table.
+        """
+        return self._structs.step(gradients, groups, torch.get_num_threads()) < 0

@@ -17,7 +17,7 @@ decay regularization" (2019); Reddi, Kale and Kumar, "On the convergence of Adam
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,33 @@ NO_BIAS_CORRECTION = 8  # flag: t is infinite: BERT's AdamWeightDecayOptimizer
 COUPLED_DECAY = 16  # flag: weight decay joins the gradient, Adam's L2 penalty, instead of shrinking w
 SKIP_ZERO = 32  # flag: a row whose gradient is all zero is left alone; grad must be [V, D]
 FLAGS = 63  # all of them
+
+
+class Step(NamedTuple):
+    """The arguments of `lazy_adam_step`, which says what they are; lr may be a float."""
+
+    param: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    max_exp_avg_sq: Tensor | None
+    row_steps: Tensor | None
+    rows: Tensor | None
+    grad: Tensor
+    lr: float | Tensor
+    step: Tensor
+    seed: Tensor | None
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    flags: int
+    padding_idx: int
+    number: int
+
+    @property
+    def changed(self) -> list[Tensor]:
+        """The tensors that the step changes in place."""
+        return [x for x in self[:5] if x is not None]
 
 
 @torch.library.custom_op(
@@ -85,35 +112,15 @@ def lazy_adam_step(
         TypeError: a dtype that does not fit.
         RuntimeError: an explicit backend that cannot run here.
     """
-    arguments = (
-        param, exp_avg, exp_avg_sq, max_exp_avg_sq, row_steps, rows, grad, lr, step, seed, beta1, beta2, eps,
-        weight_decay, flags, padding_idx, number,
-    )  # fmt: skip
-    check(*arguments)
-    backend_of(param, backend).lazy_adam_steps([arguments])
+    arguments = dict(locals())  # in the order of the signature, which is that of Step
+    del arguments["backend"]
+    single = Step(**arguments)
+    check(single)
+    backend_of(param, backend).lazy_adam_steps([single])
 
 
 @lazy_adam_step.register_fake
-def _(
-    param: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    max_exp_avg_sq: Tensor | None,
-    row_steps: Tensor | None,
-    rows: Tensor | None,
-    grad: Tensor,
-    lr: Tensor,
-    step: Tensor,
-    seed: Tensor | None,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    flags: int,
-    padding_idx: int,
-    number: int,
-    backend: str,
-) -> None:
+def _(*_: Any) -> None:
     return None
 
 
@@ -122,48 +129,43 @@ def backend_of(param: Tensor, backend: str) -> Any:
     return reference if pick("lazy_adam", backend, param) == "reference" else kernels
 
 
-def update(steps: Sequence[tuple], backend: str) -> None:
-    """Many `lazy_adam_step`s as the optimizer takes them: their arguments up to `number`, checked by `check`.
+def update(steps: Sequence[Step], backend: str) -> None:
+    """Many `lazy_adam_step`s as the optimizer takes them, each checked by `check`.
 
     In eager mode they go straight to the backends, together: passing a mutating custom op costs 85 microseconds, ten
-    times the update of a small parameter, and dense tensors share one parallel loop. lr may be a float.
+    times the update of a small parameter, and dense tensors share one parallel loop.
     """
     if torch.compiler.is_compiling():
-        for arguments in steps:
-            lr = torch.as_tensor(arguments[7], dtype=torch.float64)
-            lazy_adam_step(*arguments[:7], lr, *arguments[8:], backend)
+        for s in steps:
+            lazy_adam_step(*s._replace(lr=torch.as_tensor(s.lr, dtype=torch.float64)), backend)
         return
-    chosen: dict[Any, list[tuple]] = {}
-    for arguments in steps:
-        chosen.setdefault(backend_of(arguments[0], backend), []).append(arguments)
+    chosen: dict[Any, list[Step]] = {}
+    for s in steps:
+        chosen.setdefault(backend_of(s.param, backend), []).append(s)
     for namespace, its in chosen.items():
         namespace.lazy_adam_steps(its)
-    changed = [tensor for arguments in steps for tensor in arguments[:5] if tensor is not None]
-    torch.autograd.graph.increment_version(changed)
+    torch.autograd.graph.increment_version([x for s in steps for x in s.changed])
 
 
 class reference:  # a namespace, spelled as the backend is
     """The twin in plain PyTorch: any device, and float64, which is the truth of the tests."""
 
     @staticmethod
-    def lazy_adam_steps(steps: Sequence[tuple]) -> None:
-        for arguments in steps:
-            if arguments[5] is not None:
-                check_rows(arguments[5], arguments[0].shape[0])
-        for arguments in steps:
-            reference.lazy_adam_step(*arguments)
+    def lazy_adam_steps(steps: Sequence[Step]) -> None:
+        for s in steps:
+            if s.rows is not None:
+                check_rows(s.rows, s.param.shape[0])
+        for s in steps:
+            reference.lazy_adam_step(s)
 
     @staticmethod
-    def lazy_adam_step(
-        param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor | None, row_steps: Tensor | None,
-        rows: Tensor | None, grad: Tensor, lr: float | Tensor, step: Tensor, seed: Tensor | None, beta1: float,
-        beta2: float, eps: float, weight_decay: float, flags: int, padding_idx: int, number: int,
-    ) -> None:  # fmt: skip
-        lr = lr.double() if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
+    def lazy_adam_step(s: Step) -> None:
+        param, rows, grad, flags = s.param, s.rows, s.grad, s.flags
+        lr = s.lr.double() if isinstance(s.lr, Tensor) else torch.tensor(s.lr, dtype=torch.float64, device="cpu")
         table_rows = param.shape[0] if param.dim() else 1
         tables = [
             None if x is None else x.view(table_rows, x.numel() // max(table_rows, 1))
-            for x in (param, exp_avg, exp_avg_sq, max_exp_avg_sq)
+            for x in (param, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq)
         ]
         columns = tables[0].shape[1]
         # gradient
@@ -175,8 +177,8 @@ class reference:  # a namespace, spelled as the backend is
         else:
             ids, g = sum_duplicates(rows, grad.reshape(rows.numel(), columns))
         places = slice(None)  # where all rows move nothing is gathered, and no device waited for
-        if rows is not None or flags & SKIP_ZERO or padding_idx >= 0:
-            moves = ids != padding_idx
+        if rows is not None or flags & SKIP_ZERO or s.padding_idx >= 0:
+            moves = ids != s.padding_idx
             if flags & SKIP_ZERO:
                 moves &= (g != 0).any(1)
             places = ids = ids[moves]
@@ -184,30 +186,31 @@ class reference:  # a namespace, spelled as the backend is
         # update
         w, m, v, u = (None if x is None else wide(x[places]) for x in tables)
         g = g.to(w.dtype)
-        t = step.double() if row_steps is None else row_steps[places].double().unsqueeze(1) + 1
+        t = s.step.double() if s.row_steps is None else s.row_steps[places].double().unsqueeze(1) + 1
         if flags & NO_BIAS_CORRECTION:
             t = t * math.inf
-        size = (lr / (1 - beta1**t)).to(w.dtype)
-        root = (1 - beta2**t).sqrt().to(w.dtype)
+        size = (lr / (1 - s.beta1**t)).to(w.dtype)
+        root = (1 - s.beta2**t).sqrt().to(w.dtype)
         if flags & MAXIMIZE:
             g = -g
         if flags & COUPLED_DECAY:
-            g = g + weight_decay * w
+            g = g + s.weight_decay * w
         else:
-            w = w * (1 - lr * weight_decay).to(w.dtype)
-        m = m.lerp(g, 1 - beta1)
+            w = w * (1 - lr * s.weight_decay).to(w.dtype)
+        m = m.lerp(g, 1 - s.beta1)
         square = g * g if v.shape == g.shape else (g * g).mean(1, keepdim=True)
-        v = v * beta2 + (1 - beta2) * square
+        v = v * s.beta2 + (1 - s.beta2) * square
         if u is not None:
             u = torch.maximum(u, v)
-        w = w - size * m / ((v if u is None else u).sqrt() / root + (eps / root if flags & EPS_UNCORRECTED else eps))
-        if seed is not None:
-            w = _round_stochastically(w, ids, step, number, seed)
+        eps = s.eps / root if flags & EPS_UNCORRECTED else s.eps
+        w = w - size * m / ((v if u is None else u).sqrt() / root + eps)
+        if s.seed is not None:
+            w = _round_stochastically(w, ids, s.step, s.number, s.seed)
         for table, new in zip(tables, (w, m, v, u), strict=True):
             if table is not None:
                 table[places] = new.to(table.dtype)
-        if row_steps is not None:
-            row_steps[places] += 1
+        if s.row_steps is not None:
+            s.row_steps[places] += 1
 
 
 def _round_stochastically(w: Tensor, rows: Tensor, step: Tensor, number: int, seed: Tensor) -> Tensor:
@@ -251,12 +254,10 @@ def check_rows(rows: Tensor, table_rows: int) -> None:
         )
 
 
-def check(
-    param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor | None, row_steps: Tensor | None,
-    rows: Tensor | None, grad: Tensor, lr: float | Tensor, step: Tensor, seed: Tensor | None, beta1: float,
-    beta2: float, eps: float, weight_decay: float, flags: int, padding_idx: int, number: int,
-) -> None:  # fmt: skip
+def check(s: Step) -> None:
     """Raises where arguments of `lazy_adam_step` do not fit together; row ids are left to the backends."""
+    param, rows, grad, flags, seed = s.param, s.rows, s.grad, s.flags, s.seed
+    exp_avg, exp_avg_sq, max_exp_avg_sq, row_steps = s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, s.row_steps
     if not param.is_floating_point() or not grad.is_floating_point():
         raise TypeError(f"param and grad must be floating tensors, got {param.dtype} and {grad.dtype}")
     shape, device = param.shape, param.device

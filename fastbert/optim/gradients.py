@@ -26,22 +26,22 @@ def read(param: Tensor, rows: Rows) -> Gradient | None:
     grad = param.grad
     if grad is None:
         return None
-    if grad.layout == torch.sparse_coo:
-        if param in rows:
-            raise ValueError(
-                "rows name the rows of a dense gradient; this parameter's is sparse and holds them itself: leave it "
-                "out of rows, or make the gradient dense (nn.Embedding(sparse=False))"
-            )
-        if grad.sparse_dim() != 1:
-            raise ValueError(f"a sparse gradient must have 1 sparse axis, the rows, got {grad.sparse_dim()}")
-        ids = grad._indices()[0]
-        check_rows(ids, param.shape[0])
-        return Gradient(ids, grad._values(), False)
-    if grad.layout != torch.strided:
+    if grad.layout is torch.strided:
+        if rows and param in rows:
+            return Gradient(row_ids(rows[param], param), grad, True)
+        return Gradient(None, grad, False)
+    if grad.layout is not torch.sparse_coo:
         raise TypeError(f"a gradient must be dense or sparse COO, got {grad.layout}")
-    if rows and param in rows:
-        return Gradient(row_ids(rows[param], param), grad, True)
-    return Gradient(None, grad, False)
+    if param in rows:
+        raise ValueError(
+            "rows name the rows of a dense gradient; this parameter's is sparse and holds them itself: leave it "
+            "out of rows, or make the gradient dense (nn.Embedding(sparse=False))"
+        )
+    if grad.sparse_dim() != 1:
+        raise ValueError(f"a sparse gradient must have 1 sparse axis, the rows, got {grad.sparse_dim()}")
+    ids = grad._indices()[0]
+    check_rows(ids, param.shape[0])
+    return Gradient(ids, grad._values(), False)
 
 
 def row_ids(ids: Tensor, param: Tensor) -> Tensor:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastbert.backends import requested
-from fastbert.ops.lazy_adam import GRAD_BY_ROW, SKIP_ZERO, backend_of, check, update
+from fastbert.backends.lazy_adam import can_plan
+from fastbert.ops.lazy_adam import backend_of, check, reference
 from fastbert.optim import gradients, replay, state
 from fastbert.optim.gradients import Gradient, Rows
 from fastbert.optim.options import (
     DEFAULTS,
     Formula,
     check_choices,
-    check_memory,
     check_options,
     check_padding_idx,
     check_param,
@@ -30,6 +30,7 @@ from fastbert.optim.options import (
     formula_of,
     name_dtype,
 )
+from fastbert.optim.plan import Plans, Taken, arguments_of, step_by_arguments
 
 
 class LazyAdam(Optimizer):
@@ -132,6 +133,7 @@ class LazyAdam(Optimizer):
         name_dtype(defaults)
         self._padding: dict[Tensor, int] = {}  # of attached embeddings
         self._checked: list[tuple] = []  # of each group, the options that were found to hold
+        self._forget_plans()
         self.is_raw = False
         super().__init__(params, defaults)
 
@@ -196,45 +198,50 @@ class LazyAdam(Optimizer):
         rows = {} if rows is None else rows
         gradients.check_named(rows, set(self._parameters()) if rows else set(), "this optimizer's")
         self._check_changed_options()
-        planned, number = [], 0
-        for group in self.param_groups:
-            formula = formula_of(group)
+        taken, number = [], 0
+        for group, formula in zip(self.param_groups, self._current_formulas(), strict=True):
             for param in group["params"]:
                 gradient = gradients.read(param, rows)
                 if gradient is not None:
-                    planned.append((param, gradient, group, formula, number))
+                    taken.append((number, param, self.state.get(param, {}), gradient, group, formula))
                 number += 1
-        if closure is None and not self.state and state.is_asked_for(self.param_groups, [plan[1] for plan in planned]):
-            for param, _, group, *_ in planned:
+        if closure is None and not self.state and state.is_asked_for(self.param_groups, [take[3] for take in taken]):
+            for _, param, _, _, group, _ in taken:
                 self.state[param] = state.complete({}, param, group)
             return loss
-        steps, states = [], []
-        for param, gradient, group, formula, number in planned:
-            check_touched(group, param.shape, gradient.rows is not None)
-            if group["missed"] == "replay":
-                replay.check_gradient(gradient, self.state.get(param, {}), self._padding_idx(param, group))
-            states.append(state.complete(self.state.get(param, {}), param, group))
-            steps.append(self._arguments(param, gradient, group, formula, number, states[-1]))
-        for arguments in steps:
-            check(*arguments)
-            backend_of(arguments[0], requested())
-        # from here on something changes
-        for (param, gradient, group, formula, _), its in zip(planned, states, strict=True):
-            self.state[param] = its
-            if "last_step" in its:
-                self._record(param, gradient, group, formula)
-        counts: dict[torch.device, list[Tensor]] = {}
-        for its in states:
-            counts.setdefault(its["step"].device, []).append(its["step"])
-        for device, steps_taken in counts.items():  # a number in place of the tensor takes three times as long
-            torch._foreach_add_(steps_taken, torch.ones((), device=device), alpha=1.0)
-        update(steps, requested())
-        for (param, gradient, *_), its, (table, *_) in zip(planned, states, steps, strict=True):
-            if table is not param:
-                param.copy_(table)
-            if "last_step" in its:
-                replay.note(its, gradient.rows)
+        self._take(taken)
         return loss
+
+    def _take(self, taken: list[Taken]) -> None:
+        """The step of all that have a gradient, each by its plan or, where it can have none, by all its arguments."""
+        backend = requested()
+        by_module = can_plan and backend in ("", "cpu") and not torch.compiler.is_compiling()
+        plans, listed, replayed, completed = self._plans, [], [], {}
+        plans.begin(len(self._parameters()))
+        have_plans = plans.take(taken) if by_module else [False] * len(taken)
+        for (number, param, its, gradient, group, formula), has_plan in zip(taken, have_plans, strict=True):
+            if group["missed"] == "replay":
+                replay.check_gradient(gradient, its, self._padding_idx(param, group))
+            if not has_plan:
+                check_touched(group, param.shape, gradient.rows is not None)
+                its = completed[param] = state.complete(its, param, group)
+                padding_idx = self._padding_idx(param, group)
+                arguments = arguments_of(number, param, its, gradient, group, formula, padding_idx)
+                check(arguments)
+                by_kernels = backend_of(param, backend) is not reference
+                if not (by_module and by_kernels and plans.make(number, arguments, param, its, gradient)):
+                    listed.append((param, arguments))
+            if "last_step" in its:
+                replayed.append((param, gradient, group, formula))
+        # from here on something changes
+        self.state.update(completed)
+        for param, gradient, group, formula in replayed:
+            self._record(param, gradient, group, formula)
+        plans.finish([(len(g["params"]), f) for g, f in zip(self.param_groups, self._formulas, strict=True)])
+        step_by_arguments(listed, backend)
+        for param, gradient, *_ in replayed:
+            if "last_step" in (its := self.state[param]):
+                replay.note(its, gradient.rows)
 
     def _check_changed_options(self) -> None:
         """Checks the groups whose options are not those that were checked last; numbers are checked at every step."""
@@ -244,31 +251,25 @@ class LazyAdam(Optimizer):
             choices = choices_of(group)
             if self._checked[number : number + 1] == [choices]:
                 continue
+            self._forget_plans()
             check_choices(group)
             for param in group["params"]:
                 check_param(param, group)
                 state.check_kept(self.state.get(param, {}), param, group)
             self._checked[number : number + 1] = [choices]
 
-    def _arguments(
-        self, param: Tensor, gradient: Gradient, group: dict[str, Any], formula: Formula, number: int, its: state.State
-    ) -> tuple:
-        """Of `lazy_adam_step`, up to `number`; `its` state, whose count of steps is yet to be raised."""
-        flags, seed = formula.flags, None
-        if gradient.by_row:
-            flags += GRAD_BY_ROW
-        elif gradient.rows is None and group["lazy"] == "nonzero":
-            flags += SKIP_ZERO
-        if group["stochastic_rounding"] and param.dtype == torch.bfloat16:
-            seed = torch.tensor([group["seed"]], device=param.device)
-        if not param.is_contiguous():
-            check_memory(param)
-        return (
-            param.contiguous(), its["exp_avg"], its["exp_avg_sq"], its["max_exp_avg_sq"] if group["amsgrad"] else None,
-            its["row_steps"] if group["bias_correction"] == "row" and param.dim() else None, gradient.rows,
-            gradient.values, formula.lr, its["step"], seed, formula.beta1, formula.beta2, group["eps"],
-            group["weight_decay"], flags, self._padding_idx(param, group), number,
-        )  # fmt: skip
+    def _forget_plans(self) -> None:
+        """Options have changed, which every plan was made of."""
+        self._plans = Plans()
+        self._formulas: list[Formula] = []  # of each group, in its last step
+
+    def _current_formulas(self) -> list[Formula]:
+        before = [*self._formulas, *[None] * len(self.param_groups)]
+        self._formulas = [formula_of(group, last) for group, last in zip(self.param_groups, before, strict=False)]
+        for last, now in zip(before, self._formulas, strict=False):
+            if last and bool(last.weight_decay) != bool(now.weight_decay):
+                self._plans = Plans()  # `check_touched` goes by whether there is decay
+        return self._formulas
 
     def _record(self, param: Tensor, gradient: Gradient, group: dict[str, Any], formula: Formula) -> None:
         """Before a step: what rows that it leaves out will have missed."""
@@ -276,8 +277,8 @@ class LazyAdam(Optimizer):
         if group["missed"] != "replay":  # any more
             replay.end(param, its, padding_idx)
         elif gradient.rows is not None:
-            options = (formula.beta1, formula.beta2, group["eps"], formula.flags & replay.FLAGS)
-            replay.record(param, its, float(formula.lr), group["weight_decay"], options, padding_idx)
+            options = (formula.beta1, formula.beta2, formula.eps, formula.flags & replay.FLAGS)
+            replay.record(param, its, float(formula.lr), formula.weight_decay, options, padding_idx)
 
     def grad_norm(self, *, rows: Rows | None = None, error_if_nonfinite: bool = False) -> Tensor:
         """The L2 norm over what the gradients of all groups will apply, a scalar; see `fastbert.clip_grad_norm_`."""
@@ -301,6 +302,7 @@ class LazyAdam(Optimizer):
         check_padding_idx(embedding.padding_idx, embedding.weight)
         if embedding.padding_idx is not None:
             self._padding[embedding.weight] = embedding.padding_idx
+            self._forget_plans()
         if group["missed"] == "replay":
             hook = replay.Hook(self)
             embedding.register_forward_pre_hook(hook.before_forward, with_kwargs=True)
@@ -363,6 +365,7 @@ class LazyAdam(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.setdefault("is_raw", False)
         self._checked = []
+        self._forget_plans()
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in {**self.defaults, **DEFAULTS}.items():

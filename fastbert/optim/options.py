@@ -185,21 +185,36 @@ def check_touched(options: dict[str, Any], shape: torch.Size, has_rows: bool) ->
 class Formula(NamedTuple):
     """What a group's parameters have in common in one step, as the op takes it."""
 
-    lr: float | Tensor
+    lr: Tensor  # float64, one number; on the CPU but for a learning rate on another device
     beta1: float
     beta2: float
+    eps: float
+    weight_decay: float
     flags: int
+    given: tuple  # lr, betas, eps and weight_decay that it was made of; () where they can change unseen
 
 
-def formula_of(group: dict[str, Any]) -> Formula:
-    """Raises as `check_numbers` does."""
-    check_numbers(group, waits=False)  # a schedule may have changed them
-    beta1, beta2 = (float(beta) for beta in group["betas"])
+def formula_of(group: dict[str, Any], last: Formula | None = None) -> Formula:
+    """The group's formula: `last`, that of the step before, where a schedule has replaced no number since.
+
+    Raises as `check_numbers` does.
+    """
+    lr, betas, eps, weight_decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
+    if last is not None and last.given:
+        lr0, betas0, eps0, weight_decay0 = last.given
+        if lr is lr0 and betas is betas0 and eps is eps0 and weight_decay is weight_decay0:
+            return last
+    check_numbers(group, waits=False)
+    is_fixed = isinstance(betas, tuple) and not any(isinstance(x, Tensor) for x in (lr, *betas))
     flags = (group["eps_mode"] == "sparse_adam") * EPS_UNCORRECTED
     flags += (group["bias_correction"] is None) * NO_BIAS_CORRECTION
     flags += bool(group["maximize"]) * MAXIMIZE
     flags += (not group["decoupled_weight_decay"]) * COUPLED_DECAY
-    return Formula(group["lr"], beta1, beta2, flags)
+    return Formula(
+        lr.double() if isinstance(lr, Tensor) else torch.tensor(float(lr), dtype=torch.float64, device="cpu"),
+        float(betas[0]), float(betas[1]), eps, weight_decay, flags,
+        (lr, betas, eps, weight_decay) if is_fixed else (),
+    )  # fmt: skip
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
