@@ -76,7 +76,9 @@ def test_a_model_on_a_lower_instruction_set(isa):
     What compiles is left out: it takes ten times as long and calls the same kernels.
     """
     selection = "(cpu or backend) and not compiles"
-    output = pytest_process("-k", selection, TESTS / "models/test_layers.py", TESTS / "models/test_bert.py", FASTBERT_CPU_ISA=isa)
+    output = pytest_process(
+        "-k", selection, TESTS / "models/test_layers.py", TESTS / "models/test_bert.py", FASTBERT_CPU_ISA=isa
+    )
     assert int(re.search(r"(\d+) passed", output)[1]) >= 12, output[-1000:]
 
 
