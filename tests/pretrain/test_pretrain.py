@@ -33,7 +33,7 @@ def test_a_run_leaves_everything(finished):
 
 
 def test_it_learns_from_context(settings, tmp_path):
-    """Every document repeats one word: frequencies know nothing, the neighbours everything. In bfloat16, as no other run."""
+    """Every document repeats one word: frequencies know nothing, the neighbours everything. In bfloat16, alone."""
     words = ["cat", "dog", "bird", "fish", "horse", "sheep", "goat", "mouse", "lion", "bear", "wolf", "deer"]
     draw = random.Random(0)
     corpus = tmp_path / "animals.txt"
