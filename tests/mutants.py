@@ -77,7 +77,7 @@ FAULTS = [
         "attention.cpp", "ops/test_attention.py ops/test_shapes.py",
         ("min(keys - 1, query + p.window_right - key0)", "min(keys - 1, query + p.window_right - key0 + 1)"),
         ("const bool same = before == now || before == -__builtin_inff();", "const bool same = true;"),
-        ("ds[i] = seen.pick(q.visible, j, full * (dw - q.delta), 0.f);", "ds[i] = full * (dw - q.delta);"),
+        ("ds[i] = seen.pick(q.visible, j, full * (dw - q.delta), 0.f);", "ds[i] = seen.pick(q.visible, j, full * dw, 0.f);"),
         ("key0 > first_key, ahead);", "key0 > first_key + kKeys, ahead);"),
         ("if (p.t && i % kDrawn == 0) dropout.draw(static_cast<uint32_t>(token0 + query), 0, keys);",
          "if (p.t && i % kDrawn == 0) dropout.draw(static_cast<uint32_t>(query), 0, keys);"),
