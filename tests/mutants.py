@@ -9,6 +9,7 @@ compared on the same faults. Before all, the tests named must pass on the copy w
 """
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,7 +79,7 @@ FAULTS = [
         "attention.cpp", "ops/test_attention.py ops/test_shapes.py",
         ("min(keys - 1, query + p.window_right - key0)", "min(keys - 1, query + p.window_right - key0 + 1)"),
         ("const bool same = before == now || before == -__builtin_inff();", "const bool same = true;"),
-        ("ds[i] = seen.pick(q.visible, j, full * (dw - q.delta), 0.f);", "ds[i] = full * (dw - q.delta);"),
+        ("ds[i] = seen.pick(q.visible, j, full * (dw - q.delta), 0.f);", "ds[i] = seen.pick(q.visible, j, full * dw, 0.f);"),
         ("key0 > first_key, ahead);", "key0 > first_key + kKeys, ahead);"),
         ("if (p.t && i % kDrawn == 0) dropout.draw(static_cast<uint32_t>(token0 + query), 0, keys);",
          "if (p.t && i % kDrawn == 0) dropout.draw(static_cast<uint32_t>(query), 0, keys);"),
@@ -125,7 +127,7 @@ FAULTS = [
     ),
     *python(
         "ops/attention", "ops/test_attention.py ops/test_fakes.py",
-        ("return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype", "return torch.empty_like(q), q.new_empty(q.shape[:2], dtype"),
+        ("return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype", "return q.new_empty(q.shape), q.new_empty(q.shape[:2][::-1], dtype"),
     ),
     *python(
         "optim/gradients", "optim/test_gradients.py",
@@ -152,7 +154,7 @@ FAULTS = [
     *python(
         "data/batches", "data/test_batches.py",
         ("max_seqlen=int(seqlens.max()),", "max_seqlen=int(seqlens[0]),"),
-        ("ignored = -len(self.labels) % masked", "ignored = masked - len(self.labels) % masked"),
+        ("labels=F.pad(self.labels, (0, ignored), value=-100)", "labels=F.pad(self.labels, (0, ignored), value=0)"),
     ),
     *python("data/samples", "data/test_batches.py",
             ("token += np.where(token >= own_start, own_end - own_start, 0)", "pass")),
@@ -209,6 +211,17 @@ def link(copy: Path, build: Path, changed: str) -> str | None:
     return done.stdout if done.returncode else None
 
 
+@contextlib.contextmanager
+def planted(fault: Fault, build: Path) -> Iterator[tuple[Path, str | None]]:
+    """A copy of the checkout with the fault, and what the compiler said where it refused it."""
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("build", ".git", ".venv", ".path", "__pycache__"))
+        path = copy / fault.file
+        path.write_text(path.read_text().replace(fault.old, fault.new, 1))
+        yield copy, link(copy, build, fault.file) if fault.file.startswith("csrc") else None
+
+
 def reaches(copy: Path, stem: str, header: str) -> bool:
     """Whether csrc/cpu/<stem>.cpp includes the header, itself or through another."""
     seen, waiting = set(), [copy / f"csrc/cpu/{stem}.cpp"]
@@ -245,22 +258,23 @@ def main() -> None:
         count = (ROOT / fault.file).read_text().count(fault.old)
         if count != 1:
             sys.exit(f"{fault.file} holds {fault.old!r} {count} times: bring the fault in step with the sources")
+    patterns = [pattern for fault in faults for pattern in fault.tests.split()]
+    none = Fault("csrc/cpu/common.h", "", "", " ".join(dict.fromkeys(patterns)))  # which every kernel includes
+    with planted(none, arguments.build) as (copy, problem):
+        for folder in arguments.tests:
+            if problem or not passes(copy, folder, none):
+                sys.exit(f"without a fault the tests of {folder} fail already, or nothing is compiled: {problem}")
     found = dict.fromkeys(arguments.tests, 0)
     for number, fault in enumerate(faults, 1):
-        with tempfile.TemporaryDirectory() as temporary:
-            copy = Path(temporary) / "copy"
-            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("build", ".git", ".venv", ".path", "__pycache__"))
-            path = copy / fault.file
-            path.write_text(path.read_text().replace(fault.old, fault.new))
-            problem = link(copy, arguments.build, fault.file) if fault.file.startswith("csrc") else None
-            verdicts = []
+        verdicts = []
+        with planted(fault, arguments.build) as (copy, problem):
             for folder in arguments.tests:
                 start = time.perf_counter()
                 is_found = problem is None and not passes(copy, folder, fault)
                 found[folder] += is_found
                 verdicts.append(f"{'found' if is_found else 'NOT FOUND'} {time.perf_counter() - start:.0f} s")
         print(
-            f"{number:3} {fault.file:34} {fault.new.strip()[:60]!r:64} {', '.join(verdicts)} {problem or ''}",
+            f"{number:3} {fault.file:30} {fault.new.strip()[:60]!r:64} {', '.join(verdicts)} {problem or ''}",
             flush=True,
         )
     for folder, count in found.items():

@@ -50,9 +50,9 @@ def test_training_repeats():
         "t = train_tokenizer((x[:300] for x in topics.values()), 700)\n"
         "print(t.get_vocab_size(), fingerprint(t))"
     )
-    runs = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True) for _ in "ab"]
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     here = train_tokenizer((x[:300] for x in topics.values()), 700)
-    assert {run.stdout for run in runs} == {f"{here.get_vocab_size()} {fingerprint(here)}\n"}
+    assert run.stdout == f"{here.get_vocab_size()} {fingerprint(here)}\n"
 
 
 def test_characters_take_a_third_and_what_merges_leave():

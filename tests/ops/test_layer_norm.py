@@ -18,7 +18,7 @@ CASES = {
     "blocks and a tail": (2, 700),
     "several chunks of rows": (2, 35, 24),
     "chunks of more than 32 rows": (2100, 21),
-    "more columns than are drawn at a time": (3, 2100),
+    "more columns than are drawn at a time": (3, 1500),
     "a long row": (2, 20000),
 }
 # With a residual or not, and p. Without, p = 1 would normalise zeros, where any rounding is blown up by 1/sqrt(eps).

@@ -125,12 +125,14 @@ def test_eps_stands_where_the_flag_says(backend):
         torch.testing.assert_close(state[0], torch.full((1, 3), -0.375 / 0.75 / denominator))
 
 
-def test_rows_without_momentum_only_decay(backend):
-    state = [torch.ones(2, 3), torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2).int()]
+@pytest.mark.parametrize("before", [0, 2000], ids=["walked", "expanded"])
+def test_rows_without_momentum_only_decay(backend, before):
+    """By eps 0 too, where their movement would be 0 / 0."""
+    state = [torch.ones(2, 3), torch.zeros(2, 3), torch.zeros(2, 3), torch.full((2,), before).int()]
     lr, decay = torch.full((50,), 0.1).double(), torch.full((50,), 0.5).double()
-    call(state, None, lr, decay, 50, padding_idx=1)
+    call(state, None, lr, decay, before + 50, padding_idx=1)
     torch.testing.assert_close(state[0], torch.tensor([[0.95**50], [1.0]]).expand(2, 3))
-    assert state[3].tolist() == [50, 50] and not state[1].any()
+    assert state[3].tolist() == [before + 50] * 2 and not state[1].any()
 
 
 def test_bits_do_not_depend_on_threads(kernels):

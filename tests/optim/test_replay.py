@@ -105,6 +105,17 @@ def test_padding_never_moves(best):
     assert (table.weight[3] == 7).all() and not optimizer.state[table.weight]["exp_avg"][3].any()
 
 
+def test_a_padding_row_that_waits_is_not_stale(best):
+    """It never moves, so a dense gradient after steps of all other rows is AdamW's."""
+    table = nn.Embedding(3, 2, padding_idx=0)
+    optimizer = LazyAdam(table.parameters(), missed="replay")
+    optimizer.attach(table)
+    for rows in (torch.tensor([1, 2]), torch.tensor([2, 1]), None):
+        table.weight.grad = torch.tensor([[0.0], [1.0], [2.0]]).expand(3, 2).clone()
+        optimizer.step(rows=None if rows is None else {table.weight: rows})
+    assert optimizer.state[table.weight]["step"] == 3
+
+
 def test_an_exported_model_is_current_and_a_raw_one_is_not(best):
     table, optimizer = build(missed="replay")
     optimizer.attach(table)

@@ -1,0 +1,136 @@
+"""What a resumed run must find, and what it says where something has changed."""
+
+import dataclasses
+import os
+import shutil
+
+import pytest
+import torch
+from pretrain_runs import bad
+
+from fastbert.backends import linear
+from fastbert.ops import linear_timing
+from fastbert.pretrain import lock, loop, snapshot
+from fastbert.pretrain import run as runs
+from fastbert.pretrain.loop import pretrain
+from fastbert.pretrain.report import last_scores, read_metrics, summary
+
+
+def test_a_run_exists_once_its_data_does(settings, tmp_path, capsys, monkeypatch):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("one document alone, of a single sentence.")
+    config = dataclasses.replace(settings, output=tmp_path / "run", corpus=corpus, steps=1)
+    with pytest.raises(ValueError, match="document"):
+        pretrain(config)
+    assert not (config.output / "config.json").exists()
+    text = bad(capsys, monkeypatch, "pretrain", "--output", config.output, "--resume")
+    assert "holds no run to resume" in text and "is started again without --resume" in text
+    corpus.write_text("\n\n".join(f"giraffes eat leaves, {i} a day. so they grow." for i in range(60)))
+    pretrain(config)
+    assert "giraffes" in (config.output / "tokenizer/vocab.txt").read_text()
+    text = bad(capsys, monkeypatch, "pretrain", "--output", config.output, "--corpus", corpus, "--steps", 5)
+    assert "already holds a run (config.json): pass --resume" in text
+    (config.output / "config.json").unlink()
+    text = bad(capsys, monkeypatch, "pretrain", "--output", config.output, "--corpus", corpus, "--steps", 5)
+    assert "already holds a run (snapshots)" in text, "a new run must not go on from an old one's snapshots"
+
+
+def test_resume_on_another_text_is_refused(settings, finished, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "config.json").write_text(
+        (run / "config.json").read_text().replace(str(settings.corpus), str(tmp_path / "manual.txt"))
+    )
+    shutil.rmtree(run / "data")
+    shutil.copy(settings.corpus, tmp_path / "manual.txt")
+    pretrain(dataclasses.replace(settings, output=run), resume=True)  # elsewhere, the same text: its data is made again
+    for name in ("train", "held_out"):
+        assert (run / f"data/{name}/meta.json").read_bytes() == (finished / f"data/{name}/meta.json").read_bytes()
+
+    shutil.rmtree(run / "data")
+    (tmp_path / "manual.txt").write_text("\n\n".join("quite another text." for _ in range(100)))
+    assert "is not known to be the one that the run began with" in bad(
+        capsys, monkeypatch, "pretrain", "--output", run, "--resume"
+    )
+    shutil.copytree(finished / "data", run / "data")
+    shutil.rmtree(run / "data/held_out")
+    shutil.copytree(run / "data/train", run / "data/held_out")
+    assert "was trained with another held-out text than" in bad(
+        capsys, monkeypatch, "pretrain", "--output", run, "--resume"
+    )
+
+
+def test_one_process_trains_in_a_folder(finished, tmp_path, capsys, monkeypatch):
+    with lock.hold(finished):
+        text = bad(capsys, monkeypatch, "pretrain", "--output", finished, "--resume")
+        assert f"is in use: process {os.getpid()} on" in text
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    text = bad(capsys, monkeypatch, "pretrain", "--output", tmp_path / "new", "--corpus", finished, "--steps", 5)
+    assert "trains in one process, and WORLD_SIZE=4 says that this is one of several" in text
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_goes_on_without_its_metrics(finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "metrics.jsonl").unlink()
+    pretrain(runs.read_config(run), resume=True)
+    said = capsys.readouterr().out
+    assert "metrics.jsonl is missing: training goes on, with records from step 41 on alone" in said
+    before = last_scores(read_metrics(finished / "metrics.jsonl"))
+    assert summary(before) in said, "the held-out scores are measured again"
+
+
+def test_elsewhere_is_named(finished, capsys):
+    state = snapshot.load(finished / "snapshots")
+    config = runs.read_config(finished)
+    runs.name_differences(state["environment"], config)
+    assert capsys.readouterr().out == ""
+    runs.name_differences(state["environment"] | {"threads": 77, "torch": "1.0"}, config)
+    said = capsys.readouterr().out
+    assert f"threads 77 -> {torch.get_num_threads()}" in said and "torch 1.0 ->" in said and "fastbert" not in said
+
+
+def test_the_library_of_products_is_chosen_once(settings, finished, tmp_path, monkeypatch, capsys):
+    timed = []
+
+    def fastest(*shape):
+        timed.append(shape)
+        return "onednn", "a test says so"
+
+    monkeypatch.setattr(linear_timing, "fastest", fastest)
+    monkeypatch.setattr(linear, "onednn_missing", None)
+    monkeypatch.setattr(linear, "_requested", "auto")
+    config = runs.new_run(dataclasses.replace(settings, output=tmp_path / "new"))
+    assert config.linear == "onednn" and timed == [(512, 128, 512, torch.float32)]
+    assert "linear products by onednn: a test says so" in capsys.readouterr().out
+    with loop.products(config):
+        assert linear.chosen() == "onednn"
+    assert runs.environment(config)["linear products"] == "onednn"
+    config.output.mkdir()
+    runs.write_config(config)
+    assert runs.resumed_run(config.output) == config and len(timed) == 1, "a resumed run was timed again"
+
+    # FASTBERT_LINEAR forces it, which a resumed run says
+    monkeypatch.setattr(linear, "_requested", "torch")
+    forced = runs.resumed_run(config.output)
+    assert forced.linear == "torch"
+    runs.name_differences(runs.environment(config), forced)
+    assert "linear products onednn -> torch" in capsys.readouterr().out
+    monkeypatch.setattr(linear, "_requested", "auto")
+    in_bf16 = dataclasses.replace(settings, output=tmp_path / "bf16", bf16=True)
+    assert runs.new_run(in_bf16).linear == "onednn" and timed[1:] == [(512, 128, 512, torch.bfloat16)]
+
+    monkeypatch.setattr(linear, "onednn_missing", "it is gone")
+    with pytest.raises(ValueError, match=r"it is gone\. FASTBERT_LINEAR=torch"):
+        runs.resumed_run(config.output)
+    assert snapshot.load(finished / "snapshots")["environment"]["linear products"] == runs.read_config(finished).linear
+
+
+def test_a_damaged_store_is_named(settings, finished, tmp_path, capsys, monkeypatch):
+    config = dataclasses.replace(settings, output=tmp_path / "damaged", steps=3)
+    pretrain(config)
+    tokens = config.output / "data/train/tokens.bin"
+    tokens.write_bytes(tokens.read_bytes()[:-10])
+    text = bad(capsys, monkeypatch, "pretrain", "--output", config.output, "--resume")
+    assert "tokens.bin" in text
