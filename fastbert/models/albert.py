@@ -82,6 +82,15 @@ class AlbertForPreTrainingOutput(NamedTuple):
     prediction_logits: Tensor
     sop_logits: Tensor
 
+    @property
+    def sentence_loss(self) -> Tensor | None:
+        """The sentence head's, by the name that every model has for it."""
+        return self.sop_loss
+
+    @property
+    def sentence_logits(self) -> Tensor:
+        return self.sop_logits
+
 
 class AlbertModel(Encoder):
     """The ALBERT encoder with its pooler.
