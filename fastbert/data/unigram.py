@@ -7,7 +7,7 @@ word until the model cuts it off. Source: Kudo, "Subword regularization" (2018),
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -16,6 +16,7 @@ from fastbert.data.tokenizer import SPECIAL_TOKENS, check_training, count_words,
 _LONGEST = 1000  # characters of a word looked at together
 # Special tokens are pieces of the model too: where text spells them out, letter by letter must be likelier.
 _NEVER = -1000.0
+_MOST = 0.9  # of the text, that words seen more than once must make up for the others to be left out
 _STEP = 1e-4  # between the scores that the trainer gives to characters that it had pruned
 
 
@@ -36,7 +37,7 @@ def train_unigram(
     Args:
         vocab_size: entries with the special tokens, 64 to 16,777,216.
         lowercase: lower-case and strip accents.
-        min_frequency: words seen less often teach nothing, if there are others.
+        min_frequency: words seen less often teach nothing, where the others are nine tenths of the text.
         progress: prints a line between reading the texts and training, which takes longer.
 
     Raises:
@@ -55,7 +56,9 @@ def train_unigram(
     for word, count in words.items():
         for part in _parts(word, alphabet):
             parts[part] += count
-    often = {part: count for part, count in parts.items() if count >= min_frequency} or parts
+    often = {part: count for part, count in parts.items() if count >= min_frequency}
+    if _length(often) < _MOST * _length(parts):  # as where words have no spaces between them
+        often = parts
     if progress:
         print(f"tokenizer: {len(often):,} different words, looking for the likeliest {vocab_size:,} pieces", flush=True)
 
@@ -78,6 +81,10 @@ def _parts(word: str, alphabet: set[str]) -> Iterator[str]:
     for part in "".join(character if character in alphabet else " " for character in word).split():
         for start in range(0, len(part), _LONGEST):
             yield part[start : start + _LONGEST]
+
+
+def _length(words: Mapping[str, int]) -> int:
+    return sum(len(word) * count for word, count in words.items())
 
 
 def _settled(trained: list[tuple[str, float]]) -> list[tuple[str, float]]:

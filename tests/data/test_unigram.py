@@ -75,6 +75,15 @@ def test_continuations_are_letters_and_digits_behind_a_word_s_beginning(tokenize
     assert continues[vocab["s"]] and not continues[vocab[","]] and not continues[vocab["."]]
 
 
+def test_text_without_spaces():
+    """No sentence occurs twice, and what it is made of does."""
+    words = ["电影", "非常", "好看", "我们", "今天", "喜欢", "音乐", "孩子"]
+    rng = np.random.default_rng(0)
+    tokenizer = train_unigram(["".join(rng.choice(words, 12)) for _ in range(200)], 64)
+    assert set(words) <= tokenizer.get_vocab().keys()
+    assert tokenizer.encode("今天我们非常喜欢电影").tokens[1:-1] == ["▁今天", "我们", "非常", "喜欢", "电影"]
+
+
 def test_few_and_many_characters():
     """A third of the vocabulary at most are characters; others are [UNK] and part the pieces beside them."""
     rare = "".join(map(chr, range(0x4E00, 0x4E00 + 500)))
