@@ -27,7 +27,7 @@ build: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/fastbert info
 	$(BIN)/fastbert pretrain --output runs/demo --corpus "$$($(BIN)/python benchmarks/reviews.py)" --column text \
-		--preset tiny --vocab-size 8192 --seq-len 64 --batch-tokens 2048 --steps 5000 --minutes 15 --dropout 0 --no-nsp \
+		--preset tiny --vocab-size 8192 --seq-len 64 --batch-tokens 2048 --steps 5000 --minutes 15 --dropout 0 --objective mlm \
 		--bf16 $(if $(wildcard runs/demo/config.json),--resume)
 
 test: $(VENV)/.installed

@@ -1,18 +1,19 @@
-"""Tokens per second of one pretraining step: ours against transformers' BERT, eager and compiled.
+"""Tokens per second of one pretraining step: ours against transformers' BERT or ALBERT, eager and compiled.
 
-    python benchmarks/pretrain.py [--quick] [--layers 4] [--batch 8] [--seq-len 128] [--shortest 1] [--repeats 20] ...
+    python benchmarks/pretrain.py [--model bert] [--quick] [--layers 4] [--batch 8] [--seq-len 128] [--shortest 1] ...
 
 A step is forward, backward, clipping of the gradient norm and the optimizer's step, with dropout 0.1, in float32 and in
 bfloat16 autocast. The lengths of a batch's sequences are evenly spaced from `shortest` (1: half of the batch is
 padding) to `seq_len`, and only real tokens are counted. transformers gets them padded to [B, S], which is what it
 takes; its shapes never change, so torch.compile specialises it fully. We get the same tokens packed. Both sides have
-the same weights, data, labels (15 % of the real tokens, and next-sentence labels) and memory allocator setting, and
+the same weights, data, labels (15 % of the real tokens, and a label of every pair) and memory allocator setting, and
 their losses without dropout are compared before anything is timed. Variants run in turn in one process. Our optimizer
 is LazyAdam, on all rows of the word embeddings (as `fastbert pretrain`) or on the touched ones; transformers' is
-torch's fused AdamW.
+torch's fused AdamW. With --model albert there is "fastbert BERT" besides, our BERT with the same layers.
 """
 
 import argparse
+import dataclasses
 import os
 import tempfile
 from collections.abc import Callable
@@ -28,7 +29,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastbert
-from fastbert.models.bert import BertConfig, BertForPreTraining
+from fastbert.models.auto import PRETRAINING
+from fastbert.models.config import ModelConfig
+from fastbert.models.pretraining import PreTrainingModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-4, 0.01, 1.0
@@ -50,7 +53,14 @@ class Batch:
         return Batch(padded, packed, self.tokens)
 
 
-def make_batch(size: int, seq_len: int, vocab_size: int, generator: torch.Generator, shortest: int = 1) -> Batch:
+def make_batch(
+    size: int,
+    seq_len: int,
+    vocab_size: int,
+    generator: torch.Generator,
+    shortest: int = 1,
+    sentence_label: str = "next_sentence_label",
+) -> Batch:
     """Random words; 15 % of each sequence's tokens, one at least, are to be predicted."""
     lengths = torch.linspace(shortest, seq_len, size).round().long()[torch.randperm(size, generator=generator)]
     real = torch.arange(seq_len) < lengths[:, None]  # [B, S]
@@ -58,13 +68,13 @@ def make_batch(size: int, seq_len: int, vocab_size: int, generator: torch.Genera
     types = (torch.arange(seq_len) >= lengths[:, None] // 2).long() * real
     order = torch.rand(real.shape, generator=generator).masked_fill(~real, 2.0).argsort(1).argsort(1)
     masked = order < (0.15 * lengths).round().clamp(min=1)[:, None]
-    next_sentence = torch.randint(2, (size,), generator=generator)
+    of_pairs = torch.randint(2, (size,), generator=generator)
     padded = {
         "input_ids": ids,
         "attention_mask": real.long(),
         "token_type_ids": types,
         "labels": torch.where(masked, ids, -100),
-        "next_sentence_label": next_sentence,
+        sentence_label: of_pairs,
     }
     packed = {
         "input_ids": ids[real],
@@ -73,19 +83,20 @@ def make_batch(size: int, seq_len: int, vocab_size: int, generator: torch.Genera
         "max_seqlen": int(lengths.max()),
         "masked_positions": masked[real].nonzero().squeeze(1),
         "labels": ids[masked],
-        "next_sentence_label": next_sentence,
+        sentence_label: of_pairs,
     }
     return Batch(padded, packed, int(lengths.sum()))
 
 
-def models(config: BertConfig, attention: str, device: str) -> tuple[BertForPreTraining, nn.Module]:
+def models(config: ModelConfig, attention: str, device: str) -> tuple[PreTrainingModel, nn.Module]:
     """Ours and theirs with the same random weights."""
-    ours = BertForPreTraining(config)
+    kind = next(kind for kind in PRETRAINING.values() if kind.config_class is type(config))
+    ours = kind(config)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         ours.save_pretrained(folder)
-        theirs = transformers.BertForPreTraining.from_pretrained(folder, attn_implementation=attention)
+        theirs = getattr(transformers, kind.__name__).from_pretrained(folder, attn_implementation=attention)
     return ours.to(device), theirs.to(device)
 
 
@@ -121,7 +132,7 @@ def step(model: nn.Module, run: Callable, inputs: list[dict], dtype: torch.dtype
         loss.backward()
         if rows:
             touched = torch.cat([batch["input_ids"], batch["labels"]]) if rows == "touched" else None
-            named = None if touched is None else {model.bert.embeddings.word_embeddings.weight: touched}
+            named = None if touched is None else {model.word_embeddings: touched}
             fastbert.clip_grad_norm_(model.parameters(), CLIP, rows=named)
             optimizer.step(rows=named)
         else:
@@ -133,13 +144,14 @@ def step(model: nn.Module, run: Callable, inputs: list[dict], dtype: torch.dtype
     return call
 
 
-def variants(config: BertConfig, batches: list[Batch], dtype: torch.dtype, options: argparse.Namespace) -> dict:
+def variants(batches: dict[str, list[Batch]], dtype: torch.dtype, options: argparse.Namespace) -> dict:
     """Name -> one training step; every variant trains a model of its own."""
-    padded, packed = [batch.padded for batch in batches], [batch.packed for batch in batches]
     chosen = {}
     for name in options.variants:
-        ours, theirs = models(config, options.attention, options.device)
-        verify(ours, theirs, batches[0], dtype)
+        kind = "bert" if name == ANOTHER else options.model
+        padded, packed = [batch.padded for batch in batches[kind]], [batch.packed for batch in batches[kind]]
+        ours, theirs = models(configuration(kind, options), options.attention, options.device)
+        verify(ours, theirs, batches[kind][0], dtype)
         is_ours = name.startswith("fastbert")
         model, inputs = (ours, packed) if is_ours else (theirs, padded)
         run = torch.compile(model, mode=options.compile_mode) if name.endswith("compiled") else model
@@ -148,20 +160,34 @@ def variants(config: BertConfig, batches: list[Batch], dtype: torch.dtype, optio
     return chosen
 
 
-VARIANTS = ("fastbert", "fastbert touched rows", "transformers eager", "transformers compiled")
+VARIANTS = ("fastbert", "fastbert touched rows", "fastbert compiled", "transformers eager", "transformers compiled")
+ANOTHER = "fastbert BERT"  # beside ALBERT
+
+
+def configuration(model: str, options: argparse.Namespace) -> ModelConfig:
+    kind = PRETRAINING[model].config_class
+    dropouts = [field.name for field in dataclasses.fields(kind) if field.name.endswith("dropout_prob")]
+    return kind.preset(
+        options.preset,
+        num_hidden_layers=options.layers,
+        vocab_size=options.vocab_size,
+        max_position_embeddings=max(512, options.seq_len),
+        **dict.fromkeys(dropouts, options.dropout),
+    )
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(PRETRAINING), default="bert")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--preset", default="base", help="width, heads and feed-forward size of this BERT")
+    parser.add_argument("--preset", default="base", help="width, heads and feed-forward size of this one's")
     parser.add_argument("--vocab-size", type=int, default=30522)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--shortest", type=int, default=1, help="tokens of the shortest sequence")
     parser.add_argument("--batch", type=int, default=8, help="sequences per step")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=(*VARIANTS, ANOTHER), help="all, if not given")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--device", default="cpu", help="cuda: on a GPU, where our ops run in plain PyTorch")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
@@ -170,6 +196,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-keep-memory", action="store_true", help="leave the allocator as glibc has it")
     parser.add_argument("--quick", action="store_true", help="tiny model, three repeats, no CSV: does it run?")
     options = parser.parse_args()
+    if options.variants is None:
+        options.variants = [*VARIANTS, *([ANOTHER] if options.model == "albert" else [])]
     if options.quick:
         options.preset, options.layers, options.vocab_size, options.repeats = "tiny", 2, 1000, 3
     return options
@@ -181,30 +209,24 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    config = BertConfig.preset(
-        options.preset,
-        num_hidden_layers=options.layers,
-        vocab_size=options.vocab_size,
-        max_position_embeddings=max(512, options.seq_len),
-        hidden_dropout_prob=options.dropout,
-        attention_probs_dropout_prob=options.dropout,
-    )
-    generator = torch.Generator().manual_seed(0)
-    sizes = options.batch, options.seq_len, options.vocab_size
-    batches = [make_batch(*sizes, generator, options.shortest) for _ in range(4)]
+    sizes, batches = (options.batch, options.seq_len, options.vocab_size), {}
+    for model in {options.model, "bert"}:
+        generator, label = torch.Generator().manual_seed(0), PRETRAINING[model].sentence_label
+        made = [make_batch(*sizes, generator, options.shortest, label) for _ in range(4)]
+        batches[model] = [batch.to(options.device) for batch in made]
     torch.set_default_device(options.device)
-    batches = [batch.to(options.device) for batch in batches]
-    tokens = batches[0].tokens
+    tokens = batches[options.model][0].tokens
     share = tokens / (options.batch * options.seq_len)
     print(f"{', '.join(f'{k} {v}' for k, v in machine().items())}, memory kept: {kept}")
     print(
-        f"BERT {options.preset}, {options.layers} layers; {options.batch} x {options.seq_len}, {share:.0%} real tokens"
+        f"{options.model.upper()} {options.preset}, {options.layers} layers; {options.batch} x {options.seq_len}, "
+        f"{share:.0%} real tokens"
     )
 
     backend = "reference" if options.device != "cpu" else fastbert.backends()[-1]
     rows = []
     for name in options.dtype:
-        stats: dict[str, Stats] = interleaved(variants(config, batches, DTYPES[name], options), options.repeats)
+        stats: dict[str, Stats] = interleaved(variants(batches, DTYPES[name], options), options.repeats)
         slowest = stats.get("transformers eager", next(iter(stats.values())))
         print(f"\n{name:<24}{'p20':>9}{'median':>9}{'p80':>9} ms{'tokens/s':>12}{'x eager':>9}")
         for variant, s in stats.items():
@@ -213,7 +235,8 @@ def main() -> None:
             print(f"{variant:<24}{times}   {speed:>12,.0f}{ratio:>9.2f}")
             rows.append({
                 "variant": variant, "dtype": name, "p20_s": s.p20, "median_s": s.median, "p80_s": s.p80,
-                "tokens": tokens, "tokens_per_s": speed, "times_transformers_eager": ratio, "preset": options.preset,
+                "tokens": tokens, "tokens_per_s": speed, "times_transformers_eager": ratio,
+                "model": options.model, "preset": options.preset,
                 "layers": options.layers, "batch": options.batch, "seq_len": options.seq_len,
                 "shortest": options.shortest, "vocab_size": options.vocab_size, "dropout": options.dropout,
                 "repeats": options.repeats,
@@ -222,7 +245,8 @@ def main() -> None:
             })  # fmt: skip
         torch.compiler.reset()
     if not options.quick:
-        write_csv(results_path("pretrain", *options.dtype), rows)
+        what = [*([] if options.model == "bert" else [options.model]), *options.dtype]
+        write_csv(results_path("pretrain", *what), rows)
 
 
 if __name__ == "__main__":

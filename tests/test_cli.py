@@ -114,7 +114,8 @@ def test_numbers_have_ranges(name):
 
 @pytest.mark.parametrize(
     ("name", "wrong"),
-    [("nsp", 1), ("bf16", "yes"), ("preset", "huge"), ("embedding_update", None), ("device", 0), ("device", "meta"),
+    [("objective", "sop"), ("objective", 1), ("model", "gpt"),
+     ("bf16", "yes"), ("preset", "huge"), ("embedding_update", None), ("device", 0), ("device", "meta"),
      ("device", "cuda:99"), ("device", "nonsense")],
 )  # fmt: skip
 def test_other_settings_are_checked(name, wrong):
@@ -199,6 +200,7 @@ def test_operations_by_hand():
 def test_help_shows_what_presets_cost(monkeypatch, capsys):
     assert ended(monkeypatch, "pretrain", "--help") == 0
     said = capsys.readouterr().out
-    for name, lr in presets.LEARNING_RATES.items():
-        line = next(line for line in said.splitlines() if line.startswith(f"{name} "))
-        assert f"{lr:g}" in line and "GFLOP" in line and "GB" in line
+    for model, rates in presets.LEARNING_RATES.items():
+        for name, lr in rates.items():
+            line = next(line for line in said.splitlines() if line.startswith(f"{model} {name} "))
+            assert f"{lr:g}" in line and "GFLOP" in line and "GB" in line

@@ -13,7 +13,15 @@ from fastbert.data.corpus import check_corpus, iter_documents
 from fastbert.data.masking import mask_tokens
 from fastbert.data.sentences import split_sentences
 from fastbert.data.store import TokenStore, write_store, write_stores
-from fastbert.data.tokenizer import SpecialIds, load_tokenizer, save_tokenizer, special_ids, train_tokenizer
+from fastbert.data.tokenizer import (
+    SpecialIds,
+    continuations,
+    load_tokenizer,
+    save_tokenizer,
+    special_ids,
+    train_tokenizer,
+)
+from fastbert.data.unigram import train_unigram
 
 __all__ = [
     "Batch",
@@ -21,6 +29,7 @@ __all__ = [
     "SpecialIds",
     "TokenStore",
     "check_corpus",
+    "continuations",
     "iter_documents",
     "load_tokenizer",
     "mask_tokens",
@@ -28,6 +37,7 @@ __all__ = [
     "special_ids",
     "split_sentences",
     "train_tokenizer",
+    "train_unigram",
     "write_store",
     "write_stores",
 ]

@@ -5,7 +5,7 @@ an epoch is the same with any number of workers and wherever the iteration start
 """
 
 import copy
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -15,15 +15,17 @@ from torch.utils.data import Dataset
 
 from fastbert.data.draws import Purpose, draw
 from fastbert.data.masking import mask_tokens
-from fastbert.data.samples import cut_greedily, draw_pairs, find_spans
+from fastbert.data.samples import cut_greedily, draw_next_pairs, draw_ordered_pairs, find_spans
 from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import SpecialIds
 
 LONGEST = 1 << 16
+# What is trained: masked words alone, or beside them next-sentence or sentence-order prediction.
+Objective = Literal["mlm", "mlm+nsp", "mlm+sop"]
 
 
 class Batch(NamedTuple):
-    """B samples with T tokens in all, packed one after another; the arguments of `BertForPreTraining.forward`.
+    """B samples with T tokens in all, packed one after another; the arguments of a pretraining model's `forward`.
 
     Attributes:
         input_ids: int64 [T], after masking.
@@ -33,7 +35,8 @@ class Batch(NamedTuple):
         max_seqlen: length of the longest sample.
         masked_positions: int64 [M], places in the packed tokens, ascending.
         labels: int64 [M], the original ids there.
-        next_sentence_label: int64 [B], 0 next and 1 random; None without next-sentence prediction.
+        sentence_label: int64 [B], of next-sentence prediction 0 next and 1 random, of sentence-order prediction 0 in
+            order and 1 swapped, -100 to ignore; None without either.
     """
 
     input_ids: Tensor
@@ -43,7 +46,7 @@ class Batch(NamedTuple):
     max_seqlen: int
     masked_positions: Tensor
     labels: Tensor
-    next_sentence_label: Tensor | None
+    sentence_label: Tensor | None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch with its tensors on `device`."""
@@ -71,7 +74,7 @@ class Batch(NamedTuple):
         ends = total + longest * torch.arange(1, more + 1, dtype=bounds.dtype, device=bounds.device)
         places = torch.arange(padding, device=bounds.device) % longest
         ignored = -len(self.labels) % masked
-        label = self.next_sentence_label
+        label = self.sentence_label
         return Batch(
             input_ids=F.pad(self.input_ids, (0, padding), value=pad_id),
             token_type_ids=F.pad(self.token_type_ids, (0, padding)),
@@ -80,27 +83,29 @@ class Batch(NamedTuple):
             max_seqlen=max(self.max_seqlen, min(padding, longest)),
             masked_positions=F.pad(self.masked_positions, (0, ignored)),
             labels=F.pad(self.labels, (0, ignored), value=-100),
-            next_sentence_label=None if label is None else F.pad(label, (0, more), value=-100),
+            sentence_label=None if label is None else F.pad(label, (0, more), value=-100),
         )
 
 
 class PretrainBatches(Dataset[Batch]):
     """The batches of one epoch over a token store, a map-style dataset.
 
-    A sample is `[CLS] A [SEP] B [SEP]` with next-sentence prediction and `[CLS] A [SEP]` without: sentences of one
-    document, as many as fit in `seq_len`. Every epoch has all samples once, in an order given by (seed, epoch); a batch
-    takes the next ones until `batch_tokens` would be exceeded. All other choices depend on (seed, epoch, sample) only.
+    A sample is `[CLS] A [SEP] B [SEP]` with next-sentence or sentence-order prediction and `[CLS] A [SEP]` without
+    either: sentences of one document, as many as fit in `seq_len`. Every epoch has all samples once, in an order given
+    by (seed, epoch); a batch takes the next ones until `batch_tokens` would be exceeded. All other choices depend on
+    (seed, epoch, sample) only.
 
     Args:
         store: the tokens. special: the special ids of the tokenizer that wrote it.
         seq_len: longest sample, special tokens included; at least 8. The model's position table must be as long.
         batch_tokens: most tokens of a batch, special tokens included; at least seq_len.
         seed: 64-bit; epoch: 0, 1, ...; for evaluation fix it.
-        nsp: with next-sentence prediction.
-        mask_prob, mask_share, random_share: see `mask_tokens`.
+        objective: "mlm", "mlm+nsp" (pairs by `draw_next_pairs`) or "mlm+sop" (`draw_ordered_pairs`).
+        mask_prob, mask_share, random_share, continues: see `mask_tokens`; `continuations` makes the last.
 
     Raises:
-        ValueError: numbers outside these ranges, special ids outside the vocabulary, nsp with a single document.
+        ValueError: numbers outside these ranges, another objective, special ids outside the vocabulary, "mlm+nsp" with
+            a single document.
     """
 
     def __init__(
@@ -112,10 +117,11 @@ class PretrainBatches(Dataset[Batch]):
         batch_tokens: int,
         seed: int,
         epoch: int = 0,
-        nsp: bool = True,
+        objective: Objective = "mlm+nsp",
         mask_prob: float = 0.15,
         mask_share: float = 0.8,
         random_share: float = 0.1,
+        continues: np.ndarray | None = None,
     ):
         if not 8 <= seq_len <= LONGEST:
             raise ValueError(
@@ -137,19 +143,29 @@ class PretrainBatches(Dataset[Batch]):
                 f"special id {max(special)} is outside the store's vocabulary of {store.vocab_size}: use the tokenizer "
                 "that wrote the store"
             )
-        if nsp and len(store.documents) < 3:
+        if objective not in get_args(Objective):
+            raise ValueError(f"objective must be one of {', '.join(get_args(Objective))}, got {objective!r}")
+        if objective == "mlm+nsp" and len(store.documents) < 3:
             raise ValueError(
                 "next-sentence prediction takes random sentences from other documents, and this store has only one: "
-                "separate the documents of a text file by blank lines, or turn it off (--no-nsp)"
+                "separate the documents of a text file by blank lines, or train without it (--objective mlm+sop or mlm)"
             )
-        self.store, self.special, self.nsp = store, special, nsp
+        if continues is not None and (continues.dtype != bool or continues.shape != (store.vocab_size,)):
+            raise ValueError(
+                f"continues must be bool [{store.vocab_size}], a flag for every id of the store's vocabulary, got "
+                f"{continues.dtype} {list(continues.shape)}: make it of the tokenizer that wrote the store"
+            )
+        self.store, self.special, self.objective = store, special, objective
         self.seed, self.batch_tokens = seed, batch_tokens
-        self.masking = {"mask_prob": mask_prob, "mask_share": mask_share, "random_share": random_share}
-        self.extra = 3 if nsp else 2  # [CLS] and [SEP]s
-        self.spans = find_spans(store, seq_len - self.extra, shortest=2 if nsp else 1)
+        self.masking = {
+            "mask_prob": mask_prob, "mask_share": mask_share, "random_share": random_share, "continues": continues,
+        }  # fmt: skip
+        self.pairs = {"mlm": None, "mlm+nsp": draw_next_pairs, "mlm+sop": draw_ordered_pairs}[objective]
+        self.extra = 3 if self.pairs else 2  # [CLS] and [SEP]s
+        self.spans = find_spans(store, seq_len - self.extra, shortest=2 if self.pairs else 1)
         if not len(self.spans.starts):
             raise ValueError(
-                "no document has the two tokens that next-sentence prediction needs: turn it off (--no-nsp)"
+                "no document has the two tokens that a pair needs: train on masked words alone (--objective mlm)"
             )
         self._shuffle(epoch)
 
@@ -176,8 +192,8 @@ class PretrainBatches(Dataset[Batch]):
         if not 0 <= i < len(self):
             raise IndexError(f"batch {i} of epoch {self.epoch}: expected 0 <= i < {len(self)}")
         samples = self.order[self.cuts[i] : self.cuts[i + 1]]
-        if self.nsp:
-            starts, lengths, labels = draw_pairs(self.store, self.spans, samples, self.seed, self.epoch)
+        if self.pairs:
+            starts, lengths, labels = self.pairs(self.store, self.spans, samples, self.seed, self.epoch)
         else:
             starts = self.spans.starts[samples, None]
             lengths = self.spans.ends[samples, None] - starts
@@ -215,7 +231,7 @@ class PretrainBatches(Dataset[Batch]):
             max_seqlen=int(seqlens.max()),
             masked_positions=torch.from_numpy(positions),
             labels=torch.from_numpy(originals),
-            next_sentence_label=None if labels is None else torch.from_numpy(labels),
+            sentence_label=None if labels is None else torch.from_numpy(labels),
         )
 
 

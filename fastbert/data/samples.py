@@ -1,7 +1,7 @@
-"""Samples: spans of a document's sentences, and the pairs of next-sentence prediction made of them.
+"""Samples: spans of a document's sentences, and the pairs of next-sentence or sentence-order prediction made of them.
 
 A sample is a range of the store's tokens. How a document is cut into samples does not change from epoch to epoch; where
-a sample is cut in two, and whether its second half is replaced, does.
+a sample is cut in two, and whether its second half is replaced or its halves are swapped, does.
 """
 
 from array import array
@@ -76,11 +76,11 @@ class Pairs(NamedTuple):
     labels: np.ndarray
 
 
-def draw_pairs(store: TokenStore, spans: Spans, samples: np.ndarray, seed: int, epoch: int) -> Pairs:
+def draw_next_pairs(store: TokenStore, spans: Spans, samples: np.ndarray, seed: int, epoch: int) -> Pairs:
     """Cuts samples into A and B and replaces half of the Bs: label 0 where B follows A, 1 where it is random.
 
-    The cut is at a random sentence boundary, or at a random token where the sample is a single sentence. (BERT's own
-    program makes these always random pairs, so that the label could be told from the number of sentences.) A random B
+    They are cut as `_cut` says. (BERT's own program makes single sentences always random pairs, so that the label could
+    be told from the number of sentences.) A random B
     starts at a random sentence of another document and takes whole sentences, no longer together than the B it
     replaces; a first sentence longer than that is cut. Documents are drawn in proportion to their length, as they occur
     among the Bs that are kept, so that the kind of document does not tell the label.
@@ -89,14 +89,7 @@ def draw_pairs(store: TokenStore, spans: Spans, samples: np.ndarray, seed: int, 
     """
     start, end = spans.starts[samples], spans.ends[samples]
     cut_word, coin, high, low = draw(Purpose.PAIR, seed, epoch, samples)
-
-    first = np.searchsorted(store.sentences, start, "right")
-    boundaries = np.searchsorted(store.sentences, end, "left") - first
-    cut = np.where(
-        boundaries > 0,
-        store.sentences[first + below(cut_word, boundaries)],
-        start + 1 + below(cut_word, end - start - 1),
-    )
+    cut = _cut(store, start, end, cut_word)
     length = end - cut
 
     # A random token of another document, and the sentence around it.
@@ -120,3 +113,30 @@ def draw_pairs(store: TokenStore, spans: Spans, samples: np.ndarray, seed: int, 
     starts = np.stack((start, np.where(labels, random_start, cut)), 1)
     lengths = np.stack((cut - start, np.where(labels, random_end - random_start, length)), 1)
     return Pairs(starts, lengths, labels)
+
+
+def draw_ordered_pairs(store: TokenStore, spans: Spans, samples: np.ndarray, seed: int, epoch: int) -> Pairs:
+    """Cuts samples into A and B and swaps half of the pairs: label 0 where they are in order, 1 where B comes first.
+
+    They are cut as `_cut` says. (ALBERT's own program gives a single sentence a random second text with label 1.)
+
+    Source: Lan et al., "ALBERT" (2020), and its `create_pretraining_data.py`. Spans must have two tokens.
+    """
+    start, end = spans.starts[samples], spans.ends[samples]
+    cut_word, coin, *_ = draw(Purpose.PAIR, seed, epoch, samples)
+    cut = _cut(store, start, end, cut_word)
+    labels = (coin >= 1 << 31).astype(np.int64)
+    starts, lengths = np.stack((start, cut), 1), np.stack((cut - start, end - cut), 1)
+    swapped = labels[:, None] == 1
+    return Pairs(np.where(swapped, starts[:, ::-1], starts), np.where(swapped, lengths[:, ::-1], lengths), labels)
+
+
+def _cut(store: TokenStore, start: np.ndarray, end: np.ndarray, word: np.ndarray) -> np.ndarray:
+    """Where samples are cut in two: at a random sentence boundary, in a single sentence at a random token."""
+    first = np.searchsorted(store.sentences, start, "right")
+    boundaries = np.searchsorted(store.sentences, end, "left") - first
+    return np.where(
+        boundaries > 0,
+        store.sentences[first + below(word, boundaries)],
+        start + 1 + below(word, end - start - 1),
+    )

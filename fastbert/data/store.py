@@ -96,7 +96,7 @@ def write_stores(
                 "next-sentence prediction takes random sentences from other documents, so it needs two to train on and "
                 f"two held out; of {len(held_out)} document(s) one side gets {fewest}: separate the documents of a "
                 "text file by blank lines, give more text, hold out another share (--held-out), or train without it "
-                "(--no-nsp)"
+                "(--objective mlm+sop or mlm)"
             )
         for name, chosen in sides.items():
             with _Writer(temporary / name, tokenizer) as writer:

@@ -3,13 +3,17 @@
 import hashlib
 import heapq
 import json
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers.normalizers import Normalizer
+from tokenizers.pre_tokenizers import PreTokenizer
 
 from fastbert import files
 from fastbert.models import tokenizer_files
@@ -51,24 +55,19 @@ def train_tokenizer(
     Raises:
         ValueError: vocab_size out of range, or no word in the texts.
     """
-    if not 64 <= vocab_size <= LARGEST_VOCABULARY:
-        rule = ">= 64" if vocab_size < 64 else f"<= {LARGEST_VOCABULARY}"
+    check_training(texts, vocab_size)
+    words = count_words(normalizers.BertNormalizer(lowercase=lowercase), pre_tokenizers.BertPreTokenizer(), texts)
+    short = {word: count for word, count in words.items() if len(word) <= LONGEST_WORD}
+    if not short:
         raise ValueError(
-            f"vocab_size counts special tokens, characters and word pieces: expected {rule}, got {vocab_size}"
+            f"the texts hold no word of at most {LONGEST_WORD} characters, and WordPiece knows no longer one: words "
+            "end at spaces and punctuation, so put spaces between the words of a language that is written without"
         )
-    if isinstance(texts, str):
-        raise TypeError(
-            "texts are several strings, such as lines or sentences, and one string came: put it into a list"
-        )
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    words = _count_words(tokenizer, texts)
     if progress:
         print(
-            f"tokenizer: {len(words):,} different words, merging their pieces into {vocab_size:,} entries", flush=True
+            f"tokenizer: {len(short):,} different words, merging their pieces into {vocab_size:,} entries", flush=True
         )
-    vocab = _word_pieces(words, vocab_size, min_frequency)
+    vocab = _word_pieces(short, vocab_size, min_frequency)
 
     return _bert_tokenizer(vocab, lowercase)
 
@@ -87,9 +86,24 @@ def _bert_tokenizer(vocab: dict[str, int], lowercase: bool = True) -> Tokenizer:
     return tokenizer
 
 
-def _count_words(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, int]:
-    """How often each word occurs that WordPiece can encode."""
+def check_training(texts: Iterable[str], vocab_size: int) -> None:
+    """Raises where a tokenizer cannot be trained with these."""
+    if not 64 <= vocab_size <= LARGEST_VOCABULARY:
+        rule = ">= 64" if vocab_size < 64 else f"<= {LARGEST_VOCABULARY}"
+        raise ValueError(
+            f"vocab_size counts special tokens, characters and word pieces: expected {rule}, got {vocab_size}"
+        )
+    if isinstance(texts, str):
+        raise TypeError(
+            "texts are several strings, such as lines or sentences, and one string came: put it into a list"
+        )
+
+
+def count_words(normalizer: Normalizer, pre_tokenizer: PreTokenizer, texts: Iterable[str]) -> dict[str, int]:
+    """How often each word occurs, which are what the two make of the texts; ValueError where there is none."""
     # The trainer counts words in parallel and keeps the counts in its pickled state, the only place that shows them.
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
     trainer = trainers.WordPieceTrainer(vocab_size=0, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     try:
@@ -101,13 +115,14 @@ def _count_words(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, int]:
         ) from error
     if not words:
         raise ValueError("the texts hold no word: a tokenizer needs at least one")
-    short = {word: count for word, count in words.items() if len(word) <= LONGEST_WORD}
-    if not short:
-        raise ValueError(
-            f"the texts hold no word of at most {LONGEST_WORD} characters, and WordPiece knows no longer one: words "
-            "end at spaces and punctuation, so put spaces between the words of a language that is written without"
-        )
-    return short
+    return words
+
+
+def repeated(words: Mapping[str, int]) -> Iterator[str]:
+    """Texts in which each word occurs as often as its count says, words in order."""
+    for word, count in sorted(words.items()):
+        for left in range(count, 0, -4096):
+            yield " ".join([word] * min(left, 4096))
 
 
 def _word_pieces(words: dict[str, int], vocab_size: int, min_frequency: int) -> dict[str, int]:
@@ -121,14 +136,9 @@ def _word_pieces(words: dict[str, int], vocab_size: int, min_frequency: int) -> 
     for word, count in words.items():
         for character in word:
             characters[character] += count
-    alphabet = set(_most_frequent(characters, vocab_size // 3))
+    alphabet = set(most_frequent(characters, vocab_size // 3))
     spelled = {word: count for word, count in words.items() if alphabet.issuperset(word)}
     continuations = sorted({"##" + character for word in spelled for character in word[1:]})
-
-    def repeated() -> Iterator[str]:
-        for word, count in sorted(spelled.items()):
-            for left in range(count, 0, -4096):
-                yield " ".join([word] * min(left, 4096))
 
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -138,7 +148,7 @@ def _word_pieces(words: dict[str, int], vocab_size: int, min_frequency: int) -> 
         show_progress=False,
         special_tokens=[*SPECIAL_TOKENS, *continuations],
     )
-    tokenizer.train_from_iterator(repeated(), trainer)
+    tokenizer.train_from_iterator(repeated(spelled), trainer)
     vocab = tokenizer.get_vocab()
 
     # Where the merges leave room, the characters that were cut take it.
@@ -147,12 +157,12 @@ def _word_pieces(words: dict[str, int], vocab_size: int, min_frequency: int) -> 
         for piece in (word[0], *("##" + character for character in word[1:])):
             if piece not in vocab:
                 missing[piece] += count
-    for piece in _most_frequent(missing, max(0, vocab_size - len(vocab))):
+    for piece in most_frequent(missing, max(0, vocab_size - len(vocab))):
         vocab[piece] = len(vocab)
     return vocab
 
 
-def _most_frequent(counts: Counter[str], n: int) -> list[str]:
+def most_frequent(counts: Counter[str], n: int) -> list[str]:
     """The n largest, equal ones in the order of their characters."""
     return heapq.nsmallest(n, counts, key=lambda item: (-counts[item], item))
 
@@ -290,10 +300,30 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
     return SpecialIds(*ids.values())
 
 
+def continuations(tokenizer: Tokenizer) -> np.ndarray:
+    """Which ids continue the word before them: bool [rows of an embedding, see `vocab_size`].
+
+    In WordPiece these are the pieces with "##"; in Unigram those without "▁" that begin with a letter or digit of a
+    script that is written with spaces, so that punctuation and Chinese characters are words, as in ALBERT's own
+    program.
+    """
+    continues = np.zeros(vocab_size(tokenizer), bool)
+    unigram = isinstance(tokenizer.model, models.Unigram)
+    for token, i in tokenizer.get_vocab().items():
+        continues[i] = _in_a_word(token) if unigram else token.startswith("##")
+    return continues
+
+
+def _in_a_word(piece: str) -> bool:
+    return unicodedata.category(piece[0])[0] in "LMN" and unicodedata.east_asian_width(piece[0]) not in "WF"
+
+
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """SHA-256 (hex) of what decides the ids: vocabulary, normalisation and word splitting."""
+    """SHA-256 (hex) of what decides the ids: vocabulary, Unigram's scores, normalisation and word splitting."""
     whole = json.loads(tokenizer.to_str())
     parts = [_by_id(tokenizer), whole["normalizer"], whole["pre_tokenizer"]]
+    if isinstance(tokenizer.model, models.Unigram):
+        parts.append(whole["model"]["vocab"])
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -82,6 +82,15 @@ class AlbertForPreTrainingOutput(NamedTuple):
     prediction_logits: Tensor
     sop_logits: Tensor
 
+    @property
+    def sentence_loss(self) -> Tensor | None:
+        """The sentence head's, by the name that every model has for it."""
+        return self.sop_loss
+
+    @property
+    def sentence_logits(self) -> Tensor:
+        return self.sop_logits
+
 
 class AlbertModel(Encoder):
     """The ALBERT encoder with its pooler.
@@ -121,23 +130,28 @@ class AlbertModel(Encoder):
 def shared(layer: nn.Module) -> Callable[..., Tensor]:
     """`layer`, to be called several times in one forward pass: its weights' gradients are then added up in float32.
 
-    autograd does so by itself where all is float32. Under autocast it would add them to the one cast copy of a weight
-    that autocast keeps for all uses, and a bfloat16 weight's to that weight: in bfloat16. Here every use has a cast of
-    its own, and what the casts have in common is float32.
+    autograd does so by itself where all is float32. Autocast keeps one cast copy of a weight for all its uses, to which
+    their gradients would be added in bfloat16: it is told to make one for each. Weights that are bfloat16 themselves
+    are one float32 copy in a forward pass, and every use rounds that anew.
     """
     weights = {name: weight for name, weight in layer.named_parameters() if weight.requires_grad}
-    halves = {name for name, weight in weights.items() if weight.dtype in (torch.bfloat16, torch.float16)}
-    cast = any(torch.is_autocast_enabled(weight.device.type) for weight in weights.values())
-    if not torch.is_grad_enabled() or not (halves or cast):
+    if not weights or not torch.is_grad_enabled():
         return layer
-    sums = {name: weight.float() if name in halves else weight for name, weight in weights.items()}
+    halves = {name: weight for name, weight in weights.items() if weight.dtype in (torch.bfloat16, torch.float16)}
+    sums = {name: weight.float() for name, weight in halves.items()}
+    device = next(iter(weights.values())).device.type
+    cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
-    def use(*arguments: Tensor | int | None) -> Tensor:
-        # autocast keeps no copy of what is not a leaf
-        own = {name: x.to(weights[name].dtype) if name in halves else x.view_as(x) for name, x in sums.items()}
+    def own_copies(*arguments: Tensor | int | None) -> Tensor:
+        own = {name: x.to(halves[name].dtype) for name, x in sums.items()}
         return functional_call(layer, own, arguments)
 
-    return use
+    def use(*arguments: Tensor | int | None) -> Tensor:
+        with torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False):
+            return called(*arguments)
+
+    called = own_copies if halves else layer
+    return use if cast else called
 
 
 class AlbertForPreTraining(PreTrainingModel):

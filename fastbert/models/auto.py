@@ -1,14 +1,16 @@
-"""The class that a folder's configuration names."""
+"""The classes of every architecture, and the one that a folder's configuration names."""
 
 import os
 from collections.abc import Mapping
 
 from fastbert.models import checkpoint
-from fastbert.models.albert import AlbertModel
-from fastbert.models.bert import BertModel
+from fastbert.models.albert import AlbertForPreTraining, AlbertModel
+from fastbert.models.bert import BertForPreTraining, BertModel
 from fastbert.models.encoder import Encoder
+from fastbert.models.pretraining import PreTrainingModel
 
-ENCODERS: Mapping[str, type[Encoder]] = {cls.names.model_type: cls for cls in (AlbertModel, BertModel)}
+ENCODERS: Mapping[str, type[Encoder]] = {"albert": AlbertModel, "bert": BertModel}
+PRETRAINING: Mapping[str, type[PreTrainingModel]] = {"albert": AlbertForPreTraining, "bert": BertForPreTraining}
 
 
 class AutoModel:

@@ -46,6 +46,15 @@ class BertForPreTrainingOutput(NamedTuple):
     prediction_logits: Tensor
     seq_relationship_logits: Tensor
 
+    @property
+    def sentence_loss(self) -> Tensor | None:
+        """The sentence head's, by the name that every model has for it."""
+        return self.nsp_loss
+
+    @property
+    def sentence_logits(self) -> Tensor:
+        return self.seq_relationship_logits
+
 
 class BertModel(Encoder):
     """The BERT encoder with its pooler.

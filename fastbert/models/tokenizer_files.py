@@ -18,8 +18,9 @@ _FLAGS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 def make(tokenizer: Any, max_length: int | None = None) -> dict[str, bytes]:
     """The files from which `transformers` gives the same ids as `tokenizer`.
 
-    `transformers` builds its BertTokenizer from settings, a vocabulary and added tokens and not from all that is in
-    tokenizer.json. A tokenizer that does more than this class can gets the class that takes tokenizer.json as it is.
+    `transformers` builds its BertTokenizer and AlbertTokenizer from settings, a vocabulary and added tokens and not
+    from all that is in tokenizer.json. A tokenizer that does more than these can gets the class that takes
+    tokenizer.json as it is.
 
     Args:
         tokenizer: a `tokenizers.Tokenizer`.
@@ -75,6 +76,8 @@ def make(tokenizer: Any, max_length: int | None = None) -> dict[str, bytes]:
 def _settings(whole: dict[str, Any], tokens: dict[str, int]) -> dict[str, Any]:
     """The class that `transformers` loads the tokenizer with, and what that class must be told."""
     normalizer, model = whole["normalizer"] or {}, whole["model"]
+    if (alberts := _albert_settings(whole)) is not None:
+        return alberts
     berts = (
         normalizer.get("type") == "BertNormalizer"
         and normalizer["clean_text"]
@@ -93,6 +96,31 @@ def _settings(whole: dict[str, Any], tokens: dict[str, int]) -> dict[str, Any]:
         "strip_accents": normalizer["strip_accents"],
         "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
     }
+
+
+# AlbertTokenizer's parts, as tokenizer.json has them.
+_QUOTES = [{"type": "Replace", "pattern": {"String": pair}, "content": '"'} for pair in ("``", "''")]
+_PLAIN, _LOWER = [{"type": "NFKD"}, {"type": "StripAccents"}], [{"type": "Lowercase"}]
+_SPACES = {"type": "Sequence", "pretokenizers": [
+    {"type": "WhitespaceSplit"}, {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+]}  # fmt: skip
+
+
+def _albert_settings(whole: dict[str, Any]) -> dict[str, Any] | None:
+    """What AlbertTokenizer must be told to be this tokenizer; None where it cannot be."""
+    model, normalizer = whole["model"], whole["normalizer"] or {}
+    steps = normalizer.get("normalizers")
+    forms = {  # (keeps accents, lower-cases) -> normaliser
+        (keep, lower): _QUOTES + (_PLAIN if not keep else []) + (_LOWER if lower else [])
+        for keep in (True, False)
+        for lower in (True, False)
+    }
+    form = next((form for form, expected in forms.items() if steps == expected), None)
+    same = model.get("type") == "Unigram" and model["unk_id"] == 1 and model["vocab"][1][0] == "[UNK]"
+    same = same and not model.get("byte_fallback") and whole["pre_tokenizer"] == _SPACES
+    if form is None or not same or not _frames_like_bert(whole["post_processor"] or {}):
+        return None
+    return {"tokenizer_class": "AlbertTokenizer", "keep_accents": form[0], "do_lower_case": form[1]}
 
 
 def _frames_like_bert(post_processor: dict[str, Any]) -> bool:

@@ -46,8 +46,9 @@ class Watch:
         for name, other in (("mlm_loss", "frequency_loss"), ("rare_mlm_loss", "rare_frequency_loss")):
             if math.isfinite(scores[other]) and not math.isfinite(scores[name]):
                 raise self._diverged(step, f"the held-out {name} after it is {scores[name]:g}")
-        if not math.isfinite(scores.get("nsp_loss", 0.0)):
-            raise self._diverged(step, f"the held-out nsp_loss after it is {scores['nsp_loss']:g}")
+        for name in ("nsp_loss", "sop_loss"):
+            if not math.isfinite(scores.get(name, 0.0)):
+                raise self._diverged(step, f"the held-out {name} after it is {scores[name]:g}")
 
     def state(self, step: int, state: dict[str, Any]) -> None:
         """What a snapshot after step `step` is to hold."""

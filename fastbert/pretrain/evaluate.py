@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastbert.data.batches import Batch, PretrainBatches
-from fastbert.models.bert import BertForPreTraining, BertForPreTrainingOutput
+from fastbert.data.tokenizer import continuations
+from fastbert.models.pretraining import Predictions, PreTrainingModel
 from fastbert.ops.cross_entropy import cross_entropy
 
 RARE_SHARE = 0.1  # the rarest words that together make up this share of the training text
@@ -30,26 +31,31 @@ class Frequencies:
         self.rare[ascending[rare]] = True
 
 
-def forward(model: BertForPreTraining, batch: Batch) -> BertForPreTrainingOutput:
+def forward(model: PreTrainingModel, batch: Batch) -> Predictions:
     """The model's output for a packed batch, logits and losses; logits are for the batch's own places first."""
     filled = batch.filled(model.config.pad_token_id, longest=model.config.max_position_embeddings)
     return model(
         filled.input_ids, token_type_ids=filled.token_type_ids, position_ids=filled.position_ids,
         cu_seqlens=filled.cu_seqlens, max_seqlen=filled.max_seqlen, masked_positions=filled.masked_positions,
-        labels=filled.labels, next_sentence_label=filled.next_sentence_label,
+        labels=filled.labels, **{model.sentence_label: filled.sentence_label},
     )  # fmt: skip
 
 
 @torch.no_grad()
 def evaluate(
-    model: BertForPreTraining, batches: PretrainBatches, count: int, frequencies: Frequencies, device: str
+    model: PreTrainingModel,
+    batches: PretrainBatches,
+    count: int,
+    frequencies: Frequencies,
+    device: str,
+    pairs_are: str = "nsp",
 ) -> dict[str, float]:
     """Scores over the first `count` batches (all, where there are fewer), without dropout.
 
     Returns:
         mlm_loss, frequency_loss (nats per masked token: the model's, and of always predicting token frequencies),
-        mlm_accuracy; the same with "rare_" over masked tokens that are rare; nsp_loss and nsp_accuracy where the
-        batches have pairs. A mean over nothing is NaN.
+        mlm_accuracy; the same with "rare_" over masked tokens that are rare; nsp_loss and nsp_accuracy, or what
+        `pairs_are` in place of "nsp", where the batches have pairs. A mean over nothing is NaN.
     """
     model.eval()
     # per masked token: loss, frequency loss, hit, rare; per pair: loss, hit
@@ -63,10 +69,10 @@ def evaluate(
         hit = (logits.argmax(-1) == batch.labels).double().cpu()
         label = batch.labels.cpu()
         tokens.append(torch.stack([loss, -frequencies.log_probability[label], hit, frequencies.rare[label]], 1))
-        if batch.next_sentence_label is not None:
-            logits = out.seq_relationship_logits[:sequences]
-            loss = cross_entropy(logits, batch.next_sentence_label, reduction="none")
-            hit = logits.argmax(-1) == batch.next_sentence_label
+        if batch.sentence_label is not None:
+            logits = out.sentence_logits[:sequences]
+            loss = cross_entropy(logits, batch.sentence_label, reduction="none")
+            hit = logits.argmax(-1) == batch.sentence_label
             pairs.append(torch.stack([loss.double().cpu(), hit.double().cpu()], 1))
     table = torch.cat(tokens)
     names = "mlm_loss", "frequency_loss", "mlm_accuracy"
@@ -74,32 +80,32 @@ def evaluate(
     rare = table[table[:, 3] == 1, :3].mean(0).tolist()
     scores |= {f"rare_{name}": value for name, value in zip(names, rare, strict=True)}
     if pairs:
-        scores |= dict(zip(("nsp_loss", "nsp_accuracy"), torch.cat(pairs).mean(0).tolist(), strict=True))
+        scores |= dict(
+            zip((f"{pairs_are}_loss", f"{pairs_are}_accuracy"), torch.cat(pairs).mean(0).tolist(), strict=True)
+        )
     return scores
 
 
 @torch.no_grad()
-def guesses(model: BertForPreTraining, batches: PretrainBatches, tokenizer, device: str, count: int = 6) -> str:
+def guesses(model: PreTrainingModel, batches: PretrainBatches, tokenizer, device: str, count: int = 6) -> str:
     """Fill-mask on held-out text: in `count` sequences one masked word, what stood there, and the five best guesses."""
     model.eval()
-    mask = tokenizer.token_to_id("[MASK]")
+    mask, continues = tokenizer.token_to_id("[MASK]"), torch.from_numpy(continuations(tokenizer))
     lines = []
-    for ids, token_type_ids, place in itertools.islice(_masked_words(batches, tokenizer), count):
+    for ids, token_type_ids, place in itertools.islice(_masked_words(batches, tokenizer, continues), count):
         truth, ids[place] = int(ids[place]), mask
         out = model(ids.unsqueeze(0).to(device), token_type_ids=token_type_ids.unsqueeze(0).to(device))
         best = out.prediction_logits[0, place].float().softmax(-1).topk(5)
-        whole = [not tokenizer.id_to_token(i).startswith("##") for i in ids.tolist()] + [
-            True
-        ]  # where a word may be cut
+        whole = [*(~continues[ids]).tolist(), True]  # where a word may be cut
         start = next(i for i in range(max(0, place - 14), -1, -1) if whole[i])
         end = next(i for i in range(min(place + 10, len(ids)), len(whole)) if whole[i])
         before, after = (_readable(tokenizer.decode(x.tolist())) for x in (ids[start:place], ids[place + 1 : end]))
-        words = [f"{tokenizer.id_to_token(i)} {p:.0%}" for p, i in zip(*(x.tolist() for x in best), strict=True)]
-        lines.append(f"  ... {before} [{tokenizer.id_to_token(truth)}] {after} ...\n      {', '.join(words)}")
+        words = [f"{_bare(tokenizer.id_to_token(i))} {p:.0%}" for p, i in zip(*(x.tolist() for x in best), strict=True)]
+        lines.append(f"  ... {before} [{_bare(tokenizer.id_to_token(truth))}] {after} ...\n      {', '.join(words)}")
     return "\n".join(["\nguesses on held-out text", *(lines or ["  none: no whole word of it is masked"])])
 
 
-def _masked_words(batches: PretrainBatches, tokenizer) -> Iterator[tuple[Tensor, Tensor, int]]:
+def _masked_words(batches: PretrainBatches, tokenizer, continues: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Of each sequence that has one: its ids [T] before masking, token types [T], and the place of a masked word."""
     for batch in (batches[i] for i in range(min(len(batches), 32))):
         original = batch.input_ids.clone()
@@ -107,18 +113,23 @@ def _masked_words(batches: PretrainBatches, tokenizer) -> Iterator[tuple[Tensor,
         for start, end in itertools.pairwise(batch.cu_seqlens.tolist()):
             ids = original[start:end].clone()
             places = [p - start for p in batch.masked_positions.tolist() if start <= p < end]
-            place = _whole_word(ids, places, tokenizer)
+            place = _whole_word(ids, places, tokenizer, continues)
             if place is not None:
                 yield ids, batch.token_type_ids[start:end], place
 
 
-def _whole_word(ids: Tensor, places: list[int], tokenizer) -> int | None:
+def _whole_word(ids: Tensor, places: list[int], tokenizer, continues: Tensor) -> int | None:
     """The first of `places` whose token is a word of letters in one piece."""
+    part = continues[ids].tolist()
     for place in places:
-        token, following = (tokenizer.id_to_token(int(ids[p])) for p in (place, place + 1))
-        if _is_word(token) and not following.startswith("##"):
+        if _is_word(_bare(tokenizer.id_to_token(int(ids[place])))) and not (part[place] or part[place + 1]):
             return place
     return None
+
+
+def _bare(piece: str) -> str:
+    """A Unigram piece without the mark at a word's beginning, if there is more of it."""
+    return piece.removeprefix("▁") or piece
 
 
 def _is_word(token: str) -> bool:

@@ -1,4 +1,4 @@
-"""From raw text to a BERT that `transformers` loads: what `fastbert pretrain` runs, in the order it happens.
+"""From raw text to a model that `transformers` loads: what `fastbert pretrain` runs, in the order it happens.
 
 A run's folder holds everything: `tokenizer/`, `data/{train,held_out}/`, `config.json`, `snapshots/`, `metrics.jsonl`,
 `tensorboard/`, `loss.png` and, at the end, `model/` in Hugging Face's format. `config.json` makes it a run, which can
@@ -22,8 +22,9 @@ from fastbert import allocator
 from fastbert.backends.linear import use_linear
 from fastbert.data.batches import Batch, PretrainBatches
 from fastbert.data.store import TokenStore
-from fastbert.data.tokenizer import special_ids, vocab_size
-from fastbert.models.bert import BertConfig, BertForPreTraining
+from fastbert.data.tokenizer import continuations, special_ids, vocab_size
+from fastbert.models.auto import PRETRAINING
+from fastbert.models.pretraining import PreTrainingModel
 from fastbert.optim.gradients import clip_grad_norm_
 from fastbert.optim.lazy_adam import LazyAdam, decay_groups
 from fastbert.pretrain import lock, snapshot
@@ -50,7 +51,7 @@ STATE = "model", "optimizer", "epoch", "index", "step", "tokens", "random", "env
 
 
 def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
-    """Trains a BERT on a corpus and exports it.
+    """Trains a BERT or an ALBERT on a corpus and exports it.
 
     Args:
         config: the run's settings.
@@ -83,7 +84,7 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
     def batches(store: TokenStore) -> PretrainBatches:
         return PretrainBatches(
             store, special_ids(tokenizer), seq_len=config.seq_len, batch_tokens=config.batch_tokens, seed=config.seed,
-            nsp=config.nsp,
+            objective=config.objective, continues=continuations(tokenizer) if config.masking == "ngram" else None,
         )  # fmt: skip
 
     train, held_out = batches(train_store), batches(held_out_store)
@@ -94,21 +95,22 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
 
     # model and optimizer
     torch.manual_seed(config.seed)
-    model = BertForPreTraining(
-        BertConfig.preset(
+    kind = PRETRAINING[config.model]
+    model = kind(
+        kind.config_class.preset(
             config.preset, vocab_size=vocab_size(tokenizer), hidden_dropout_prob=config.dropout,
             attention_probs_dropout_prob=config.dropout, max_position_embeddings=config.max_position_embeddings,
             pad_token_id=special_ids(tokenizer).pad,
         )
     ).to(config.device)  # fmt: skip
     with torch.no_grad():  # what the first steps would spend on learning
-        model.cls["predictions"].bias.copy_(frequencies.log_probability)
+        model.predictions.bias.copy_(frequencies.log_probability)
     optimizer = make_optimizer(model, config)
     stream = Stream(train, config.workers)
 
     def held_out_scores() -> dict[str, float]:
         with products(config):
-            return evaluate(model, held_out, config.evaluation_batches, frequencies, config.device)
+            return evaluate(model, held_out, config.evaluation_batches, frequencies, config.device, pair(config))
 
     # where the run stands
     step = tokens = 0
@@ -191,11 +193,11 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
     # what came of it
     model.save_pretrained(folder / "model", tokenizer=tokenizer)
     records = read_metrics(folder / "metrics.jsonl")
-    title = f"{config.preset}, {config.embedding_update} rows, {tokens / 1e6:.1f} M tokens"
+    title = f"{config.model} {config.preset}, {config.embedding_update} rows, {tokens / 1e6:.1f} M tokens"
     plot_loss(records, folder / "loss.png", title)
     print(summary(scores or last_scores(records) or held_out_scores()))
     print(guesses(model, held_out, tokenizer, config.device))
-    print(f"\nmodel     {folder / 'model'}  (transformers.BertForPreTraining.from_pretrained loads it)")
+    print(f"\nmodel     {folder / 'model'}  (transformers.{kind.__name__}.from_pretrained loads it)")
     print(f"curve     {folder / 'loss.png'}\nmetrics   {folder / 'metrics.jsonl'}, tensorboard --logdir {folder}")
     return folder / "model"
 
@@ -204,7 +206,7 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
 
 
 def train_step(
-    model: BertForPreTraining,
+    model: PreTrainingModel,
     optimizer: LazyAdam,
     micro: list[Batch],
     lr: float,
@@ -214,14 +216,14 @@ def train_step(
 ) -> dict[str, Tensor | float]:
     """Forward and backward over the micro-batches, one step of the optimizer; losses as device scalars.
 
-    The MLM loss is the mean over all masked tokens of the step, the NSP loss over all its sequences, however they are
-    spread over micro-batches. A mean over nothing is 0: [UNK] is never masked, so a step may have nothing to predict.
-    `watch` sees the losses as step `number` before the optimizer does.
+    The MLM loss is the mean over all masked tokens of the step, the NSP or SOP loss over all its sequences, however
+    they are spread over micro-batches. A mean over nothing is 0: [UNK] is never masked, so a step may have nothing to
+    predict. `watch` sees the losses as step `number` before the optimizer does.
     """
     model.train()
     masked = max(1, sum(len(batch.labels) for batch in micro))  # 1: a mean over nothing is 0
     pairs = max(1, sum(len(batch.cu_seqlens) - 1 for batch in micro))
-    mlm_loss = nsp_loss = torch.zeros((), device=config.device)
+    mlm_loss = sentence_loss = torch.zeros((), device=config.device)
     touched = []
     for batch in micro:
         batch = batch.to(config.device)
@@ -229,29 +231,30 @@ def train_step(
             out = forward(model, batch)
         loss = out.mlm_loss * (len(batch.labels) / masked)
         mlm_loss = mlm_loss + loss.detach()
-        if config.nsp:
-            nsp = out.nsp_loss * ((len(batch.cu_seqlens) - 1) / pairs)
-            nsp_loss = nsp_loss + nsp.detach()
-            loss = loss + nsp
+        if config.objective != "mlm":
+            part = out.sentence_loss * ((len(batch.cu_seqlens) - 1) / pairs)
+            sentence_loss = sentence_loss + part.detach()
+            loss = loss + part
         loss.backward()
         touched += [batch.input_ids, batch.labels]
-    rows = (
-        {model.bert.embeddings.word_embeddings.weight: torch.cat(touched)}
-        if config.embedding_update == "touched"
-        else None
-    )
+    rows = {model.word_embeddings: torch.cat(touched)} if config.embedding_update == "touched" else None
     norm = clip_grad_norm_(model.parameters(), config.clip, rows=rows)
     if watch is not None:
-        watch.see(number, mlm_loss + nsp_loss, norm)
+        watch.see(number, mlm_loss + sentence_loss, norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step(rows=rows)
     optimizer.zero_grad()
-    record = {"loss": mlm_loss + nsp_loss, "mlm_loss": mlm_loss, "lr": lr, "gradient_norm": norm}
-    return record | ({"nsp_loss": nsp_loss} if config.nsp else {})
+    record = {"loss": mlm_loss + sentence_loss, "mlm_loss": mlm_loss, "lr": lr, "gradient_norm": norm}
+    return record | ({f"{pair(config)}_loss": sentence_loss} if config.objective != "mlm" else {})
 
 
-def make_optimizer(model: BertForPreTraining, config: PretrainConfig) -> LazyAdam:
+def pair(config: PretrainConfig) -> str:
+    """What the run predicts of a pair, "nsp" or "sop"; "" for nothing."""
+    return config.objective.removeprefix("mlm").removeprefix("+")
+
+
+def make_optimizer(model: PreTrainingModel, config: PretrainConfig) -> LazyAdam:
     """BERT's own, with bias correction."""
     return LazyAdam(decay_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, config.beta2), eps=1e-6)
 
@@ -286,7 +289,7 @@ class Stream:
 
 
 def steps_within(
-    config: PretrainConfig, model: BertForPreTraining, batches: PretrainBatches, scores: Callable[[], object]
+    config: PretrainConfig, model: PreTrainingModel, batches: PretrainBatches, scores: Callable[[], object]
 ) -> int:
     """Steps that fit into `config.minutes` with their evaluations, measured on copies of model and optimizer.
 

@@ -22,6 +22,7 @@ from fastbert.data.corpus import iter_documents
 from fastbert.data.sources import find_files
 from fastbert.data.store import TokenStore, write_stores
 from fastbert.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, special_ids, train_tokenizer
+from fastbert.data.unigram import train_unigram
 from fastbert.pretrain.run import PretrainConfig
 from fastbert.version import __version__
 
@@ -53,14 +54,15 @@ def prepare(config: PretrainConfig, resume: bool) -> tuple[Tokenizer, TokenStore
         texts = (sentence for document in _documents(config, "counting words") for sentence in document)
         if config.lowercase:
             texts = _vowel_signs_said(texts)
-        save_tokenizer(train_tokenizer(texts, config.vocab_size, config.lowercase, progress=True), tokenizer_at)
+        train = {"wordpiece": train_tokenizer, "unigram": train_unigram}[config.tokenizer]
+        save_tokenizer(train(texts, config.vocab_size, config.lowercase, progress=True), tokenizer_at)
     with _usable(tokenizer_at):
         tokenizer = load_tokenizer(tokenizer_at)
     made = not data_at.exists()
     if made:
         write_stores(
             data_at, _documents(config, "tokenising"), tokenizer, held_out_fraction=config.held_out, seed=config.seed,
-            nsp=config.nsp, progress=False,
+            nsp=config.objective == "mlm+nsp", progress=False,
         )  # fmt: skip
     with _usable(data_at):
         stores = TokenStore.open(data_at / "train"), TokenStore.open(data_at / "held_out")
@@ -101,7 +103,7 @@ def made_of(config: PretrainConfig) -> dict[str, Any]:
             size += stream.tell()
         digest.update(os.fsencode(file.relative_to(path) if path.is_dir() else file.name) + b"\0" + content)
     corpus = {"files": len(read), "bytes": size, "sha256": digest.hexdigest()}
-    tokenizer = {"vocab_size": config.vocab_size, "lowercase": config.lowercase}
+    tokenizer = {"kind": config.tokenizer, "vocab_size": config.vocab_size, "lowercase": config.lowercase}
     data = {"held_out": config.held_out, "seed": config.seed}
     return {
         "fastbert": __version__,

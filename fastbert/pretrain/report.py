@@ -109,8 +109,9 @@ def summary(scores: Record) -> str:
     lines = [f"\nheld-out, masked tokens       {'all':>8} {'rare':>8}"]
     for title, name, form in rows:
         lines.append(f"{title:29} {shown(scores[name], form)} {shown(scores[f'rare_{name}'], form)}")
-    if "nsp_accuracy" in scores:
-        lines.append(f"{'next sentence: accuracy':29} {shown(scores['nsp_accuracy'], '8.1%')}")
+    for title, name in (("next sentence: accuracy", "nsp_accuracy"), ("sentence order: accuracy", "sop_accuracy")):
+        if name in scores:
+            lines.append(f"{title:29} {shown(scores[name], '8.1%')}")
     return "\n".join(lines)
 
 

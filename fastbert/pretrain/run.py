@@ -14,11 +14,11 @@ from torch import Tensor
 
 from fastbert import files
 from fastbert.backends import check_environment, linear, native, requested
-from fastbert.data.batches import LONGEST
+from fastbert.data.batches import LONGEST, Objective
 from fastbert.data.corpus import check_corpus
 from fastbert.data.tables import Quoting
 from fastbert.data.tokenizer import LARGEST_VOCABULARY
-from fastbert.models.bert import BertConfig
+from fastbert.models.auto import PRETRAINING
 from fastbert.ops import linear_timing
 from fastbert.pretrain.presets import LEARNING_RATES
 from fastbert.version import __version__
@@ -40,16 +40,20 @@ class PretrainConfig:
     quoting: Quoting = "auto"
     """How a table's cells are quoted: double ("" for a quote within), backslash, none; auto looks at the header."""
 
-    preset: Literal["tiny", "mini", "small", "base", "large"] = "tiny"
-    """Size of the model; below is what each costs."""
+    model: Literal["bert", "albert"] = "bert"
+    """Architecture."""
+    preset: Literal["tiny", "mini", "small", "base", "large", "xlarge", "xxlarge"] = "tiny"
+    """Size of the model; below is what each costs, and which there are of either architecture."""
+    tokenizer: Literal["wordpiece", "unigram"] = "wordpiece"
+    """Kind of the vocabulary that is trained on the corpus: BERT's, or ALBERT's."""
     vocab_size: int = 8192
-    """Entries of the WordPiece vocabulary that is trained on the corpus."""
+    """Entries of the vocabulary."""
     lowercase: bool = True
     """Lower-case the text and strip accents, as uncased BERT does."""
     max_position_embeddings: int = 512
     """Rows of the position table: the longest sequence the model will ever take."""
-    dropout: float = 0.1
-    """Probability of dropout, in hidden layers and in attention."""
+    dropout: float | None = None
+    """Probability of dropout, in hidden layers and in attention; if not given 0.1 for BERT and 0 for ALBERT."""
 
     seq_len: int = 128
     """Longest sequence in tokens, [CLS] and [SEP] included."""
@@ -57,8 +61,11 @@ class PretrainConfig:
     """Tokens of a batch; sequences are packed without padding."""
     accumulate: int = 1
     """Batches whose gradients are added up for one step."""
-    nsp: bool = True
-    """Train next-sentence prediction beside the masked language model."""
+    objective: Objective | None = None
+    """What to train beside the masked language model (mlm): nothing, next-sentence prediction (nsp), sentence-order
+    prediction (sop); if not given mlm+nsp for BERT and mlm+sop for ALBERT."""
+    masking: Literal["token", "ngram"] = "token"
+    """What is masked: tokens, each for itself, or one to three whole words in a row, as ALBERT's."""
     held_out: float = 0.02
     """Share of the documents kept for evaluation."""
 
@@ -109,6 +116,9 @@ class PretrainConfig:
             value = getattr(self, name)
             if get_origin(kind) is Literal:
                 _expect(value in get_args(kind), name, f"one of {', '.join(get_args(kind))}", value)
+            elif kind == Objective | None:
+                choices = get_args(Objective)
+                _expect(value is None or value in choices, name, f"one of {', '.join(choices)}", value)
             elif kind in (bool, str):
                 _expect(type(value) is kind, name, "true or false" if kind is bool else "a string", value)
             elif kind == str | None:
@@ -120,7 +130,9 @@ class PretrainConfig:
         for name, (rule, holds) in _NUMBERS.items():
             value = getattr(self, name)
             number = type(value) in (int, float) and holds(value)
-            _expect(number or (name in ("lr", "minutes") and value is None), name, rule, value)
+            _expect(number or (name in ("lr", "minutes", "dropout") and value is None), name, rule, value)
+        presets = PRETRAINING[self.model].config_class.presets
+        _expect(self.preset in presets, "preset", f"for model {self.model} one of {', '.join(presets)}", self.preset)
         if self.steps is None and self.minutes is None:
             raise ValueError("a run ends after so many steps or minutes: give --steps, --minutes or both")
         rule = f"at most the rows of the position table, max_position_embeddings={self.max_position_embeddings}"
@@ -129,6 +141,9 @@ class PretrainConfig:
         _expect(self.batch_tokens >= self.seq_len, "batch_tokens", rule, self.batch_tokens)
         _check_device(self.device)
 
+
+# What each architecture was published with.
+OWN = {"bert": {"objective": "mlm+nsp", "dropout": 0.1}, "albert": {"objective": "mlm+sop", "dropout": 0.0}}
 
 _MANY = 2**31 - 1  # the largest int32
 _INTEGERS = {  # setting: lowest and highest value
@@ -193,9 +208,10 @@ def resumed_run(folder: Path) -> PretrainConfig:
 
 
 def with_choices(config: PretrainConfig) -> PretrainConfig:
-    """The settings with those filled in that are chosen here: the preset's learning rate, the library of products."""
-    lr = LEARNING_RATES[config.preset] if config.lr is None else config.lr
-    return dataclasses.replace(config, lr=lr, linear=choose_linear(config))
+    """The settings with those filled in that are chosen here: the model's own, and the library of products."""
+    own = {"lr": LEARNING_RATES[config.model][config.preset]} | OWN[config.model]
+    given = {name: getattr(config, name) for name in own if getattr(config, name) is not None}
+    return dataclasses.replace(config, **(own | given), linear=choose_linear(config))
 
 
 def refuse_a_second_run(folder: Path) -> None:
@@ -233,7 +249,7 @@ def choose_linear(config: PretrainConfig) -> str:
         return name
     if torch.device(config.device).type != "cpu":
         return "torch"
-    model = BertConfig.preset(config.preset)
+    model = PRETRAINING[config.model].config_class.preset(config.preset)
     rows = min(config.batch_tokens, 512)  # more take longer and tell no more
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     name, why = linear_timing.fastest(rows, model.hidden_size, model.intermediate_size, dtype)
@@ -242,7 +258,11 @@ def choose_linear(config: PretrainConfig) -> str:
 
 
 # Settings that runs did not have once, and what they did then.
-_ADDED_LATER = {"linear": "torch", "separator": None, "quoting": "auto"}
+_ADDED_LATER = {
+    "linear": "torch", "separator": None, "quoting": "auto", "model": "bert", "tokenizer": "wordpiece",
+    "masking": "token",
+}  # fmt: skip
+_NSP = {True: "mlm+nsp", False: "mlm"}  # the setting that was there before the objective
 
 
 def read_config(folder: Path) -> PretrainConfig:
@@ -264,6 +284,8 @@ def read_config(folder: Path) -> PretrainConfig:
         if not isinstance(stored, dict):
             raise ValueError("it is no JSON object")
         stored.pop("environment", None)
+        if "nsp" in stored and "objective" not in stored:
+            stored["objective"] = _NSP.get(stored.pop("nsp"))
         stored = _ADDED_LATER | stored | {"output": folder}
         names = [field.name for field in dataclasses.fields(PretrainConfig)]
         if missing := [name for name in names if name not in stored]:

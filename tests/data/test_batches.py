@@ -18,7 +18,7 @@ from fastbert.data import (
     train_tokenizer,
     write_store,
 )
-from fastbert.data.samples import Spans, cut_greedily, draw_pairs, find_spans
+from fastbert.data.samples import Spans, cut_greedily, draw_next_pairs, find_spans
 
 SPECIAL = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
 V = 60_000
@@ -72,7 +72,7 @@ def pairs(store, a_spans, seeds):
     """Pairs of every span under many seeds: (A start, cut, B start, B length, label)."""
     starts, ends = np.array(a_spans).T
     for seed in seeds:
-        p = draw_pairs(store, Spans(starts, ends), np.arange(len(starts)), seed, 0)
+        p = draw_next_pairs(store, Spans(starts, ends), np.arange(len(starts)), seed, 0)
         assert p.labels.dtype == np.int64
         for (a, b), (n, m), label in zip(p.starts.tolist(), p.lengths.tolist(), p.labels.tolist(), strict=True):
             yield a, a + n, b, m, label
@@ -149,9 +149,9 @@ def same(a, b):
     return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("nsp", [True, False])
-def test_form_of_a_batch(store, tokenizer, nsp):
-    batches = make(store, tokenizer, nsp=nsp)
+@pytest.mark.parametrize("objective", ["mlm", "mlm+nsp", "mlm+sop"])
+def test_form_of_a_batch(store, tokenizer, objective):
+    batches, pairs = make(store, tokenizer, objective=objective), objective != "mlm"
     total = 0
     for batch in map(batches.__getitem__, range(len(batches))):
         cu = batch.cu_seqlens.long()
@@ -160,15 +160,15 @@ def test_form_of_a_batch(store, tokenizer, nsp):
         assert batch.max_seqlen == lengths.max() <= 64
         ids = unmasked(batch)
         assert (ids[cu[:-1]] == 2).all() and (ids[cu[1:] - 1] == 3).all()
-        assert (ids == 2).sum() == len(lengths) and (ids == 3).sum() == len(lengths) * (2 if nsp else 1)
+        assert (ids == 2).sum() == len(lengths) and (ids == 3).sum() == len(lengths) * (2 if pairs else 1)
         for a, b in pairwise(cu.tolist()):
             assert batch.position_ids[a:b].tolist() == list(range(b - a))
             # The second segment begins after the first [SEP].
             after = (ids[a:b] == 3).cumsum(0) - (ids[a:b] == 3).long()
             assert torch.equal(batch.token_type_ids[a:b], after)
-        assert (batch.next_sentence_label is None) is not nsp
-        if nsp:
-            assert batch.next_sentence_label.shape == lengths.shape
+        assert (batch.sentence_label is None) is not pairs
+        if pairs:
+            assert batch.sentence_label.shape == lengths.shape
         for x in (batch.input_ids, batch.token_type_ids, batch.position_ids, batch.masked_positions, batch.labels):
             assert x.dtype == torch.int64
         total += len(lengths)
@@ -177,7 +177,7 @@ def test_form_of_a_batch(store, tokenizer, nsp):
 
 def test_an_epoch_without_pairs_is_the_corpus(store, tokenizer):
     """Every token exactly once, beside the special ones; and batches as full as they can be."""
-    batches = make(store, tokenizer, nsp=False)
+    batches = make(store, tokenizer, objective="mlm")
     counts = torch.zeros(store.vocab_size, dtype=torch.int64)
     sizes, firsts = [], []
     for batch in map(batches.__getitem__, range(len(batches))):
@@ -196,7 +196,7 @@ def test_pairs_in_batches_are_text(store, tokenizer):
     batches = make(store, tokenizer)
     for batch in map(batches.__getitem__, range(20)):
         ids, cu = unmasked(batch), batch.cu_seqlens.tolist()
-        for b, label in enumerate(batch.next_sentence_label.tolist()):
+        for b, label in enumerate(batch.sentence_label.tolist()):
             sample = ids[cu[b] : cu[b + 1]].numpy()
             found[label].append(sample[(sample != 2) & (sample != 3)].astype(np.uint16).tobytes() in text)
     assert len(found[0]) > 100 and all(found[0])
@@ -218,7 +218,7 @@ def test_a_sample_is_the_same_in_any_batch(store, tokenizer):
         batches = make(store, tokenizer, batch_tokens=batch_tokens)
         for batch in map(batches.__getitem__, range(len(batches))):
             lengths = batch.cu_seqlens.diff().tolist()
-            yield from zip(batch.input_ids.split(lengths), batch.next_sentence_label.tolist(), strict=True)
+            yield from zip(batch.input_ids.split(lengths), batch.sentence_label.tolist(), strict=True)
 
     alone, together = list(samples(64)), list(samples(1024))
     assert len(alone) == len(together) > 1000
@@ -237,15 +237,15 @@ def test_workers_and_starting_point_change_nothing(store, tokenizer, workers):
 
 
 def test_to_device(store, tokenizer):
-    batch = make(store, tokenizer, nsp=False)[0].to("meta")
+    batch = make(store, tokenizer, objective="mlm")[0].to("meta")
     assert batch.input_ids.device.type == batch.cu_seqlens.device.type == "meta"
-    assert isinstance(batch.max_seqlen, int) and batch.next_sentence_label is None
+    assert isinstance(batch.max_seqlen, int) and batch.sentence_label is None
 
 
-@pytest.mark.parametrize("nsp", [True, False])
+@pytest.mark.parametrize("objective", ["mlm", "mlm+nsp", "mlm+sop"])
 @pytest.mark.parametrize("seq_len", [8, 9, 512])
-def test_extreme_lengths(store, tokenizer, nsp, seq_len):
-    batches = make(store, tokenizer, seq_len=seq_len, batch_tokens=seq_len, nsp=nsp)
+def test_extreme_lengths(store, tokenizer, objective, seq_len):
+    batches = make(store, tokenizer, seq_len=seq_len, batch_tokens=seq_len, objective=objective)
     assert max(batches[i].max_seqlen for i in range(50)) <= seq_len
 
 
@@ -253,8 +253,8 @@ def test_one_sentence_documents():
     batches = PretrainBatches(make_store([[3], [2], [1], [1]]), SPECIAL, seq_len=8, batch_tokens=64, seed=0)
     assert len(batches) == 1
     batch = batches[0]
-    assert batch.cu_seqlens.diff().sort().values.tolist()[-1] <= 6 and len(batch.next_sentence_label) == 2
-    without = PretrainBatches(make_store([[1]]), SPECIAL, seq_len=8, batch_tokens=8, seed=0, nsp=False)
+    assert batch.cu_seqlens.diff().sort().values.tolist()[-1] <= 6 and len(batch.sentence_label) == 2
+    without = PretrainBatches(make_store([[1]]), SPECIAL, seq_len=8, batch_tokens=8, seed=0, objective="mlm")
     assert unmasked(without[0]).tolist() == [2, 5, 3] and without[0].labels.tolist() == [5]
 
 
@@ -268,6 +268,8 @@ def test_one_sentence_documents():
         ({"mask_prob": float("nan")}, "got nan"),
         ({"mask_share": 0.95}, "sum <= 1, got 0.95 and 0.1"),
         ({"random_share": -0.1}, "got 0.8 and -0.1"),
+        ({"objective": "sop"}, r"one of mlm, mlm\+nsp, mlm\+sop, got 'sop'"),
+        ({"continues": np.zeros(3, bool)}, r"bool \[\d+\], a flag for every id .* got bool \[3\]"),
         ({"epoch": -1}, "counted from 0 .* got -1"),
     ],
 )
@@ -278,9 +280,9 @@ def test_bad_settings(store, tokenizer, options, says):
 
 def test_bad_stores(store, tokenizer):
     settings = {"seq_len": 64, "batch_tokens": 64, "seed": 0}
-    with pytest.raises(ValueError, match=r"only one: separate the documents .*--no-nsp"):
+    with pytest.raises(ValueError, match=r"only one: separate the documents .*--objective mlm"):
         PretrainBatches(make_store([[5, 5]]), SPECIAL, **settings)
-    with pytest.raises(ValueError, match=r"two tokens .*--no-nsp"):
+    with pytest.raises(ValueError, match=r"two tokens .*--objective mlm"):
         PretrainBatches(make_store([[1], [1]]), SPECIAL, **settings)
     with pytest.raises(ValueError, match=rf"special id 1024 is outside the store's vocabulary of {store.vocab_size}"):
         PretrainBatches(store, SpecialIds(0, 1, 2, 3, 1024), **settings)

@@ -129,7 +129,7 @@ def test_small_corpora_are_split_too(tmp_path, tokenizer, documents, held_out):
 
 
 def test_next_sentence_prediction_needs_two_documents_on_either_side(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match=r"of 3 document\(s\) one side gets 1: .*--held-out.*--no-nsp"):
+    with pytest.raises(ValueError, match=r"of 3 document\(s\) one side gets 1: .*--held-out.*--objective mlm"):
         write_stores(tmp_path / "s", [["one", "two"]], tokenizer, nsp=True, progress=False)
     assert not list(tmp_path.iterdir())
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import fastbert
 from fastbert import AlbertConfig, AlbertForPreTraining, AlbertModel, AutoModel, BertForPreTraining, BertModel
+from fastbert.data import train_tokenizer
 from fastbert.testing import assert_close
 
 CONFIG = AlbertConfig.preset(
@@ -205,6 +206,15 @@ def test_the_packed_form_compiles_whole(form):
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_packed_form_never_waits_for_the_device(dtype):
+    """On meta tensors, which have no values, whatever needs one raises."""
+    model, inputs = AlbertForPreTraining(CONFIG).to(dtype), ordered(packed(batch()))
+    out = model.to("meta")(**{name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in inputs.items()})
+    out.loss.backward()
+    assert out.loss.device.type == "meta" and out.prediction_logits.shape == (len(inputs["labels"]), V)
+
+
 def test_a_frozen_model_is_the_model():
     model = AlbertModel(CONFIG).eval()
     frozen, inputs = fastbert.freeze(copy.deepcopy(model)), encoder_inputs(batch())
@@ -235,6 +245,17 @@ def test_the_order_head_drops_out_in_training_alone(model):
     inputs = ordered(packed(batch()))
     assert not torch.equal(model.train()(**inputs).sop_logits, model(**inputs).sop_logits)
     assert torch.equal(model.eval()(**inputs).sop_logits, model(**inputs).sop_logits)
+
+
+def test_word_pieces_are_exported_as_bert_s_tokenizer(model, transformers, tmp_path):
+    """Whatever model_type says: the same ids, and vocab.txt, where other readers look for a token's id by its line."""
+    tokenizer = train_tokenizer(["a few words of some text, words of a text"] * 2, V + 14)
+    grown = AlbertForPreTraining(AlbertConfig(**vars(CONFIG) | {"vocab_size": tokenizer.get_vocab_size()}))
+    grown.save_pretrained(tmp_path, tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("a few words [MASK] text").input_ids == tokenizer.encode("a few words [MASK] text").ids
+    lines = (tmp_path / "vocab.txt").read_text().splitlines()
+    assert {token: i for i, token in enumerate(lines)} == tokenizer.get_vocab()
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

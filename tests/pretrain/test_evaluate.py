@@ -34,7 +34,7 @@ def make_batch(lengths, masked_each=2, nsp=True):
         max_seqlen=max(lengths),
         masked_positions=places,
         labels=torch.randint(5, 50, places.shape, generator=generator),
-        next_sentence_label=torch.arange(len(lengths)) % 2 if nsp else None,
+        sentence_label=torch.arange(len(lengths)) % 2 if nsp else None,
     )
 
 
@@ -59,7 +59,7 @@ def test_rounding_up_a_batch_changes_no_loss_and_no_gradient(model, lengths, nsp
         out = model(
             batch.input_ids, token_type_ids=batch.token_type_ids, position_ids=batch.position_ids,
             cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, masked_positions=batch.masked_positions,
-            labels=batch.labels, next_sentence_label=batch.next_sentence_label,
+            labels=batch.labels, next_sentence_label=batch.sentence_label,
         )  # fmt: skip
         out.loss.backward()
         return out, [None if p.grad is None else p.grad.clone() for p in model.parameters()]
@@ -85,7 +85,7 @@ def test_a_short_position_table_takes_the_padding_in_pieces(rows):
     assert filled.position_ids[13:].tolist() == [i for n in pieces for i in range(n)]
     plain = model(
         batch.input_ids, token_type_ids=batch.token_type_ids, cu_seqlens=batch.cu_seqlens,
-        masked_positions=batch.masked_positions, labels=batch.labels, next_sentence_label=batch.next_sentence_label,
+        masked_positions=batch.masked_positions, labels=batch.labels, next_sentence_label=batch.sentence_label,
     )  # fmt: skip
     rounded = forward(model, batch)
     torch.testing.assert_close(rounded.loss, plain.loss)
@@ -124,7 +124,9 @@ def test_scores_over_nothing_are_not_a_number(model):
 @pytest.mark.parametrize("rows", ["all", "touched"])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_step_with_nothing_to_predict(model, nsp, rows, bf16):
-    config = PretrainConfig(output=Path("run"), steps=9, lr=1e-3, nsp=nsp, embedding_update=rows, bf16=bf16)
+    config = PretrainConfig(
+        output=Path("run"), steps=9, lr=1e-3, objective="mlm+nsp" if nsp else "mlm", embedding_update=rows, bf16=bf16
+    )
     optimizer = make_optimizer(model, config)
     empty, usual = make_batch([7, 12], masked_each=0, nsp=nsp), make_batch([7, 12], nsp=nsp)
     record = train_step(model, optimizer, [empty, empty], 1e-3, config)

@@ -20,15 +20,15 @@ def small(config, **overrides):
     return model, loop.make_optimizer(model, config)
 
 
-def batches(finished, config, nsp=True):
+def batches(finished, config):
     special = special_ids(load_tokenizer(finished / "tokenizer"))
     store = TokenStore.open(finished / "data/train")
-    return PretrainBatches(store, special, seq_len=32, batch_tokens=config.batch_tokens, seed=0, nsp=nsp)
+    return PretrainBatches(store, special, seq_len=32, batch_tokens=config.batch_tokens, seed=0)
 
 
 def test_accumulated_is_one_large_batch(settings, finished):
     """Gradients over two micro-batches are those of the mean over all their masked tokens and pairs."""
-    config = dataclasses.replace(settings, steps=10, clip=1e9, embedding_update="all")
+    config = dataclasses.replace(settings, steps=10, clip=1e9, embedding_update="all", objective="mlm+nsp")
     micro = [batches(finished, config)[i] for i in (0, 1)]
     model, optimizer = small(config, attention_probs_dropout_prob=0.0)
     optimizer.step = optimizer.zero_grad = lambda **_: None
@@ -47,7 +47,7 @@ def test_accumulated_is_one_large_batch(settings, finished):
         torch.cat([o.prediction_logits for o in outputs]), torch.cat([b.labels for b in micro])
     )
     pairs = torch.nn.functional.cross_entropy(
-        torch.cat([o.seq_relationship_logits for o in outputs]), torch.cat([b.next_sentence_label for b in micro])
+        torch.cat([o.seq_relationship_logits for o in outputs]), torch.cat([b.sentence_label for b in micro])
     )
     (words + pairs).backward()
     assert record["loss"].item() == pytest.approx((words + pairs).item(), rel=1e-5)
@@ -56,7 +56,7 @@ def test_accumulated_is_one_large_batch(settings, finished):
 
 
 def test_touched_moves_the_words_of_the_step_and_no_other(settings, finished):
-    config = dataclasses.replace(settings, steps=10, embedding_update="touched")
+    config = dataclasses.replace(settings, steps=10, embedding_update="touched", objective="mlm+nsp")
     micro = [batches(finished, config)[i] for i in (0, 1)]
     model, optimizer = small(config)
     words = model.bert.embeddings.word_embeddings.weight
