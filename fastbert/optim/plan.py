@@ -17,7 +17,6 @@ from fastbert.optim.gradients import Gradient
 from fastbert.optim.options import Formula, check_memory
 from fastbert.optim.state import TABLES, State
 
-
 # A parameter that has a gradient: its number, itself, its state, the gradient, its group and the group's formula.
 Taken = tuple[int, Tensor, State, Gradient, dict[str, Any], Formula]
 
