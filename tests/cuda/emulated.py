@@ -1,0 +1,212 @@
+"""Builds CUDA sources for the emulator of csrc/emulator and calls their launchers on tensors or arrays of the CPU.
+
+    from emulated import Library, Output
+
+    library = Library.build("my_kernels.cu", trace=True)
+    library.run("row_sum", x=x, y=Output(y), rows=3, columns=8)  # raises KernelError, naming line, block and thread
+    print(library.table())                                       # sectors and bank conflicts per source line
+
+A launcher is an `extern "C"` function that returns launch()'s number and takes, in this order, addresses (tensors of
+torch, arrays of numpy), int64_t (int), float (float) and last the stream. docs/emulator.md has the whole picture.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+EMULATOR = ROOT / "csrc/emulator"
+CACHE = ROOT / "build/emulator"
+
+FLAGS = "-std=c++17 -fPIC -fno-gnu-unique -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas".split()
+KERNEL_FLAGS = {
+    False: ["-O2", "-g1"],
+    # Scalar replacement would split a 16-byte load into four before it is instrumented.
+    True: ["-O1", "-g", "-fno-tree-sra", "-fsanitize=thread,bounds"],
+}
+TRACE_SOURCES = ("trace.cpp", "access_table.cpp", "happens_before.cpp")
+ORDERS = {"forward": (0, 0), "reverse": (1, 0), "shuffled1": (2, 1), "shuffled2": (2, 2)}
+
+
+class KernelError(RuntimeError):
+    """What the emulator found: a line per finding, each beginning with its kind."""
+
+
+# ---- build ----
+
+
+@cache
+def cuda_headers() -> Path | None:
+    """The folder of cuda_runtime.h: of $CUDA_HOME, of the toolkit that nvcc belongs to, or of NVIDIA's wheels."""
+    nvcc = shutil.which("nvcc")
+    roots = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
+    roots += sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*"))
+    return next((Path(root) / "include" for root in roots if root and (Path(root) / "include/cuda_fp16.h").exists()), None)
+
+
+def why_not() -> str | None:
+    """Why nothing can be emulated here, or None where it can."""
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+        return f"the emulator runs on Linux, x86-64 or aarch64; this is {sys.platform}, {platform.machine()}"
+    if shutil.which("g++") is None:
+        return "the emulator needs g++"
+    if cuda_headers() is None:
+        return "the emulator needs CUDA's headers: set CUDA_HOME, or pip install nvidia-cuda-runtime nvidia-cuda-crt"
+    return None
+
+
+def compile_object(source: Path, flags: list[str]) -> Path:
+    """The object file of a source, compiled anew where it, a header beside it or one of csrc/, or a flag has changed."""
+    headers = {*source.parent.glob("*.*h"), *(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc").glob("cuda/*.*h")}
+    command = ["g++", *FLAGS, f"-isystem{cuda_headers()}", *flags, "-x", "c++", "-c", str(source)]
+    digest = hashlib.sha256(" ".join(command).encode())
+    for path in [source, *sorted(headers | set(EMULATOR.glob("*.h")))]:
+        digest.update(path.read_bytes())
+    target = CACHE / f"{source.stem}.{digest.hexdigest()[:20]}.o"
+    if not target.exists():
+        make(target, command)
+    return target
+
+
+def make(target: Path, command: list[str]) -> None:
+    """Runs `command -o target`; whoever looks sees the whole file or none."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_suffix(f".{os.getpid()}")
+    done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    unfinished.replace(target)
+
+
+def build(sources: list[Path], trace: bool, flags: list[str]) -> Path:
+    """A shared library of kernels and emulator."""
+    objects = [compile_object(source, KERNEL_FLAGS[trace] + flags) for source in sources]
+    objects += [
+        compile_object(source, ["-O2"])
+        for source in sorted(EMULATOR.glob("*.cpp"))
+        if trace or source.name not in TRACE_SOURCES
+    ]
+    names = hashlib.sha256(" ".join(path.name for path in objects).encode()).hexdigest()[:20]
+    target = CACHE / f"{sources[0].stem}.{names}.so"
+    if not target.exists():
+        make(target, ["g++", "-shared", "-Wl,-Bsymbolic", *map(str, objects)])
+    return target
+
+
+# ---- call ----
+
+
+@dataclass
+class Output:
+    """A tensor that a kernel writes; what it holds before is nothing to read."""
+
+    tensor: object
+
+
+@dataclass
+class InOut:
+    """A tensor that a kernel reads and writes."""
+
+    tensor: object
+
+
+USES = {Output: 1, InOut: 2}
+
+
+@dataclass
+class Accesses:
+    """What the instructions of one source line did to one tensor, or to shared memory."""
+
+    kernel: str
+    line: str  # "file.cu:12"; "helper.h:7 called in file.cu:12"
+    access: str  # "read", "write" or "atomic"
+    memory: str  # the tensor's name, "shared", or "global" where no tensor is watched
+    shared: bool
+    bytes: int  # of a lane
+    requests: int  # of a warp
+    lanes: int
+    cost: int  # sectors of 32 bytes; in shared memory wavefronts
+    ideal: int
+
+    @property
+    def efficiency(self) -> float:
+        return self.ideal / self.cost
+
+    @property
+    def conflicts(self) -> float:
+        """How many times as long as without bank conflicts."""
+        return self.cost / self.ideal
+
+
+def address_and_bytes(tensor) -> tuple[int, int]:
+    if hasattr(tensor, "data_ptr"):
+        if tensor.device.type != "cpu":
+            raise ValueError(f"the emulator works on CPU tensors, got one on {tensor.device}")
+        return tensor.data_ptr(), tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
+    return tensor.ctypes.data, tensor.nbytes
+
+
+class Library:
+    """A library of launchers; `trace` builds watch every access, at several times the cost."""
+
+    def __init__(self, path: Path, trace: bool):
+        self.trace = trace
+        self.path = path
+        self._library = ctypes.CDLL(str(path))
+        self._library.emulator_error.restype = ctypes.c_char_p
+        if trace:
+            self._library.emulator_accesses.restype = ctypes.c_char_p
+            self._library.emulator_watch.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_char_p]
+
+    @classmethod
+    def build(cls, *sources: Path | str, trace: bool = False, flags: list[str] | None = None) -> "Library":
+        return cls(build([Path(source).resolve() for source in sources], trace, flags or []), trace)
+
+    def run(self, launcher: str, *, order: str = "forward", sample: int = 4, **arguments) -> None:
+        """Calls a launcher with threads and blocks in one of ORDERS. Raises KernelError with all that was found.
+
+        `sample`: of each launch the first so many blocks go into the table of accesses.
+        """
+        self._library.emulator_clear()
+        self._library.emulator_order(*ORDERS[order])
+        if self.trace:
+            self._library.emulator_forget()
+            self._library.emulator_sample(sample)
+        values = [self._convert(name, argument) for name, argument in arguments.items()]
+        if getattr(self._library, launcher)(*values, ctypes.c_void_p(None)) != 0:
+            raise KernelError(self._library.emulator_error().decode())
+
+    def _convert(self, name: str, argument):
+        if isinstance(argument, bool | int):
+            return ctypes.c_int64(argument)
+        if isinstance(argument, float):
+            return ctypes.c_float(argument)
+        use = USES.get(type(argument), 0)
+        address, size = address_and_bytes(argument.tensor if use else argument)
+        if self.trace:
+            self._library.emulator_watch(address, size, use, name.encode())
+        return ctypes.c_void_p(address)
+
+    def accesses(self) -> list[Accesses]:
+        """Of the last run, in the order of kernels and instructions."""
+        rows = [row.split("\t") for row in self._library.emulator_accesses().decode().splitlines()]
+        return [Accesses(*row[:4], row[4] == "1", *map(int, row[5:])) for row in rows]
+
+    def table(self) -> str:
+        """The same to read: requests, lanes, and sectors (shared memory: wavefronts) per request, had and ideal."""
+        head = ["kernel", "line", "access", "memory", "bytes", "requests", "lanes", "cost", "ideal", "efficiency"]
+        rows = [
+            [a.kernel, a.line, a.access, a.memory, a.bytes, a.requests, f"{a.lanes / a.requests:.1f}",
+             f"{a.cost / a.requests:.2f}", f"{a.ideal / a.requests:.2f}", f"{a.efficiency:.0%}"]
+            for a in self.accesses()
+        ]  # fmt: skip
+        widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
+        return "\n".join("  ".join(str(x).ljust(w) for x, w in zip(row, widths)).rstrip() for row in [head, *rows])
