@@ -149,10 +149,10 @@ void report_deadlock() {
     if (thread.state == State::finished || same_place(thread.from, last)) continue;
     last = thread.from;
     const bool barrier = thread.state == State::at_barrier;
-    waiting += std::string(barrier ? "the barrier" : thread.collective.name) + " in " + described(thread.from) +
-               " waits, " + whose(t) + "; ";
+    waiting += "a thread waits for " + std::string(barrier ? "the barrier" : thread.collective.name) + " in " +
+               described(thread.from) + "; ";
   }
-  record("deadlock: " + waiting + std::to_string(returned) + " threads have returned");
+  record("deadlock: " + waiting + std::to_string(returned) + " threads have returned; " + in_block());
 }
 
 // ---- blocks ----
@@ -264,14 +264,13 @@ void fail(const std::string& what) {
   for (;;) leave();
 }
 
-void fail(const std::string& what, Location from) { fail(what + " in " + described(from)); }
+void fail(const char* what, Location from) { fail(what + std::string(" in ") + described(from)); }
 
 void check_alignment(const void* address, size_t alignment, const char* what, Location from) {
   const size_t past = reinterpret_cast<uintptr_t>(address) % alignment;
   if (past != 0)
-    fail("misaligned address: " + std::string(what) + " needs a multiple of " + std::to_string(alignment) +
-             " and got one " + std::to_string(past) + " past it",
-         from);
+    fail("misaligned address: " + std::string(what) + " in " + described(from) + " needs a multiple of " +
+         std::to_string(alignment) + " and got one " + std::to_string(past) + " past it");
 }
 
 void block_barrier(Location from) {
@@ -299,7 +298,8 @@ void meet(uint32_t mask, const Collective& collective, Location from) {
   tracing = false;
   Thread& own = threads[running];
   const unsigned first = running / kWarpSize * kWarpSize, lane = running % kWarpSize;
-  if (!(mask >> lane & 1)) fail(std::string(collective.name) + ": the calling lane is missing from its own mask", from);
+  const auto here = [&] { return std::string(collective.name) + " in " + described(from); };
+  if (!(mask >> lane & 1)) fail("missing lane: " + here() + " is called by a lane that its mask leaves out");
   own.state = State::in_collective;
   own.mask = mask;
   own.collective = collective;
@@ -307,16 +307,15 @@ void meet(uint32_t mask, const Collective& collective, Location from) {
   void* arguments[kWarpSize] = {};
   for (unsigned other = 0; other < kWarpSize; ++other) {
     if (!(mask >> other & 1)) continue;
-    const auto its = [&] { return std::string(collective.name) + ": lane " + std::to_string(other) + " of the mask "; };
-    if (first + other >= launch.threads) fail(its() + "is beyond the block", from);
+    const auto waits = [&] { return "missing lane: " + here() + " waits for lane " + std::to_string(other); };
+    if (first + other >= launch.threads) fail(waits() + ", which is beyond the block");
     const Thread& thread = threads[first + other];
-    if (thread.state == State::finished) fail(its() + "has returned", from);
+    if (thread.state == State::finished) fail(waits() + ", which has returned");
     if (thread.state != State::in_collective) return leave();
     if (thread.mask != mask || strcmp(thread.collective.name, collective.name) != 0) {
       if (!(thread.mask >> lane & 1)) return leave();  // it waits for others, and comes here later
-      fail(its() + "waits with another mask or operation, " + thread.collective.name + " in " +
-               described(thread.from),
-           from);
+      fail("different operations: " + here() + " meets " + thread.collective.name + " in " +
+           described(thread.from) + (thread.mask != mask ? ", of another mask" : ""));
     }
     arguments[other] = thread.collective.argument;
   }

@@ -23,7 +23,7 @@ void* dynamic_shared_memory();
 
 // Ends the launch with an error that names the kernel, the block and the thread, and the place where it is given.
 [[noreturn]] void fail(const std::string& what);
-[[noreturn]] void fail(const std::string& what, Location from);
+[[noreturn]] void fail(const char* what, Location from);
 void check_alignment(const void* address, size_t alignment, const char* what, Location from);
 
 // ---- block ----

@@ -11,9 +11,10 @@
 #include <link.h>
 
 #include <algorithm>
+#include <set>
 #include <sstream>
 
-#include "source_line.h"
+#include "symbols.h"
 
 namespace emulator {
 namespace {
@@ -43,7 +44,10 @@ std::string by(const Event& event) {
 // ---- from the scheduler ----
 
 void Trace::launch_begins(const char* kernel, unsigned) {
-  if (library_.end == 0) dl_iterate_phdr(find_library, &library_);
+  if (library_.end == 0) {
+    dl_iterate_phdr(find_library, &library_);
+    guards_ = guard_variables();
+  }
   kernel_ = kernel;
   findings_.clear();
   order_.launch_begins();
@@ -87,13 +91,15 @@ std::string Trace::launch_ends() {
   }
   const std::vector<std::string> lines = described_sites(sites);
   std::string text;
+  std::set<std::tuple<std::string, std::string, std::string>> told;  // one per kind and pair of lines
   size_t i = 0;
   for (const auto& [finding, detail] : findings_) {
+    const std::string line = lines[i++], earlier_line = lines[i++];
+    if (!told.emplace(finding.kind, std::min(line, earlier_line), std::max(line, earlier_line)).second) continue;
     text += text.empty() ? "" : "\n";
-    text += finding.kind + ": " + detail.before + lines[i] + detail.after;
-    if (finding.earlier_site != finding.site) text += ", the earlier one in " + lines[i + 1];
+    text += finding.kind + ": " + detail.before + line + detail.between;
+    if (!detail.after.empty()) text += earlier_line + detail.after;
     text += "; kernel " + kernel_;
-    i += 2;
   }
   return text;
 }
@@ -104,18 +110,19 @@ void Trace::instruction_accessed(const void* address, size_t bytes, Access acces
   if (!tracing) return;
   const uintptr_t where = reinterpret_cast<uintptr_t>(address);
   if (stack_.contains(where) || library_.contains(where)) return;
+  if (bytes == 1 && variables_.contains(where) && guards_.count(where - variables_.begin) != 0) return;
   tracing = false;
   const uint32_t at = site({reinterpret_cast<uintptr_t>(returns_to) - 1, {}});  // - 1: in the call, not after it
   if (aligned && where % bytes != 0)
     find({"misaligned address", at, at},
          {std::to_string(bytes) + "-byte " + kAccessNames[static_cast<int>(access)] + " in ",
-          ", " + std::to_string(where % bytes) + " bytes past a multiple; " + by(order_.now())});
+          ", " + std::to_string(where % bytes) + " bytes past a multiple; " + by(order_.now()), ""});
   see(where, bytes, access, at);
   tracing = true;
 }
 
 void Trace::index_out_of_array(const char* type, const char* file, int line) {
-  if (tracing) fail("index out of bounds: of " + std::string(type), {file, line});
+  if (tracing) fail("index out of bounds: of " + std::string(type) + " in " + described({file, line}));
 }
 
 // ---- one access ----
@@ -148,7 +155,7 @@ int Trace::find_tensor(uintptr_t address, size_t bytes, Access access, uint32_t 
     const Tensor& tensor = tensors_[i];
     if (tensor.range.contains(address, bytes)) {
       if (access != Access::read && tensor.use == Use::input)
-        find({"write to an input", site, site}, {"", " writes " + tensor.name + "; " + by(order_.now())});
+        find({"write to an input", site, site}, {"", " writes " + tensor.name + "; " + by(order_.now()), ""});
       return static_cast<int>(i);
     }
     const uintptr_t away =
@@ -163,10 +170,14 @@ int Trace::find_tensor(uintptr_t address, size_t bytes, Access access, uint32_t 
 
 void Trace::out_of_bounds(const std::string& name, MemoryRange range, uintptr_t address, size_t bytes, Access access,
                           uint32_t site) {
-  const intptr_t offset = static_cast<intptr_t>(address - range.begin);
+  constexpr intptr_t kNear = 1 << 20;
+  const intptr_t offset = static_cast<intptr_t>(address - range.begin), size = range.end - range.begin;
+  const bool near = offset > -kNear && offset < size + kNear;
   fail("out of bounds: " + std::string(kAccessNames[static_cast<int>(access)]) + " of " + std::to_string(bytes) +
-       " bytes at byte " + std::to_string(offset) + " of " + name + ", which has " +
-       std::to_string(range.end - range.begin) + ", in " + described_sites({site})[0]);
+       " bytes " +
+       (near ? "at byte " + std::to_string(offset) + " of " + name + ", which has " + std::to_string(size)
+             : "far from every tensor") +
+       ", in " + described_sites({site})[0]);
 }
 
 Trace::Byte& Trace::byte(uintptr_t address) {
@@ -194,12 +205,12 @@ void Trace::check_content(const Byte& memory, bool shared, int tensor, Access ac
   if (access == Access::write || memory.content == Content::written) return;
   if (memory.content == Content::copying)
     find({"unfinished cp.async", site, site},
-         {"", " reads what no wait_for_copies covers yet; " + by(order_.now())});
+         {"", " reads what no wait_for_copies covers yet; " + by(order_.now()), ""});
   else if (shared)
-    find({"uninitialised shared memory", site, site}, {"", " reads it; " + by(order_.now())});
+    find({"uninitialised shared memory", site, site}, {"", " reads it; " + by(order_.now()), ""});
   else if (tensor >= 0 && tensors_[tensor].use == Use::output)
     find({"uninitialised output", site, site},
-         {"", " reads " + tensors_[tensor].name + " before it is written; " + by(order_.now())});
+         {"", " reads " + tensors_[tensor].name + " before it is written; " + by(order_.now()), ""});
 }
 
 void Trace::check_order(const Byte& memory, bool shared, Access access, uint32_t site) {
@@ -207,8 +218,8 @@ void Trace::check_order(const Byte& memory, bool shared, Access access, uint32_t
     if (order_.ordered(past.when) || (past.access == Access::atomic && access == Access::atomic)) return;
     find({shared ? "race in shared memory" : "race in global memory", site, past.site},
          {std::string(kAccessNames[static_cast<int>(access)]) + " in ",
-          " by " + by(order_.now()) + " and " + kAccessNames[static_cast<int>(past.access)] + " by " +
-              by(past.when) + " are not ordered"});
+          " by " + by(order_.now()) + " and " + kAccessNames[static_cast<int>(past.access)] + " in ",
+          " by " + by(past.when) + " are not ordered"});
   };
   check(memory.write);
   if (access == Access::read) return;

@@ -6,6 +6,7 @@
 #include <string>
 #include <tuple>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "access_table.h"
@@ -70,7 +71,7 @@ class Trace final : public Observer {
     }
   };
   struct Detail {
-    std::string before, after;  // the place
+    std::string before, between, after;  // the one place and the earlier one
   };
 
   void see(uintptr_t address, size_t bytes, Access access, uint32_t site);
@@ -91,6 +92,7 @@ class Trace final : public Observer {
   AccessTable table_;
   std::map<Finding, Detail> findings_;
   std::vector<Tensor> tensors_;
+  std::unordered_set<uintptr_t> guards_;
   MemoryRange library_, stack_, variables_, dynamic_, reserved_;
   uint32_t generation_ = 0, launch_ = 0, block_ = 0;
   unsigned blocks_begun_ = 0, sampled_blocks_ = 4;

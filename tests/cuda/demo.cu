@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kTile* kTileRows)
 
 // ---- matmul: c[m, n] = sum over k of a[m, k] b[n, k], in float32; a and b of 16 bits ----
 // A block of 2 x 2 warps takes 32 x 32 of c, a warp 16 x 16, in steps of 32 along k; the next step's tiles are copied
-// while this one's are multiplied. k % 8 == 0.
+// while this one's are multiplied. k % 8 == 0, n % 2 == 0.
 
 constexpr int kBlockMN = 32, kStep = 32, kMatmulThreads = 128;
 constexpr int kChunk = 8, kChunksPerRow = kStep / kChunk;  // 16 bytes; a row of a tile is 64 bytes
@@ -125,9 +125,10 @@ __global__ void __launch_bounds__(kMatmulThreads)
   }
 
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const int row = m0 + warp_m + lane / 4 + i / 2 % 2 * 8, column = n0 + warp_n + i / 4 * 8 + lane % 4 * 2 + i % 2;
-    if (row < m && column < n) c[static_cast<size_t>(row) * n + column] = sums[i / 4][i % 4];
+  for (int i = 0; i < 4; ++i) {  // pairs of neighbours
+    const int row = m0 + warp_m + lane / 4 + i % 2 * 8, column = n0 + warp_n + i / 2 * 8 + lane % 4 * 2;
+    const float2 pair = {sums[i / 2][i % 2 * 2], sums[i / 2][i % 2 * 2 + 1]};
+    if (row < m && column < n) *reinterpret_cast<float2*>(c + static_cast<size_t>(row) * n + column) = pair;
   }
 }
 

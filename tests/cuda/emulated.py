@@ -147,11 +147,17 @@ class Accesses:
 
 
 def address_and_bytes(tensor) -> tuple[int, int]:
+    """Of a tensor of torch or an array of numpy; of a strided view the bytes from its first to its last element."""
     if hasattr(tensor, "data_ptr"):
         if tensor.device.type != "cpu":
             raise ValueError(f"the emulator works on CPU tensors, got one on {tensor.device}")
-        return tensor.data_ptr(), tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
-    return tensor.ctypes.data, tensor.nbytes
+        address, item, strides = tensor.data_ptr(), tensor.element_size(), tensor.stride()
+    else:
+        address, item = tensor.ctypes.data, tensor.itemsize
+        strides = [stride // item for stride in tensor.strides]
+    if 0 in tensor.shape:
+        return address, 0
+    return address, item * (1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, strides, strict=True)))
 
 
 class Library:

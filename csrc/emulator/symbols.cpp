@@ -1,4 +1,4 @@
-#include "source_line.h"
+#include "symbols.h"
 
 #include <dlfcn.h>
 #include <stdio.h>
@@ -12,6 +12,12 @@ std::string hexadecimal(uintptr_t number) {
   std::ostringstream text;
   text << std::hex << number;
   return text.str();
+}
+
+Dl_info this_library() {
+  Dl_info library = {};
+  dladdr(reinterpret_cast<void*>(&source_line), &library);
+  return library;
 }
 
 std::string output_of(const std::string& command) {
@@ -40,8 +46,8 @@ std::string described(const std::vector<std::string>& frames, const std::string&
 }  // namespace
 
 std::vector<std::string> source_lines(const std::vector<uintptr_t>& instructions) {
-  Dl_info library;
-  if (instructions.empty() || dladdr(reinterpret_cast<void*>(&source_line), &library) == 0) return {};
+  if (instructions.empty()) return {};
+  const Dl_info library = this_library();
   const uintptr_t base = reinterpret_cast<uintptr_t>(library.dli_fbase);
   std::string command = "addr2line -a -i -e '" + std::string(library.dli_fname) + "'";
   for (uintptr_t address : instructions) command += " 0x" + hexadecimal(address - base);
@@ -62,5 +68,15 @@ std::vector<std::string> source_lines(const std::vector<uintptr_t>& instructions
 }
 
 std::string source_line(uintptr_t instruction) { return source_lines({instruction})[0]; }
+
+std::unordered_set<uintptr_t> guard_variables() {
+  std::unordered_set<uintptr_t> offsets;
+  std::istringstream output(output_of("nm '" + std::string(this_library().dli_fname) + "' 2>/dev/null"));
+  std::string offset, type, name;
+  for (std::string line; std::getline(output, line);)
+    if (std::istringstream(line) >> offset >> type >> name && name.compare(0, 4, "_ZGV") == 0)
+      offsets.insert(std::stoull(offset, nullptr, 16));
+  return offsets;
+}
 
 }  // namespace emulator
