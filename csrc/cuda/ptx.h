@@ -1,7 +1,7 @@
 // Every line of inline PTX, each instruction a function with its twin for the emulator.
 //
-// sm_75 has no cp.async, no m16n8k16 and no bf16: there copies are plain and fp16 products are made of two m16n8k8; what
-// cannot be made traps, so that a kernel still compiles whole.
+// sm_75 has no cp.async, no m16n8k16 and no bf16: there copies are plain and fp16 products are made of two
+// m16n8k8; what cannot be made traps, so that a kernel still compiles whole.
 #pragma once
 #include "launch.h"
 
@@ -36,7 +36,8 @@ DEVICE float exp2_approximate(float x) {
 }
 
 // ---- matrix products of a warp: c[16 x 8] += a[16 x 16] b[16 x 8], sums in float32 ----
-// With g = lane / 4 and i = lane % 4, a lane holds two neighbouring elements in each word, the first in the low half:
+// With g = lane / 4 and i = lane % 4, a lane holds two neighbouring elements in each word, the first in the
+// low half:
 //   a[0] (g, 2i), a[1] (g + 8, 2i), a[2] (g, 2i + 8), a[3] (g + 8, 2i + 8); b[0] (2i, g), b[1] (2i + 8, g);
 //   c[0], c[1] (g, 2i), c[2], c[3] (g + 8, 2i)
 
@@ -46,7 +47,8 @@ DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (
 #if !defined(__CUDACC__)
 
 template <class T>
-DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], emulator::Location from) {
+DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                         emulator::Location from) {
   emulator::mma_m16n8k16<T>(c, a, b, from);
 }
 
@@ -55,7 +57,8 @@ DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (
 template <>
 DEVICE void mma_m16n8k16<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
@@ -66,7 +69,8 @@ DEVICE void mma_m16n8k16<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4], c
 template <>
 DEVICE void mma_m16n8k16<__half>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
@@ -85,7 +89,8 @@ DEVICE void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32
 #if !defined(__CUDACC__)
   emulator::mma_m16n8k8_tf32(c, a, b, from);
 #elif __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
@@ -93,8 +98,9 @@ DEVICE void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32
 #endif
 }
 
-// Four 8 x 8 matrices of 16-bit elements from shared memory: lane l gives the address of row l % 8 of matrix l / 8,
-// 16-byte aligned, and receives of matrix j the elements (g, 2i) and (g, 2i + 1), transposed (2i, g) and (2i + 1, g).
+// Four 8 x 8 matrices of 16-bit elements from shared memory: lane l gives the address of row l % 8 of matrix
+// l / 8, 16-byte aligned, and receives of matrix j the elements (g, 2i) and (g, 2i + 1), transposed (2i, g)
+// and (2i + 1, g).
 template <bool kTransposed = false>
 DEVICE void ldmatrix_x4(uint32_t (&fragment)[4], SharedAddress row CALLED_FROM) {
 #if !defined(__CUDACC__)
@@ -115,7 +121,8 @@ DEVICE void ldmatrix_x4(uint32_t (&fragment)[4], SharedAddress row CALLED_FROM) 
 
 // ---- copies from global to shared memory that do not pass through registers ----
 
-// kBytes (4, 8 or 16) to an address that is a multiple of it; zeros where it is not valid, and then nothing is read.
+// kBytes (4, 8 or 16) to an address that is a multiple of it; zeros where it is not valid, and then nothing
+// is read.
 template <int kBytes>
 DEVICE void copy_async(SharedAddress target, const void* source, bool valid CALLED_FROM) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "cp.async copies 4, 8 or 16 bytes");
@@ -123,16 +130,26 @@ DEVICE void copy_async(SharedAddress target, const void* source, bool valid CALL
   emulator::copy_async(target, source, kBytes, valid ? kBytes : 0, from);
 #elif __CUDA_ARCH__ >= 800
   if constexpr (kBytes == 16)  // .cg: not through L1, which 16 bytes alone may pass by
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(valid ? 16 : 0)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+                 "r"(valid ? 16 : 0)
                  : "memory");
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(target), "l"(source), "n"(kBytes),
                  "r"(valid ? kBytes : 0)
                  : "memory");
 #else
-  const uint32_t* words = static_cast<const uint32_t*>(source);
-  for (int i = 0; i < kBytes / 4; ++i)
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(target + 4 * i), "r"(valid ? words[i] : 0) : "memory");
+  if constexpr (kBytes == 16) {
+    const uint4 v = valid ? *static_cast<const uint4*>(source) : uint4{};
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(target), "r"(v.x), "r"(v.y), "r"(v.z),
+                 "r"(v.w)
+                 : "memory");
+  } else if constexpr (kBytes == 8) {
+    const uint2 v = valid ? *static_cast<const uint2*>(source) : uint2{};
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(target), "r"(v.x), "r"(v.y) : "memory");
+  } else {
+    const uint32_t v = valid ? *static_cast<const uint32_t*>(source) : 0;
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(target), "r"(v) : "memory");
+  }
 #endif
 }
 
@@ -145,8 +162,8 @@ DEVICE void commit_copies() {
 #endif
 }
 
-// Waits till at most kGroupsLeft of this thread's groups, the newest, are unfinished; other threads see the copies only
-// after a barrier.
+// Waits till at most kGroupsLeft of this thread's groups, the newest, are unfinished; other threads see the
+// copies only after a barrier.
 template <int kGroupsLeft>
 DEVICE void wait_for_copies() {
 #if !defined(__CUDACC__)

@@ -11,7 +11,8 @@ constexpr uintptr_t kSectorBytes = 32, kBankBytes = 4;
 constexpr unsigned kBanks = 32;
 
 void add_units(std::set<uintptr_t>& units, uintptr_t address, uint32_t bytes, uintptr_t unit_bytes) {
-  for (uintptr_t unit = address / unit_bytes; unit <= (address + bytes - 1) / unit_bytes; ++unit) units.insert(unit);
+  for (uintptr_t unit = address / unit_bytes; unit <= (address + bytes - 1) / unit_bytes; ++unit)
+    units.insert(unit);
 }
 
 }  // namespace

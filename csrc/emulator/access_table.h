@@ -1,5 +1,5 @@
-// How well the accesses of each source line use the memory. The n-th executions of an instruction by the lanes of a warp
-// are taken for one request, which is right where they go through a loop together.
+// How well the accesses of each source line use the memory. The n-th executions of an instruction by the
+// lanes of a warp are taken for one request, which is right where they go through a loop together.
 //   global: 32-byte sectors touched, ideally the bytes of distinct addresses / 32
 //   shared: wavefronts, ideally the distinct words / 32; more are bank conflicts
 #pragma once

@@ -1,5 +1,5 @@
-// Device functions that CUDA's headers do not give to host compilers. Approximate ones (__expf, rsqrtf) are exact here
-// to float32: tests compare with tolerances.
+// Device functions that CUDA's headers do not give to host compilers. Approximate ones (__expf, rsqrtf) are
+// exact here to float32: tests compare with tolerances.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -43,7 +43,8 @@ inline __half __hfma(__half a, __half b, __half c) {
   return __double2half(static_cast<double>(__half2float(a)) * __half2float(b) + __half2float(c));
 }
 inline __nv_bfloat16 __hfma(__nv_bfloat16 a, __nv_bfloat16 b, __nv_bfloat16 c) {
-  return __double2bfloat16(static_cast<double>(__bfloat162float(a)) * __bfloat162float(b) + __bfloat162float(c));
+  return __double2bfloat16(static_cast<double>(__bfloat162float(a)) * __bfloat162float(b) +
+                           __bfloat162float(c));
 }
 inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
   return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)};

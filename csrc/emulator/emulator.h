@@ -1,5 +1,6 @@
-// CUDA C++ on a CPU. A kernel source that includes csrc/cuda/launch.h is compiled by g++ or clang++ and linked with the
-// .cpp files of this folder; docs/emulator.md says how, what a pass proves and what it cannot.
+// CUDA C++ on a CPU. A kernel source that includes csrc/cuda/launch.h is compiled by g++ or clang++ and
+// linked with the .cpp files of this folder; docs/emulator.md says how, what a pass proves and what it
+// cannot.
 //
 // CUDA's own headers give the types (float4, __half, __nv_bfloat16); nothing of its libraries is linked.
 #pragma once
@@ -14,8 +15,9 @@
 #define __constant__ static
 #define __grid_constant__
 #define __launch_bounds__(...)
-// Blocks run one after another. Thread-local variables of a library lie side by side, so that the scheduler can find
-// all shared memory, fill it with NaN before each block and watch it; nothing else may be thread_local there.
+// Blocks run one after another. Thread-local variables of a library lie side by side, so that the scheduler
+// can find all shared memory, fill it with NaN before each block and watch it; nothing else may be
+// thread_local there.
 #define __shared__ static thread_local
 
 #include <cuda_bf16.h>

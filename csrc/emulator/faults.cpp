@@ -54,7 +54,8 @@ struct Handlers {
 std::string what_happened() {
   if (caught == SIGFPE) return "integer division by zero";
   if (caught == SIGILL) return "trap";
-  if (touched == 0) return "invalid address: null, or a 16-byte vector at an address that is no multiple of 16,";
+  if (touched == 0)
+    return "invalid address: null, or a 16-byte vector at an address that is no multiple of 16,";
   return touched < 4096 ? "invalid address: null" : "invalid address: memory that is nobody's";
 }
 

@@ -1,5 +1,5 @@
-// Faults of the processor while a kernel runs (an address that nobody may touch, a vector that is not aligned, a stack
-// that is full, a division by zero) become errors instead of the end of the process.
+// Faults of the processor while a kernel runs (an address that nobody may touch, a vector that is not
+// aligned, a stack that is full, a division by zero) become errors instead of the end of the process.
 #pragma once
 #include <functional>
 #include <string>

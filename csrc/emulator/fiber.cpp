@@ -12,7 +12,8 @@ constexpr size_t kGuardBytes = 4096;
 
 char* new_stack() {
   const size_t bytes = kGuardBytes + Fiber::kStackBytes;
-  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory =
+      mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED || mprotect(memory, kGuardBytes, PROT_NONE) != 0) throw std::bad_alloc();
   return static_cast<char*>(memory) + kGuardBytes;
 }
@@ -34,8 +35,9 @@ void Fiber::leave() { swapcontext(&own_, &scheduler_); }
 
 #else
 
-// Saves the registers that a called function must keep, and the stack pointer in *from; then the same backwards for
-// `to`. A signal mask, which ucontext keeps at the price of a system call, is nobody's business here.
+// Saves the registers that a called function must keep, and the stack pointer in *from; then the same
+// backwards for `to`. ucontext saves the signal mask too, by a system call
+// each way; kernels change none.
 extern "C" void emulator_switch(void** from, void* to);
 asm(R"(
 .text

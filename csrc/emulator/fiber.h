@@ -1,5 +1,5 @@
-// A function that runs on a stack of its own and can be left and entered again: 30 ns a switch where it is written in
-// assembler (x86-64), some six times that by ucontext elsewhere.
+// A function that runs on a stack of its own and can be left and entered again: 30 ns a switch where it is
+// written in assembler (x86-64), some six times that by ucontext elsewhere.
 #pragma once
 #include <stddef.h>
 

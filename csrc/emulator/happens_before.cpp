@@ -48,12 +48,13 @@ void HappensBefore::atomic(uintptr_t address) {
   releases_[address][block_] = {now(), fences_[thread_], clocks_[thread_], fences_, {}};
 }
 
-// Whether the access is visible to who sees the release: it came before the releaser's fence, or before a fence of its
-// own thread and a barrier.
+// Whether the access is visible to who sees the release: it came before the releaser's fence, or before a
+// fence of its own thread and a barrier.
 bool HappensBefore::Release::covers(const Event& access) const {
   if (access.epoch < fence.epoch || access.same_thread(by)) return true;
   if (access.same_warp(by) && clocks[access.thread % kWarpSize] >= access.clock) return true;
-  return fences[access.thread].happened() && access.epoch <= fences[access.thread].epoch && access.epoch < by.epoch;
+  return fences[access.thread].happened() && access.epoch <= fences[access.thread].epoch &&
+         access.epoch < by.epoch;
 }
 
 bool HappensBefore::ordered(const Event& earlier) const {

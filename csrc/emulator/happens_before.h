@@ -1,8 +1,8 @@
 // Which accesses of a launch are ordered by synchronisation, whatever the order they were executed in.
 //
-// Within a block: barriers count epochs; within a warp each lane has a vector clock, joined by __syncwarp. Between
-// blocks the one way is a handoff: writes, __threadfence, an atomic operation; then an atomic operation on the same
-// address by another block, and reads ordered after it.
+// Within a block: barriers count epochs; within a warp each lane has a vector clock, joined by __syncwarp.
+// Between blocks the one way is a handoff: writes, __threadfence, an atomic operation; then an atomic
+// operation on the same address by another block, and reads ordered after it.
 #pragma once
 #include <array>
 #include <unordered_map>
@@ -55,7 +55,7 @@ class HappensBefore {
   std::array<Clocks, kMaxThreads> clocks_;
   std::vector<Event> fences_;  // of each thread of the block that runs; empty where none fenced
   std::unordered_map<uintptr_t, std::unordered_map<uint32_t, Release>> releases_;  // by address and block
-  std::unordered_map<uint32_t, Release> acquired_;                                 // by the block that released
+  std::unordered_map<uint32_t, Release> acquired_;  // by the block that released
 };
 
 }  // namespace emulator

@@ -1,5 +1,5 @@
-// Synchronisation, shuffles, votes and atomics, by CUDA's names. Each takes as a last argument the place it is called
-// from.
+// Synchronisation, shuffles, votes and atomics, by CUDA's names. Each takes as a last argument the place it
+// is called from.
 #pragma once
 #include <string.h>
 
@@ -45,7 +45,8 @@ struct Shuffled {
 // What a lane outside of the mask holds is undefined; here all bits are ones, a NaN.
 template <class T>
 T shuffle(const char* name, uint32_t mask, T value, unsigned source, Location from) {
-  static_assert(std::is_trivially_copyable<T>::value && sizeof(T) <= 8, "shuffles take scalars of up to 8 bytes");
+  static_assert(std::is_trivially_copyable<T>::value && sizeof(T) <= 8,
+                "shuffles take scalars of up to 8 bytes");
   Shuffled<T> mine{value, value, source};
   warp_collective<Shuffled<T>>(
       name, mask, mine,
@@ -76,7 +77,8 @@ T __shfl_sync(unsigned mask, T value, int source, int width = 32, EMULATOR_FROM)
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, EMULATOR_FROM) {
   const int own = emulator::lane_in_warp(), lane = own - static_cast<int>(delta);
-  return emulator::shuffle("__shfl_up_sync", mask, value, lane < emulator::segment_start(width) ? own : lane, from);
+  return emulator::shuffle("__shfl_up_sync", mask, value, lane < emulator::segment_start(width) ? own : lane,
+                           from);
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, EMULATOR_FROM) {
@@ -100,7 +102,7 @@ struct Reduced {
   T value, result;
 };
 
-// `combine(sum so far, a lane's value, the lane)` over the lanes in order, from `start`; every lane gets the result.
+// Combine::of(result so far, a lane's value) over the lanes in order; every lane gets the result.
 template <class T, class Combine>
 T reduce(const char* name, uint32_t mask, T value, Location from, Combine) {
   Reduced<T> mine{value, {}};
@@ -143,8 +145,8 @@ inline int __all_sync(unsigned mask, int predicate, EMULATOR_FROM) {
   return emulator::reduce("__all_sync", mask, predicate != 0 ? 1 : 0, from, emulator::And{});
 }
 
-#define EMULATOR_REDUCE(name, Type, Combine)                           \
-  inline Type name(unsigned mask, Type value, EMULATOR_FROM) {         \
+#define EMULATOR_REDUCE(name, Type, Combine)                                \
+  inline Type name(unsigned mask, Type value, EMULATOR_FROM) {              \
     return emulator::reduce(#name, mask, value, from, emulator::Combine{}); \
   }
 EMULATOR_REDUCE(__reduce_add_sync, unsigned, Sum)
@@ -196,16 +198,16 @@ struct Same {  // keeps an argument out of deduction: atomicAdd(float*, 1)
 
 }  // namespace emulator
 
-#define EMULATOR_ATOMIC(name, new_value)                                                      \
-  template <class T>                                                                          \
-  T name(T* address, typename emulator::Same<T>::type value, EMULATOR_FROM) {                 \
+#define EMULATOR_ATOMIC(name, new_value)                                                             \
+  template <class T>                                                                                 \
+  T name(T* address, typename emulator::Same<T>::type value, EMULATOR_FROM) {                        \
     return emulator::read_modify_write(#name, address, from, [=](T old) -> T { return new_value; }); \
   }
 EMULATOR_ATOMIC(atomicAdd, old + value)
 EMULATOR_ATOMIC(atomicSub, old - value)
 EMULATOR_ATOMIC(atomicMin, value < old ? value : old)
 EMULATOR_ATOMIC(atomicMax, old < value ? value : old)
-EMULATOR_ATOMIC(atomicAnd, old & value)
+EMULATOR_ATOMIC(atomicAnd, old& value)
 EMULATOR_ATOMIC(atomicOr, old | value)
 EMULATOR_ATOMIC(atomicXor, old ^ value)
 EMULATOR_ATOMIC(atomicInc, old >= value ? 0 : old + 1)

@@ -1,4 +1,5 @@
-// A place in a source file, taken where a function with a default argument `Location from = Location::here()` is called.
+// A place in a source file, taken where a function with a default argument `Location from = Location::here()`
+// is called.
 #pragma once
 #include <string>
 

@@ -12,14 +12,17 @@ namespace emulator {
 struct MemoryRange {
   uintptr_t begin = 0, end = 0;
 
-  bool contains(uintptr_t address, size_t bytes = 1) const { return begin <= address && address + bytes <= end; }
+  bool contains(uintptr_t address, size_t bytes = 1) const {
+    return begin <= address && address + bytes <= end;
+  }
 };
 
 class Observer {
  public:
   virtual void launch_begins(const char* kernel, unsigned threads) = 0;
   // Shared memory: of `__shared__` variables, of this launch's size, and all that a launch could ask for.
-  virtual void block_begins(unsigned block, MemoryRange variables, MemoryRange dynamic, MemoryRange reserved) = 0;
+  virtual void block_begins(unsigned block, MemoryRange variables, MemoryRange dynamic,
+                            MemoryRange reserved) = 0;
   virtual void thread_runs(unsigned thread, MemoryRange stack) = 0;
   virtual void block_synchronised() = 0;
   virtual void warp_synchronised(unsigned first_thread, uint32_t mask) = 0;

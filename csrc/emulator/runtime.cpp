@@ -1,5 +1,5 @@
-// The few functions of CUDA's runtime that launchers call, as a device of this many processors would answer. A stream is
-// done at once.
+// The few functions of CUDA's runtime that launchers call, as a device of this many processors would answer.
+// A stream is done at once.
 #include <cuda_runtime_api.h>
 #include <string.h>
 
@@ -20,11 +20,20 @@ cudaError_t cudaGetDevice(int* device) {
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
-    case cudaDevAttrMultiProcessorCount: *value = kProcessors; return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulator::kMaxSharedBytes; return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor: *value = 9; return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; return cudaSuccess;
-    default: return cudaErrorInvalidValue;
+    case cudaDevAttrMultiProcessorCount:
+      *value = kProcessors;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = emulator::kMaxSharedBytes;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 9;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 0;
+      return cudaSuccess;
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t) {

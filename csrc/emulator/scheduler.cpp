@@ -3,10 +3,11 @@
 //   for each block, in the chosen order
 //     until all threads have returned
 //       for each warp, in the chosen order
-//         until none of its threads can go on: for each of its threads, in the chosen order, run it till it waits
+//         until none of its threads can go on: for each of its threads, in the chosen order, run it till it
+//         waits
 //
-// So a warp runs as far ahead of the others as barriers let it, and a lane as far ahead of its warp: what is not
-// synchronised is seen too early in one order or too late in another. Compiled without -fsanitize=thread.
+// So a warp runs as far ahead of the others as barriers let it, and a lane as far ahead of its warp: what is
+// not synchronised is seen too early in one order or too late in another. Compiled without -fsanitize=thread.
 #include "scheduler.h"
 
 #include <string.h>
@@ -47,11 +48,11 @@ struct Thread {
   Fiber fiber;
   uint3 index;
   State state;
-  Location from;                          // where it waits
-  uint32_t mask;                          // of the collective it waits in
+  Location from;  // where it waits
+  uint32_t mask;  // of the collective it waits in
   Collective collective;
-  std::vector<Copy> open;                 // cp.async not yet committed
-  std::deque<std::vector<Copy>> groups;   // committed, the oldest first
+  std::vector<Copy> open;                // cp.async not yet committed
+  std::deque<std::vector<Copy>> groups;  // committed, the oldest first
 };
 
 struct Launch {
@@ -128,12 +129,13 @@ void release_barrier() {
     if (thread.state != State::at_barrier) continue;
     if (first.line == 0) first = thread.from;
     if (!same_place(thread.from, first))
-      return record("divergent barrier: some threads of the block wait at " + described(first) + ", others at " +
-                    described(thread.from) + "; " + whose(t));
+      return record("divergent barrier: some threads of the block wait at " + described(first) +
+                    ", others at " + described(thread.from) + "; " + whose(t));
   }
   if (returned > 0)
     return record("early return: " + std::to_string(returned) + " of " + std::to_string(launch.threads) +
-                  " threads have returned, the others wait at the barrier in " + described(first) + "; " + in_block());
+                  " threads have returned, the others wait at the barrier in " + described(first) + "; " +
+                  in_block());
   for (unsigned t = 0; t < launch.threads; ++t) threads[t].state = State::ready;
   at_barrier = 0;
   vote_result = votes;
@@ -149,8 +151,8 @@ void report_deadlock() {
     if (thread.state == State::finished || same_place(thread.from, last)) continue;
     last = thread.from;
     const bool barrier = thread.state == State::at_barrier;
-    waiting += "a thread waits for " + std::string(barrier ? "the barrier" : thread.collective.name) + " in " +
-               described(thread.from) + "; ";
+    waiting += "a thread waits for " + std::string(barrier ? "the barrier" : thread.collective.name) +
+               " in " + described(thread.from) + "; ";
   }
   record("deadlock: " + waiting + std::to_string(returned) + " threads have returned; " + in_block());
 }
@@ -220,10 +222,11 @@ std::string wrong_limits(dim3 grid, dim3 block, size_t shared_bytes) {
   if (block_threads == 0 || block_threads > kMaxThreads || block.z > 64)
     return "a block of " + triple(block.x, block.y, block.z) + " threads; 1 to 1024 are possible, 64 in z";
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
-    return "a grid of " + triple(grid.x, grid.y, grid.z) + " blocks; 1 to 2147483647 x 65535 x 65535 are possible";
+    return "a grid of " + triple(grid.x, grid.y, grid.z) +
+           " blocks; 1 to 2147483647 x 65535 x 65535 are possible";
   if (shared_bytes > kMaxSharedBytes)
-    return std::to_string(shared_bytes) + " bytes of dynamic shared memory; " + std::to_string(kMaxSharedBytes) +
-           " are possible";
+    return std::to_string(shared_bytes) + " bytes of dynamic shared memory; " +
+           std::to_string(kMaxSharedBytes) + " are possible";
   return "";
 }
 
@@ -284,9 +287,12 @@ int block_vote(bool predicate, Vote vote, Location from) {
   votes += predicate;
   block_barrier(from);
   switch (vote) {
-    case Vote::count: return vote_result;
-    case Vote::all: return vote_result == static_cast<int>(launch.threads);
-    default: return vote_result > 0;
+    case Vote::count:
+      return vote_result;
+    case Vote::all:
+      return vote_result == static_cast<int>(launch.threads);
+    default:
+      return vote_result > 0;
   }
 }
 

@@ -1,5 +1,5 @@
-// What the intrinsics need of the scheduler (scheduler.cpp). A CUDA thread is a fiber: it runs alone, and gives way
-// to the others only in block_barrier, block_vote and warp_collective.
+// What the intrinsics need of the scheduler (scheduler.cpp). A CUDA thread is a fiber: it runs alone, and
+// gives way to the others only in block_barrier, block_vote and warp_collective.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -21,7 +21,8 @@ unsigned thread_in_block();  // x fastest
 inline unsigned lane_in_warp() { return thread_in_block() % kWarpSize; }
 void* dynamic_shared_memory();
 
-// Ends the launch with an error that names the kernel, the block and the thread, and the place where it is given.
+// Ends the launch with an error that names the kernel, the block and the thread, and the place where it is
+// given.
 [[noreturn]] void fail(const std::string& what);
 [[noreturn]] void fail(const char* what, Location from);
 void check_alignment(const void* address, size_t alignment, const char* what, Location from);
@@ -89,7 +90,8 @@ struct Untraced {
 
 // ---- launch ----
 
-// What a thread runs: `call(arguments)`, of the launcher's library but not the kernel's own code, so not instrumented.
+// What a thread runs: `call(arguments)`, of the launcher's library but not the kernel's own code, so not
+// instrumented.
 struct Body {
   void (*call)(const void* arguments);
   const void* arguments;
@@ -100,7 +102,8 @@ int run_kernel(const char* name, dim3 grid, dim3 block, size_t shared_bytes, Bod
 }  // namespace emulator
 
 extern "C" {
-// Why the first launch that failed since the last emulator_clear() did; "" where none did. Later ones are refused.
+// Why the first launch that failed since the last emulator_clear() did; "" where none did. Later ones are
+// refused.
 const char* emulator_error();
 void emulator_clear();
 // In which order threads and blocks run: 0 forward, 1 reverse, 2 shuffled by the seed.

@@ -31,7 +31,7 @@ int find_segment(dl_phdr_info* library, size_t, void* found) {
   const uintptr_t inside = reinterpret_cast<uintptr_t>(&anchor);
   const uintptr_t begin = reinterpret_cast<uintptr_t>(library->dlpi_tls_data);
   for (int i = 0; i < library->dlpi_phnum && begin != 0; ++i) {
-    const ElfW(Phdr)& header = library->dlpi_phdr[i];
+    const ElfW(Phdr) & header = library->dlpi_phdr[i];
     const MemoryRange segment{begin, begin + header.p_memsz};
     if (header.p_type != PT_TLS || !segment.contains(inside)) continue;
     *static_cast<MemoryRange*>(found) = segment;

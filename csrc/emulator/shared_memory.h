@@ -1,5 +1,5 @@
-// The shared memory of the block that runs: `__shared__` variables, which are this library's thread-local ones, and the
-// dynamic part, whose end is the end of readable memory.
+// The shared memory of the block that runs: `__shared__` variables, which are this library's thread-local
+// ones, and the dynamic part, whose end is the end of readable memory.
 #pragma once
 #include "observer.h"
 

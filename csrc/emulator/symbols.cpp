@@ -30,8 +30,8 @@ std::string output_of(const std::string& command) {
   return output;
 }
 
-// addr2line says for each address "0x1a2b", then a line "/path/file.cu:12 (discriminator 3)" for the place and each
-// function that it was inlined into.
+// addr2line says for each address "0x1a2b", then a line "/path/file.cu:12 (discriminator 3)" for the place
+// and each function that it was inlined into.
 std::string short_place(const std::string& line) {
   const std::string file = line.substr(line.find_last_of('/') + 1);
   return file.substr(0, file.find(' '));

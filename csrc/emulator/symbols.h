@@ -8,7 +8,8 @@
 
 namespace emulator {
 
-// "file.cu:12"; where the instruction was inlined from another file or function "helper.h:7 called in file.cu:12".
+// "file.cu:12"; where the instruction was inlined from another file or function "helper.h:7 called in
+// file.cu:12".
 // "+1a2b", its offset in the library, where there is no debug information or no addr2line.
 std::vector<std::string> source_lines(const std::vector<uintptr_t>& instructions);
 std::string source_line(uintptr_t instruction);

@@ -1,5 +1,5 @@
-// Host twins of what csrc/cuda/ptx.h does with tensor cores, by the fragment layouts of the PTX ISA ("Matrix fragments
-// for mma.m16n8k16"). With g = lane / 4 and i = lane % 4 a lane holds
+// Host twins of what csrc/cuda/ptx.h does with tensor cores, by the fragment layouts of the PTX ISA ("Matrix
+// fragments for mma.m16n8k16"). With g = lane / 4 and i = lane % 4 a lane holds
 //   A: a0 (g, 2i and 2i + 1), a1 (g + 8, ..), a2 (g, 2i + 8 and 2i + 9), a3 (g + 8, ..)
 //   B: b0 (2i and 2i + 1, g), b1 (2i + 8 and 2i + 9, g)
 //   C: c0, c1 (g, 2i and 2i + 1), c2, c3 (g + 8, ..)

@@ -1,11 +1,13 @@
-// Watches every load and store of a kernel. g++ -fsanitize=thread makes them call the __tsan_* functions below; instead
-// of libtsan, which sees one thread of the operating system and finds nothing, they come here.
+// Watches every load and store of a kernel. g++ -fsanitize=thread makes them call the __tsan_* functions
+// below; instead of libtsan, which sees one thread of the operating system and finds nothing, they come here.
 //
-// Found: races in shared and global memory, reads of shared memory that nothing wrote or whose cp.async is unfinished,
-// reads of outputs before they are written, accesses outside of the watched tensors, writes to inputs, misaligned
-// vectors; with -fsanitize=bounds,shift indices outside of arrays. And the table of access_table.h.
+// Found: races in shared and global memory, reads of shared memory that nothing wrote or whose cp.async is
+// unfinished, reads of outputs before they are written, accesses outside of the watched tensors, writes to
+// inputs, misaligned vectors; with -fsanitize=bounds,shift indices outside of arrays. And the table of
+// access_table.h.
 //
-// Not watched: a thread's own stack, constants and the library's other variables. Compiled without instrumentation.
+// Not watched: a thread's own stack, constants and the library's other variables. Compiled without
+// instrumentation.
 #include "trace.h"
 
 #include <link.h>
@@ -25,7 +27,7 @@ const char* const kAccessNames[] = {"read", "write", "atomic"};
 int find_library(dl_phdr_info* library, size_t, void* found) {
   MemoryRange range{~uintptr_t{0}, 0};
   for (int i = 0; i < library->dlpi_phnum; ++i) {
-    const ElfW(Phdr)& header = library->dlpi_phdr[i];
+    const ElfW(Phdr) & header = library->dlpi_phdr[i];
     if (header.p_type != PT_LOAD) continue;
     range.begin = std::min<uintptr_t>(range.begin, library->dlpi_addr + header.p_vaddr);
     range.end = std::max<uintptr_t>(range.end, library->dlpi_addr + header.p_vaddr + header.p_memsz);
@@ -95,7 +97,8 @@ std::string Trace::launch_ends() {
   size_t i = 0;
   for (const auto& [finding, detail] : findings_) {
     const std::string line = lines[i++], earlier_line = lines[i++];
-    if (!told.emplace(finding.kind, std::min(line, earlier_line), std::max(line, earlier_line)).second) continue;
+    if (!told.emplace(finding.kind, std::min(line, earlier_line), std::max(line, earlier_line)).second)
+      continue;
     text += text.empty() ? "" : "\n";
     text += finding.kind + ": " + detail.before + line + detail.between;
     if (!detail.after.empty()) text += earlier_line + detail.after;
@@ -106,13 +109,15 @@ std::string Trace::launch_ends() {
 
 // ---- from the instrumentation ----
 
-void Trace::instruction_accessed(const void* address, size_t bytes, Access access, void* returns_to, bool aligned) {
+void Trace::instruction_accessed(const void* address, size_t bytes, Access access, void* returns_to,
+                                 bool aligned) {
   if (!tracing) return;
   const uintptr_t where = reinterpret_cast<uintptr_t>(address);
   if (stack_.contains(where) || library_.contains(where)) return;
   if (bytes == 1 && variables_.contains(where) && guards_.count(where - variables_.begin) != 0) return;
   tracing = false;
-  const uint32_t at = site({reinterpret_cast<uintptr_t>(returns_to) - 1, {}});  // - 1: in the call, not after it
+  const uint32_t at =
+      site({reinterpret_cast<uintptr_t>(returns_to) - 1, {}});  // - 1: in the call, not after it
   if (aligned && where % bytes != 0)
     find({"misaligned address", at, at},
          {std::to_string(bytes) + "-byte " + kAccessNames[static_cast<int>(access)] + " in ",
@@ -131,7 +136,8 @@ void Trace::see(uintptr_t address, size_t bytes, Access access, uint32_t site) {
   const bool shared = variables_.contains(address) || dynamic_.contains(address, bytes);
   int tensor = -1;
   if (!shared) {
-    if (reserved_.contains(address)) out_of_bounds("dynamic shared memory", dynamic_, address, bytes, access, site);
+    if (reserved_.contains(address))
+      out_of_bounds("dynamic shared memory", dynamic_, address, bytes, access, site);
     tensor = find_tensor(address, bytes, access, site);
   }
   if (access == Access::atomic && !shared) order_.atomic(address);
@@ -168,13 +174,13 @@ int Trace::find_tensor(uintptr_t address, size_t bytes, Access access, uint32_t 
   out_of_bounds(tensors_[nearest].name, tensors_[nearest].range, address, bytes, access, site);
 }
 
-void Trace::out_of_bounds(const std::string& name, MemoryRange range, uintptr_t address, size_t bytes, Access access,
-                          uint32_t site) {
+void Trace::out_of_bounds(const std::string& name, MemoryRange range, uintptr_t address, size_t bytes,
+                          Access access, uint32_t site) {
   constexpr intptr_t kNear = 1 << 20;
   const intptr_t offset = static_cast<intptr_t>(address - range.begin), size = range.end - range.begin;
   const bool near = offset > -kNear && offset < size + kNear;
-  fail("out of bounds: " + std::string(kAccessNames[static_cast<int>(access)]) + " of " + std::to_string(bytes) +
-       " bytes " +
+  fail("out of bounds: " + std::string(kAccessNames[static_cast<int>(access)]) + " of " +
+       std::to_string(bytes) + " bytes " +
        (near ? "at byte " + std::to_string(offset) + " of " + name + ", which has " + std::to_string(size)
              : "far from every tensor") +
        ", in " + described_sites({site})[0]);
@@ -240,15 +246,17 @@ void Trace::remember(Byte& memory, const Past& access) {
 
 void Trace::find(const Finding& finding, const Detail& detail) {
   constexpr size_t kMostFindings = 20;
-  if (findings_.size() < kMostFindings) findings_.emplace(finding, detail);  // the first of its kind and place
+  if (findings_.size() < kMostFindings)
+    findings_.emplace(finding, detail);  // the first of its kind and place
 }
 
 // ---- sites ----
 
 uint32_t Trace::site(const Site& place) {
-  const uint64_t key = place.instruction != 0
-                           ? place.instruction
-                           : reinterpret_cast<uintptr_t>(place.from.file) * 0x9e3779b97f4a7c15u + place.from.line;
+  const uint64_t key =
+      place.instruction != 0
+          ? place.instruction
+          : reinterpret_cast<uintptr_t>(place.from.file) * 0x9e3779b97f4a7c15u + place.from.line;
   const auto [found, is_new] = site_numbers_.emplace(key, static_cast<uint32_t>(sites_.size()));
   if (is_new) sites_.push_back(place);
   return found->second;
@@ -289,9 +297,11 @@ std::string Trace::accesses() {
   for (const auto& [key, totals] : table_.totals()) {
     const AccessKey& access = key.second;
     text << key.first << '\t' << lines[i++] << '\t' << kAccessNames[static_cast<int>(access.access)] << '\t'
-         << (access.shared ? "shared" : access.tensor < 0 ? "global" : tensors_[access.tensor].name) << '\t'
-         << access.shared << '\t' << access.bytes << '\t' << totals.requests << '\t' << totals.lanes << '\t'
-         << totals.cost << '\t' << totals.ideal << '\n';
+         << (access.shared       ? "shared"
+             : access.tensor < 0 ? "global"
+                                 : tensors_[access.tensor].name)
+         << '\t' << access.shared << '\t' << access.bytes << '\t' << totals.requests << '\t' << totals.lanes
+         << '\t' << totals.cost << '\t' << totals.ideal << '\n';
   }
   return text.str();
 }
@@ -322,20 +332,20 @@ const char* emulator_accesses() {
   return text.c_str();
 }
 
-// The calls that the compiler puts before each load and store. A vector whose type promises alignment comes by its
-// size, anything else as a range.
-#define EMULATOR_TSAN(bytes)                                                                             \
-  void __tsan_read##bytes(void* address) {                                                               \
-    trace().instruction_accessed(address, bytes, Access::read, __builtin_return_address(0), true);        \
-  }                                                                                                      \
-  void __tsan_write##bytes(void* address) {                                                              \
-    trace().instruction_accessed(address, bytes, Access::write, __builtin_return_address(0), true);       \
-  }                                                                                                      \
-  void __tsan_unaligned_read##bytes(void* address) {                                                     \
-    trace().instruction_accessed(address, bytes, Access::read, __builtin_return_address(0), false);       \
-  }                                                                                                      \
-  void __tsan_unaligned_write##bytes(void* address) {                                                    \
-    trace().instruction_accessed(address, bytes, Access::write, __builtin_return_address(0), false);      \
+// The calls that the compiler puts before each load and store. A vector whose type promises alignment comes
+// by its size, anything else as a range.
+#define EMULATOR_TSAN(bytes)                                                                         \
+  void __tsan_read##bytes(void* address) {                                                           \
+    trace().instruction_accessed(address, bytes, Access::read, __builtin_return_address(0), true);   \
+  }                                                                                                  \
+  void __tsan_write##bytes(void* address) {                                                          \
+    trace().instruction_accessed(address, bytes, Access::write, __builtin_return_address(0), true);  \
+  }                                                                                                  \
+  void __tsan_unaligned_read##bytes(void* address) {                                                 \
+    trace().instruction_accessed(address, bytes, Access::read, __builtin_return_address(0), false);  \
+  }                                                                                                  \
+  void __tsan_unaligned_write##bytes(void* address) {                                                \
+    trace().instruction_accessed(address, bytes, Access::write, __builtin_return_address(0), false); \
   }
 EMULATOR_TSAN(1)
 EMULATOR_TSAN(2)

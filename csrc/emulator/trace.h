@@ -15,12 +15,14 @@
 
 namespace emulator {
 
-enum class Use { input, output, both };  // what a kernel may do with a tensor; an output holds nothing at first
+// What a kernel may do with a tensor; an output holds nothing at first.
+enum class Use { input, output, both };
 
 class Trace final : public Observer {
  public:
   void launch_begins(const char* kernel, unsigned threads) override;
-  void block_begins(unsigned block, MemoryRange variables, MemoryRange dynamic, MemoryRange reserved) override;
+  void block_begins(unsigned block, MemoryRange variables, MemoryRange dynamic,
+                    MemoryRange reserved) override;
   void thread_runs(unsigned thread, MemoryRange stack) override;
   void block_synchronised() override { order_.block_synchronised(); }
   void warp_synchronised(unsigned first, uint32_t mask) override { order_.warp_synchronised(first, mask); }
@@ -35,7 +37,9 @@ class Trace final : public Observer {
   // Where tensors are watched, no other global memory may be touched.
   void watch(const void* address, size_t bytes, Use use, const std::string& name);
   void forget();
-  void sample(unsigned blocks) { sampled_blocks_ = blocks; }  // of each launch, the first so many go into the table
+  void sample(unsigned blocks) {
+    sampled_blocks_ = blocks;
+  }  // of each launch, the first so many go into the table
   std::string accesses();  // the table, a line each: kernel, place, access, tensor, shared, bytes, ...
 
  private:

@@ -1,5 +1,6 @@
-// Three small kernels written as the package's own are: they show the emulator at work and are the pattern to copy for a
-// first kernel of one's own. Launchers take addresses, sizes as int64_t and a stream, and return launch()'s number.
+// Three small kernels written as the package's own are: they show the emulator at work and are the pattern to
+// copy for a first kernel of one's own. Launchers take addresses, sizes as int64_t and a stream, and return
+// launch()'s number.
 #include "../../csrc/cuda/launch.h"
 #include "../../csrc/cuda/ptx.h"
 
@@ -41,8 +42,8 @@ __global__ void __launch_bounds__(kRowThreads)
 }
 
 // ---- transpose: y[c, r] = x[r, c] ----
-// A tile of 32 x 32 through shared memory, so that reads and writes both go along rows; a column of padding keeps the
-// 32 elements of a tile's column in 32 banks.
+// A tile of 32 x 32 through shared memory, so that reads and writes both go along rows; a column of padding
+// keeps the 32 elements of a tile's column in 32 banks.
 
 constexpr int kTile = 32, kTileRows = 8;
 
@@ -63,21 +64,24 @@ __global__ void __launch_bounds__(kTile* kTileRows)
 }
 
 // ---- matmul: c[m, n] = sum over k of a[m, k] b[n, k], in float32; a and b of 16 bits ----
-// A block of 2 x 2 warps takes 32 x 32 of c, a warp 16 x 16, in steps of 32 along k; the next step's tiles are copied
-// while this one's are multiplied. k % 8 == 0, n % 2 == 0.
+// A block of 2 x 2 warps takes 32 x 32 of c, a warp 16 x 16, in steps of 32 along k; the next step's tiles
+// are copied while this one's are multiplied. k % 8 == 0, n % 2 == 0.
 
 constexpr int kBlockMN = 32, kStep = 32, kMatmulThreads = 128;
 constexpr int kChunk = 8, kChunksPerRow = kStep / kChunk;  // 16 bytes; a row of a tile is 64 bytes
 constexpr int kTileElements = kBlockMN * kStep;
 constexpr int kMatmulBytes = 2 * 2 * kTileElements * 2;  // two buffers of two tiles
 
-// Where a chunk of a tile lies: eight rows' chunks of one column lie in eight different groups of banks, as ldmatrix
-// reads them.
-DEVICE int chunk_offset(int row, int chunk) { return row * kStep + (chunk ^ (row / 2 % kChunksPerRow)) * kChunk; }
+// Where a chunk of a tile lies: eight rows' chunks of one column lie in eight different groups of banks, as
+// ldmatrix reads them.
+DEVICE int chunk_offset(int row, int chunk) {
+  return row * kStep + (chunk ^ (row / 2 % kChunksPerRow)) * kChunk;
+}
 
 template <class T>
 __global__ void __launch_bounds__(kMatmulThreads)
-    matmul_kernel(const T* __restrict__ a, const T* __restrict__ b, float* __restrict__ c, int m, int n, int k) {
+    matmul_kernel(const T* __restrict__ a, const T* __restrict__ b, float* __restrict__ c, int m, int n,
+                  int k) {
   DYNAMIC_SHARED(T, memory);
   T* tiles_a = memory;
   T* tiles_b = memory + 2 * kTileElements;
@@ -86,12 +90,12 @@ __global__ void __launch_bounds__(kMatmulThreads)
   const int warp_m = warp % 2 * 16, warp_n = warp / 2 * 16;
 
   const auto load_tile = [&](T* tile, const T* matrix, int row0, int rows, int k0) {
-    for (int i = threadIdx.x; i < kBlockMN * kChunksPerRow; i += kMatmulThreads) {
-      const int row = i / kChunksPerRow, chunk = i % kChunksPerRow, column = k0 + chunk * kChunk;
-      const bool inside = row0 + row < rows && column < k;
-      const T* source = inside ? matrix + static_cast<size_t>(row0 + row) * k + column : matrix;
-      copy_async<16>(shared_address(tile + chunk_offset(row, chunk)), source, inside);
-    }
+    static_assert(kBlockMN * kChunksPerRow == kMatmulThreads, "a thread copies one chunk of each tile");
+    const int row = threadIdx.x / kChunksPerRow, chunk = threadIdx.x % kChunksPerRow,
+              column = k0 + chunk * kChunk;
+    const bool inside = row0 + row < rows && column < k;
+    const T* source = inside ? matrix + static_cast<size_t>(row0 + row) * k + column : matrix;
+    copy_async<16>(shared_address(tile + chunk_offset(row, chunk)), source, inside);
   };
   const auto load_step = [&](int step) {
     load_tile(tiles_a + step % 2 * kTileElements, a, m0, m, step * kStep);

@@ -11,22 +11,20 @@ torch, arrays of numpy), int64_t (int), float (float) and last the stream. docs/
 """
 
 import ctypes
-import hashlib
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-EMULATOR = ROOT / "csrc/emulator"
-CACHE = ROOT / "build/emulator"
+from build_cache import built
 
-FLAGS = "-std=c++17 -fPIC -fno-gnu-unique -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas".split()
+EMULATOR = Path(__file__).resolve().parents[2] / "csrc/emulator"
+
+FLAGS = ["-std=c++17", "-fPIC", "-fno-gnu-unique", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 KERNEL_FLAGS = {
     False: ["-O2", "-g1"],
     # Scalar replacement would split a 16-byte load into four before it is instrumented.
@@ -49,7 +47,9 @@ def cuda_headers() -> Path | None:
     nvcc = shutil.which("nvcc")
     roots = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
     roots += sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*"))
-    return next((Path(root) / "include" for root in roots if root and (Path(root) / "include/cuda_fp16.h").exists()), None)
+    return next(
+        (Path(root) / "include" for root in roots if root and (Path(root) / "include/cuda_fp16.h").exists()), None
+    )
 
 
 def why_not() -> str | None:
@@ -64,26 +64,8 @@ def why_not() -> str | None:
 
 
 def compile_object(source: Path, flags: list[str]) -> Path:
-    """The object file of a source, compiled anew where it, a header beside it or one of csrc/, or a flag has changed."""
-    headers = {*source.parent.glob("*.*h"), *(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc").glob("cuda/*.*h")}
     command = ["g++", *FLAGS, f"-isystem{cuda_headers()}", *flags, "-x", "c++", "-c", str(source)]
-    digest = hashlib.sha256(" ".join(command).encode())
-    for path in [source, *sorted(headers | set(EMULATOR.glob("*.h")))]:
-        digest.update(path.read_bytes())
-    target = CACHE / f"{source.stem}.{digest.hexdigest()[:20]}.o"
-    if not target.exists():
-        make(target, command)
-    return target
-
-
-def make(target: Path, command: list[str]) -> None:
-    """Runs `command -o target`; whoever looks sees the whole file or none."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_suffix(f".{os.getpid()}")
-    done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-    unfinished.replace(target)
+    return built(source, command, ".o")
 
 
 def build(sources: list[Path], trace: bool, flags: list[str]) -> Path:
@@ -94,11 +76,7 @@ def build(sources: list[Path], trace: bool, flags: list[str]) -> Path:
         for source in sorted(EMULATOR.glob("*.cpp"))
         if trace or source.name not in TRACE_SOURCES
     ]
-    names = hashlib.sha256(" ".join(path.name for path in objects).encode()).hexdigest()[:20]
-    target = CACHE / f"{sources[0].stem}.{names}.so"
-    if not target.exists():
-        make(target, ["g++", "-shared", "-Wl,-Bsymbolic", *map(str, objects)])
-    return target
+    return built(sources[0], ["g++", "-shared", "-Wl,-Bsymbolic", *map(str, objects)], ".so")
 
 
 # ---- call ----
@@ -206,6 +184,18 @@ class Library:
         rows = [row.split("\t") for row in self._library.emulator_accesses().decode().splitlines()]
         return [Accesses(*row[:4], row[4] == "1", *map(int, row[5:])) for row in rows]
 
+    def traffic(self) -> dict[tuple[str, str], int]:
+        """Bytes of global memory that the sampled blocks ask for, in whole sectors, by tensor and access.
+
+        With all blocks sampled this is what a GPU without caches would move; the floor is each tensor's size, once.
+        """
+        bytes_of = {}
+        for row in self.accesses():
+            if not row.shared:
+                key = row.memory, row.access
+                bytes_of[key] = bytes_of.get(key, 0) + 32 * row.cost
+        return bytes_of
+
     def table(self) -> str:
         """The same to read: requests, lanes, and sectors (shared memory: wavefronts) per request, had and ideal."""
         head = ["kernel", "line", "access", "memory", "bytes", "requests", "lanes", "cost", "ideal", "efficiency"]
@@ -214,5 +204,6 @@ class Library:
              f"{a.cost / a.requests:.2f}", f"{a.ideal / a.requests:.2f}", f"{a.efficiency:.0%}"]
             for a in self.accesses()
         ]  # fmt: skip
-        widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
-        return "\n".join("  ".join(str(x).ljust(w) for x, w in zip(row, widths)).rstrip() for row in [head, *rows])
+        rows = [[str(cell) for cell in row] for row in [head, *rows]]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

@@ -1,4 +1,5 @@
-// What a warp's intrinsics and ptx.h's instructions give, lane by lane, for test_intrinsics.py. One warp each.
+// What a warp's intrinsics and ptx.h's instructions give, lane by lane, for test_intrinsics.py. One warp
+// each.
 #include "../../csrc/cuda/launch.h"
 #include "../../csrc/cuda/ptx.h"
 
@@ -91,7 +92,9 @@ extern "C" {
 int warp_intrinsics(const int* x, int* y, void* stream) {
   return launch("warp_intrinsics", warp_kernel, 1, 32, 0, stream, x, y);
 }
-int atomics(const int* x, int* y, void* stream) { return launch("atomics", atomics_kernel, 1, 32, 0, stream, x, y); }
+int atomics(const int* x, int* y, void* stream) {
+  return launch("atomics", atomics_kernel, 1, 32, 0, stream, x, y);
+}
 int tf32_product(const float* a, const float* b, float* c, void* stream) {
   return launch("tf32_product", tf32_kernel, 1, 32, 0, stream, a, b, c);
 }

@@ -1,5 +1,5 @@
-// Kernels with one bug each, on the line marked PLANTED. test_emulator.py knows which check should name which.
-// All read x and write y, n floats each.
+// Kernels with one bug each, on the line marked PLANTED. test_emulator.py knows which check should name
+// which. All read x and write y, n floats each.
 #include "../../csrc/cuda/launch.h"
 #include "../../csrc/cuda/ptx.h"
 
@@ -28,8 +28,9 @@ __global__ void missing_syncwarp_kernel(const float* x, float* y, int) {  // y[0
   if (threadIdx.x == 0) y[0] = before + sum;  // PLANTED missing_syncwarp
 }
 
-__global__ void missing_atomic_kernel(const float* x, float* y, int) {  // y[0] += sum of a number from each block
-  y[0] += x[blockIdx.x];                                                // PLANTED missing_atomic
+__global__ void missing_atomic_kernel(const float* x, float* y,
+                                      int) {  // y[0] += sum of a number from each block
+  y[0] += x[blockIdx.x];                      // PLANTED missing_atomic
 }
 
 // Every block leaves a number, the last to arrive adds them up.
@@ -70,7 +71,8 @@ __global__ void half_a_warp_kernel(const float* x, float* y, int) {
   if (threadIdx.x < 16) y[threadIdx.x] = warp_sum(x[threadIdx.x]);  // PLANTED half_a_warp
 }
 
-__global__ void shuffle_from_outside_kernel(const float* x, float* y, int) {  // y = x of the lane below, in half a warp
+__global__ void shuffle_from_outside_kernel(const float* x, float* y,
+                                            int) {  // y = x of the lane below, in half a warp
   if (threadIdx.x < 16) y[threadIdx.x] = __shfl_sync(0xffffu, x[threadIdx.x], threadIdx.x + 1);
 }
 
@@ -98,7 +100,8 @@ __global__ void copy_without_wait_kernel(const float* x, float*, int) {
 // ---- addresses ----
 
 __global__ void off_by_one_kernel(const float* x, float* y, int n) {
-  if (static_cast<int>(threadIdx.x) <= n) y[threadIdx.x] = x[min(static_cast<int>(threadIdx.x), n - 1)];  // PLANTED off_by_one
+  if (static_cast<int>(threadIdx.x) <= n)
+    y[threadIdx.x] = x[min(static_cast<int>(threadIdx.x), n - 1)];  // PLANTED off_by_one
 }
 
 __global__ void misaligned_vector_kernel(const float* x, float* y, int) {  // y = sums of four of x[1:]
@@ -108,7 +111,8 @@ __global__ void misaligned_vector_kernel(const float* x, float* y, int) {  // y 
 
 __global__ void misaligned_copy_kernel(const float* x, float* y, int) {
   __shared__ __align__(16) float s[64];
-  copy_async<16>(shared_address(&s[threadIdx.x * 4]), &x[threadIdx.x * 4 + 1], true);  // PLANTED misaligned_copy
+  const float* source = &x[threadIdx.x * 4 + 1];
+  copy_async<16>(shared_address(&s[threadIdx.x * 4]), source, true);  // PLANTED misaligned_copy
   commit_copies();
   wait_for_copies<0>();
   y[threadIdx.x] = s[threadIdx.x * 4];
@@ -119,7 +123,8 @@ __global__ void write_to_input_kernel(const float* x, float* y, int) {
   const_cast<float*>(x)[threadIdx.x] = y[threadIdx.x];  // PLANTED write_to_input
 }
 
-__global__ void index_outside_array_kernel(const float* x, float* y, int) {  // y = x, by way of the next place
+__global__ void index_outside_array_kernel(const float* x, float* y,
+                                           int) {  // y = x, by way of the next place
   __shared__ float s[64];
   s[threadIdx.x + 1] = x[threadIdx.x];  // PLANTED index_outside_array
   y[threadIdx.x] = s[threadIdx.x + 1];
@@ -170,8 +175,8 @@ __global__ void uncoalesced_kernel(const float* x, float* y, int) {
 
 using namespace fastbert;
 
-#define LAUNCHER(name, kernel, blocks, threads, shared_bytes)                        \
-  extern "C" int name(const float* x, float* y, int64_t n, void* stream) {           \
+#define LAUNCHER(name, kernel, blocks, threads, shared_bytes)                     \
+  extern "C" int name(const float* x, float* y, int64_t n, void* stream) {        \
     return launch(#name, kernel, blocks, threads, shared_bytes, stream, x, y, n); \
   }
 

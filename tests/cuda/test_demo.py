@@ -57,5 +57,13 @@ def test_the_table_counts_what_a_kernel_reads(emulate):
     library = emulate("demo.cu", True)
     library.run("transpose", sample=4, x=torch.randn(64, 64), y=Output(nan(64, 64)), rows=64, columns=64)
     read = next(row for row in library.accesses() if row.memory == "x")
-    assert (read.access, read.bytes, read.requests, read.lanes, read.cost, read.ideal) == ("read", 4, 128, 4096, 512, 512)
+    assert (read.access, read.bytes, read.requests, read.lanes, read.cost, read.ideal) == (
+        "read",
+        4,
+        128,
+        4096,
+        512,
+        512,
+    )
+    assert library.traffic() == {("x", "read"): 64 * 64 * 4, ("y", "write"): 64 * 64 * 4}
     assert library.table().splitlines()[1].split()[:4] == ["transpose", read.line, "read", "x"]

@@ -1,7 +1,6 @@
 """Planted bugs: which check names which, with its line; and which come out right by values alone."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import emulated
@@ -139,7 +138,9 @@ def test_faults_become_errors(values, traced):
     line = planted_line("dynamic_overrun")
     assert finding(values, "dynamic_overrun").startswith(f"invalid address: memory that is nobody's in {line}")
     text = finding(traced, "dynamic_overrun")
-    assert text.startswith(f"out of bounds: write of 4 bytes at byte 256 of dynamic shared memory, which has 256, in {line}")
+    assert text.startswith(
+        f"out of bounds: write of 4 bytes at byte 256 of dynamic shared memory, which has 256, in {line}"
+    )
 
 
 def test_a_library_works_after_an_error(values):
@@ -163,7 +164,12 @@ def test_bank_conflicts_and_scattered_reads_have_their_line(traced):
     assert (conflict.line, conflict.memory, conflict.conflicts) == (planted_line("bank_conflict"), "shared", 32)
     run(traced, "uncoalesced")
     (scattered,) = [row for row in traced.accesses() if row.efficiency < 1]
-    assert (scattered.line, scattered.memory, scattered.cost, scattered.ideal) == (planted_line("uncoalesced"), "x", 8, 1)
+    assert (scattered.line, scattered.memory, scattered.cost, scattered.ideal) == (
+        planted_line("uncoalesced"),
+        "x",
+        8,
+        1,
+    )
 
 
 def test_what_cannot_be_passed_is_refused(values):
