@@ -30,9 +30,17 @@
 
 namespace fastbert {
 
-// Why the last launch of this host thread that failed did: the kernel, the error, and what was asked for.
-inline char* launch_error() {
-  static char text[1024] = "";
+constexpr size_t kErrorBytes = 1024;
+
+// Why the last launch that failed did, of this host thread: the kernel, the error, and what was asked for.
+// Bindings, which g++ compiles, declare it and leave this header out; so it is there even where all calls are
+// inlined.
+__attribute__((used)) inline char* launch_error() {
+#if defined(__CUDACC__)
+  static thread_local char text[kErrorBytes] = "";
+#else
+  static char text[kErrorBytes] = "";  // here what is thread-local is shared memory
+#endif
   return text;
 }
 
@@ -54,7 +62,7 @@ int launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 bloc
     error = cudaGetLastError();
   }
   if (error != cudaSuccess)
-    snprintf(launch_error(), 1024,
+    snprintf(launch_error(), kErrorBytes,
              "%s: %s (%s), grid (%u, %u, %u), block (%u, %u, %u), %zu bytes of shared memory", name,
              cudaGetErrorString(error), cudaGetErrorName(error), grid.x, grid.y, grid.z, block.x, block.y,
              block.z, shared_bytes);
@@ -72,7 +80,7 @@ int launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 bloc
   const auto call = [](const void* body)
                         __attribute__((no_sanitize("thread"))) { (*static_cast<decltype(&thread)>(body))(); };
   if (emulator::run_kernel(name, grid, block, shared_bytes, {call, &thread}) == 0) return 0;
-  snprintf(launch_error(), 1024, "%s: %s", name, emulator_error());
+  snprintf(launch_error(), kErrorBytes, "%s: %s", name, emulator_error());
   return cudaErrorLaunchFailure;
 }
 

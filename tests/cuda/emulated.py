@@ -18,7 +18,10 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 from functools import cache
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 from build_cache import built
 
@@ -77,6 +80,22 @@ def build(sources: list[Path], trace: bool, flags: list[str]) -> Path:
         if trace or source.name not in TRACE_SOURCES
     ]
     return built(sources[0], ["g++", "-shared", "-Wl,-Bsymbolic", *map(str, objects)], ".so")
+
+
+def extension(name: str, bindings: Path, library: "Library", flags: list[str]) -> ModuleType:
+    """The Python module `name` of C++ bindings that call a library's launchers.
+
+    It is a library of its own: pybind11 has thread-local variables, and those of a library of kernels are its shared
+    memory.
+    """
+    compiled = compile_object(bindings, [f"-I{sysconfig.get_path('include')}", *flags])
+    link = ["g++", "-shared", str(compiled), str(library.path), f"-Wl,-rpath,{library.path.parent}"]
+    path = built(bindings, link, ".so")
+    unique = f"{path.stem.replace('.', '_')}.{name}"  # pybind11 takes modules of one name for the same
+    loader = ExtensionFileLoader(unique, str(path))
+    module = module_from_spec(spec_from_file_location(unique, path, loader=loader))
+    loader.exec_module(module)
+    return module
 
 
 # ---- call ----
@@ -155,29 +174,44 @@ class Library:
         return cls(build([Path(source).resolve() for source in sources], trace, flags or []), trace)
 
     def run(self, launcher: str, *, order: str = "forward", sample: int = 4, **arguments) -> None:
-        """Calls a launcher with threads and blocks in one of ORDERS. Raises KernelError with all that was found.
+        """Calls a launcher, with threads and blocks in one of ORDERS. Raises KernelError with all that was found.
 
-        `sample`: of each launch the first so many blocks go into the table of accesses.
+        Of each launch the first `sample` blocks go into the table of accesses.
         """
+        self.start(order, sample)
+        values = [self._convert(name, argument) for name, argument in arguments.items()]
+        if getattr(self._library, launcher)(*values, ctypes.c_void_p(None)) != 0:
+            self.check()
+
+    # The steps of run(), for kernels that are called some other way.
+
+    def start(self, order: str = "forward", sample: int = 4) -> None:
+        """Forgets errors, watched tensors and the table."""
         self._library.emulator_clear()
         self._library.emulator_order(*ORDERS[order])
         if self.trace:
             self._library.emulator_forget()
             self._library.emulator_sample(sample)
-        values = [self._convert(name, argument) for name, argument in arguments.items()]
-        if getattr(self._library, launcher)(*values, ctypes.c_void_p(None)) != 0:
-            raise KernelError(self._library.emulator_error().decode())
+
+    def watch(self, name: str, argument) -> int:
+        """A tensor, Output or InOut from now on belongs to the memory that kernels may touch; gives its address."""
+        use = USES.get(type(argument), 0)
+        address, size = address_and_bytes(argument.tensor if use else argument)
+        if self.trace:
+            self._library.emulator_watch(address, size, use, name.encode())
+        return address
+
+    def check(self) -> None:
+        """Raises KernelError where a launch since start() has failed."""
+        if error := self._library.emulator_error().decode():
+            raise KernelError(error)
 
     def _convert(self, name: str, argument):
         if isinstance(argument, bool | int):
             return ctypes.c_int64(argument)
         if isinstance(argument, float):
             return ctypes.c_float(argument)
-        use = USES.get(type(argument), 0)
-        address, size = address_and_bytes(argument.tensor if use else argument)
-        if self.trace:
-            self._library.emulator_watch(address, size, use, name.encode())
-        return ctypes.c_void_p(address)
+        return ctypes.c_void_p(self.watch(name, argument))
 
     def accesses(self) -> list[Accesses]:
         """Of the last run, in the order of kernels and instructions."""

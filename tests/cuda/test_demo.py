@@ -1,8 +1,11 @@
 """The demonstration kernels give the right numbers in every order of threads, and the trace finds nothing in them."""
 
+from pathlib import Path
+
+import pybind11
 import pytest
 import torch
-from emulated import Output
+from emulated import KernelError, Output, extension
 
 
 def nan(*shape):
@@ -67,3 +70,17 @@ def test_the_table_counts_what_a_kernel_reads(emulate):
     )
     assert library.traffic() == {("x", "read"): 64 * 64 * 4, ("y", "write"): 64 * 64 * 4}
     assert library.table().splitlines()[1].split()[:4] == ["transpose", read.line, "read", "x"]
+
+
+def test_bindings_call_the_same_kernels(emulate, trace):
+    """As the package's module does, built by g++: addresses as integers, and an exception where a launch fails."""
+    library = emulate("demo.cu", trace)
+    module = extension("demo", Path(__file__).with_name("demo_bindings.cpp"), library, [f"-I{pybind11.get_include()}"])
+    x, y = torch.randn(3, 8), nan(3)
+    library.start(order="reverse")
+    module.row_sum(library.watch("x", x), library.watch("y", Output(y)), 3, 8)
+    torch.testing.assert_close(y, x.sum(1))
+    with pytest.raises(RuntimeError, match="row_sum: launch limits: kernel row_sum asks for a grid of"):
+        module.row_sum(x.data_ptr(), y.data_ptr(), 0, 8)
+    with pytest.raises(KernelError, match="launch limits"):
+        library.check()
