@@ -21,6 +21,23 @@ DEVICE SharedAddress shared_address(const void* pointer) {
 }
 #endif
 
+// A read of what other threads change by atomic operations meanwhile. A plain read would be a race; the
+// compiler may also keep its value for later.
+template <class T>
+DEVICE T load_relaxed(const T* address CALLED_FROM) {
+  static_assert(sizeof(T) == 4, "load_relaxed reads 4 bytes");
+#if defined(__CUDACC__)
+  union {
+    uint32_t bits;
+    T value;
+  };
+  asm volatile("ld.relaxed.gpu.u32 %0, [%1];" : "=r"(bits) : "l"(address) : "memory");
+  return value;
+#else
+  return emulator::load_relaxed(address, from);
+#endif
+}
+
 // ---- numbers ----
 
 // 2^x within 2 ULP; results below 2^-126 are 0.

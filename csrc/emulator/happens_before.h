@@ -1,10 +1,11 @@
 // Which accesses of a launch are ordered by synchronisation, whatever the order they were executed in.
 //
 // Within a block: barriers count epochs; within a warp each lane has a vector clock, joined by __syncwarp.
-// Between blocks the one way is a handoff: writes, __threadfence, an atomic operation; then an atomic
-// operation on the same address by another block, and reads ordered after it.
+// Across blocks and warps there is the handoff: a write, __threadfence, an atomic operation; then an atomic
+// operation on the same address by another thread, and reads ordered after that.
 #pragma once
 #include <array>
+#include <memory>
 #include <unordered_map>
 #include <vector>
 
@@ -17,6 +18,7 @@ struct Event {  // when and by whom
 
   uint32_t block = kNever, thread = 0;
   uint32_t epoch = 0, clock = 0;
+  uint32_t time = 0;  // of execution: fences and atomic operations before it
 
   bool happened() const { return block != kNever; }
   bool same_thread(const Event& other) const { return block == other.block && thread == other.thread; }
@@ -35,27 +37,30 @@ class HappensBefore {
   void fenced();
   void atomic(uintptr_t address);
 
-  Event now() const { return {block_, thread_, epoch_, clock_of(thread_)}; }
+  Event now() const { return {block_, thread_, epoch_, clocks_[thread_][thread_ % kWarpSize], time_}; }
   bool ordered(const Event& earlier) const;  // before now()
 
  private:
   using Clocks = std::array<uint32_t, kWarpSize>;  // what a lane knows of the lanes of its warp
-  struct Release {                                 // an atomic operation after a fence
-    Event by, fence;
+  using Fences = std::vector<Event>;               // the last of each thread of a block
+
+  struct Release {  // an atomic operation of a thread that has fenced
+    Event by;
     Clocks clocks;
-    std::vector<Event> fences;  // the last of each thread of its block
-    Event acquired;             // in the block that runs
+    std::shared_ptr<const Fences> fences;
 
     bool covers(const Event& access) const;
   };
+  struct Acquisition {
+    Release release;
+    Event by;
+  };
 
-  uint32_t clock_of(uint32_t thread) const { return clocks_[thread][thread % kWarpSize]; }
-
-  uint32_t block_ = 0, thread_ = 0, epoch_ = 0;
+  uint32_t block_ = 0, thread_ = 0, epoch_ = 0, time_ = 0;
   std::array<Clocks, kMaxThreads> clocks_;
-  std::vector<Event> fences_;  // of each thread of the block that runs; empty where none fenced
-  std::unordered_map<uintptr_t, std::unordered_map<uint32_t, Release>> releases_;  // by address and block
-  std::unordered_map<uint32_t, Release> acquired_;  // by the block that released
+  std::shared_ptr<Fences> fences_;  // of the block that runs; null where none fenced
+  std::unordered_map<uintptr_t, std::vector<Release>> releases_;         // of the launch, by address
+  std::unordered_map<uint32_t, std::vector<Acquisition>> acquisitions_;  // of this block, by who released
 };
 
 }  // namespace emulator

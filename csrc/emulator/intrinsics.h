@@ -191,6 +191,15 @@ T read_modify_write(const char* name, T* address, Location from, Change change) 
   return old;
 }
 
+// ld.relaxed: may meet atomic operations of other threads.
+template <class T>
+T load_relaxed(const T* address, Location from) {
+  check_alignment(address, sizeof(T), "ld.relaxed", from);
+  note_access(address, sizeof(T), Access::relaxed_read, from);
+  const Untraced untraced;
+  return *address;
+}
+
 template <class T>
 struct Same {  // keeps an argument out of deduction: atomicAdd(float*, 1)
   using type = T;

@@ -21,7 +21,7 @@
 namespace emulator {
 namespace {
 
-const char* const kAccessNames[] = {"read", "write", "atomic"};
+const char* const kAccessNames[] = {"read", "write", "atomic", "relaxed read"};
 
 // The memory of the library that this function is in.
 int find_library(dl_phdr_info* library, size_t, void* found) {
@@ -160,7 +160,7 @@ int Trace::find_tensor(uintptr_t address, size_t bytes, Access access, uint32_t 
   for (size_t i = 0; i < tensors_.size(); ++i) {
     const Tensor& tensor = tensors_[i];
     if (tensor.range.contains(address, bytes)) {
-      if (access != Access::read && tensor.use == Use::input)
+      if (!reads(access) && tensor.use == Use::input)
         find({"write to an input", site, site}, {"", " writes " + tensor.name + "; " + by(order_.now()), ""});
       return static_cast<int>(i);
     }
@@ -221,19 +221,19 @@ void Trace::check_content(const Byte& memory, bool shared, int tensor, Access ac
 
 void Trace::check_order(const Byte& memory, bool shared, Access access, uint32_t site) {
   const auto check = [&](const Past& past) {
-    if (order_.ordered(past.when) || (past.access == Access::atomic && access == Access::atomic)) return;
+    if (order_.ordered(past.when) || (race_free(past.access) && race_free(access))) return;
     find({shared ? "race in shared memory" : "race in global memory", site, past.site},
          {std::string(kAccessNames[static_cast<int>(access)]) + " in ",
           " by " + by(order_.now()) + " and " + kAccessNames[static_cast<int>(past.access)] + " in ",
           " by " + by(past.when) + " are not ordered"});
   };
   check(memory.write);
-  if (access == Access::read) return;
+  if (reads(access)) return;
   for (const Past& read : memory.reads) check(read);
 }
 
 void Trace::remember(Byte& memory, const Past& access) {
-  if (access.access != Access::read) {
+  if (!reads(access.access)) {
     memory.write = access;
     memory.content = Content::written;
     return;

@@ -42,7 +42,7 @@ __global__ void atomics_kernel(const int* x, int* y) {
   atomicMax(&y[3], value);
   atomicOr(reinterpret_cast<unsigned*>(&y[4]), 1u << threadIdx.x);
   atomicInc(reinterpret_cast<unsigned*>(&y[5]), 9u);
-  for (int seen = y[6], old = seen + 1; old != seen;) {  // y[6] += value, by compare and swap
+  for (int seen = load_relaxed(&y[6]), old = seen + 1; old != seen;) {  // y[6] += value, by compare and swap
     old = seen;
     seen = atomicCAS(&y[6], old, old + value);
   }

@@ -45,6 +45,26 @@ __global__ void handoff_kernel(const float* x, float* y, int) {
   y[0] = sum;
 }
 
+// The same between the warps of a block, whose lanes each leave a number: lane 0 speaks for its warp.
+template <bool kSyncwarp>
+__global__ void warp_handoff_kernel(const float* x, float* y, int) {  // y[0] = sum of 64
+  unsigned* arrived = reinterpret_cast<unsigned*>(y + 63);
+  const int lane = threadIdx.x % 32;
+  float* partial = y + 1;  // one half of the numbers for each warp; the last is in x alone
+  if (threadIdx.x < 62) partial[threadIdx.x] = x[threadIdx.x];
+  __threadfence();
+  __syncwarp();
+  unsigned before = 0;
+  if (lane == 0) before = atomicAdd(arrived, 1u);
+  before = __shfl_sync(kAllLanes, before, 0);
+  if (before == 0) return;
+  if (kSyncwarp) __syncwarp();  // what lane 0 has seen, the others have not yet
+  const float two =
+      partial[lane] + (lane < 30 ? partial[lane + 32] : x[lane + 32]);  // PLANTED missing_acquire
+  const float sum = warp_sum(two);
+  if (lane == 0) y[0] = sum;
+}
+
 __global__ void divergent_barrier_kernel(const float* x, float* y, int n) {
   __shared__ float s[64];
   s[threadIdx.x] = x[threadIdx.x];
@@ -185,6 +205,8 @@ LAUNCHER(missing_syncwarp, missing_syncwarp_kernel, 1, 32, 0)
 LAUNCHER(missing_atomic, missing_atomic_kernel, 4, 1, 0)
 LAUNCHER(missing_fence, handoff_kernel<false>, 4, 1, 0)
 LAUNCHER(handoff, handoff_kernel<true>, 4, 1, 0)
+LAUNCHER(missing_acquire, warp_handoff_kernel<false>, 1, 64, 0)
+LAUNCHER(warp_handoff, warp_handoff_kernel<true>, 1, 64, 0)
 LAUNCHER(divergent_barrier, divergent_barrier_kernel, 1, 64, 0)
 LAUNCHER(early_return, early_return_kernel, 1, 64, 0)
 LAUNCHER(lane_outside_mask, lane_outside_mask_kernel, 1, 32, 0)

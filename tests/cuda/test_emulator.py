@@ -13,6 +13,7 @@ X = torch.arange(1.0, 65)
 
 BACKWARDS, SAME = X.flip(0), X
 FIRST = {"missing_syncwarp": X[:32].sum(), "missing_atomic": X[:4].sum(), "missing_fence": X[:4].sum()}
+FIRST["missing_acquire"] = X.sum()
 
 
 def planted_line(bug):
@@ -108,6 +109,7 @@ def test_a_lane_outside_the_mask_gives_nan(values):
         ("missing_syncwarp", "race in global memory: write in {line} by block 0 thread 0 and read in "),
         ("missing_atomic", "race in global memory: read in {line} by block "),
         ("missing_fence", "race in global memory: read in {line} by block "),
+        ("missing_acquire", "race in global memory: read in {line} by block 0 thread "),
         ("off_by_one", "out of bounds: write of 4 bytes at byte 256 of y, which has 256, in {line}"),
         ("write_to_input", "write to an input: {line} writes x"),
         ("index_outside_array", "index out of bounds: of 'float [64]' in {line}"),
@@ -155,6 +157,7 @@ def test_a_library_works_after_an_error(values):
 def test_right_synchronisation_is_no_finding(values, traced, order):
     for library in (values, traced):
         assert run(library, "handoff", order)[0] == X[:4].sum()
+        assert run(library, "warp_handoff", order)[0] == X.sum()
         assert torch.equal(run(library, "strong_wait", order), X)
 
 
