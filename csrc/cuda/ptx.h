@@ -21,20 +21,29 @@ DEVICE SharedAddress shared_address(const void* pointer) {
 }
 #endif
 
-// A read of what other threads change by atomic operations meanwhile. A plain read would be a race; the
-// compiler may also keep its value for later.
+// ---- 4 bytes that several threads read and write at once: as plain accesses they would be a race, and the
+// compiler might keep a value for later ----
+
 template <class T>
 DEVICE T load_relaxed(const T* address CALLED_FROM) {
   static_assert(sizeof(T) == 4, "load_relaxed reads 4 bytes");
 #if defined(__CUDACC__)
-  union {
-    uint32_t bits;
-    T value;
-  };
+  uint32_t bits;
   asm volatile("ld.relaxed.gpu.u32 %0, [%1];" : "=r"(bits) : "l"(address) : "memory");
-  return value;
+  return reinterpret_cast<const T&>(bits);
 #else
   return emulator::load_relaxed(address, from);
+#endif
+}
+
+template <class T>
+DEVICE void store_relaxed(T* address, T value CALLED_FROM) {
+  static_assert(sizeof(T) == 4, "store_relaxed writes 4 bytes");
+#if defined(__CUDACC__)
+  asm volatile("st.relaxed.gpu.u32 [%0], %1;" ::"l"(address), "r"(reinterpret_cast<const uint32_t&>(value))
+               : "memory");
+#else
+  emulator::store_relaxed(address, value, from);
 #endif
 }
 

@@ -191,13 +191,20 @@ T read_modify_write(const char* name, T* address, Location from, Change change) 
   return old;
 }
 
-// ld.relaxed: may meet atomic operations of other threads.
+// ld.relaxed and st.relaxed: may meet each other and atomic operations of other threads.
 template <class T>
 T load_relaxed(const T* address, Location from) {
   check_alignment(address, sizeof(T), "ld.relaxed", from);
   note_access(address, sizeof(T), Access::relaxed_read, from);
   const Untraced untraced;
   return *address;
+}
+template <class T>
+void store_relaxed(T* address, T value, Location from) {
+  check_alignment(address, sizeof(T), "st.relaxed", from);
+  note_access(address, sizeof(T), Access::relaxed_write, from);
+  const Untraced untraced;
+  *address = value;
 }
 
 template <class T>

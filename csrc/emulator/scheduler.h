@@ -78,7 +78,8 @@ void wait_for_copies(int groups_left);
 
 // ---- memory that the instrumentation does not see, or sees wrongly ----
 
-enum class Access : uint8_t { read, write, atomic, relaxed_read };  // the last races with plain writes only
+// Relaxed accesses and atomic operations race with plain ones only.
+enum class Access : uint8_t { read, write, atomic, relaxed_read, relaxed_write };
 void note_access(const void* address, size_t bytes, Access access, Location from);
 
 // Accesses within its scope are the emulator's own and are not traced.

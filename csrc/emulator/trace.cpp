@@ -21,7 +21,7 @@
 namespace emulator {
 namespace {
 
-const char* const kAccessNames[] = {"read", "write", "atomic", "relaxed read"};
+const char* const kAccessNames[] = {"read", "write", "atomic", "relaxed read", "relaxed write"};
 
 // The memory of the library that this function is in.
 int find_library(dl_phdr_info* library, size_t, void* found) {
@@ -208,7 +208,7 @@ void Trace::renew(Byte& memory, bool shared) {
 }
 
 void Trace::check_content(const Byte& memory, bool shared, int tensor, Access access, uint32_t site) {
-  if (access == Access::write || memory.content == Content::written) return;
+  if (writes_only(access) || memory.content == Content::written) return;
   if (memory.content == Content::copying)
     find({"unfinished cp.async", site, site},
          {"", " reads what no wait_for_copies covers yet; " + by(order_.now()), ""});
@@ -221,7 +221,7 @@ void Trace::check_content(const Byte& memory, bool shared, int tensor, Access ac
 
 void Trace::check_order(const Byte& memory, bool shared, Access access, uint32_t site) {
   const auto check = [&](const Past& past) {
-    if (order_.ordered(past.when) || (race_free(past.access) && race_free(access))) return;
+    if (order_.ordered(past.when) || (!plain(past.access) && !plain(access))) return;
     find({shared ? "race in shared memory" : "race in global memory", site, past.site},
          {std::string(kAccessNames[static_cast<int>(access)]) + " in ",
           " by " + by(order_.now()) + " and " + kAccessNames[static_cast<int>(past.access)] + " in ",

@@ -87,7 +87,10 @@ class Trace final : public Observer {
   void check_content(const Byte& memory, bool shared, int tensor, Access access, uint32_t site);
   void check_order(const Byte& memory, bool shared, Access access, uint32_t site);
   static bool reads(Access access) { return access == Access::read || access == Access::relaxed_read; }
-  static bool race_free(Access access) { return access == Access::atomic || access == Access::relaxed_read; }
+  static bool writes_only(Access access) {
+    return access == Access::write || access == Access::relaxed_write;
+  }
+  static bool plain(Access access) { return access == Access::read || access == Access::write; }
   void remember(Byte& memory, const Past& access);
   void find(const Finding& finding, const Detail& detail);
   uint32_t site(const Site& place);

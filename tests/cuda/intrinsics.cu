@@ -47,6 +47,7 @@ __global__ void atomics_kernel(const int* x, int* y) {
     seen = atomicCAS(&y[6], old, old + value);
   }
   if (threadIdx.x == 0) atomicExch(&y[7], value);
+  store_relaxed(&y[8], 12);  // all the same
 }
 
 // c[16, 8] = a[16, 8] b[8, 8]

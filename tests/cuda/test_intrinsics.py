@@ -38,10 +38,10 @@ def test_warp_intrinsics(emulate, trace, order):
 
 def test_atomics(emulate, trace, order):
     x = torch.arange(3, 35, dtype=torch.int32)
-    y = torch.tensor([10, 0, 9, 9, 0, 0, 5, 0], dtype=torch.int32)
+    y = torch.tensor([10, 0, 9, 9, 0, 0, 5, 0, 0], dtype=torch.int32)
     emulate("intrinsics.cu", trace).run("atomics", order=order, x=x, y=InOut(y))
     total = sum(range(3, 35))
-    assert y.tolist() == [10 + total, -total, 3, 34, -1, 32 % 10, 5 + total, 3]
+    assert y.tolist() == [10 + total, -total, 3, 34, -1, 32 % 10, 5 + total, 3, 12]
 
 
 def test_tf32_product(emulate, trace, order):
