@@ -81,7 +81,8 @@ void Trace::accessed(const void* address, size_t bytes, Access access, Location 
 
 void Trace::copy_begins(const void* target, size_t bytes, Location from) {
   accessed(target, bytes, Access::write, from);
-  for (size_t i = 0; i < bytes; ++i) byte(reinterpret_cast<uintptr_t>(target) + i).content = Content::copying;
+  for_memory(reinterpret_cast<uintptr_t>(target), bytes,
+             [](Memory& memory) { memory.content = Content::copying; });
 }
 
 std::string Trace::launch_ends() {
@@ -142,13 +143,12 @@ void Trace::see(uintptr_t address, size_t bytes, Access access, uint32_t site) {
   }
   if (access == Access::atomic && !shared) order_.atomic(address);
   const Event now = order_.now();
-  for (size_t i = 0; i < bytes; ++i) {
-    Byte& memory = byte(address + i);
+  for_memory(address, bytes, [&](Memory& memory) {
     renew(memory, shared);
     check_content(memory, shared, tensor, access, site);
     check_order(memory, shared, access, site);
     remember(memory, {now, site, access});
-  }
+  });
   if (blocks_begun_ <= sampled_blocks_)
     table_.add({site, access, shared, tensor, static_cast<uint32_t>(bytes)}, now.thread, address);
 }
@@ -186,19 +186,37 @@ void Trace::out_of_bounds(const std::string& name, MemoryRange range, uintptr_t 
        ", in " + described_sites({site})[0]);
 }
 
-Trace::Byte& Trace::byte(uintptr_t address) {
-  const uintptr_t number = address / kPageBytes;
+Trace::Word& Trace::word(uintptr_t address) {
+  const uintptr_t number = address / (kPageWords * kWordBytes);
   if (number != page_number_) {
     std::unique_ptr<Page>& page = pages_[number];
     if (page == nullptr) page = std::make_unique<Page>();
     page_number_ = number;
     page_ = page.get();
   }
-  return (*page_)[address % kPageBytes];
+  return (*page_)[address / kWordBytes % kPageWords];
+}
+
+template <class Function>
+void Trace::for_memory(uintptr_t address, size_t bytes, Function function) {
+  for (const uintptr_t end = address + bytes; address < end;) {
+    const size_t first = address % kWordBytes, last = std::min<size_t>(kWordBytes, first + (end - address));
+    Word& memory = word(address);
+    address += last - first;
+    if (last - first == kWordBytes && memory.bytes == nullptr) {
+      function(memory.whole);
+      continue;
+    }
+    if (memory.bytes == nullptr) {
+      memory.bytes = std::make_unique<std::array<Memory, kWordBytes>>();
+      memory.bytes->fill(memory.whole);
+    }
+    for (size_t i = first; i < last; ++i) function((*memory.bytes)[i]);
+  }
 }
 
 // A launch orders all accesses to global memory of those before it; a block has shared memory of its own.
-void Trace::renew(Byte& memory, bool shared) {
+void Trace::renew(Memory& memory, bool shared) {
   const uint32_t generation = shared ? block_ : launch_;
   if (memory.generation == generation) return;
   const Content content = shared ? Content::unwritten : memory.content;
@@ -207,7 +225,7 @@ void Trace::renew(Byte& memory, bool shared) {
   memory.generation = generation;
 }
 
-void Trace::check_content(const Byte& memory, bool shared, int tensor, Access access, uint32_t site) {
+void Trace::check_content(const Memory& memory, bool shared, int tensor, Access access, uint32_t site) {
   if (writes_only(access) || memory.content == Content::written) return;
   if (memory.content == Content::copying)
     find({"unfinished cp.async", site, site},
@@ -219,7 +237,7 @@ void Trace::check_content(const Byte& memory, bool shared, int tensor, Access ac
          {"", " reads " + tensors_[tensor].name + " before it is written; " + by(order_.now()), ""});
 }
 
-void Trace::check_order(const Byte& memory, bool shared, Access access, uint32_t site) {
+void Trace::check_order(const Memory& memory, bool shared, Access access, uint32_t site) {
   const auto check = [&](const Past& past) {
     if (order_.ordered(past.when) || (!plain(past.access) && !plain(access))) return;
     find({shared ? "race in shared memory" : "race in global memory", site, past.site},
@@ -232,7 +250,7 @@ void Trace::check_order(const Byte& memory, bool shared, Access access, uint32_t
   for (const Past& read : memory.reads) check(read);
 }
 
-void Trace::remember(Byte& memory, const Past& access) {
+void Trace::remember(Memory& memory, const Past& access) {
   if (!reads(access.access)) {
     memory.write = access;
     memory.content = Content::written;

@@ -53,14 +53,19 @@ class Trace final : public Observer {
     Access access = Access::read;
   };
   enum class Content : uint8_t { unwritten, copying, written };
-  struct Byte {
+  struct Memory {  // of a byte, or of four that have always been accessed together
     Past write;
     Past reads[3];  // the last; the last by another lane of its warp; the last by another warp
     uint32_t generation = 0;
     Content content = Content::unwritten;
   };
-  static constexpr size_t kPageBytes = 1024;
-  using Page = std::array<Byte, kPageBytes>;
+  static constexpr size_t kWordBytes = 4, kPageWords = 256;
+  struct Word {
+    Memory whole;
+    std::unique_ptr<std::array<Memory, kWordBytes>>
+        bytes;  // once a part of it was accessed, instead of `whole`
+  };
+  using Page = std::array<Word, kPageWords>;
   struct Tensor {
     MemoryRange range;
     Use use;
@@ -82,16 +87,18 @@ class Trace final : public Observer {
   int find_tensor(uintptr_t address, size_t bytes, Access access, uint32_t site);
   [[noreturn]] void out_of_bounds(const std::string& name, MemoryRange range, uintptr_t address, size_t bytes,
                                   Access access, uint32_t site);
-  Byte& byte(uintptr_t address);
-  void renew(Byte& memory, bool shared);
-  void check_content(const Byte& memory, bool shared, int tensor, Access access, uint32_t site);
-  void check_order(const Byte& memory, bool shared, Access access, uint32_t site);
+  Word& word(uintptr_t address);
+  template <class Function>
+  void for_memory(uintptr_t address, size_t bytes, Function function);
+  void renew(Memory& memory, bool shared);
+  void check_content(const Memory& memory, bool shared, int tensor, Access access, uint32_t site);
+  void check_order(const Memory& memory, bool shared, Access access, uint32_t site);
   static bool reads(Access access) { return access == Access::read || access == Access::relaxed_read; }
   static bool writes_only(Access access) {
     return access == Access::write || access == Access::relaxed_write;
   }
   static bool plain(Access access) { return access == Access::read || access == Access::write; }
-  void remember(Byte& memory, const Past& access);
+  void remember(Memory& memory, const Past& access);
   void find(const Finding& finding, const Detail& detail);
   uint32_t site(const Site& place);
   std::vector<std::string> described_sites(const std::vector<uint32_t>& numbers);

@@ -1,5 +1,6 @@
 """Planted bugs: which check names which, with its line; and which come out right by values alone."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -178,6 +179,16 @@ def test_bank_conflicts_and_scattered_reads_have_their_line(traced):
 def test_what_cannot_be_passed_is_refused(values):
     with pytest.raises(ValueError, match="CPU tensors"):
         values.run("handoff", x=torch.empty(4, device="meta"), y=X, n=4)
+
+
+def test_the_example_of_the_page_is_right(emulate, tmp_path):
+    page = (emulated.EMULATOR.parents[1] / "docs/emulator.md").read_text()
+    source, script = (page.split(f"```{language}\n")[1].split("```")[0] for language in ("c++", "python"))
+    (tmp_path / "scale.cu").write_text(source.replace("csrc/", f"{emulated.EMULATOR.parent}/"))
+    said = re.search(r"KernelError: (.*?)\n\n", page, re.DOTALL)[1]
+    with pytest.raises(KernelError) as raised:
+        exec(script.replace("scale.cu", str(tmp_path / "scale.cu")), {})
+    assert str(raised.value).split() == said.split()
 
 
 def test_fibers_by_ucontext_do_the_same(tmp_path, values):
