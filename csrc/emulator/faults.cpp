@@ -1,8 +1,10 @@
 #include "faults.h"
 
+#include <math.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdint.h>
+#include <sys/time.h>
 #include <ucontext.h>
 
 #include "symbols.h"
@@ -10,8 +12,8 @@
 namespace emulator {
 namespace {
 
-constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
-constexpr int kSignalCount = 4;
+constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGVTALRM};
+constexpr int kSignalCount = 5;
 
 sigjmp_buf before_work;
 int caught;
@@ -51,7 +53,20 @@ struct Handlers {
   }
 };
 
+// SIGVTALRM after so much time of this process in its own code.
+struct TimeLimit {
+  itimerval old;
+
+  explicit TimeLimit(double seconds) {
+    const itimerval timer = {
+        {0, 0}, {static_cast<time_t>(seconds), static_cast<suseconds_t>(fmod(seconds, 1) * 1e6)}};
+    setitimer(ITIMER_VIRTUAL, &timer, &old);
+  }
+  ~TimeLimit() { setitimer(ITIMER_VIRTUAL, &old, nullptr); }
+};
+
 std::string what_happened() {
+  if (caught == SIGVTALRM) return "no end: the time limit has passed, and a thread still runs";
   if (caught == SIGFPE) return "integer division by zero";
   if (caught == SIGILL) return "trap";
   if (touched == 0)
@@ -61,8 +76,9 @@ std::string what_happened() {
 
 }  // namespace
 
-std::string run_guarded(const std::function<void()>& work) {
+std::string run_guarded(double seconds, const std::function<void()>& work) {
   const Handlers handlers;
+  const TimeLimit limit(seconds);
   if (sigsetjmp(before_work, 1) == 0) {
     work();
     return "";

@@ -69,6 +69,7 @@ unsigned returned, at_barrier;  // how many threads of this block
 int votes, vote_result;
 Order order = kForward;
 unsigned order_seed = 0;
+double time_limit = 60;
 std::string error;
 
 // ---- errors ----
@@ -378,7 +379,7 @@ int run_kernel(const char* name, dim3 grid, dim3 block, size_t shared_bytes, Bod
   blockDim = block;
   gridDim = grid;
   prepare_launch(name, block, body);
-  const std::string fault = run_guarded([&] { run_blocks(shared_bytes); });
+  const std::string fault = run_guarded(time_limit, [&] { run_blocks(shared_bytes); });
   tracing = false;
   if (!fault.empty()) record(fault + "; " + whose(running));
   return error.empty() ? 0 : 1;
@@ -389,6 +390,7 @@ int run_kernel(const char* name, dim3 grid, dim3 block, size_t shared_bytes, Bod
 extern "C" {
 const char* emulator_error() { return emulator::error.c_str(); }
 void emulator_clear() { emulator::error.clear(); }
+void emulator_time_limit(double seconds) { emulator::time_limit = seconds; }
 void emulator_order(int order, unsigned seed) {
   emulator::order = static_cast<emulator::Order>(order);
   emulator::order_seed = seed;

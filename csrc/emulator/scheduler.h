@@ -107,6 +107,8 @@ extern "C" {
 // refused.
 const char* emulator_error();
 void emulator_clear();
+// How much time of the processor a launch may take; 60 seconds where nothing is said.
+void emulator_time_limit(double seconds);
 // In which order threads and blocks run: 0 forward, 1 reverse, 2 shuffled by the seed.
 void emulator_order(int order, unsigned seed);
 }

@@ -33,7 +33,7 @@ KERNEL_FLAGS = {
     # Scalar replacement would split a 16-byte load into four before it is instrumented.
     True: ["-O1", "-g", "-fno-tree-sra", "-fsanitize=thread,bounds"],
 }
-TRACE_SOURCES = ("trace.cpp", "access_table.cpp", "happens_before.cpp")
+TRACE_SOURCES = ("instrumentation.cpp", "trace.cpp", "access_table.cpp", "happens_before.cpp")
 ORDERS = {"forward": (0, 0), "reverse": (1, 0), "shuffled1": (2, 1), "shuffled2": (2, 2)}
 
 
@@ -79,7 +79,11 @@ def build(sources: list[Path], trace: bool, flags: list[str]) -> Path:
         for source in sorted(EMULATOR.glob("*.cpp"))
         if trace or source.name not in TRACE_SOURCES
     ]
-    return built(sources[0], ["g++", "-shared", "-Wl,-Bsymbolic", *map(str, objects)], ".so")
+    return link(sources[0], objects)
+
+
+def link(source: Path, objects: list[Path]) -> Path:
+    return built(source, ["g++", "-shared", "-Wl,-Bsymbolic", *map(str, objects)], ".so")
 
 
 def extension(name: str, bindings: Path, library: "Library", flags: list[str]) -> ModuleType:
@@ -173,21 +177,23 @@ class Library:
     def build(cls, *sources: Path | str, trace: bool = False, flags: list[str] | None = None) -> "Library":
         return cls(build([Path(source).resolve() for source in sources], trace, flags or []), trace)
 
-    def run(self, launcher: str, *, order: str = "forward", sample: int = 4, **arguments) -> None:
+    def run(self, launcher: str, *, order: str = "forward", sample: int = 4, seconds: float = 60, **arguments) -> None:
         """Calls a launcher, with threads and blocks in one of ORDERS. Raises KernelError with all that was found.
 
-        Of each launch the first `sample` blocks go into the table of accesses.
+        Of each launch the first `sample` blocks go into the table of accesses. `seconds` of the processor's time are
+        the most that a launch may take.
         """
-        self.start(order, sample)
+        self.start(order, sample, seconds)
         values = [self._convert(name, argument) for name, argument in arguments.items()]
         if getattr(self._library, launcher)(*values, ctypes.c_void_p(None)) != 0:
             self.check()
 
     # The steps of run(), for kernels that are called some other way.
 
-    def start(self, order: str = "forward", sample: int = 4) -> None:
+    def start(self, order: str = "forward", sample: int = 4, seconds: float = 60) -> None:
         """Forgets errors, watched tensors and the table."""
         self._library.emulator_clear()
+        self._library.emulator_time_limit(ctypes.c_double(seconds))
         self._library.emulator_order(*ORDERS[order])
         if self.trace:
             self._library.emulator_forget()

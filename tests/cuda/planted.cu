@@ -96,6 +96,13 @@ __global__ void shuffle_from_outside_kernel(const float* x, float* y,
   if (threadIdx.x < 16) y[threadIdx.x] = __shfl_sync(0xffffu, x[threadIdx.x], threadIdx.x + 1);
 }
 
+// On a GPU both blocks run at once, mostly.
+__global__ void waiting_block_kernel(const float*, float* y, int) {
+  if (blockIdx.x == 1) store_relaxed(y, 1.f);
+  while (load_relaxed(y) == 0) {  // PLANTED waiting_block
+  }
+}
+
 // ---- asynchronous copies ----
 
 template <int kGroupsLeft>
@@ -211,6 +218,7 @@ LAUNCHER(divergent_barrier, divergent_barrier_kernel, 1, 64, 0)
 LAUNCHER(early_return, early_return_kernel, 1, 64, 0)
 LAUNCHER(lane_outside_mask, lane_outside_mask_kernel, 1, 32, 0)
 LAUNCHER(half_a_warp, half_a_warp_kernel, 1, 32, 0)
+LAUNCHER(waiting_block, waiting_block_kernel, 2, 1, 0)
 LAUNCHER(shuffle_from_outside, shuffle_from_outside_kernel, 1, 32, 0)
 LAUNCHER(weak_wait, copy_kernel<1>, 1, 32, 0)
 LAUNCHER(strong_wait, copy_kernel<0>, 1, 32, 0)

@@ -1,7 +1,6 @@
 """Planted bugs: which check names which, with its line; and which come out right by values alone."""
 
 import re
-import subprocess
 from pathlib import Path
 
 import emulated
@@ -146,6 +145,16 @@ def test_faults_become_errors(values, traced):
     )
 
 
+def test_a_kernel_without_end_becomes_an_error(values):
+    """Block 0 waits for block 1, which comes after it; the other way round all goes well."""
+    y = torch.zeros(64)
+    said = r"^no end: the time limit has passed, .* kernel waiting_block, block \(0, 0, 0\)"
+    with pytest.raises(KernelError, match=said):
+        values.run("waiting_block", seconds=0.1, x=X, y=InOut(y), n=64)
+    values.run("waiting_block", seconds=0.1, order="reverse", x=X, y=InOut(y), n=64)
+    assert y[0] == 1
+
+
 def test_a_library_works_after_an_error(values):
     finding(values, "null_address")
     finding(values, "divergent_barrier")
@@ -191,18 +200,14 @@ def test_the_example_of_the_page_is_right(emulate, tmp_path):
     assert str(raised.value).split() == said.split()
 
 
-def test_fibers_by_ucontext_do_the_same(tmp_path, values):
+def test_fibers_by_ucontext_do_the_same(emulate):
     """The way of processors without a switch of their own."""
-    build = ["g++", "-shared", "-DEMULATOR_UCONTEXT", "-O1", *emulated.FLAGS, f"-isystem{emulated.cuda_headers()}"]
     objects = [emulated.compile_object(SOURCE, emulated.KERNEL_FLAGS[False])]
-    objects += [
-        emulated.compile_object(path, ["-O2"])
-        for path in emulated.EMULATOR.glob("*.cpp")
-        if path.name not in (*emulated.TRACE_SOURCES, "scheduler.cpp", "fiber.cpp")
-    ]
-    sources = [emulated.EMULATOR / "scheduler.cpp", emulated.EMULATOR / "fiber.cpp"]
-    subprocess.run([*build, *sources, *objects, "-o", tmp_path / "ucontext.so"], check=True)
-    library = Library(tmp_path / "ucontext.so", trace=False)
+    for source in emulated.EMULATOR.glob("*.cpp"):
+        own = ["-DEMULATOR_UCONTEXT"] if source.name in ("scheduler.cpp", "fiber.cpp") else []
+        if source.name not in emulated.TRACE_SOURCES:
+            objects.append(emulated.compile_object(source, ["-O2", *own]))
+    library = Library(emulated.link(SOURCE, objects), trace=False)
     assert torch.equal(run(library, "missing_syncthreads", "forward")[32:], BACKWARDS[32:])
     assert finding(library, "null_address").startswith("invalid address: null")
     assert run(library, "handoff", "shuffled1")[0] == X[:4].sum()
