@@ -63,7 +63,7 @@ void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 
-// -fsanitize=bounds and shift: the compiler's own descriptions of the place and the type.
+// -fsanitize=bounds: the compiler's own descriptions of the place and the type.
 struct UbsanPlace {
   const char* file;
   uint32_t line, column;

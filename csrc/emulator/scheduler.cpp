@@ -298,6 +298,7 @@ int block_vote(bool predicate, Vote vote, Location from) {
 }
 
 void fence() {
+  const Untraced untraced;
   if (observer != nullptr) observer->fenced();
 }
 
@@ -334,6 +335,7 @@ void meet(uint32_t mask, const Collective& collective, Location from) {
 }
 
 void copy_async(void* target, const void* source, int bytes, int source_bytes, Location from) {
+  const Untraced untraced;
   check_alignment(target, bytes, "cp.async to shared memory", from);
   if (source_bytes > 0) check_alignment(source, bytes, "cp.async from global memory", from);
   if (observer != nullptr) observer->copy_begins(target, bytes, from);
@@ -343,12 +345,14 @@ void copy_async(void* target, const void* source, int bytes, int source_bytes, L
 }
 
 void commit_copies() {
+  const Untraced untraced;
   Thread& own = threads[running];
   own.groups.push_back(std::move(own.open));
   own.open.clear();
 }
 
 void wait_for_copies(int groups_left) {
+  const Untraced untraced;
   std::deque<std::vector<Copy>>& groups = threads[running].groups;
   while (static_cast<int>(groups.size()) > groups_left) {
     for (const Copy& copy : groups.front()) {
@@ -362,6 +366,7 @@ void wait_for_copies(int groups_left) {
 }
 
 void note_access(const void* address, size_t bytes, Access access, Location from) {
+  const Untraced untraced;
   if (observer != nullptr) observer->accessed(address, bytes, access, from);
 }
 

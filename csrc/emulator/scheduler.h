@@ -82,7 +82,8 @@ void wait_for_copies(int groups_left);
 enum class Access : uint8_t { read, write, atomic, relaxed_read, relaxed_write };
 void note_access(const void* address, size_t bytes, Access access, Location from);
 
-// Accesses within its scope are the emulator's own and are not traced.
+// Accesses within its scope are the emulator's own and are not traced. The emulator is not instrumented, but
+// the linker may take an inline function that it shares with a kernel's source from there.
 struct Untraced {
   Untraced();
   ~Untraced();

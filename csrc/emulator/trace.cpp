@@ -2,7 +2,7 @@
 //
 // Found: races in shared and global memory, reads of shared memory that nothing wrote or whose cp.async is
 // unfinished, reads of outputs before they are written, accesses outside of the watched tensors, writes to
-// inputs, misaligned vectors; with -fsanitize=bounds,shift indices outside of arrays. And the table of
+// inputs, misaligned vectors; with -fsanitize=bounds indices outside of arrays. And the table of
 // access_table.h.
 //
 // Not watched: a thread's own stack, constants and the library's other variables. Compiled without
@@ -72,10 +72,7 @@ void Trace::thread_runs(unsigned thread, MemoryRange stack) {
 }
 
 void Trace::accessed(const void* address, size_t bytes, Access access, Location from) {
-  const bool was_tracing = tracing;
-  tracing = false;
   see(reinterpret_cast<uintptr_t>(address), bytes, access, site({0, from}));
-  tracing = was_tracing;
 }
 
 void Trace::copy_begins(const void* target, size_t bytes, Location from) {
@@ -112,22 +109,22 @@ std::string Trace::launch_ends() {
 void Trace::instruction_accessed(const void* address, size_t bytes, Access access, void* returns_to,
                                  bool aligned) {
   if (!tracing) return;
+  const Untraced untraced;
   const uintptr_t where = reinterpret_cast<uintptr_t>(address);
   if (stack_.contains(where) || library_.contains(where)) return;
   if (bytes == 1 && variables_.contains(where) && guards_.count(where - variables_.begin) != 0) return;
-  tracing = false;
-  const uint32_t at =
-      site({reinterpret_cast<uintptr_t>(returns_to) - 1, {}});  // - 1: in the call, not after it
+  const uint32_t at = site({reinterpret_cast<uintptr_t>(returns_to) - 1, {}});  // - 1: in the call
   if (aligned && where % bytes != 0)
     find({"misaligned address", at, at},
          {std::to_string(bytes) + "-byte " + kAccessNames[static_cast<int>(access)] + " in ",
           ", " + std::to_string(where % bytes) + " bytes past a multiple; " + by(order_.now()), ""});
   see(where, bytes, access, at);
-  tracing = true;
 }
 
 void Trace::index_out_of_array(const char* type, const char* file, int line) {
-  if (tracing) fail("index out of bounds: of " + std::string(type) + " in " + described({file, line}));
+  if (!tracing) return;
+  tracing = false;
+  fail("index out of bounds: of " + std::string(type) + " in " + described({file, line}));
 }
 
 // ---- one access ----

@@ -6,6 +6,7 @@ from pathlib import Path
 import emulated
 import pytest
 import torch
+from build_cache import CACHE
 from emulated import ORDERS, InOut, KernelError, Library, Output
 
 SOURCE = Path(__file__).with_name("planted.cu")
@@ -190,13 +191,15 @@ def test_what_cannot_be_passed_is_refused(values):
         values.run("handoff", x=torch.empty(4, device="meta"), y=X, n=4)
 
 
-def test_the_example_of_the_page_is_right(emulate, tmp_path):
+def test_the_example_of_the_page_is_right(emulate):
     page = (emulated.EMULATOR.parents[1] / "docs/emulator.md").read_text()
     source, script = (page.split(f"```{language}\n")[1].split("```")[0] for language in ("c++", "python"))
-    (tmp_path / "scale.cu").write_text(source.replace("csrc/", f"{emulated.EMULATOR.parent}/"))
+    folder = CACHE / "page"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "scale.cu").write_text(source.replace("csrc/", f"{emulated.EMULATOR.parent}/"))
     said = re.search(r"KernelError: (.*?)\n\n", page, re.DOTALL)[1]
     with pytest.raises(KernelError) as raised:
-        exec(script.replace("scale.cu", str(tmp_path / "scale.cu")), {})
+        exec(script.replace("scale.cu", str(folder / "scale.cu")), {})
     assert str(raised.value).split() == said.split()
 
 
