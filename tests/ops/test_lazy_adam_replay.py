@@ -130,7 +130,7 @@ def test_rows_without_momentum_only_decay(backend, before):
     """By eps 0 too, where their movement would be 0 / 0."""
     state = [torch.ones(2, 3), torch.zeros(2, 3), torch.zeros(2, 3), torch.full((2,), before).int()]
     lr, decay = torch.full((50,), 0.1).double(), torch.full((50,), 0.5).double()
-    call(state, None, lr, decay, before + 50, padding_idx=1)
+    call(state, None, lr, decay, before + 50, padding_idx=1, betas=(0.9, 0.999))
     torch.testing.assert_close(state[0], torch.tensor([[0.95**50], [1.0]]).expand(2, 3))
     assert state[3].tolist() == [before + 50] * 2 and not state[1].any()
 
