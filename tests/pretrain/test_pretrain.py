@@ -39,7 +39,14 @@ def test_it_learns_from_context(settings, tmp_path):
     corpus = tmp_path / "animals.txt"
     corpus.write_text("\n\n".join(" ".join([draw.choice(words)] * 25) + "." for _ in range(2000)))
     config = dataclasses.replace(
-        settings, corpus=corpus, output=tmp_path / "run", vocab_size=100, steps=150, dropout=0.0, objective="mlm", bf16=True
+        settings,
+        corpus=corpus,
+        output=tmp_path / "run",
+        vocab_size=100,
+        steps=150,
+        dropout=0.0,
+        objective="mlm",
+        bf16=True,
     )
     pretrain(config)
     scores = [r for r in read_metrics(config.output / "metrics.jsonl") if "held_out/mlm_loss" in r][-1]
