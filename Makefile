@@ -56,7 +56,7 @@ emulate: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/*.h tests/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/*.h tests/*.cpp tests/cuda/*.cu tests/cuda/*.cpp)
 
 bench: $(VENV)/.installed
 	for stem in gelu layer_norm cross_entropy attention linear lazy_adam pretrain inference neighbours; do $(BIN)/python benchmarks/$$stem.py || exit 1; done

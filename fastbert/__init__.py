@@ -9,6 +9,7 @@ from fastbert.models.bert import BertConfig, BertForPreTraining, BertModel
 from fastbert.models.frozen import freeze
 from fastbert.ops.attention import attention, attention_qkv
 from fastbert.ops.cross_entropy import cross_entropy
+from fastbert.ops.dropout import dropout
 from fastbert.ops.gelu import gelu
 from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
 from fastbert.ops.linear import linear
@@ -33,6 +34,7 @@ __all__ = [
     "backends",
     "clip_grad_norm_",
     "cross_entropy",
+    "dropout",
     "dropout_add_layer_norm",
     "freeze",
     "gelu",
