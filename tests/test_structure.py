@@ -2,6 +2,7 @@
 
 import ast
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pybind11
 import pytest
+import torch
 
 import fastbert
 
@@ -55,6 +57,41 @@ def test_imports_run_one_way_between_few_rooms():
     upward = [arrow for arrow in arrows if order.index(arrow[0]) < order.index(arrow[1])]
     assert not upward, f"imports run upward: {upward}"
     assert len(arrows) <= MOST_ARROWS, f"{len(arrows)} arrows between the rooms: {sorted(arrows)}"
+
+
+def written_lists():
+    """Lists of names in brackets, in Python and in the structs of C++: where they stand and the names."""
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.FunctionDef | ast.Lambda):
+                names = [argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)]
+            elif isinstance(node, ast.ClassDef):
+                names = [line.target.id for line in node.body if isinstance(line, ast.AnnAssign)]
+            elif isinstance(node, ast.Call):
+                names = [x.id for x in node.args if isinstance(x, ast.Name)] + [word.arg for word in node.keywords]
+            elif isinstance(node, ast.Tuple):
+                names = [x.id for x in node.elts if isinstance(x, ast.Name)]
+            yield f"{path.name}:{getattr(node, 'lineno', 0)}", names
+    for path in (ROOT / "csrc").glob("*.h"):
+        for name, fields in re.findall(r"struct (\w+)[^{;]*\{(.*?)\n\};", path.read_text(), re.DOTALL):
+            yield f"{path.name}: {name}", re.findall(r"\b(\w+)(?=[,;])", re.sub("//.*", "", fields))
+
+
+def test_an_ops_arguments_stand_in_few_places():
+    """The twin's signature, the backend, the struct, and one more: an argument is added there and nowhere else."""
+    written, many = list(written_lists()), 0
+    for name in torch._C._dispatch_get_all_op_names():
+        if not name.startswith("fastbert::"):
+            continue
+        schema = getattr(torch.ops.fastbert, name.removeprefix("fastbert::")).default._schema
+        arguments = {argument.name for argument in schema.arguments} - {"backend"}
+        if len(arguments) < 7:
+            continue
+        places = [place for place, names in written if len(arguments & set(names)) >= 0.9 * len(arguments)]
+        assert len(places) <= 4, f"{name}'s arguments are listed in {places}"
+        many += 1
+    assert many >= 5
 
 
 def test_kernels_know_nothing_of_torch():

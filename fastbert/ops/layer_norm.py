@@ -14,6 +14,7 @@ Element (row, column) is dropped by counter `(column // 8, row, 0, 0)`, lane `co
 Source: Ba, Kiros and Hinton, "Layer normalization" (2016).
 """
 
+import inspect
 import math
 from typing import Any
 
@@ -106,21 +107,14 @@ def _run(backend: str | None, x: Tensor, residual: Tensor | None, *others: Any) 
     if not 0.0 <= eps < math.inf:
         raise ValueError(f"eps is added to the variance: expected a finite number of at least 0, got {eps}")
     chosen = pick("layer_norm", requested(backend), x)
-    arguments = x, residual, weight, bias, eps, t, seed
+    others = weight, bias, eps, t, seed
     if differentiated(x, residual, weight, bias):
-        return _LayerNorm.apply(chosen, *arguments)
-    return functions[chosen].layer_norm(*arguments)
+        return _LayerNorm.apply(chosen, x, residual, *others)
+    return functions[chosen].layer_norm(x, residual, *others)
 
 
 class reference:  # a namespace, spelled as the backend is
     """The twin in plain PyTorch: any device, and float64, which is the truth of the tests."""
-
-    @staticmethod
-    def layer_norm(
-        x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, t: int, seed: Tensor | None
-    ) -> Tensor:
-        """y alone, where no derivative is wanted: the kernels then write nothing else."""
-        return reference.layer_norm_forward(x, residual, weight, bias, eps, t, seed)[0]
 
     @staticmethod
     def layer_norm_forward(
@@ -143,6 +137,11 @@ class reference:  # a namespace, spelled as the backend is
         return y.contiguous(), x.new_empty(0) if unchanged else stored.contiguous(), mean, rstd
 
     @staticmethod
+    def layer_norm(*arguments: Any) -> Tensor:
+        """y alone, where no derivative is wanted: the kernels then write nothing else."""
+        return reference.layer_norm_forward(*arguments)[0]
+
+    @staticmethod
     def layer_norm_backward(
         dy: Tensor, z: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, t: int, seed: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -158,6 +157,9 @@ class reference:  # a namespace, spelled as the backend is
         dweight = (wide(dy) * h).reshape(-1, columns).sum(0).to(weight.dtype)
         dbias = wide(dy).reshape(-1, columns).sum(0).to(weight.dtype)
         return dz.to(z.dtype).contiguous(), dx, dweight, dbias
+
+
+reference.layer_norm.__signature__ = inspect.signature(reference.layer_norm_forward).replace(return_annotation=Tensor)
 
 
 def _fake_forward(x, residual, weight, bias, eps, t, *_):

@@ -11,6 +11,7 @@ hundred steps only weight decay is left.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,78 +23,6 @@ from fastbert.ops.lazy_adam import EPS_UNCORRECTED, NO_BIAS_CORRECTION
 _END = 1e-20  # the twin's walk ends when momentum has become so small a part
 
 
-@torch.library.custom_op("fastbert::lazy_adam_replay", mutates_args=("param", "exp_avg", "exp_avg_sq", "last_step"))
-def lazy_adam_replay(
-    param: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    last_step: Tensor,
-    rows: Tensor | None,
-    lr: Tensor,
-    decay: Tensor,
-    step: int,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    flags: int,
-    padding_idx: int,
-    backend: str,
-) -> None:
-    """Changes the first four arguments in place.
-
-    Args:
-        param: [V, ...] float32 (float64 on the reference backend), contiguous.
-        exp_avg, exp_avg_sq: m and v, param's shape and dtype, contiguous.
-        last_step: int32 [V], the step each row stands at; becomes `step` where it is brought. None may lie before
-            `step - len(lr)`.
-        rows: int64 [n], ids of the rows wanted, duplicates allowed; None for all.
-        lr, decay: float64 [H] on the CPU, learning rate and weight decay of the last H steps up to `step`.
-        step: the step rows are brought to, the last that was done.
-        flags: EPS_UNCORRECTED, NO_BIAS_CORRECTION or their sum, of `fastbert.ops.lazy_adam`.
-        padding_idx: this row does not move; -1 for none.
-        backend: runs on this backend or raises; "" chooses by the tensor's device.
-
-    Raises:
-        ValueError: a shape, dtype or flag that does not fit, beta1 >= sqrt(beta2), a row id outside the table, or a
-            row that stands before the recorded steps.
-        RuntimeError: an explicit backend that cannot run here.
-    """
-    _check(param, exp_avg, exp_avg_sq, last_step, rows, lr, decay, step, beta1, beta2, flags)
-    functions = reference if pick("lazy_adam", backend, param) == "reference" else kernels
-    bad = functions.lazy_adam_replay(
-        param, exp_avg, exp_avg_sq, last_step, rows, lr, decay, step, beta1, beta2, eps, flags, padding_idx
-    )
-    if bad < 0:
-        return
-    row = bad if rows is None else int(rows[bad])
-    if not 0 <= row < param.shape[0]:
-        raise ValueError(f"row ids must lie in [0, {param.shape[0]}), got {row} at position {bad}; nothing was changed")
-    raise ValueError(
-        f"last_step must be {step - lr.numel()} or more, as the {lr.numel()} steps up to {step} are recorded; got "
-        f"{int(last_step[row])} for row {row}; nothing was changed"
-    )
-
-
-@lazy_adam_replay.register_fake
-def _(
-    param: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    last_step: Tensor,
-    rows: Tensor | None,
-    lr: Tensor,
-    decay: Tensor,
-    step: int,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    flags: int,
-    padding_idx: int,
-    backend: str,
-) -> None:
-    return None
-
-
 class reference:  # a namespace, spelled as the backend is
     """The twin in plain PyTorch: any device, and float64, which is the truth of the tests."""
 
@@ -102,7 +31,23 @@ class reference:  # a namespace, spelled as the backend is
         param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, last_step: Tensor, rows: Tensor | None, lr: Tensor,
         decay: Tensor, step: int, beta1: float, beta2: float, eps: float, flags: int, padding_idx: int,
     ) -> int:  # fmt: skip
-        """-1, or the position of the first row id (without rows: the row) that cannot be brought."""
+        """Changes the first four arguments in place.
+
+        Args:
+            param: [V, ...] float32 (float64 on the reference backend), contiguous.
+            exp_avg, exp_avg_sq: m and v, param's shape and dtype, contiguous.
+            last_step: int32 [V], the step each row stands at; becomes `step` where it is brought. None may lie before
+                `step - len(lr)`.
+            rows: int64 [n], ids of the rows wanted, duplicates allowed; None for all.
+            lr, decay: float64 [H] on the CPU, learning rate and weight decay of the last H steps up to `step`.
+            step: the step rows are brought to, the last that was done.
+            flags: EPS_UNCORRECTED, NO_BIAS_CORRECTION or their sum, of `fastbert.ops.lazy_adam`.
+            padding_idx: this row does not move; -1 for none.
+
+        Returns:
+            -1, or the position of the first row id (without rows: the row) that cannot be brought: it lies outside the
+            table, or stands before the recorded steps. Then nothing was changed.
+        """
         if rows is not None and (outside := (rows < 0) | (rows >= param.shape[0])).any():
             return int(outside.nonzero()[0])
         behind = last_step < step
@@ -144,6 +89,41 @@ class reference:  # a namespace, spelled as the backend is
         return -1
 
 
+def _run(*arguments: Any) -> None:
+    """The op: the twin's arguments and a backend's name.
+
+    Raises:
+        ValueError: a shape, dtype or flag that does not fit, beta1 >= sqrt(beta2), a row id outside the table, or a row
+            that stands before the recorded steps.
+        RuntimeError: an explicit backend that cannot run here.
+    """
+    *arguments, backend = arguments
+    param, _, _, last_step, rows, lr, _, step, *_ = arguments
+    _check(*arguments)
+    functions = reference if pick("lazy_adam", backend, param) == "reference" else kernels
+    bad = functions.lazy_adam_replay(*arguments)
+    if bad < 0:
+        return
+    row = bad if rows is None else int(rows[bad])
+    if not 0 <= row < param.shape[0]:
+        raise ValueError(f"row ids must lie in [0, {param.shape[0]}), got {row} at position {bad}; nothing was changed")
+    raise ValueError(
+        f"last_step must be {step - lr.numel()} or more, as the {lr.numel()} steps up to {step} are recorded; got "
+        f"{int(last_step[row])} for row {row}; nothing was changed"
+    )
+
+
+_CHANGED = ("param", "exp_avg", "exp_avg_sq", "last_step")
+_schema = torch.library.infer_schema(reference.lazy_adam_replay, mutates_args=_CHANGED)
+lazy_adam_replay = torch.library.custom_op(
+    "fastbert::lazy_adam_replay",
+    _run,
+    mutates_args=_CHANGED,
+    schema=_schema.replace(") -> SymInt", ", str backend) -> ()"),
+)
+lazy_adam_replay.register_fake(lambda *_: None)
+
+
 def check_betas(beta1: float, beta2: float) -> None:
     """Raises unless momentum decays faster than the root of the second moment."""
     if not beta1 < math.sqrt(beta2):
@@ -164,7 +144,9 @@ def _check(
     step: int,
     beta1: float,
     beta2: float,
+    _: float,
     flags: int,
+    *others: int,
 ) -> None:
     check_betas(beta1, beta2)
     if param.dim() == 0:
