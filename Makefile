@@ -59,7 +59,7 @@ lint: $(VENV)/.installed
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/*.h tests/*.cpp tests/cuda/*.cu tests/cuda/*.cpp)
 
 bench: $(VENV)/.installed
-	for stem in gelu layer_norm cross_entropy attention linear lazy_adam pretrain inference neighbours; do $(BIN)/python benchmarks/$$stem.py || exit 1; done
+	for stem in gelu layer_norm cross_entropy attention linear lazy_adam pretrain inference neighbours overhead optimizer_overhead; do $(BIN)/python benchmarks/$$stem.py || exit 1; done
 
 # The Python that is there: a GPU's torch fits its driver, and takes gigabytes to install.
 gpu-check:
