@@ -114,7 +114,7 @@ FAULTS = [
     ),
     *kernel(
         "lazy_adam_groups.h", "ops/test_lazy_adam.py",
-        ("if (opens(i)) start[before++] = static_cast<int32_t>(i);", "if (opens(i) || i == begin) start[before++] = static_cast<int32_t>(i);"),
+        ("if (opens(i)) start[before++] = static_cast<int32_t>(i);", "if (opens(i) || i == stretch.begin) start[before++] = static_cast<int32_t>(i);"),
         ("      to[mine[p.rows[position] >> shift & (digits - 1)]++] = position;\n    }\n#pragma omp barrier\n",
          "      to[mine[p.rows[position] >> shift & (digits - 1)]++] = position;\n    }\n"),  # a barrier
     ),
