@@ -12,8 +12,8 @@
 // dropout mask is drawn again in backward, not stored. Ba, Kiros and Hinton, "Layer normalization" (2016).
 #include "column_sums.h"
 #include "dropout.h"
-#include "scratch.h"
 #include "reduce.h"
+#include "scratch.h"
 #include "sweep.h"
 
 namespace fastbert {
