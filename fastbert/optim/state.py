@@ -1,7 +1,7 @@
 """LazyAdam's state of a parameter: what its options need, made, and checked where it comes from a file.
 
 State is a dict under torch's names: `step`; the moments `exp_avg`, `exp_avg_sq` and `max_exp_avg_sq`; `row_steps` for
-`bias_correction="row"`; for `missed="replay"` what `fastbert.optim.replay` keeps. Which of them there are follows from the
+`bias_correction="row"`; for `missed="replay"` what `optim/replay.py` keeps. Which of them there are follows from the
 options alone, so that what a fresh optimizer holds has a place for everything a checkpoint has.
 """
 
