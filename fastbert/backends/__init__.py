@@ -106,7 +106,7 @@ def check_environment() -> None:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the `with` block every op of this package runs on backend `name`.
+    """Within the `with` block every op of this package runs on backend `name`; products of `linear` by `use_linear`.
 
     It holds in the block's own context (`contextvars`): other threads and asyncio tasks keep their choice, and threads
     that the block starts do not inherit it unless they run by `contextvars.copy_context().run`. The environment

@@ -27,9 +27,14 @@ class AutoModel:
             ValueError: an architecture that is not here; the message names those that are. And as the class itself.
         """
         fields = checkpoint.read_config(folder)
-        classes = [str(name) for name in fields.get("architectures") or []]
-        named = (kind for kind, cls in ENCODERS.items() if classes and classes[0].startswith(cls.names.title))
-        kind = fields.get("model_type") or next(named, "" if classes else BertModel.names.model_type)
+        classes, kind = fields.get("architectures") or [], fields.get("model_type")
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in (*classes, kind or "")):
+            raise ValueError(
+                f"{folder}: config.json must name its architecture by model_type, a string, or architectures, a list "
+                f"of strings; got {kind!r} and {classes!r}"
+            )
+        named = (name for name, cls in ENCODERS.items() if classes and classes[0].startswith(cls.names.title))
+        kind = kind or next(named, "" if classes else BertModel.names.model_type)
         if kind not in ENCODERS:
             raise ValueError(
                 f"{folder} holds a model of the architecture {kind or classes!r}: expected one of {', '.join(ENCODERS)}"

@@ -23,7 +23,7 @@ def dropout(x: Tensor, p: float = 0.5, seed: Tensor | int | None = None, *, back
     `torch.nn.functional.dropout` draws its numbers serially on a CPU and takes longer there than a LayerNorm.
 
     Args:
-        x: [..., N] float32, bfloat16 or float16 (float64 on the reference backend).
+        x: [..., N] float32, bfloat16 or float16 (float64 on the reference backend). Autocast casts nothing here.
         p: probability that an element is dropped, rounded to a multiple of 1/65536.
         seed: an int, or int64 [1] on x's device; None draws one from torch's default generator.
         backend: runs on this backend or raises; None chooses by the tensor's device.

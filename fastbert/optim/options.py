@@ -212,7 +212,7 @@ def formula_of(group: dict[str, Any], last: Formula | None = None) -> Formula:
     flags += (not group["decoupled_weight_decay"]) * COUPLED_DECAY
     return Formula(
         lr.double() if isinstance(lr, Tensor) else torch.tensor(float(lr), dtype=torch.float64, device="cpu"),
-        float(betas[0]), float(betas[1]), eps, weight_decay, flags,
+        float(betas[0]), float(betas[1]), float(eps), float(weight_decay), flags,
         (lr, betas, eps, weight_decay) if is_fixed else (),
     )  # fmt: skip
 

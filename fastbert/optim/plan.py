@@ -41,7 +41,7 @@ def arguments_of(
     if not param.is_contiguous():
         check_memory(param)
     return Step(
-        param=param.contiguous(),
+        param=param.resolve_neg().contiguous(),
         exp_avg=state["exp_avg"],
         exp_avg_sq=state["exp_avg_sq"],
         max_exp_avg_sq=state["max_exp_avg_sq"] if group["amsgrad"] else None,

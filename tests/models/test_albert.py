@@ -274,6 +274,10 @@ def test_a_folder_opened_as_another_model_says_which_it_is(folder, tmp_path):
     set_config(folder, model_type="electra")
     with pytest.raises(ValueError, match=r"the architecture 'electra': expected one of albert, bert"):
         AutoModel.from_pretrained(folder)
+    for fields in ({"model_type": ["a"]}, {"model_type": None, "architectures": 5}):
+        set_config(folder, **fields)
+        with pytest.raises(ValueError, match="must name its architecture by model_type, a string"):
+            AutoModel.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(

@@ -281,3 +281,29 @@ def test_a_plan_keeps_no_state_alive():
     moment = weakref.ref(optimizer.state[params[0]]["exp_avg"])
     optimizer.state.clear()
     assert moment() is None
+
+
+def test_what_the_module_cannot_read_is_refused_or_read_otherwise():
+    """After a step by plan too: a learning rate that is not on the CPU, a step count that is no number."""
+    param = torch.nn.Parameter(torch.ones(4, 3))
+    optimizer = fastbert.LazyAdam([param])
+    param.grad = torch.ones(4, 3)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = torch.tensor(1e-3, device="meta")
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 1e-3
+    for steps in (torch.zeros(0), torch.tensor([5.0, 9.0])):
+        optimizer.state[param]["step"] = steps
+        before = param.detach().clone()
+        with pytest.raises(ValueError, match="step must be a tensor of one number"):
+            optimizer.step()
+        assert torch.equal(param, before)
+
+
+def test_a_lazily_negated_parameter_steps_downhill():
+    negated, plain = (torch.nn.Parameter(x) for x in (torch._neg_view(-torch.ones(2)), torch.ones(2)))
+    for param in (negated, plain):
+        param.grad = torch.ones(2)
+        fastbert.LazyAdam([param], lr=0.1).step()
+    assert torch.equal(negated, plain) and negated[0] < 1
