@@ -277,7 +277,7 @@ def check(s: Step) -> None:
     if max_exp_avg_sq is not None and max_exp_avg_sq.shape != exp_avg_sq.shape:
         raise ValueError("exp_avg_sq and max_exp_avg_sq must have one shape")
     for x in tables if row_steps is None else [*tables, row_steps]:
-        if not x.is_contiguous() or x.is_neg():
+        if not x.is_contiguous() or (not torch.compiler.is_compiling() and x.is_neg()):
             raise ValueError("param and its state must be contiguous and not lazily negated: they are changed in place")
     if not isinstance(s.step, Tensor) or s.step.numel() != 1:
         raise ValueError(f"step must be a tensor of one number, got {s.step!r}")

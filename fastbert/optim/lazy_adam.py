@@ -216,7 +216,8 @@ class LazyAdam(Optimizer):
         """The step of all that have a gradient, each by its plan or, where it can have none, by all its arguments."""
         backend = requested()
         by_module = can_plan and backend in ("", "cpu") and not torch.compiler.is_compiling()
-        by_module = by_module and all(formula.lr.is_cpu for formula in self._formulas)  # the module reads it here
+        for formula in self._formulas:
+            by_module = by_module and formula.lr.is_cpu  # where the module reads it
         plans, listed, replayed, completed = self._plans, [], [], {}
         plans.begin(len(self._parameters()))
         have_plans = plans.take(taken) if by_module else [False] * len(taken)
