@@ -5,7 +5,8 @@
 Each op stands beside PyTorch's own, which is compiled C++ up to its autograd; ours is Python down to its kernel.
 Results are checked against PyTorch's before anything is timed. The variants run in turn in bursts of `--calls`; the
 time is that of the fastest burst, which no other process interrupted, and what is kept are the ratios: to PyTorch's op,
-and to `F.layer_norm` in inference, the yardstick of all.
+and to `F.layer_norm` in inference, the yardstick of all. The last line is an autograd.Function in Python that computes
+nothing: the least that ours can take with backward.
 """
 
 import argparse
@@ -79,7 +80,27 @@ def main() -> None:
             print(
                 f"{op:<16}{direction:<20}{mine:>9.2f}{torchs:>10.2f}{row['ratio']:>8}{row['ratio_to_layer_norm']:>15}"
             )
+    (empty,) = fastest([with_backward(Empty.apply, leaves_of_layer_norm())], args.rounds, args.calls)
+    print(f"{'empty Function':<16}{'forward + backward':<20}{empty:>9.2f}")
+    rows.append({"op": "empty autograd.Function", "direction": "forward + backward", "ours_us": round(empty, 2)})
     write_csv(results_path("overhead"), rows)
+
+
+class Empty(torch.autograd.Function):
+    """What any Function in Python costs that has LayerNorm's three inputs, and computes nothing."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight, bias)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return ctx.saved_tensors
+
+
+def leaves_of_layer_norm() -> list[Tensor]:
+    return [x.clone().requires_grad_() for x in cases()["layer_norm"][2]]
 
 
 def with_arguments(function: Callable, inputs: list[Tensor]) -> Callable[[], Tensor]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bert_batches import saved_bytes
 
 from fastbert import cli, extras
 from fastbert.models.bert import BertConfig, BertForPreTraining
@@ -171,21 +172,7 @@ def test_parameters_are_berts():
 def test_memory_is_what_autograd_saves(layers):
     config = BertConfig.preset("mini", vocab_size=2000, num_hidden_layers=layers)
     model = BertForPreTraining(config)
-    own = {param.untyped_storage().data_ptr() for param in model.parameters()}
-    saved = {}
-
-    def pack(x):
-        if x.untyped_storage().data_ptr() not in own:
-            saved[x.untyped_storage().data_ptr()] = x.untyped_storage()
-        return x
-
-    ids = torch.randint(5, 2000, (1024,))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model(
-            ids, cu_seqlens=torch.arange(0, 1025, 128, dtype=torch.int32), max_seqlen=128,
-            masked_positions=torch.arange(0, 1024, 7), labels=torch.randint(5, 2000, (147,)),
-        )  # fmt: skip
-    counted = sum(storage.nbytes() for storage in saved.values())
+    counted = saved_bytes(model)
     assert presets.saved_for_backward(config, 1024) == pytest.approx(counted, rel=0.1)
 
 

@@ -185,7 +185,7 @@ class reference:  # a namespace, spelled as the backend is
             g = g[moves]
         # update
         w, m, v, u = (None if x is None else wide(x[places]) for x in tables)
-        g = g.to(w.dtype)
+        g, m = g.to(w.dtype), m.to(w.dtype)
         t = s.step.double() if s.row_steps is None else s.row_steps[places].double().unsqueeze(1) + 1
         if flags & NO_BIAS_CORRECTION:
             t = t * math.inf

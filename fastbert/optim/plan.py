@@ -48,7 +48,7 @@ def arguments_of(
         row_steps=state["row_steps"] if group["bias_correction"] == "row" and param.dim() else None,
         rows=gradient.rows,
         grad=gradient.values,
-        lr=formula.lr,
+        lr=formula.lr if formula.lr.is_cpu else formula.lr.to(param.device),
         step=state["step"],
         seed=seed,
         beta1=formula.beta1,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from bert_batches import SMALL, B, V, batch, encoder_inputs, packed
+from bert_batches import SMALL, B, V, batch, encoder_inputs, packed, unsettled
 from torch import nn
 
 import fastbert
@@ -29,26 +29,8 @@ def ordered(inputs: dict) -> dict:
 
 
 @pytest.fixture
-def transformers():
-    module = pytest.importorskip("transformers")
-    module.utils.logging.set_verbosity_error()
-    module.utils.logging.disable_progress_bar()
-    return module
-
-
-@pytest.fixture
 def model() -> AlbertForPreTraining:
-    model = AlbertForPreTraining(CONFIG).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # biases and LayerNorms too: nothing must hide behind 0 and 1
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
-
-
-@pytest.fixture
-def folder(model, tmp_path) -> Path:
-    model.save_pretrained(tmp_path / "export")
-    return tmp_path / "export"
+    return unsettled(AlbertForPreTraining(CONFIG).eval())
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from bert_batches import unsettled
 from torch import Tensor
 
 from fastbert.models.bert import BertConfig, BertForPreTraining, BertModel
@@ -23,28 +24,9 @@ SENTENCES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def transformers():
-    """Quiet: it logs much and draws progress bars. Without it installed the parity tests are skipped."""
-    module = pytest.importorskip("transformers")
-    module.utils.logging.set_verbosity_error()
-    module.utils.logging.disable_progress_bar()
-    return module
-
-
 @pytest.fixture
 def model() -> BertForPreTraining:
-    model = BertForPreTraining(TINY).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # biases and LayerNorms too: nothing must hide behind 0 and 1
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
-
-
-@pytest.fixture
-def folder(model, tmp_path) -> Path:
-    model.save_pretrained(tmp_path / "export")
-    return tmp_path / "export"
+    return unsettled(BertForPreTraining(TINY).eval())
 
 
 def batch() -> dict[str, Tensor]:

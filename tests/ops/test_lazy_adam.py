@@ -370,6 +370,13 @@ def test_the_default_device_is_of_no_account(best, missed):
     assert torch.equal(trained("meta"), trained("cpu"))
 
 
+def test_a_bfloat16_first_moment_beside_float64():
+    """The twin's: rounded where it is stored, and float64 where it is used."""
+    w, m, v = torch.ones(3, 2, dtype=torch.float64), torch.zeros(3, 2).bfloat16(), torch.zeros(3, 2).double()
+    step([w, m, v, None, None], None, torch.full((3, 2), 0.5).double(), backend="reference")
+    assert m[0, 0] == torch.tensor(0.05).bfloat16() and v[0, 0] == pytest.approx(0.001 * 0.25, rel=1e-12)
+
+
 def test_any_shape(backend):
     for shape in ((), (0, 4), (3,), (2, 3, 5)):
         w, grad = torch.randn(shape), torch.randn(shape)

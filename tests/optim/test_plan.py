@@ -290,8 +290,10 @@ def test_what_the_module_cannot_read_is_refused_or_read_otherwise():
     param.grad = torch.ones(4, 3)
     optimizer.step()
     optimizer.param_groups[0]["lr"] = torch.tensor(1e-3, device="meta")
+    before = param.detach().clone()
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         optimizer.step()
+    assert torch.equal(param, before) and optimizer.state[param]["step"] == 1
     optimizer.param_groups[0]["lr"] = 1e-3
     for steps in (torch.zeros(0), torch.tensor([5.0, 9.0])):
         optimizer.state[param]["step"] = steps
