@@ -2,9 +2,9 @@
 // of torch. Fields come in the order of the op's contract (fastbert/ops/<stem>.py), then results, sizes,
 // types.
 //
-// One alphabet in every language: B sequences, S their longest, T tokens, H hidden size, N heads, D head
-// size, V vocabulary or rows of a table, R touched rows. Ops that work row by row call T and H rows and
-// columns.
+// One alphabet in every language: B sequences, S their longest, T tokens, H hidden size, N heads, D size
+// of a head or columns of a table, V vocabulary or rows of a table, R touched rows. Ops of plain rows call T
+// and H rows and columns.
 //
 // What lives on a device comes as an address: a kernel reads seed, learning rate and step count itself, so
 // that nobody waits for the device, and a captured graph takes new ones. An address is null where there is
