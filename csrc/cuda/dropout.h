@@ -8,7 +8,8 @@
 
 namespace fastbert {
 
-// Bit i: whether the i-th of the neighbours that share a counter is kept; kBits are a lane's, 8 or 16.
+// Bit i: whether the i-th of the neighbours that share a counter is kept; kBits are a lane's, kLaneBits or
+// kAttentionLaneBits.
 // 1 <= t <= 2^kBits, and the greatest keeps nothing.
 template <int kBits>
 DEVICE uint32_t kept_bits(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t t) {
@@ -32,7 +33,7 @@ constexpr int kPerCall = 8;  // columns of a row that one call serves
 
 // Bit i: whether column 8 * group + i of the row is kept.
 DEVICE uint32_t kept_of_row(uint64_t seed, int64_t row, int group, uint32_t t) {
-  return kept_bits<16>(seed, static_cast<uint32_t>(group), static_cast<uint32_t>(row), 0, 0, t);
+  return kept_bits<kLaneBits>(seed, static_cast<uint32_t>(group), static_cast<uint32_t>(row), 0, 0, t);
 }
 
 // What a warp keeps of 256 neighbours, of which `kept_of_row` gave lane l the l-th eight: a lane's own, when
@@ -43,12 +44,6 @@ DEVICE uint32_t kept_in_step(uint32_t kept, int i) {
   if constexpr (kVector == kPerCall) return kept;
   const int place = (i * kWarp + lane_of_warp()) * kVector;
   return __shfl_sync(kAllLanes, kept, place / kPerCall) >> (place % kPerCall);
-}
-
-// What is kept is multiplied by 2^bits / (2^bits - t); 0 where nothing is.
-inline float dropout_scale(uint32_t t, int bits = 16) {
-  const uint32_t all = 1u << bits;
-  return t < all ? static_cast<float>(all) / static_cast<float>(all - t) : 0.f;
 }
 
 }  // namespace fastbert
