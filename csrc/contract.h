@@ -145,6 +145,7 @@ struct AttentionBackward : Attention {
   const void *dout, *out;  // [T, N, D] dtype
   const float* lse;        // [T, N]
   void* dqkv;              // [T, 3, N, D] dtype
+  float* scratch;          // attention_scratch(T, N) of the module
 };
 
 // ---- lazy_adam ---------------------------------------------------------------------------------------

@@ -29,8 +29,11 @@ def attention_backward(
     dout, out = dout.contiguous(), out.contiguous()
     tokens, heads, head_size = q.shape
     dqkv = q.new_empty(tokens, 3, heads, head_size)
+    scratch = lse.new_empty(module.attention_scratch(tokens, heads))
     shared = _shared(q, k, v, cu_seqlens, *options)
-    module.attention_backward(*shared, dout.data_ptr(), out.data_ptr(), lse.data_ptr(), dqkv.data_ptr())
+    module.attention_backward(
+        *shared, dout.data_ptr(), out.data_ptr(), lse.data_ptr(), dqkv.data_ptr(), scratch.data_ptr()
+    )
     return dqkv
 
 
