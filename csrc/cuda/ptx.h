@@ -61,6 +61,26 @@ DEVICE float exp2_approximate(float x) {
 #endif
 }
 
+// All ones in each half of a word where the fp16 in that half of x is at least that of bound, else 0.
+DEVICE uint32_t halves_at_least(uint32_t x, uint32_t bound) {
+#if defined(__CUDACC__)
+  uint32_t mask;
+  asm("set.ge.u32.f16x2 %0, %1, %2;" : "=r"(mask) : "r"(x), "r"(bound));
+  return mask;
+#else
+  return emulator::halves_at_least(x, bound);
+#endif
+}
+
+// Keeps the compiler from moving what computes x past this place, out of a loop or into a later branch.
+DEVICE void keep_in_place(uint32_t& x) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+r"(x));
+#else
+  (void)x;
+#endif
+}
+
 // ---- matrix products of a warp: c[16 x 8] += a[16 x 16] b[16 x 8], sums in float32 ----
 // With g = lane / 4 and i = lane % 4, a lane holds two neighbouring elements in each word, the first in the
 // low half:
