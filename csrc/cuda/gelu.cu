@@ -251,7 +251,7 @@ Plane plane_of(int64_t rows, int64_t columns, bool has_bias) {
   const int64_t down = (accesses + across - 1) / across;
   const int64_t each = down * blocks / kWarpsWanted / kForwardRows * kForwardRows;
   return {accesses, static_cast<int>(across), static_cast<int>(blocks), down,
-          min(max(each, int64_t{kForwardRows}), int64_t{4 * kForwardRows})};
+          min(max(each, int64_t{2 * kForwardRows}), int64_t{4 * kForwardRows})};
 }
 
 template <class T, int kCount, bool kTanh, bool kBias>

@@ -13,8 +13,8 @@ except ImportError as error:
     module = None
     missing = (
         f"the module for NVIDIA GPUs is not there ({error}): nvcc was missing when fastbert-kernels was built, or "
-        "FASTBERT_CUDA=0 left it out. Install a CUDA toolkit of version 12 or later, or nvidia-cuda-nvcc by pip, and "
-        "install fastbert-kernels from its sources anew"
+        "FASTBERT_CUDA=0 left it out. Install a CUDA toolkit of version 12 or later, or its compiler by pip install "
+        "nvidia-cuda-nvcc nvidia-cuda-cccl, and then fastbert-kernels from its sources anew"
     )
 
 accepted: set[tuple[int, torch.dtype]] = set()  # devices and dtypes that `refusal` has been asked about and takes
