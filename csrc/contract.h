@@ -51,8 +51,8 @@ struct GeluBackward {
 
 // ---- layer_norm and dropout --------------------------------------------------------------------------
 
-// t of the dropout contract: an element is kept where its lane >= t (see philox.h); 0 drops nothing. Then there
-// is no seed.
+// t of the dropout contract: an element is kept where its lane >= t (see philox.h); 0 drops nothing. Then
+// there is no seed.
 
 struct LayerNormForward {  // z = residual + dropout(x); y = (z - mean) * rstd * weight + bias
   const void* x;           // [T, H] dtype

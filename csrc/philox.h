@@ -1,9 +1,9 @@
-// Philox4x32-7, the counter-based generator of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy
-// as 1, 2, 3" (SC 2011): seven rounds are the fewest that they found to pass BigCrush. Shared by CPU and CUDA,
-// so that both draw the same dropout mask from the same seed and place.
+// Philox4x32-7, the counter-based generator of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as
+// easy as 1, 2, 3" (SC 2011): seven rounds are the fewest that they found to pass BigCrush. Shared by CPU and
+// CUDA, so that both draw the same dropout mask from the same seed and place.
 //
-// The four words of a counter are read from the lowest bit of the first word on: as eight lanes of 16 bits, or
-// as sixteen of 8 in attention. An element is kept where its lane >= t.
+// The four words of a counter are read from the lowest bit of the first word on: as eight lanes of 16 bits,
+// or as sixteen of 8 in attention. An element is kept where its lane >= t.
 #pragma once
 #include <stdint.h>
 

@@ -26,7 +26,7 @@ namespace {
 
 constexpr int64_t kKeys = 512;  // keys of a block in forward, where queries come by kQueries
 constexpr int64_t kBackwardKeys = 128, kBackwardQueries = 64;  // keys and queries of a block in backward
-constexpr int kCounterKeys = kCounterLanes<uint8_t>;  // of one counter of dropout
+constexpr int kCounterKeys = kCounterLanes<uint8_t>;           // for which one counter of dropout is drawn
 static_assert(kKeys % kCounterKeys == 0 && kBackwardKeys % kCounterKeys == 0, "a block begins a counter");
 static_assert(kQueries % kDrawn == 0 && kBackwardQueries % kDrawn == 0, "dropout draws for kDrawn queries");
 

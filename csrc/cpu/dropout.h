@@ -1,8 +1,8 @@
 // Dropout's random numbers in vectors: Philox4x32-7 for neighbouring counters, and what of it is kept.
 //
 // Counters (first, c1, c2, c3), (first + 1, c1, c2, c3), ... give 16 bytes each, read as lanes of one byte or
-// two; c1 is the row. Over the first three of seven rounds the row reaches only half of the words, and there as
-// exclusive or's: the other half and all that stands beside it are computed once for many rows
+// two; c1 is the row. Over the first three of seven rounds the row reaches only half of the words, and there
+// as exclusive or's: the other half and all that stands beside it are computed once for many rows
 // (`DropoutColumns`), the row's own part is one number (`dropout_row`). So a row costs 9 multiplications for
 // kLanes / 2 counters instead of 14.
 #pragma once
@@ -14,12 +14,12 @@ namespace FASTBERT_ISA {
 
 typedef uint64_t vulong __attribute__((vector_size(kLanes * 4)));  // kLanes / 2 wide numbers
 
-// Lanes are uint16_t, or uint8_t in attention. A counter gives so many,
+// A lane is a uint16_t, or a uint8_t in attention.
 template <typename Lane>
-constexpr int kCounterLanes = 16 / sizeof(Lane);
-// and kLanes / 2 counters are drawn at a time.
+constexpr int kCounterLanes = 16 / sizeof(Lane);  // of one counter
+
 template <typename Lane>
-constexpr int kDropoutBlock = kLanes / 2 * kCounterLanes<Lane>;
+constexpr int kDropoutBlock = kLanes / 2 * kCounterLanes<Lane>;  // lanes drawn at a time
 
 FASTBERT_INLINE vulong multiply_wide(vulong a, uint32_t b) {  // low words of a, times b, in full
 #if defined(__AVX512F__)

@@ -36,6 +36,7 @@ from fastbert.ops.register import differentiated, once_differentiable, register
 
 LANE_BITS = 8  # of dropout: a byte for each weight
 
+
 def attention(
     q: Tensor,
     k: Tensor,

@@ -3,7 +3,7 @@
     y = x / (1 - p) where an element is kept, 0 where it is dropped;   dx is the same of dy
 
 x is [..., N]. Nothing but the seed is saved. Element (row, column) is dropped by counter `(column // 8, row, 0, 0)`,
-16-bit lane `column % 8` (see `philox`), as LayerNorm's is, so the mask is equal on every backend and on any thread count.
+16-bit lane `column % 8` (see `philox`), as LayerNorm's is, so the mask is equal on every backend and any thread count.
 Source: Srivastava, Hinton, Krizhevsky, Sutskever and Salakhutdinov, "Dropout" (2014).
 """
 
