@@ -175,9 +175,6 @@ PYBIND11_MODULE(_cpu, m) {
       "attention_scratch", [](int64_t, int64_t, int64_t) { return 0; },
       "Floats of scratch that attention_backward needs.");
   m.def("lazy_adam_scratch", lazy_adam_scratch, "Numbers of int32 scratch for so many gradient rows.");
-  m.def(
-      "attention_scratch", [](int64_t, int64_t) { return 0; },
-      "Floats of scratch that attention_backward needs for so many tokens and heads.");
   m.def("philox", philox, "Four words of one counter, through the vectors that dropout uses.");
 #define FASTBERT_DEFINE(Result, name, Arguments) define<fastbert::name>(m, #name);
   FASTBERT_FOR_EACH_KERNEL(FASTBERT_DEFINE)

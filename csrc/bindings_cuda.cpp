@@ -95,6 +95,9 @@ PYBIND11_MODULE(_cuda, m) {
   // ---- cross_entropy ----
 
   // ---- attention ----
+  define_launcher<cuda::attention_forward>(m, "attention_forward");
+  define_launcher<cuda::attention_backward>(m, "attention_backward");
+  m.def("attention_scratch", cuda::attention_scratch, "Floats of scratch that attention_backward needs.");
 
   // ---- lazy_adam ----
 }
