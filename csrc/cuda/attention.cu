@@ -35,14 +35,16 @@ constexpr int kLeastShared = 99 * 1024;  // of a GPU with bf16 products and asyn
 
 bool on_tensor_cores(const Attention& a) {
   const bool whole_chunks = (a.head_size | a.q_stride | a.k_stride | a.v_stride) % 8 == 0;
-  return a.dtype != DType::f32 && a.head_size <= 128 && whole_chunks && are_aligned(16, a.q, a.k, a.v) &&
+  const bool fits_int = std::max({a.q_stride, a.k_stride, a.v_stride, 3 * a.heads * a.head_size}) < int64_t{1} << 31;
+  return a.dtype != DType::f32 && a.head_size <= 128 && whole_chunks && fits_int && are_aligned(16, a.q, a.k, a.v) &&
          shared_memory_limit() >= kLeastShared;
 }
 
 template <class T>
 void set_arguments(Arguments<T>& to, const Attention& a) {
   to.q = static_cast<const T*>(a.q), to.k = static_cast<const T*>(a.k), to.v = static_cast<const T*>(a.v);
-  to.q_stride = a.q_stride, to.k_stride = a.k_stride, to.v_stride = a.v_stride;
+  to.q_stride = static_cast<int>(a.q_stride), to.k_stride = static_cast<int>(a.k_stride);
+  to.v_stride = static_cast<int>(a.v_stride);
   to.cu_seqlens = a.cu_seqlens, to.seed = reinterpret_cast<const uint64_t*>(a.seed);
   to.sequences = static_cast<int>(a.sequences), to.heads = static_cast<int>(a.heads);
   to.head_size = static_cast<int>(a.head_size), to.longest = static_cast<int>(a.max_seqlen);

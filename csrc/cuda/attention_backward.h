@@ -26,12 +26,11 @@ __global__ void __launch_bounds__(kWholeWarps<kD>* kWarp, kBlocks) attention_bac
   const Work work(a, kWholeRows, lane);
   if (work.length == 0) return;
 
-  const int64_t column = static_cast<int64_t>(work.head) * a.head_size, token = work.start,
-                width = static_cast<int64_t>(a.heads) * a.head_size;
-  const auto load = [&](SharedAddress tile, const T* source, int64_t stride) {
-    load_tile<kD, kWholeRows, kThreads>(tile, source + token * stride + column, stride, work.length, a.head_size);
+  const auto load = [&](SharedAddress tile, const T* source, int stride) {
+    load_tile<kD, kWholeRows, kThreads>(tile, source, stride, work.start, work.start + work.length, work.head,
+                                        a.head_size);
   };
-  load(dout, a.dout, width);
+  load(dout, a.dout, a.heads * a.head_size);
   load(q, a.q, a.q_stride);
   load(k, a.k, a.k_stride);
   load(v, a.v, a.v_stride);
@@ -83,22 +82,18 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks) attention_backward_que
 
   const int first = max(0, work.row - a.left) / kKeys * kKeys;
   const int last = min(work.length, work.row + kRows + a.right);
-  const int64_t column = static_cast<int64_t>(work.head) * a.head_size, token = work.start,
-                width = static_cast<int64_t>(a.heads) * a.head_size;
+  const int end = work.start + work.length;
   const auto load_keys = [&](int key) {
-    const int stage = key / kKeys % 2;
+    const int stage = key / kKeys % 2 * kTileBytes;
     if (key < last) {
-      load_tile<kD, kKeys, kThreads>(k_tiles + stage * kTileBytes, a.k + (token + key) * a.k_stride + column,
-                                     a.k_stride, work.length - key, a.head_size);
-      load_tile<kD, kKeys, kThreads>(v_tiles + stage * kTileBytes, a.v + (token + key) * a.v_stride + column,
-                                     a.v_stride, work.length - key, a.head_size);
+      load_tile<kD, kKeys, kThreads>(k_tiles + stage, a.k, a.k_stride, work.start + key, end, work.head, a.head_size);
+      load_tile<kD, kKeys, kThreads>(v_tiles + stage, a.v, a.v_stride, work.start + key, end, work.head, a.head_size);
     }
     commit_copies();
   };
-  load_tile<kD, kRows, kThreads>(dout, a.dout + (token + work.row) * width + column, width, work.length - work.row,
+  load_tile<kD, kRows, kThreads>(dout, a.dout, a.heads * a.head_size, work.start + work.row, end, work.head,
                                  a.head_size);
-  load_tile<kD, kRows, kThreads>(q, a.q + (token + work.row) * a.q_stride + column, a.q_stride,
-                                 work.length - work.row, a.head_size);
+  load_tile<kD, kRows, kThreads>(q, a.q, a.q_stride, work.start + work.row, end, work.head, a.head_size);
   commit_copies();
   load_keys(first);
   const int skipped = warp * kM, row = work.row + skipped * 16;
@@ -108,7 +103,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks) attention_backward_que
   statistics.finish(a, shared + kRowsBytes, skipped * 16, rows, lane);
   __syncwarp();
   for (int r = lane; r < kM * 16; r += kWarp)
-    if (row + r < work.length) a.rows[work.head * a.tokens + token + row + r] = rows[skipped * 16 + r];
+    if (row + r < work.length) a.rows[work.head * a.tokens + work.start + row + r] = rows[skipped * 16 + r];
 
   QueryGradient<T, kD, kM, kDrop> queries(a, work, q, dout, rows, skipped, row, lane);
   const bool active = row < work.length;
@@ -116,8 +111,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks) attention_backward_que
     wait_for_copies<0>();
     __syncthreads();  // this tile is there, and all are done with the one before
     load_keys(key + kKeys);
-    const int stage = key / kKeys % 2;
-    if (active) queries.add_keys(key, k_tiles + stage * kTileBytes, v_tiles + stage * kTileBytes);
+    const int stage = key / kKeys % 2 * kTileBytes;
+    if (active) queries.add_keys(key, k_tiles + stage, v_tiles + stage);
   }
   wait_for_copies<0>();
   if (active) queries.store();
@@ -144,26 +139,22 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks) attention_backward_key
 
   const int first = max(0, work.row - a.right) / kKeys * kKeys;
   const int last = min(work.length, work.row + kRows + a.left);
-  const int64_t column = static_cast<int64_t>(work.head) * a.head_size, token = work.start,
-                width = static_cast<int64_t>(a.heads) * a.head_size;
+  const int end = work.start + work.length;
   const auto load_queries = [&](int query) {
-    const int stage = query / kKeys % 2;
+    const int stage = query / kKeys % 2, row = work.start + query;
     if (query < last) {
-      load_tile<kD, kKeys, kThreads>(q_tiles + stage * kTileBytes, a.q + (token + query) * a.q_stride + column,
-                                     a.q_stride, work.length - query, a.head_size);
-      load_tile<kD, kKeys, kThreads>(dout_tiles + stage * kTileBytes, a.dout + (token + query) * width + column, width,
-                                     work.length - query, a.head_size);
+      load_tile<kD, kKeys, kThreads>(q_tiles + stage * kTileBytes, a.q, a.q_stride, row, end, work.head, a.head_size);
+      load_tile<kD, kKeys, kThreads>(dout_tiles + stage * kTileBytes, a.dout, a.heads * a.head_size, row, end,
+                                     work.head, a.head_size);
       const int r = threadIdx.x;
       if (r < kKeys)
-        copy_async<8>(rows_tiles + (stage * kKeys + r) * sizeof(float2),
-                      a.rows + work.head * a.tokens + token + query + r, query + r < work.length);
+        copy_async<8>(rows_tiles + (stage * kKeys + r) * sizeof(float2), a.rows + work.head * a.tokens + row + r,
+                      row + r < end);
     }
     commit_copies();
   };
-  load_tile<kD, kRows, kThreads>(k, a.k + (token + work.row) * a.k_stride + column, a.k_stride,
-                                 work.length - work.row, a.head_size);
-  load_tile<kD, kRows, kThreads>(v, a.v + (token + work.row) * a.v_stride + column, a.v_stride,
-                                 work.length - work.row, a.head_size);
+  load_tile<kD, kRows, kThreads>(k, a.k, a.k_stride, work.start + work.row, end, work.head, a.head_size);
+  load_tile<kD, kRows, kThreads>(v, a.v, a.v_stride, work.start + work.row, end, work.head, a.head_size);
   commit_copies();
   load_queries(first);
   wait_for_copies<1>();

@@ -165,9 +165,9 @@ struct QueryTile {
         if (lane % 4 == 0 && lane_row(r) < length)
           a.lse[static_cast<int64_t>(work.start + lane_row(r)) * a.heads + work.head] = lse;
       }
-      const int64_t stride = static_cast<int64_t>(a.heads) * a.head_size;
-      store_rows<T, kColumnTiles>(a.out + (work.start + row + 16 * m) * stride + work.head * a.head_size, stride,
-                                  length - row - 16 * m, a.head_size, out[m], normalize, lane);
+      const int stride = a.heads * a.head_size;
+      T* target = a.out + static_cast<int64_t>(work.start + row + 16 * m) * stride + work.head * a.head_size;
+      store_rows<T, kColumnTiles>(target, stride, length - row - 16 * m, a.head_size, out[m], normalize, lane);
     }
   }
 };
@@ -188,19 +188,16 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks) attention_forward_kern
 
   const int first = max(0, work.row - a.left) / kKeys * kKeys;
   const int last = min(work.length, work.row + kRows + a.right);
-  const int64_t column = static_cast<int64_t>(work.head) * a.head_size, token = work.start;
+  const int end = work.start + work.length;
   const auto load_keys = [&](int key) {
-    const int stage = key / kKeys % 2;
+    const int stage = key / kKeys % 2 * kTileBytes;
     if (key < last) {
-      load_tile<kD, kKeys, kThreads>(k_tiles + stage * kTileBytes, a.k + (token + key) * a.k_stride + column,
-                                     a.k_stride, work.length - key, a.head_size);
-      load_tile<kD, kKeys, kThreads>(v_tiles + stage * kTileBytes, a.v + (token + key) * a.v_stride + column,
-                                     a.v_stride, work.length - key, a.head_size);
+      load_tile<kD, kKeys, kThreads>(k_tiles + stage, a.k, a.k_stride, work.start + key, end, work.head, a.head_size);
+      load_tile<kD, kKeys, kThreads>(v_tiles + stage, a.v, a.v_stride, work.start + key, end, work.head, a.head_size);
     }
     commit_copies();
   };
-  load_tile<kD, kRows, kThreads>(q_tile, a.q + (token + work.row) * a.q_stride + column, a.q_stride,
-                                 work.length - work.row, a.head_size);
+  load_tile<kD, kRows, kThreads>(q_tile, a.q, a.q_stride, work.start + work.row, end, work.head, a.head_size);
   load_keys(first);
 
   QueryTile<T, kD, kM, kDrop> tile(a, work, work.row + warp * kM * 16, lane);
@@ -211,8 +208,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks) attention_forward_kern
     load_keys(key + kKeys);
     if (!active) continue;
     if (key == first) tile.load_queries(q_tile, warp * kM);
-    const int stage = key / kKeys % 2;
-    tile.attend(key, k_tiles + stage * kTileBytes, v_tiles + stage * kTileBytes);
+    const int stage = key / kKeys % 2 * kTileBytes;
+    tile.attend(key, k_tiles + stage, v_tiles + stage);
   }
   wait_for_copies<0>();
   if (active) tile.store(a, work);

@@ -26,13 +26,13 @@ class RowStatistics {
  public:
   // Rows from `row` of the sequence on.
   DEVICE RowStatistics(const Backward<T>& a, const Work& work, int row, int lane) {
-    const int64_t stride = static_cast<int64_t>(a.heads) * a.head_size;
-    const T* source = a.out + (work.start + row) * stride + work.head * a.head_size + lane % kChunks * 8;
+    const int stride = a.heads * a.head_size, column = work.head * a.head_size + lane % kChunks * 8;
 #pragma unroll
     for (int n = 0; n < kLoads; ++n) {
       const int r = n * kAtOnce + lane / kChunks;
       out_[n] = make_uint4(0, 0, 0, 0);
-      if (row + r < work.length && lane % kChunks * 8 < a.head_size) out_[n] = load_packed<8>(source + r * stride);
+      if (row + r < work.length && lane % kChunks * 8 < a.head_size) 
+        out_[n] = load_packed<8>(a.out + static_cast<int64_t>(work.start + row + r) * stride + column);
     }
     lse_ = 0;
     if (lane < kRows && row + lane < work.length)
@@ -168,11 +168,12 @@ struct QueryGradient {
 
   DEVICE void store() const {
     const float factors[2] = {a.keep * a.scale, a.keep * a.scale};
-    const int64_t stride = 3 * static_cast<int64_t>(a.heads) * a.head_size;
+    const int stride = 3 * a.heads * a.head_size;
 #pragma unroll
-    for (int m = 0; m < kM; ++m)
-      store_rows<T, kD / 8>(a.dqkv + (work.start + row + 16 * m) * stride + work.head * a.head_size, stride,
-                            work.length - row - 16 * m, a.head_size, dq[m], factors, lane);
+    for (int m = 0; m < kM; ++m) {
+      T* target = a.dqkv + static_cast<int64_t>(work.start + row + 16 * m) * stride + work.head * a.head_size;
+      store_rows<T, kD / 8>(target, stride, work.length - row - 16 * m, a.head_size, dq[m], factors, lane);
+    }
   }
 };
 
@@ -282,8 +283,8 @@ struct KeyGradient {
 
   DEVICE void store() const {
     const float of_dk[2] = {a.keep * a.scale, a.keep * a.scale}, of_dv[2] = {a.keep, a.keep};
-    const int64_t width = static_cast<int64_t>(a.heads) * a.head_size;
-    T* target = a.dqkv + (work.start + key) * 3 * width + width + work.head * a.head_size;
+    const int width = a.heads * a.head_size;
+    T* target = a.dqkv + static_cast<int64_t>(work.start + key) * (3 * width) + width + work.head * a.head_size;
     store_rows<T, kD / 8>(target, 3 * width, work.length - key, a.head_size, dk, of_dk, lane);
     store_rows<T, kD / 8>(target + width, 3 * width, work.length - key, a.head_size, dv, of_dv, lane);
   }

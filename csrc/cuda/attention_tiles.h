@@ -79,19 +79,20 @@ DEVICE void mma_pair(float (&c0)[4], float (&c1)[4], const uint32_t (&a)[4], con
   mma<T>(c1, a, b[2], b[3]);
 }
 
-// Begins to copy [kRows, head_size] rows `stride` apart; rows from `valid` on become zeros.
+// Begins to copy kRows rows of one head, `stride` apart, from `row` on; those from `end` on become zeros.
 template <int kD, int kRows, int kThreads, class T>
-DEVICE void load_tile(SharedAddress tile, const T* source, int64_t stride, int valid, int head_size) {
+DEVICE void load_tile(SharedAddress tile, const T* source, int stride, int row, int end, int head, int head_size) {
   constexpr int kChunks = kD / 8, kStep = kThreads / kChunks;  // rows at a time: a multiple of 8
   static_assert(kStep % 8 == 0 && kRows % kStep == 0, "the rows of a step differ in bits of their own");
-  const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
-  const uint32_t at = offset<kD>(row, chunk);
+  const int place = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+  const uint32_t at = offset<kD>(place, chunk);
   const bool has_columns = chunk * 8 < head_size;
-  source += row * stride + chunk * 8;
 #pragma unroll
-  for (int n = 0; n < kRows; n += kStep)
-    copy_async<16>(tile + (n * kRowBytes<kD> + (at ^ (n >> 4 & 3) << 4)), source + n * stride,
-                   has_columns && row + n < valid);
+  for (int n = 0; n < kRows; n += kStep) {
+    const int r = row + place + n;
+    copy_async<16>(tile + (n * kRowBytes<kD> + (at ^ (n >> 4 & 3) << 4)),
+                   source + static_cast<int64_t>(r) * stride + (head * head_size + chunk * 8), has_columns && r < end);
+  }
 }
 
 // ---- rows to global memory ---------------------------------------------------------------------------
@@ -112,7 +113,7 @@ DEVICE void transpose_quad(uint32_t (&w)[4], int lane) {
 
 // 16 rows of accumulators, times a factor for each of a lane's two rows, 16 bytes a lane.
 template <class T, int kTiles>
-DEVICE void store_rows(T* target, int64_t stride, int valid, int head_size, const float (&c)[kTiles][4],
+DEVICE void store_rows(T* target, int stride, int valid, int head_size, const float (&c)[kTiles][4],
                        const float (&factor)[2], int lane) {
 #pragma unroll
   for (int h = 0; h < 2; ++h)
@@ -125,7 +126,7 @@ DEVICE void store_rows(T* target, int64_t stride, int valid, int head_size, cons
       transpose_quad(w, lane);
       const int row = lane / 4 + 8 * h, column = (n + lane % 4) * 8;
       if (row < valid && column < head_size)
-        store_packed<8>(target + row * stride + column, make_uint4(w[0], w[1], w[2], w[3]));
+        store_packed<8>(target + static_cast<int64_t>(row) * stride + column, make_uint4(w[0], w[1], w[2], w[3]));
     }
 }
 

@@ -8,7 +8,7 @@ namespace fastbert::attention {
 template <class T>
 struct Arguments {     // of both directions, as contract.h has them
   const T *q, *k, *v;  // [T, N, D], heads D apart, all rows at multiples of 16 bytes
-  int64_t q_stride, k_stride, v_stride;
+  int q_stride, k_stride, v_stride;
   const int32_t* cu_seqlens;
   const uint64_t* seed;
   int sequences, heads, head_size, longest, left, right;
@@ -80,7 +80,8 @@ constexpr int kGridSequences = 32768;  // of the grid's second axis, which takes
 
 // A block's head and sequence, and its first row there; `length` is 0 where there is nothing to do.
 struct Work {
-  int head, row, start, length;
+  int head, row;      // row: of the sequence
+  int start, length;  // of the sequence, in tokens
 
   template <class T>
   DEVICE Work(const Arguments<T>& a, int rows, int lane) : head(0), row(0), start(0), length(0) {
