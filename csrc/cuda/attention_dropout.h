@@ -14,40 +14,41 @@ static_assert(kPhiloxRounds == 7 && kAttentionLaneBits == 8, "the rounds are spl
 class Philox {
   uint32_t key0_, key1_, head_high_, head_low_;
 
- public:
-  struct Query {
+  struct Product {
     uint32_t high, low;
   };
+  static DEVICE Product multiply(uint32_t a, uint32_t b) {
+    const uint64_t product = static_cast<uint64_t>(a) * b;
+    return {static_cast<uint32_t>(product >> 32), static_cast<uint32_t>(product)};
+  }
+
+ public:
   struct Keys {
     uint32_t word0, word1, word2, word3;
   };
 
   DEVICE Philox(uint64_t seed, uint32_t head)
-      : key0_(static_cast<uint32_t>(seed)),
-        key1_(static_cast<uint32_t>(seed >> 32)),
-        head_high_(high_product(head, kPhiloxM1)),
-        head_low_(head * kPhiloxM1) {}
-
-  DEVICE Query query(uint32_t token) const {
-    const uint32_t c0 = head_high_ ^ token ^ key0_;
-    return {high_product(c0, kPhiloxM0), c0 * kPhiloxM0};
+      : key0_(static_cast<uint32_t>(seed)), key1_(static_cast<uint32_t>(seed >> 32)) {
+    const Product product = multiply(head, kPhiloxM1);
+    head_high_ = product.high, head_low_ = product.low;
   }
 
   DEVICE Keys keys(uint32_t group) const {
-    const uint32_t c2 = high_product(group, kPhiloxM0) ^ 1u ^ key1_;
-    const uint32_t c0 = high_product(c2, kPhiloxM1) ^ head_low_ ^ (key0_ + kPhiloxW0);
-    return {group * kPhiloxM0 ^ (key1_ + kPhiloxW1), c2 * kPhiloxM1 ^ (key0_ + 2 * kPhiloxW0),
-            high_product(c0, kPhiloxM0) ^ (key1_ + 2 * kPhiloxW1), c0 * kPhiloxM0};
+    const Product p = multiply(group, kPhiloxM0), q = multiply(p.high ^ 1u ^ key1_, kPhiloxM1);
+    const Product r = multiply(q.high ^ head_low_ ^ (key0_ + kPhiloxW0), kPhiloxM0);
+    return {p.low ^ (key1_ + kPhiloxW1), q.low ^ (key0_ + 2 * kPhiloxW0), r.high ^ (key1_ + 2 * kPhiloxW1), r.low};
   }
 
-  // Rounds one to three of kCalls queries and the same keys.
+  // Rounds one to three of kCalls queries, 8 apart, and the same keys.
   template <int kCalls>
-  DEVICE void start(const Query (&queries)[kCalls], const Keys& keys, uint32_t (&words)[kCalls][4]) const {
+  DEVICE void start(uint32_t token, const Keys& keys, uint32_t (&words)[kCalls][4]) const {
+    keep_in_place(token);  // the queries' part is worked out again for each tile, rather than kept in registers
 #pragma unroll
     for (int n = 0; n < kCalls; ++n) {
-      const uint32_t c2 = queries[n].high ^ keys.word0;
-      words[n][0] = high_product(c2, kPhiloxM1) ^ keys.word1, words[n][1] = c2 * kPhiloxM1;
-      words[n][2] = keys.word2 ^ queries[n].low, words[n][3] = keys.word3;
+      const Product p = multiply(head_high_ ^ (token + 8 * n) ^ key0_, kPhiloxM0);
+      const Product q = multiply(p.high ^ keys.word0, kPhiloxM1);
+      words[n][0] = q.high ^ keys.word1, words[n][1] = q.low;
+      words[n][2] = keys.word2 ^ p.low, words[n][3] = keys.word3;
     }
   }
 
@@ -59,10 +60,9 @@ class Philox {
 #pragma unroll
       for (int n = 0; n < kCalls; ++n) {
         uint32_t(&w)[4] = words[n];
-        const uint32_t low0 = w[0] * kPhiloxM0, low1 = w[2] * kPhiloxM1;
-        const uint32_t high0 = high_product(w[0], kPhiloxM0), high1 = high_product(w[2], kPhiloxM1);
-        w[0] = high1 ^ w[1] ^ (key0_ + round * kPhiloxW0), w[2] = high0 ^ w[3] ^ (key1_ + round * kPhiloxW1);
-        w[1] = low1, w[3] = low0;
+        const Product p = multiply(w[0], kPhiloxM0), q = multiply(w[2], kPhiloxM1);
+        w[0] = q.high ^ w[1] ^ (key0_ + round * kPhiloxW0), w[2] = p.high ^ w[3] ^ (key1_ + round * kPhiloxW1);
+        w[1] = q.low, w[3] = p.low;
         keep_in_place(w[0]), keep_in_place(w[2]);
       }
   }
@@ -90,15 +90,12 @@ DEVICE float factor_bias(uint32_t threshold) { return 8388607.f + static_cast<fl
 // in its bytes 2e and 2e + 1 those of query 8j + 2i + e and keys g and g + 8.
 class KeyMajor {
   int lane_;
-  uint32_t give_, hold_, lower_, upper_;  // what byte_perm takes
+  uint32_t hold_, lower_;  // what byte_perm takes; the other halves of two words are kOther away
+  static constexpr uint32_t kOther = 0x2222;
 
  public:
   DEVICE explicit KeyMajor(int lane)
-      : lane_(lane),
-        give_(lane & 4 ? 0x5410 : 0x7632),
-        hold_(lane & 4 ? 0x7632 : 0x5410),
-        lower_(lane & 4 ? 0x1054 : 0x5410),
-        upper_(lane & 4 ? 0x3276 : 0x7632) {}
+      : lane_(lane), hold_(lane & 4 ? 0x7632 : 0x5410), lower_(lane & 4 ? 0x1054 : 0x5410) {}
 
   static DEVICE int drawn_query(int lane) { return (lane >> 3) * 8 + (lane & 3) * 2 + (lane >> 2 & 1); }
 
@@ -106,6 +103,8 @@ class KeyMajor {
     // two keys in each word: 2m and 2m + 1, each with the one 8 further
     const uint32_t u[4] = {__byte_perm(w[0], w[2], 0x5140), __byte_perm(w[0], w[2], 0x7362),
                            __byte_perm(w[1], w[3], 0x5140), __byte_perm(w[1], w[3], 0x7362)};
+    uint32_t hold = hold_, lower = lower_;
+    keep_in_place(hold), keep_in_place(lower);
     uint32_t a[2][2], b[2][2];  // by the query's highest bit, and then its middle one
     const bool far = lane_ & 16, middle = lane_ & 8;
 #pragma unroll
@@ -122,9 +121,9 @@ class KeyMajor {
     }
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      const uint32_t own = __byte_perm(b[n][0], b[n][1], hold_);
-      const uint32_t got = __shfl_xor_sync(kAllLanes, __byte_perm(b[n][0], b[n][1], give_), 4);
-      w[2 * n] = __byte_perm(own, got, lower_), w[2 * n + 1] = __byte_perm(own, got, upper_);
+      const uint32_t own = __byte_perm(b[n][0], b[n][1], hold);
+      const uint32_t got = __shfl_xor_sync(kAllLanes, __byte_perm(b[n][0], b[n][1], hold ^ kOther), 4);
+      w[2 * n] = __byte_perm(own, got, lower), w[2 * n + 1] = __byte_perm(own, got, lower ^ kOther);
     }
   }
 };

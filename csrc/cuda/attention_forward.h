@@ -6,27 +6,29 @@
 namespace fastbert::attention {
 
 // kM * 16 queries of a warp, from `row` of their sequence on, and what is known of them so far. Each lane has of every
-// 16 queries rows g and g + 8 (g = lane / 4), so 2 kM rows.
-template <class T, int kD, int kM, bool kDrop>
+// 16 queries rows g and g + 8 (g = lane / 4), so 2 kM rows. kHold: fragments of q stay in registers, else they are read
+// for each tile of keys.
+template <class T, int kD, int kM, bool kDrop, bool kHold>
 struct QueryTile {
-  static constexpr int kLaneRows = 2 * kM, kColumnTiles = kD / 8;
+  static constexpr int kLaneRows = 2 * kM, kColumnTiles = kD / 8, kHeld = kHold ? kSteps<kD> : 1;
 
   const Arguments<T>& a;
-  const int row, length, lane;
+  const int row, start, length, lane;
   const Philox philox;
   const uint32_t key_columns, key_rows;
-  Philox::Query drawn[kLaneRows];
-  uint32_t q[kM][kSteps<kD>][4];
+  const SharedAddress q_tile;  // of which the first 16 * `skipped` rows are other warps'
+  const int skipped;
+  uint32_t q[kM][kHeld][4];
   float out[kM][kColumnTiles][4];  // sum of weights times v, and of weights, which are
   float sum[kLaneRows];            // 2^(exponent (score - top))
   float top[kLaneRows];            // at most 2^8 times less than the greatest weight: see follow_maximum
 
-  DEVICE QueryTile(const Arguments<T>& a, const Work& work, int row, int lane)
-      : a(a), row(row), length(work.length), lane(lane), philox(kDrop ? *a.seed : 0, work.head),
-        key_columns(key_columns_at<kD>(lane)), key_rows(key_rows_at<kD>(lane)) {
+  DEVICE QueryTile(const Arguments<T>& a, const Work& work, SharedAddress q_tile, int skipped, int lane)
+      : a(a), row(work.row + 16 * skipped), start(work.start), length(work.length), lane(lane),
+        philox(kDrop ? *a.seed : 0, work.head), key_columns(key_columns_at<kD>(lane)),
+        key_rows(key_rows_at<kD>(lane)), q_tile(q_tile), skipped(skipped) {
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
-      drawn[r] = philox.query(work.start + lane_row(r));
       sum[r] = 0, top[r] = -infinity();
     }
 #pragma unroll
@@ -37,16 +39,20 @@ struct QueryTile {
 
   DEVICE int lane_row(int r) const { return row + 8 * r + lane / 4; }
 
-  // From a tile of which the first 16 * `skipped` rows are other warps'.
-  DEVICE void load_queries(SharedAddress tile, int skipped) {
+  DEVICE void load_queries(int step, int place) {
 #pragma unroll
-    for (int m = 0; m < kM; ++m)
+    for (int m = 0; m < kM; ++m) {
+      ldmatrix_x4(q[m][place], q_tile + (rows_down<kD>(rows_at<kD>(lane), skipped + m) ^ step << 5));
 #pragma unroll
-      for (int step = 0; step < kSteps<kD>; ++step) {
-        ldmatrix_x4(q[m][step], tile + (rows_down<kD>(rows_at<kD>(lane), skipped + m) ^ step << 5));
+      for (int n = 0; n < 4; ++n) q[m][place][n] ^= a.sign;
+    }
+  }
+
+  // Once the tile is there.
+  DEVICE void hold_queries() {
+    if constexpr (kHold)
 #pragma unroll
-        for (int n = 0; n < 4; ++n) q[m][step][n] ^= a.sign;
-      }
+      for (int step = 0; step < kSteps<kD>; ++step) load_queries(step, step);
   }
 
   // 64 keys from `key` on, in tiles k and v.
@@ -63,19 +69,21 @@ struct QueryTile {
 
   // s = q k^T, and the random numbers of its keys
   DEVICE void scores(int key, SharedAddress k, float (&s)[kM][8][4], uint32_t (&words)[kLaneRows][4]) {
-    if constexpr (kDrop) philox.start(drawn, philox.keys(key / 16 + lane % 4), words);
+    if constexpr (kDrop) philox.start(start + lane_row(0), philox.keys(key / 16 + lane % 4), words);
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
       for (int j = 0; j < 8; ++j) s[m][j][0] = s[m][j][1] = s[m][j][2] = s[m][j][3] = 0;
 #pragma unroll
     for (int step = 0; step < kSteps<kD>; ++step) {
+      const int held = kHold ? step : 0;
+      if constexpr (!kHold) load_queries(step, 0);
 #pragma unroll
       for (int j = 0; j < 8; j += 2) {
         uint32_t b[4];
         ldmatrix_x4(b, k + (pairs_down<kD>(key_columns, j) ^ step << 5));
 #pragma unroll
-        for (int m = 0; m < kM; ++m) mma_pair<T>(s[m][j], s[m][j + 1], q[m][step], b);
+        for (int m = 0; m < kM; ++m) mma_pair<T>(s[m][j], s[m][j + 1], q[m][held], b);
       }
       if constexpr (kDrop) philox.template advance<kSteps<kD>>(step, words);
     }
@@ -88,8 +96,10 @@ struct QueryTile {
       for (int e = 0; e < 2; ++e)
 #pragma unroll
         for (int r = 0; r < kLaneRows; ++r)
-          if (!sees(a, lane_row(r), key + 16 * (lane % 4) + 2 * j + e, length))
-            s[r / 2][j][r % 2 * 2 + e] = -infinity();
+{
+            float& score = s[r / 2][j][r % 2 * 2 + e];
+            score = sees(a, lane_row(r), key + 16 * (lane % 4) + 2 * j + e, length) ? score : -infinity();
+          }
   }
 
   // The running maximum follows only where weights would pass 2^8, which is rare after the first tile: then nothing
@@ -200,14 +210,15 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks) attention_forward_kern
   load_tile<kD, kRows, kThreads>(q_tile, a.q, a.q_stride, work.start + work.row, end, work.head, a.head_size);
   load_keys(first);
 
-  QueryTile<T, kD, kM, kDrop> tile(a, work, work.row + warp * kM * 16, lane);
+  constexpr bool kHold = kM > 1 || kBlocks <= 2;
+  QueryTile<T, kD, kM, kDrop, kHold> tile(a, work, q_tile, warp * kM, lane);
   const bool active = tile.row < work.length;
   for (int key = first; key < last; key += kKeys) {
     wait_for_copies<0>();
     __syncthreads();  // this tile is there, and all are done with the one before
     load_keys(key + kKeys);
     if (!active) continue;
-    if (key == first) tile.load_queries(q_tile, warp * kM);
+    if (key == first) tile.hold_queries();
     const int stage = key / kKeys % 2 * kTileBytes;
     tile.attend(key, k_tiles + stage, v_tiles + stage);
   }

@@ -71,15 +71,14 @@ struct QueryGradient {
   const int row, lane;
   const Philox philox;
   const uint32_t key_columns, key_rows;
-  Philox::Query drawn[kLaneRows];
+  const float2* const rows;  // of the lane's first row; read again for each 16 keys, as registers are short
   uint32_t q[kM][kSteps<kD>][4], dout[kM][kSteps<kD>][4];
-  float lse[kLaneRows], delta[kLaneRows];
   float dq[kM][kD / 8][4];
 
   DEVICE QueryGradient(const Backward<T>& a, const Work& work, SharedAddress q_tile, SharedAddress dout_tile,
                        const float2* rows, int skipped, int row, int lane)
       : a(a), work(work), row(row), lane(lane), philox(kDrop ? *a.seed : 0, work.head),
-        key_columns(key_columns_at<kD>(lane)), key_rows(key_rows_at<kD>(lane)) {
+        key_columns(key_columns_at<kD>(lane)), key_rows(key_rows_at<kD>(lane)), rows(rows + skipped * 16 + lane / 4) {
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -93,12 +92,6 @@ struct QueryGradient {
 #pragma unroll
       for (int n = 0; n < kD / 8; ++n) dq[m][n][0] = dq[m][n][1] = dq[m][n][2] = dq[m][n][3] = 0;
     }
-#pragma unroll
-    for (int r = 0; r < kLaneRows; ++r) {
-      const float2 statistics = rows[skipped * 16 + 8 * r + lane / 4];
-      lse[r] = statistics.x, delta[r] = statistics.y;
-      drawn[r] = philox.query(work.start + lane_row(r));
-    }
   }
 
   DEVICE int lane_row(int r) const { return row + 8 * r + lane / 4; }
@@ -109,8 +102,12 @@ struct QueryGradient {
     if (sees_nothing(a, block)) return;
     const bool masked = !sees_all(a, block, work.length);
     uint32_t words[kLaneRows][4];
-    if constexpr (kDrop) philox.start(drawn, philox.keys(key / 16 + lane % 4), words);
+    if constexpr (kDrop) {
+      philox.start(work.start + lane_row(0), philox.keys(key / 16 + lane % 4), words);
 #pragma unroll
+      for (int step = 0; step < 4; ++step) philox.template advance<4>(step, words);
+    }
+#pragma unroll 1
     for (int j = 0; j < 8; j += 2) {
       float s[kM][2][4] = {}, dp[kM][2][4] = {};
 #pragma unroll
@@ -123,28 +120,28 @@ struct QueryGradient {
         ldmatrix_x4(b, v + at);
 #pragma unroll
         for (int m = 0; m < kM; ++m) mma_pair<T>(dp[m][0], dp[m][1], dout[m][step], b);
-        if constexpr (kDrop)
-          if (j == 0) philox.template advance<kSteps<kD>>(step, words);
       }
       if (masked) mask(key + 16 * (lane % 4) + 2 * j, s);
 
       uint32_t ds[kM][4];
 #pragma unroll
-      for (int r = 0; r < kLaneRows; ++r)
+      for (int r = 0; r < kLaneRows; ++r) {
+        const float lse = rows[8 * r].x, delta = rows[8 * r].y;
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           float pair[2];
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const float p = exp2_approximate(fmaf(s[r / 2][n][r % 2 * 2 + e], a.exponent, -lse[r]));
+            const float p = exp2_approximate(fmaf(s[r / 2][n][r % 2 * 2 + e], a.exponent, -lse));
             const float dweight = dp[r / 2][n][r % 2 * 2 + e];
             if constexpr (kDrop)
-              pair[e] = p * fmaf(factor(words[r][(j + n) / 2], (j + n) % 2 * 2 + e, a.bias), dweight, -delta[r]);
+              pair[e] = p * fmaf(factor(words[r][0], n * 2 + e, a.bias), dweight, -delta);
             else
-              pair[e] = p * (dweight - delta[r]);
+              pair[e] = p * (dweight - delta);
           }
           ds[r / 2][2 * n + r % 2] = pack_pair<T>(pair[0], pair[1]);
         }
+      }
 #pragma unroll
       for (int n = 0; n < kD / 8; n += 2) {
         uint32_t b[4];
@@ -152,6 +149,10 @@ struct QueryGradient {
 #pragma unroll
         for (int m = 0; m < kM; ++m) mma_pair<T>(dq[m][n], dq[m][n + 1], ds[m], b);
       }
+      if constexpr (kDrop)
+#pragma unroll
+        for (int r = 0; r < kLaneRows; ++r)
+          words[r][0] = words[r][1], words[r][1] = words[r][2], words[r][2] = words[r][3];
     }
   }
 
@@ -163,7 +164,10 @@ struct QueryGradient {
       for (int e = 0; e < 2; ++e)
 #pragma unroll
         for (int r = 0; r < kLaneRows; ++r)
-          if (!sees(a, lane_row(r), key + 2 * n + e, work.length)) s[r / 2][n][r % 2 * 2 + e] = -infinity();
+{
+            float& score = s[r / 2][n][r % 2 * 2 + e];
+            score = sees(a, lane_row(r), key + 2 * n + e, work.length) ? score : -infinity();
+          }
   }
 
   DEVICE void store() const {
@@ -179,9 +183,12 @@ struct QueryGradient {
 
 // ---- dk and dv ---------------------------------------------------------------------------------------
 
-// 16 keys of a warp from `key` on, which are rows of a tile from 16 * `skipped` on.
+// 16 keys of a warp from `key` on, which are rows of a tile from 16 * `skipped` on. Fragments of k stay in registers,
+// and those of v where rows are short enough.
 template <class T, int kD, bool kDrop>
 struct KeyGradient {
+  static constexpr bool kHoldV = kD < 128;
+
   const Backward<T>& a;
   const Work& work;
   const int key, lane;
@@ -189,18 +196,20 @@ struct KeyGradient {
   const KeyMajor key_major;
   const Philox::Keys group;
   const uint32_t columns, rows_of_b;
-  uint32_t k[kSteps<kD>][4], v[kSteps<kD>][4];
+  const SharedAddress v_tile;
+  const int skipped;
+  uint32_t k[kSteps<kD>][4], v[kHoldV ? kSteps<kD> : 1][4];
   float dk[kD / 8][4], dv[kD / 8][4];
 
   DEVICE KeyGradient(const Backward<T>& a, const Work& work, SharedAddress k_tile, SharedAddress v_tile, int skipped,
                      int key, int lane)
       : a(a), work(work), key(key), lane(lane), philox(kDrop ? *a.seed : 0, work.head), key_major(lane),
-        group(philox.keys(key / 16)), columns(columns_at<kD>(lane)), rows_of_b(rows_at<kD>(lane)) {
+        group(philox.keys(key / 16)), columns(columns_at<kD>(lane)), rows_of_b(rows_at<kD>(lane)), v_tile(v_tile),
+        skipped(skipped) {
 #pragma unroll
     for (int step = 0; step < kSteps<kD>; ++step) {
-      const uint32_t at = rows_down<kD>(rows_at<kD>(lane), skipped) ^ step << 5;
-      ldmatrix_x4(k[step], k_tile + at);
-      ldmatrix_x4(v[step], v_tile + at);
+      ldmatrix_x4(k[step], k_tile + fragment_at(step));
+      if constexpr (kHoldV) ldmatrix_x4(v[step], v_tile + fragment_at(step));
 #pragma unroll
       for (int n = 0; n < 4; ++n) k[step][n] ^= a.sign;
     }
@@ -210,37 +219,39 @@ struct KeyGradient {
       for (int e = 0; e < 4; ++e) dk[n][e] = dv[n][e] = 0;
   }
 
-  // 32 queries from `query` on, which are rows of the tiles and of `rows` from 16 * `skipped` on.
-  DEVICE void add_queries(int query, SharedAddress q_tile, SharedAddress dout_tile, const float2* rows, int skipped) {
+  DEVICE uint32_t fragment_at(int step) const { return rows_down<kD>(rows_of_b, skipped) ^ step << 5; }
+
+  // 32 queries from `query` on, which are rows of the tiles and of `rows` from 16 * `above` on.
+  DEVICE void add_queries(int query, SharedAddress q_tile, SharedAddress dout_tile, const float2* rows, int above) {
     const Block block{query, 32, key, 16};
     if (sees_nothing(a, block)) return;
     const bool masked = !sees_all(a, block, work.length);  // of keys past the end nothing is stored
-    uint32_t words[1][4];
+    uint32_t words[1][4] = {};
     if constexpr (kDrop) {
-      const Philox::Query drawn[1] = {philox.query(work.start + query + KeyMajor::drawn_query(lane))};
-      philox.start(drawn, group, words);
+      philox.start(work.start + query + KeyMajor::drawn_query(lane), group, words);
 #pragma unroll
       for (int step = 0; step < 4; ++step) philox.template advance<4>(step, words);
       key_major.exchange(words[0]);
     }
-#pragma unroll
+#pragma unroll 1
     for (int half = 0; half < 2; ++half) {
       float s[2][4] = {}, dp[2][4] = {};
 #pragma unroll
       for (int step = 0; step < kSteps<kD>; ++step) {
-        const uint32_t at = rows_down<kD>(columns, skipped + half) ^ step << 5;
+        const uint32_t at = rows_down<kD>(columns, above + half) ^ step << 5;
         uint32_t b[4];
         ldmatrix_x4(b, q_tile + at);
         mma_pair<T>(s[0], s[1], k[step], b);
         ldmatrix_x4(b, dout_tile + at);
-        mma_pair<T>(dp[0], dp[1], v[step], b);
+        if constexpr (!kHoldV) ldmatrix_x4(v[0], v_tile + fragment_at(step));
+        mma_pair<T>(dp[0], dp[1], v[kHoldV ? step : 0], b);
       }
       if (masked) mask(query + 16 * half, s);
 
       uint32_t p_words[4], ds_words[4];
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        const float4 pair = *reinterpret_cast<const float4*>(rows + (skipped + half) * 16 + n * 8 + lane % 4 * 2);
+        const float4 pair = *reinterpret_cast<const float4*>(rows + (above + half) * 16 + n * 8 + lane % 4 * 2);
         const float lse[2] = {pair.x, pair.z}, delta[2] = {pair.y, pair.w};
 #pragma unroll
         for (int h = 0; h < 2; ++h) {  // keys g and g + 8
@@ -249,7 +260,7 @@ struct KeyGradient {
           for (int e = 0; e < 2; ++e) {
             p[e] = exp2_approximate(fmaf(s[n][2 * h + e], a.exponent, -lse[e]));
             if constexpr (kDrop) {
-              const float kept = factor(words[0][2 * half + n], 2 * e + h, a.bias);
+              const float kept = factor(words[0][n], 2 * e + h, a.bias);
               ds[e] = p[e] * fmaf(kept, dp[n][2 * h + e], -delta[e]);
               p[e] *= kept;
             } else {
@@ -262,13 +273,14 @@ struct KeyGradient {
       }
 #pragma unroll
       for (int n = 0; n < kD / 8; n += 2) {
-        const uint32_t at = rows_down<kD>(rows_of_b, skipped + half) ^ n << 4;
+        const uint32_t at = rows_down<kD>(rows_of_b, above + half) ^ n << 4;
         uint32_t b[4];
         ldmatrix_x4<true>(b, dout_tile + at);
         mma_pair<T>(dv[n], dv[n + 1], p_words, b);
         ldmatrix_x4<true>(b, q_tile + at);
         mma_pair<T>(dk[n], dk[n + 1], ds_words, b);
       }
+      words[0][0] = words[0][2], words[0][1] = words[0][3];
     }
   }
 
@@ -276,9 +288,10 @@ struct KeyGradient {
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
-      for (int e = 0; e < 4; ++e)
-        if (!sees(a, query + 8 * n + lane % 4 * 2 + e % 2, key + lane / 4 + e / 2 * 8, work.length))
-          s[n][e] = -infinity();
+      for (int e = 0; e < 4; ++e) {
+        const int query_of_score = query + 8 * n + lane % 4 * 2 + e % 2, key_of_score = key + lane / 4 + e / 2 * 8;
+        s[n][e] = sees(a, query_of_score, key_of_score, work.length) ? s[n][e] : -infinity();
+      }
   }
 
   DEVICE void store() const {

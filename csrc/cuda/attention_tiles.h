@@ -148,7 +148,7 @@ DEVICE bool sees_all(const Arguments<T>& a, const Block& b, int length) {
 }
 template <class T>
 DEVICE bool sees(const Arguments<T>& a, int query, int key, int length) {
-  return key < length && key - query >= -a.left && key - query <= a.right;
+  return (key < length) & (key - query >= -a.left) & (key - query <= a.right);  // no branches
 }
 
 }  // namespace fastbert::attention
