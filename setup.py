@@ -220,11 +220,10 @@ def cuda_plan(compiler: str, target: Path) -> list[str]:
 def extensions() -> list[Extension]:
     if os.environ.get("FASTBERT_BUILD") == "0":
         return []
-    is_special = "1" in (
-        os.environ.get("FASTBERT_SANITIZE"),
-        os.environ.get("FASTBERT_EMULATE"),
-    )  # concern `_cpu` alone
-    names = ["fastbert._cpu"] + (["fastbert._cuda"] if not is_special and cuda_wanted() else [])
+    names = ["fastbert._cpu"]
+    if "1" not in (os.environ.get("FASTBERT_SANITIZE"), os.environ.get("FASTBERT_EMULATE")) and cuda_wanted():
+        cuda_archs()  # what it refuses is said before anything is compiled
+        names.append("fastbert._cuda")
     return [Extension(name, sources=[]) for name in names]
 
 

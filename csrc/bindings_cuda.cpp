@@ -93,6 +93,8 @@ PYBIND11_MODULE(_cuda, m) {
   // ---- layer_norm and dropout ----
 
   // ---- cross_entropy ----
+  define_launcher<cuda::cross_entropy_forward>(m, "cross_entropy_forward");
+  define_launcher<cuda::cross_entropy_backward>(m, "cross_entropy_backward");
 
   // ---- attention ----
   define_launcher<cuda::attention_forward>(m, "attention_forward");

@@ -15,14 +15,15 @@
 // A row of 30,522 16-bit logits begins at any multiple of 4 bytes. So its elements are counted from the last
 // multiple of 128 bytes before it, in groups of 16 bytes, which are read and written at once; of the groups
 // at its two ends only the elements that belong to it are. Sizes up to 2^31 elements a row.
-#include "kernels.h"
 #include "launch.h"
+//
+#include "faults.h"
+#include "kernels.h"
 #include "ptx.h"
 #include "reduce.h"
 #include "vectors.h"
 
-namespace fastbert {
-namespace cuda {
+namespace fastbert::cuda {
 namespace {
 
 constexpr int kLineBytes = 128;       // of a cache
@@ -106,7 +107,7 @@ DEVICE Softmax of_warp(Softmax softmax) {
 }
 
 template <class T, bool kBlockPerRow>
-__global__ void __launch_bounds__(kForwardThreads) forward_kernel(CrossEntropyForward p) {
+__global__ void __launch_bounds__(kForwardThreads) forward_kernel(CrossEntropyForward p, int32_t* faults) {
   constexpr int kWarps = kForwardThreads / kWarp, kGroups = kForwardGroups, kSize = kGroup<T>;
   constexpr int kTeam = kBlockPerRow ? kForwardThreads : kWarp;  // threads of a row
   const int64_t row = kBlockPerRow ? blockIdx.x : blockIdx.x * static_cast<int64_t>(kWarps) + warp_of_block();
@@ -117,8 +118,10 @@ __global__ void __launch_bounds__(kForwardThreads) forward_kernel(CrossEntropyFo
   const int64_t label = p.labels[row];
   if (label < 0 || label >= p.columns || label == p.ignore_index) {
     if (member != 0) return;
-    p.losses[row] = label == p.ignore_index ? 0.f : NAN;
-    p.maximum[row] = p.total[row] = 0.f;
+    const bool ignored = label == p.ignore_index;
+    if (!ignored) raise_fault(faults, kFaultLabel, row);
+    p.maximum[row] = 0.f;
+    p.losses[row] = p.total[row] = ignored ? 0.f : NAN;
     return;
   }
   const T* x = static_cast<const T*>(p.logits) + row * p.stride;
@@ -168,7 +171,7 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_kernel(CrossEntropy
 
   // label
   const int64_t label = p.labels[row];
-  const bool counts = label >= 0 && label < p.columns && label != p.ignore_index;
+  const bool counts = label != p.ignore_index;
   const float dloss = counts ? p.dlosses[row] : 0.f, maximum = counts ? p.maximum[row] : 0.f;
   const float scale = counts ? dloss / p.total[row] : 0.f;
   const uint32_t columns = counts ? p.columns : 0;
@@ -208,10 +211,10 @@ int forward(const CrossEntropyForward& p) {
   constexpr int kWarps = kForwardThreads / kWarp;
   void* stream = reinterpret_cast<void*>(p.launch);
   const bool long_rows = p.columns * static_cast<int64_t>(sizeof(T)) > kWarpRowBytes;
-  return long_rows
-             ? launch("cross_entropy_forward", forward_kernel<T, true>, p.rows, kForwardThreads, 0, stream, p)
-             : launch("cross_entropy_forward", forward_kernel<T, false>, (p.rows + kWarps - 1) / kWarps,
-                      kForwardThreads, 0, stream, p);
+  return long_rows ? launch("cross_entropy_forward", forward_kernel<T, true>, p.rows, kForwardThreads, 0,
+                            stream, p, fault_words())
+                   : launch("cross_entropy_forward", forward_kernel<T, false>, (p.rows + kWarps - 1) / kWarps,
+                            kForwardThreads, 0, stream, p, fault_words());
 }
 
 template <class T>
@@ -250,5 +253,4 @@ int cross_entropy_backward(const CrossEntropyBackward& p) {
   return 0;
 }
 
-}  // namespace cuda
-}  // namespace fastbert
+}  // namespace fastbert::cuda

@@ -59,8 +59,10 @@ def refusal(device: int, dtype: torch.dtype) -> str | None:
             f"{its}, and the module is compiled for {', '.join(f'sm_{arch}' for arch in archs)}: install "
             f"fastbert-kernels from its sources anew, with FASTBERT_CUDA_ARCHS={own}"
         )
-    if dtype == torch.bfloat16 and fit[-1] < 80:
+    if dtype == torch.bfloat16 and own < 80:
         return f"bfloat16 needs sm_80 or later, and {its}: take float16 or float32"
+    if dtype == torch.bfloat16 and fit[-1] < 80:
+        return f"bfloat16 needs the module to be compiled for sm_80 or later, by FASTBERT_CUDA_ARCHS={own}"
     return None
 
 
