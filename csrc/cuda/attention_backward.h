@@ -1,6 +1,6 @@
-// Attention backward. Up to 128 tokens a block takes a head of a sequence whole: everything is read once and stays in
-// shared memory. Longer sequences take two kernels, of the same two halves (attention_gradients.h): tiles of queries
-// for dq, then tiles of keys for dk and dv.
+// Attention backward. Up to 128 tokens a block takes a head of a sequence whole: everything is read once and
+// stays in shared memory. Longer sequences take two kernels, of the same two halves (attention_gradients.h):
+// tiles of queries for dq, then tiles of keys for dk and dv.
 #pragma once
 #include "attention_gradients.h"
 
@@ -12,15 +12,17 @@ constexpr int kWholeRows = 128;
 template <int kD>
 constexpr int kWholeWarps = kD == 128 ? 8 : 4;
 template <int kD>
-constexpr int kWholeBytes = kWholeRows*(4 * kRowBytes<kD> + sizeof(float2));
+constexpr int kWholeBytes = kWholeRows * (4 * kRowBytes<kD> + sizeof(float2));
 
 template <class T, int kD, bool kDrop, int kBlocks>
-__global__ void __launch_bounds__(kWholeWarps<kD>* kWarp, kBlocks) attention_backward_whole_kernel(const Backward<T> a) {
+__global__ void __launch_bounds__(kWholeWarps<kD>* kWarp, kBlocks)
+    attention_backward_whole_kernel(const Backward<T> a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   constexpr int kWarps = kWholeWarps<kD>, kThreads = kWarps * kWarp, kTileBytes = kWholeRows * kRowBytes<kD>,
                 kRowsOfWarp = kWholeRows / kWarps;
   DYNAMIC_SHARED(unsigned char, shared);
-  const SharedAddress q = shared_address(shared), k = q + kTileBytes, v = k + kTileBytes, dout = v + kTileBytes;
+  const SharedAddress q = shared_address(shared), k = q + kTileBytes, v = k + kTileBytes,
+                      dout = v + kTileBytes;
   auto* rows = reinterpret_cast<float2*>(shared + 4 * kTileBytes);
   const int warp = uniform_warp_index(), lane = lane_of_warp();
   const Work work(a, kWholeRows, lane);
@@ -42,13 +44,17 @@ __global__ void __launch_bounds__(kWholeWarps<kD>* kWarp, kBlocks) attention_bac
   __syncthreads();
 
   // From here on warps work alone: 16 keys at a time, then 16 queries at a time.
-  const int parts = (work.length + 15) / 16;
 #pragma unroll 1
-  for (int part = warp; part < 2 * parts; part += kWarps) {
+  for (int part = warp;; part += kWarps) {
+    uint32_t length = work.length;
+    keep_in_place(length);  // nothing of it stays in registers, which are short
+    const int parts = (length + 15) / 16;
+    if (part >= 2 * parts) break;
     if (part < parts) {
       KeyGradient<T, kD, kDrop> keys(a, work, k, v, part, part * 16, lane);
 #pragma unroll 1
-      for (int query = 0; query < work.length; query += 32) keys.add_queries(query, q, dout, rows, query / 16);
+      for (int query = 0; query < work.length; query += 32)
+        keys.add_queries(query, q, dout, rows, query / 16);
       keys.store();
     } else {
       const int first = part - parts;
@@ -65,10 +71,12 @@ __global__ void __launch_bounds__(kWholeWarps<kD>* kWarp, kBlocks) attention_bac
 // ---- in tiles: dq ------------------------------------------------------------------------------------
 
 template <int kD, int kRows>
-constexpr int kQueriesBytes = (2 * kRows + 4 * kKeys) * kRowBytes<kD> + kRows * static_cast<int>(sizeof(float2));
+constexpr int kQueriesBytes =
+    (2 * kRows + 4 * kKeys) * kRowBytes<kD> + kRows * static_cast<int>(sizeof(float2));
 
 template <class T, int kD, int kWarps, int kM, bool kDrop, int kBlocks>
-__global__ void __launch_bounds__(kWarps* kWarp, kBlocks) attention_backward_queries_kernel(const Backward<T> a) {
+__global__ void __launch_bounds__(kWarps* kWarp, kBlocks)
+    attention_backward_queries_kernel(const Backward<T> a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   constexpr int kRows = kWarps * kM * 16, kThreads = kWarps * kWarp, kRowsBytes = kRows * kRowBytes<kD>,
                 kTileBytes = kKeys * kRowBytes<kD>;
@@ -86,8 +94,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks) attention_backward_que
   const auto load_keys = [&](int key) {
     const int stage = key / kKeys % 2 * kTileBytes;
     if (key < last) {
-      load_tile<kD, kKeys, kThreads>(k_tiles + stage, a.k, a.k_stride, work.start + key, end, work.head, a.head_size);
-      load_tile<kD, kKeys, kThreads>(v_tiles + stage, a.v, a.v_stride, work.start + key, end, work.head, a.head_size);
+      load_tile<kD, kKeys, kThreads>(k_tiles + stage, a.k, a.k_stride, work.start + key, end, work.head,
+                                     a.head_size);
+      load_tile<kD, kKeys, kThreads>(v_tiles + stage, a.v, a.v_stride, work.start + key, end, work.head,
+                                     a.head_size);
     }
     commit_copies();
   };
@@ -103,7 +113,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks) attention_backward_que
   statistics.finish(a, shared + kRowsBytes, skipped * 16, rows, lane);
   __syncwarp();
   for (int r = lane; r < kM * 16; r += kWarp)
-    if (row + r < work.length) a.rows[work.head * a.tokens + work.start + row + r] = rows[skipped * 16 + r];
+    if (row + r < work.length)
+      a.rows[static_cast<int64_t>(work.head) * a.tokens + work.start + row + r] = rows[skipped * 16 + r];
 
   QueryGradient<T, kD, kM, kDrop> queries(a, work, q, dout, rows, skipped, row, lane);
   const bool active = row < work.length;
@@ -122,10 +133,12 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks) attention_backward_que
 // ---- in tiles: dk and dv -----------------------------------------------------------------------------
 
 template <int kD, int kRows>
-constexpr int kKeysBytes = (2 * kRows + 4 * kKeys) * kRowBytes<kD> + 2 * kKeys * static_cast<int>(sizeof(float2));
+constexpr int kKeysBytes =
+    (2 * kRows + 4 * kKeys) * kRowBytes<kD> + 2 * kKeys * static_cast<int>(sizeof(float2));
 
 template <class T, int kD, int kWarps, bool kDrop, int kBlocks>
-__global__ void __launch_bounds__(kWarps* kWarp, kBlocks) attention_backward_keys_kernel(const Backward<T> a) {
+__global__ void __launch_bounds__(kWarps* kWarp, kBlocks)
+    attention_backward_keys_kernel(const Backward<T> a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   constexpr int kRows = kWarps * 16, kThreads = kWarps * kWarp, kRowsBytes = kRows * kRowBytes<kD>,
                 kTileBytes = kKeys * kRowBytes<kD>;
@@ -143,13 +156,14 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks) attention_backward_key
   const auto load_queries = [&](int query) {
     const int stage = query / kKeys % 2, row = work.start + query;
     if (query < last) {
-      load_tile<kD, kKeys, kThreads>(q_tiles + stage * kTileBytes, a.q, a.q_stride, row, end, work.head, a.head_size);
+      load_tile<kD, kKeys, kThreads>(q_tiles + stage * kTileBytes, a.q, a.q_stride, row, end, work.head,
+                                     a.head_size);
       load_tile<kD, kKeys, kThreads>(dout_tiles + stage * kTileBytes, a.dout, a.heads * a.head_size, row, end,
                                      work.head, a.head_size);
       const int r = threadIdx.x;
       if (r < kKeys)
-        copy_async<8>(rows_tiles + (stage * kKeys + r) * sizeof(float2), a.rows + work.head * a.tokens + row + r,
-                      row + r < end);
+        copy_async<8>(rows_tiles + (stage * kKeys + r) * sizeof(float2),
+                      a.rows + static_cast<int64_t>(work.head) * a.tokens + row + r, row + r < end);
     }
     commit_copies();
   };

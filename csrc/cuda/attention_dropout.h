@@ -1,16 +1,18 @@
-// The mask of attention's dropout as mma's accumulators want it. The contract (fastbert/ops/attention.py): one call of
-// Philox4x32-7 with counter (key / 16, query, head, 1) serves 16 keys, a byte each; a weight is kept where it is >= t.
+// The mask of attention's dropout as mma's accumulators want it. The contract (fastbert/ops/attention.py):
+// one call of Philox4x32-7 with counter (key / 16, query, head, 1) serves 16 keys, a byte each; a weight is
+// kept where it is >= t.
 #pragma once
 #include "../philox.h"
 #include "attention_tiles.h"
 
 namespace fastbert::attention {
 
-static_assert(kPhiloxRounds == 7 && kAttentionLaneBits == 8, "the rounds are split as three and four, and bytes read");
+static_assert(kPhiloxRounds == 7 && kAttentionLaneBits == 8,
+              "the rounds are split as three and four, and bytes read");
 
-// Philox in parts. In the first three rounds most words depend on the query alone or on the keys alone: those are
-// worked out once per row and once per column. The other four rounds are dealt out between matrix products, whose
-// tensor cores leave the other units idle.
+// Philox in parts. In the first three rounds most words depend on the query alone or on the keys alone: those
+// are worked out once per row and once per column. The other four rounds are dealt out between matrix
+// products, whose tensor cores leave the other units idle.
 class Philox {
   uint32_t key0_, key1_, head_high_, head_low_;
 
@@ -36,13 +38,15 @@ class Philox {
   DEVICE Keys keys(uint32_t group) const {
     const Product p = multiply(group, kPhiloxM0), q = multiply(p.high ^ 1u ^ key1_, kPhiloxM1);
     const Product r = multiply(q.high ^ head_low_ ^ (key0_ + kPhiloxW0), kPhiloxM0);
-    return {p.low ^ (key1_ + kPhiloxW1), q.low ^ (key0_ + 2 * kPhiloxW0), r.high ^ (key1_ + 2 * kPhiloxW1), r.low};
+    return {p.low ^ (key1_ + kPhiloxW1), q.low ^ (key0_ + 2 * kPhiloxW0), r.high ^ (key1_ + 2 * kPhiloxW1),
+            r.low};
   }
 
   // Rounds one to three of kCalls queries, 8 apart, and the same keys.
   template <int kCalls>
   DEVICE void start(uint32_t token, const Keys& keys, uint32_t (&words)[kCalls][4]) const {
-    keep_in_place(token);  // the queries' part is worked out again for each tile, rather than kept in registers
+    keep_in_place(
+        token);  // the queries' part is worked out again for each tile, rather than kept in registers
 #pragma unroll
     for (int n = 0; n < kCalls; ++n) {
       const Product p = multiply(head_high_ ^ (token + 8 * n) ^ key0_, kPhiloxM0);
@@ -59,9 +63,10 @@ class Philox {
     for (int round = 3 + step * 4 / kOf; round < 3 + (step + 1) * 4 / kOf; ++round)
 #pragma unroll
       for (int n = 0; n < kCalls; ++n) {
-        uint32_t(&w)[4] = words[n];
+        uint32_t (&w)[4] = words[n];
         const Product p = multiply(w[0], kPhiloxM0), q = multiply(w[2], kPhiloxM1);
-        w[0] = q.high ^ w[1] ^ (key0_ + round * kPhiloxW0), w[2] = p.high ^ w[3] ^ (key1_ + round * kPhiloxW1);
+        w[0] = q.high ^ w[1] ^ (key0_ + round * kPhiloxW0),
+        w[2] = p.high ^ w[3] ^ (key1_ + round * kPhiloxW1);
         w[1] = q.low, w[3] = p.low;
         keep_in_place(w[0]), keep_in_place(w[2]);
       }
@@ -83,11 +88,13 @@ DEVICE uint32_t pair_mask(uint32_t word, int first, uint32_t threshold) {
 DEVICE float factor(uint32_t word, int byte, float bias) {
   return __saturatef(__uint_as_float(__byte_perm(word, kFloat2To23, 0x7540 + byte)) - bias);
 }
-DEVICE float factor_bias(uint32_t threshold) { return 8388607.f + static_cast<float>(threshold); }  // 2^23 - 1 + t
+DEVICE float factor_bias(uint32_t threshold) {
+  return 8388607.f + static_cast<float>(threshold);
+}  // 2^23 - 1 + t
 
-// Where keys are the rows of accumulators, a lane has two keys, g and g + 8 of 16 (g = lane / 4), and eight queries of
-// 32, 8j + 2i + e. So each lane draws for one query, 8 (g / 2) + 2i + g % 2, and eight lanes exchange: word j then has
-// in its bytes 2e and 2e + 1 those of query 8j + 2i + e and keys g and g + 8.
+// Where keys are the rows of accumulators, a lane has two keys, g and g + 8 of 16 (g = lane / 4), and eight
+// queries of 32, 8j + 2i + e. So each lane draws for one query, 8 (g / 2) + 2i + g % 2, and eight lanes
+// exchange: word j then has in its bytes 2e and 2e + 1 those of query 8j + 2i + e and keys g and g + 8.
 class KeyMajor {
   int lane_;
   uint32_t hold_, lower_;  // what byte_perm takes; the other halves of two words are kOther away

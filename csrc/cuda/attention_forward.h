@@ -1,13 +1,14 @@
-// Attention forward: online softmax over tiles of 64 keys, of which two are under way or in use. A block takes some
-// queries of a head; a warp keeps its queries, scores and outputs in registers, and works alone but for the copies.
+// Attention forward: online softmax over tiles of 64 keys, of which two are under way or in use. A block
+// takes some queries of a head; a warp keeps its queries, scores and outputs in registers, and works alone
+// but for the copies.
 #pragma once
 #include "attention_dropout.h"
 
 namespace fastbert::attention {
 
-// kM * 16 queries of a warp, from `row` of their sequence on, and what is known of them so far. Each lane has of every
-// 16 queries rows g and g + 8 (g = lane / 4), so 2 kM rows. kHold: fragments of q stay in registers, else they are read
-// for each tile of keys.
+// kM * 16 queries of a warp, from `row` of their sequence on, and what is known of them so far. Each lane has
+// of every 16 queries rows g and g + 8 (g = lane / 4), so 2 kM rows. kHold: fragments of q stay in registers,
+// else they are read for each tile of keys.
 template <class T, int kD, int kM, bool kDrop, bool kHold>
 struct QueryTile {
   static constexpr int kLaneRows = 2 * kM, kColumnTiles = kD / 8, kHeld = kHold ? kSteps<kD> : 1;
@@ -24,9 +25,16 @@ struct QueryTile {
   float top[kLaneRows];            // at most 2^8 times less than the greatest weight: see follow_maximum
 
   DEVICE QueryTile(const Arguments<T>& a, const Work& work, SharedAddress q_tile, int skipped, int lane)
-      : a(a), row(work.row + 16 * skipped), start(work.start), length(work.length), lane(lane),
-        philox(kDrop ? *a.seed : 0, work.head), key_columns(key_columns_at<kD>(lane)),
-        key_rows(key_rows_at<kD>(lane)), q_tile(q_tile), skipped(skipped) {
+      : a(a),
+        row(work.row + 16 * skipped),
+        start(work.start),
+        length(work.length),
+        lane(lane),
+        philox(kDrop ? *a.seed : 0, work.head),
+        key_columns(key_columns_at<kD>(lane)),
+        key_rows(key_rows_at<kD>(lane)),
+        q_tile(q_tile),
+        skipped(skipped) {
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
       sum[r] = 0, top[r] = -infinity();
@@ -95,15 +103,14 @@ struct QueryTile {
 #pragma unroll
       for (int e = 0; e < 2; ++e)
 #pragma unroll
-        for (int r = 0; r < kLaneRows; ++r)
-{
-            float& score = s[r / 2][j][r % 2 * 2 + e];
-            score = sees(a, lane_row(r), key + 16 * (lane % 4) + 2 * j + e, length) ? score : -infinity();
-          }
+        for (int r = 0; r < kLaneRows; ++r) {
+          float& score = s[r / 2][j][r % 2 * 2 + e];
+          score = sees(a, lane_row(r), key + 16 * (lane % 4) + 2 * j + e, length) ? score : -infinity();
+        }
   }
 
-  // The running maximum follows only where weights would pass 2^8, which is rare after the first tile: then nothing
-  // has to be scaled.
+  // The running maximum follows only where weights would pass 2^8, which is rare after the first tile: then
+  // nothing has to be scaled.
   DEVICE void follow_maximum(const float (&s)[kM][8][4]) {
     float peak[kLaneRows];
     bool grows = false;
@@ -177,7 +184,8 @@ struct QueryTile {
       }
       const int stride = a.heads * a.head_size;
       T* target = a.out + static_cast<int64_t>(work.start + row + 16 * m) * stride + work.head * a.head_size;
-      store_rows<T, kColumnTiles>(target, stride, length - row - 16 * m, a.head_size, out[m], normalize, lane);
+      store_rows<T, kColumnTiles>(target, stride, length - row - 16 * m, a.head_size, out[m], normalize,
+                                  lane);
     }
   }
 };
@@ -202,8 +210,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks) attention_forward_kern
   const auto load_keys = [&](int key) {
     const int stage = key / kKeys % 2 * kTileBytes;
     if (key < last) {
-      load_tile<kD, kKeys, kThreads>(k_tiles + stage, a.k, a.k_stride, work.start + key, end, work.head, a.head_size);
-      load_tile<kD, kKeys, kThreads>(v_tiles + stage, a.v, a.v_stride, work.start + key, end, work.head, a.head_size);
+      load_tile<kD, kKeys, kThreads>(k_tiles + stage, a.k, a.k_stride, work.start + key, end, work.head,
+                                     a.head_size);
+      load_tile<kD, kKeys, kThreads>(v_tiles + stage, a.v, a.v_stride, work.start + key, end, work.head,
+                                     a.head_size);
     }
     commit_copies();
   };

@@ -1,9 +1,10 @@
-// The two halves of attention's backward as a warp works on them, alone and without barriers: some queries walk through
-// the keys for dq, and some keys through the queries for dk and dv. Scores and mask are made in both, which costs two
-// more products than to make them once, and saves the exchange of P and dS between warps and all sums of dq.
+// The two halves of attention's backward as a warp works on them, alone and without barriers: some queries
+// walk through the keys for dq, and some keys through the queries for dk and dv. Scores and mask are made in
+// both, which costs two more products than to make them once, and saves the exchange of P and dS between
+// warps and all sums of dq.
 //
-//   P_ij = exp(s_ij - lse_i)   dS_ij = P_ij (m_ij (dout_i . v_j) - delta_i)   delta_i = (1 - p) dout_i . out_i
-//   dq_i = f scale sum_j dS_ij k_j    dk_j = f scale sum_i dS_ij q_i    dv_j = f sum_i m_ij P_ij dout_i
+//   P_ij = exp(s_ij - lse_i)   dS_ij = P_ij (m_ij (dout_i . v_j) - delta_i)   delta_i = (1 - p) dout_i .
+//   out_i dq_i = f scale sum_j dS_ij k_j    dk_j = f scale sum_i dS_ij q_i    dv_j = f sum_i m_ij P_ij dout_i
 //
 // with m_ij 0 or 1 and f = 1 / (1 - p).
 #pragma once
@@ -13,9 +14,12 @@ namespace fastbert::attention {
 
 // ---- of each query: lse for base 2, and delta --------------------------------------------------------
 
-DEVICE float lse_of_base_2(float lse) { return lse == -infinity() ? infinity() : lse * kLog2e; }  // then P is 0
+DEVICE float lse_of_base_2(float lse) {
+  return lse == -infinity() ? infinity() : lse * kLog2e;
+}  // then P is 0
 
-// A warp's part of kRows queries, between the copy of dout to a tile and its end: out is on its way meanwhile.
+// A warp's part of kRows queries, between the copy of dout to a tile and its end: out is on its way
+// meanwhile.
 template <class T, int kD, int kRows>
 class RowStatistics {
   static constexpr int kChunks = kD / 8, kAtOnce = kWarp / kChunks, kLoads = kRows / kAtOnce;
@@ -31,7 +35,7 @@ class RowStatistics {
     for (int n = 0; n < kLoads; ++n) {
       const int r = n * kAtOnce + lane / kChunks;
       out_[n] = make_uint4(0, 0, 0, 0);
-      if (row + r < work.length && lane % kChunks * 8 < a.head_size) 
+      if (row + r < work.length && lane % kChunks * 8 < a.head_size)
         out_[n] = load_packed<8>(a.out + static_cast<int64_t>(work.start + row + r) * stride + column);
     }
     lse_ = 0;
@@ -40,7 +44,8 @@ class RowStatistics {
   }
 
   // `dout` is the tile's first row, and rows[first] the first of these.
-  DEVICE void finish(const Backward<T>& a, const unsigned char* dout, int first, float2* rows, int lane) const {
+  DEVICE void finish(const Backward<T>& a, const unsigned char* dout, int first, float2* rows,
+                     int lane) const {
 #pragma unroll
     for (int n = 0; n < kLoads; ++n) {
       const int r = first + n * kAtOnce + lane / kChunks;
@@ -77,8 +82,14 @@ struct QueryGradient {
 
   DEVICE QueryGradient(const Backward<T>& a, const Work& work, SharedAddress q_tile, SharedAddress dout_tile,
                        const float2* rows, int skipped, int row, int lane)
-      : a(a), work(work), row(row), lane(lane), philox(kDrop ? *a.seed : 0, work.head),
-        key_columns(key_columns_at<kD>(lane)), key_rows(key_rows_at<kD>(lane)), rows(rows + skipped * 16 + lane / 4) {
+      : a(a),
+        work(work),
+        row(row),
+        lane(lane),
+        philox(kDrop ? *a.seed : 0, work.head),
+        key_columns(key_columns_at<kD>(lane)),
+        key_rows(key_rows_at<kD>(lane)),
+        rows(rows + skipped * 16 + lane / 4) {
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -163,11 +174,10 @@ struct QueryGradient {
 #pragma unroll
       for (int e = 0; e < 2; ++e)
 #pragma unroll
-        for (int r = 0; r < kLaneRows; ++r)
-{
-            float& score = s[r / 2][n][r % 2 * 2 + e];
-            score = sees(a, lane_row(r), key + 2 * n + e, work.length) ? score : -infinity();
-          }
+        for (int r = 0; r < kLaneRows; ++r) {
+          float& score = s[r / 2][n][r % 2 * 2 + e];
+          score = sees(a, lane_row(r), key + 2 * n + e, work.length) ? score : -infinity();
+        }
   }
 
   DEVICE void store() const {
@@ -183,8 +193,8 @@ struct QueryGradient {
 
 // ---- dk and dv ---------------------------------------------------------------------------------------
 
-// 16 keys of a warp from `key` on, which are rows of a tile from 16 * `skipped` on. Fragments of k stay in registers,
-// and those of v where rows are short enough.
+// 16 keys of a warp from `key` on, which are rows of a tile from 16 * `skipped` on. Fragments of k stay in
+// registers, and those of v where rows are short enough.
 template <class T, int kD, bool kDrop>
 struct KeyGradient {
   static constexpr bool kHoldV = kD < 128;
@@ -201,10 +211,18 @@ struct KeyGradient {
   uint32_t k[kSteps<kD>][4], v[kHoldV ? kSteps<kD> : 1][4];
   float dk[kD / 8][4], dv[kD / 8][4];
 
-  DEVICE KeyGradient(const Backward<T>& a, const Work& work, SharedAddress k_tile, SharedAddress v_tile, int skipped,
-                     int key, int lane)
-      : a(a), work(work), key(key), lane(lane), philox(kDrop ? *a.seed : 0, work.head), key_major(lane),
-        group(philox.keys(key / 16)), columns(columns_at<kD>(lane)), rows_of_b(rows_at<kD>(lane)), v_tile(v_tile),
+  DEVICE KeyGradient(const Backward<T>& a, const Work& work, SharedAddress k_tile, SharedAddress v_tile,
+                     int skipped, int key, int lane)
+      : a(a),
+        work(work),
+        key(key),
+        lane(lane),
+        philox(kDrop ? *a.seed : 0, work.head),
+        key_major(lane),
+        group(philox.keys(key / 16)),
+        columns(columns_at<kD>(lane)),
+        rows_of_b(rows_at<kD>(lane)),
+        v_tile(v_tile),
         skipped(skipped) {
 #pragma unroll
     for (int step = 0; step < kSteps<kD>; ++step) {
@@ -222,7 +240,8 @@ struct KeyGradient {
   DEVICE uint32_t fragment_at(int step) const { return rows_down<kD>(rows_of_b, skipped) ^ step << 5; }
 
   // 32 queries from `query` on, which are rows of the tiles and of `rows` from 16 * `above` on.
-  DEVICE void add_queries(int query, SharedAddress q_tile, SharedAddress dout_tile, const float2* rows, int above) {
+  DEVICE void add_queries(int query, SharedAddress q_tile, SharedAddress dout_tile, const float2* rows,
+                          int above) {
     const Block block{query, 32, key, 16};
     if (sees_nothing(a, block)) return;
     const bool masked = !sees_all(a, block, work.length);  // of keys past the end nothing is stored
@@ -251,7 +270,8 @@ struct KeyGradient {
       uint32_t p_words[4], ds_words[4];
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        const float4 pair = *reinterpret_cast<const float4*>(rows + (above + half) * 16 + n * 8 + lane % 4 * 2);
+        const float4 pair =
+            *reinterpret_cast<const float4*>(rows + (above + half) * 16 + n * 8 + lane % 4 * 2);
         const float lse[2] = {pair.x, pair.z}, delta[2] = {pair.y, pair.w};
 #pragma unroll
         for (int h = 0; h < 2; ++h) {  // keys g and g + 8
@@ -285,11 +305,14 @@ struct KeyGradient {
   }
 
   DEVICE void mask(int query, float (&s)[2][4]) const {
+    uint32_t lowest_key = key + lane / 4;
+    keep_in_place(lowest_key);  // worked out where it is needed, which is seldom
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int query_of_score = query + 8 * n + lane % 4 * 2 + e % 2, key_of_score = key + lane / 4 + e / 2 * 8;
+        const int query_of_score = query + 8 * n + lane % 4 * 2 + e % 2,
+                  key_of_score = lowest_key + e / 2 * 8;
         s[n][e] = sees(a, query_of_score, key_of_score, work.length) ? s[n][e] : -infinity();
       }
   }
@@ -297,7 +320,8 @@ struct KeyGradient {
   DEVICE void store() const {
     const float of_dk[2] = {a.keep * a.scale, a.keep * a.scale}, of_dv[2] = {a.keep, a.keep};
     const int width = a.heads * a.head_size;
-    T* target = a.dqkv + static_cast<int64_t>(work.start + key) * (3 * width) + width + work.head * a.head_size;
+    T* target =
+        a.dqkv + static_cast<int64_t>(work.start + key) * (3 * width) + width + work.head * a.head_size;
     store_rows<T, kD / 8>(target, 3 * width, work.length - key, a.head_size, dk, of_dk, lane);
     store_rows<T, kD / 8>(target + width, 3 * width, work.length - key, a.head_size, dv, of_dv, lane);
   }

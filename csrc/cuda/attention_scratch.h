@@ -1,5 +1,5 @@
-// How much scratch attention_backward needs: of each query and head what both of its kernels for long sequences read,
-// lse and delta. For host compilers too.
+// How much scratch attention_backward needs: of each query and head what both of its kernels for long
+// sequences read, lse and delta. For host compilers too.
 #pragma once
 #include <cstdint>
 

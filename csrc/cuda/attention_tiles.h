@@ -1,14 +1,14 @@
-// What the attention kernels share: their arguments, tiles of rows in shared memory, the fragments that mma takes
-// out of them, and rows on their way back to global memory.
+// What the attention kernels share: their arguments, tiles of rows in shared memory, the fragments that mma
+// takes out of them, and rows on their way back to global memory.
 //
-// A tile is [rows, kD] of 16-bit elements; kD is 32, 64 or 128, and columns from the head size on are zeros. A row is
-// kD / 8 chunks of 16 bytes, and chunk c of row r lies at place c ^ swizzle(r), so that ldmatrix meets each bank once,
-// both for eight rows in a line and for eight rows of the order below.
+// A tile is [rows, kD] of 16-bit elements; kD is 32, 64 or 128, and columns from the head size on are zeros.
+// A row is kD / 8 chunks of 16 bytes, and chunk c of row r lies at place c ^ swizzle(r), so that ldmatrix
+// meets each bank once, both for eight rows in a line and for eight rows of the order below.
 //
-// The order of keys. A lane of an accumulator [16, 8] holds columns 2i and 2i + 1 (i = lane % 4), and one call of
-// Philox serves 16 neighbouring keys. So 64 keys stand in eight accumulators in an order that gives each lane the 16
-// keys of a call: column 2i + e of accumulator j is key 16i + 2j + e. ldmatrix takes any eight rows, so the order costs
-// nothing.
+// The order of keys. A lane of an accumulator [16, 8] holds columns 2i and 2i + 1 (i = lane % 4), and one
+// call of Philox serves 16 neighbouring keys. So 64 keys stand in eight accumulators in an order that gives
+// each lane the 16 keys of a call: column 2i + e of accumulator j is key 16i + 2j + e. ldmatrix takes any
+// eight rows, so the order costs nothing.
 #pragma once
 #include "attention_work.h"
 #include "ptx.h"
@@ -34,8 +34,8 @@ DEVICE uint32_t offset(uint32_t row, uint32_t chunk) {
   return row * kRowBytes<kD> + ((chunk ^ swizzle) << 4);
 }
 
-// From the offset of a row below 16: of the row 16 n further, and of the one 2 j further in the order of keys, which
-// changes the swizzle. 16 columns further is `^ n << 5`.
+// From the offset of a row below 16: of the row 16 n further, and of the one 2 j further in the order of
+// keys, which changes the swizzle. 16 columns further is `^ n << 5`.
 template <int kD>
 DEVICE uint32_t rows_down(uint32_t at, int n) {
   return n * 16 * kRowBytes<kD> + (at ^ (n & 3) << 4);
@@ -81,7 +81,8 @@ DEVICE void mma_pair(float (&c0)[4], float (&c1)[4], const uint32_t (&a)[4], con
 
 // Begins to copy kRows rows of one head, `stride` apart, from `row` on; those from `end` on become zeros.
 template <int kD, int kRows, int kThreads, class T>
-DEVICE void load_tile(SharedAddress tile, const T* source, int stride, int row, int end, int head, int head_size) {
+DEVICE void load_tile(SharedAddress tile, const T* source, int stride, int row, int end, int head,
+                      int head_size) {
   constexpr int kChunks = kD / 8, kStep = kThreads / kChunks;  // rows at a time: a multiple of 8
   static_assert(kStep % 8 == 0 && kRows % kStep == 0, "the rows of a step differ in bits of their own");
   const int place = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
@@ -91,7 +92,8 @@ DEVICE void load_tile(SharedAddress tile, const T* source, int stride, int row, 
   for (int n = 0; n < kRows; n += kStep) {
     const int r = row + place + n;
     copy_async<16>(tile + (n * kRowBytes<kD> + (at ^ (n >> 4 & 3) << 4)),
-                   source + static_cast<int64_t>(r) * stride + (head * head_size + chunk * 8), has_columns && r < end);
+                   source + static_cast<int64_t>(r) * stride + (head * head_size + chunk * 8),
+                   has_columns && r < end);
   }
 }
 
@@ -126,7 +128,8 @@ DEVICE void store_rows(T* target, int stride, int valid, int head_size, const fl
       transpose_quad(w, lane);
       const int row = lane / 4 + 8 * h, column = (n + lane % 4) * 8;
       if (row < valid && column < head_size)
-        store_packed<8>(target + static_cast<int64_t>(row) * stride + column, make_uint4(w[0], w[1], w[2], w[3]));
+        __stwb(reinterpret_cast<uint4*>(target + static_cast<int64_t>(row) * stride + column),
+               make_uint4(w[0], w[1], w[2], w[3]));  // by this name nvcc cannot split it
     }
 }
 

@@ -1,6 +1,9 @@
-// What an attention kernel is given, and which part of it a block takes: a head of a sequence, and some of its rows.
+// What an attention kernel is given, and which part of it a block takes: a head of a sequence, and some of
+// its rows.
 #pragma once
 #include "launch.h"
+//
+#include "faults.h"
 #include "reduce.h"
 
 namespace fastbert::attention {
@@ -11,13 +14,14 @@ struct Arguments {     // of both directions, as contract.h has them
   int q_stride, k_stride, v_stride;
   const int32_t* cu_seqlens;
   const uint64_t* seed;
-  int sequences, heads, head_size, longest, left, right;
+  int tokens, sequences, heads, head_size, longest, left, right;
+  int32_t* faults;
   float scale;
-  float exponent;        // exp(scale q.k) is 2^(exponent q.k), where q has the scale's sign
-  uint32_t sign;         // flips the signs of two elements where the scale is negative
-  uint32_t threshold;    // t of the dropout contract
-  float bias;            // see factor()
-  float keep, unkeep;    // 1 / (1 - p), 0 where p is 1; 1 - p
+  float exponent;      // exp(scale q.k) is 2^(exponent q.k), where q has the scale's sign
+  uint32_t sign;       // flips the signs of two elements where the scale is negative
+  uint32_t threshold;  // t of the dropout contract
+  float bias;          // see factor()
+  float keep, unkeep;  // 1 / (1 - p), 0 where p is 1; 1 - p
 };
 
 template <class T>
@@ -31,14 +35,14 @@ struct Backward : Arguments<T> {
   const T *dout, *out;
   const float* lse;
   T* dqkv;
-  float2* rows;    // [N, T]: of each query what `prepare_rows` makes
-  int64_t tokens;
+  float2* rows;  // [N, T]: lse and delta, see RowStatistics
 };
 
 // ---- the longest first -------------------------------------------------------------------------------
 //
-// Blocks start in the order of their numbers, and the last to start should be short. A warp ranks 128 sequences at a
-// time by the quarter of the longest length that theirs lies in; more sequences keep a GPU busy anyway.
+// Blocks start in the order of their numbers, and the last to start should be short. A warp ranks 128
+// sequences at a time by the quarter of the longest length that theirs lies in; more sequences keep a GPU
+// busy anyway.
 
 constexpr int kRanked = 128, kPerLane = kRanked / kWarp;
 
@@ -46,8 +50,8 @@ constexpr int kRanked = 128, kPerLane = kRanked / kWarp;
 template <class T>
 DEVICE int ranked_sequence(const Arguments<T>& a, int place, int lane) {
   const int first = place / kRanked * kRanked, quarter = (a.longest + 3) / 4;
-  int shift[kPerLane];   // 8 times the class of a sequence: 0 the longest
-  uint32_t own = 0;      // sequences of each class, a byte each
+  int shift[kPerLane];  // 8 times the class of a sequence: 0 the longest
+  uint32_t own = 0;     // sequences of each class, a byte each
 #pragma unroll
   for (int n = 0; n < kPerLane; ++n) {
     const int s = first + n * kWarp + lane;
@@ -64,7 +68,8 @@ DEVICE int ranked_sequence(const Arguments<T>& a, int place, int lane) {
     if (lane >= distance) up_to_here += before;
   }
   const uint32_t total = __shfl_sync(kAllLanes, up_to_here, kWarp - 1);
-  uint32_t next = (total << 8) * 0x01010101u + up_to_here - own;  // the place of the lane's next of each class
+  uint32_t next =
+      (total << 8) * 0x01010101u + up_to_here - own;  // the place of the lane's next of each class
   int found = -1;
 #pragma unroll
   for (int n = 0; n < kPerLane; ++n) {
@@ -78,7 +83,8 @@ DEVICE int ranked_sequence(const Arguments<T>& a, int place, int lane) {
 
 constexpr int kGridSequences = 32768;  // of the grid's second axis, which takes at most 65,535
 
-// A block's head and sequence, and its first row there; `length` is 0 where there is nothing to do.
+// A block's head and sequence, and its first row there. `length` is 0 where there is nothing to do: behind
+// the sequence, or where cu_seqlens cannot be used.
 struct Work {
   int head, row;      // row: of the sequence
   int start, length;  // of the sequence, in tokens
@@ -91,15 +97,19 @@ struct Work {
     head = blockIdx.x / tiles, row = (blockIdx.x - head * tiles) * rows;
     const int sequence = ranked_sequence(a, place, lane);
     start = a.cu_seqlens[sequence];
-    const int all = a.cu_seqlens[sequence + 1] - start;
-    length = row < all ? all : 0;
+    const int end = a.cu_seqlens[sequence + 1], all = end - start;
+    if (start >= 0 && start <= end && end <= a.tokens && all <= a.longest)
+      length = row < all ? all : 0;
+    else if (row == 0 && head == 0 && threadIdx.x == 0)
+      cuda::raise_fault(a.faults, cuda::kFaultSequence, sequence);
   }
 };
 
 template <class T>
 dim3 grid_of(const Arguments<T>& a, int rows) {
   const int tiles = (a.longest + rows - 1) / rows;
-  return dim3(a.heads * tiles, min(a.sequences, kGridSequences), (a.sequences + kGridSequences - 1) / kGridSequences);
+  return dim3(a.heads * tiles, min(a.sequences, kGridSequences),
+              (a.sequences + kGridSequences - 1) / kGridSequences);
 }
 
 // The same in all lanes, and known to the compiler to be so: branches on it need no reconvergence.

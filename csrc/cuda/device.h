@@ -6,8 +6,8 @@
 
 namespace fastbert::cuda {
 
-// Bytes of shared memory that a block may ask for: 64 KB on sm_75, 99 on sm_86, 89 and 120, 163 on sm_80, 227 on
-// sm_90 and 100. 0 where there is no device; the launch then says why.
+// Bytes of shared memory that a block may ask for: 64 KB on sm_75, 99 on sm_86, 89 and 120, 163 on sm_80, 227
+// on sm_90 and 100. 0 where there is no device; the launch then says why.
 inline int shared_memory_limit() {
 #if defined(__CUDACC__)
   constexpr int kDevices = 64;
@@ -16,7 +16,8 @@ inline int shared_memory_limit() {
   if (cudaGetDevice(&device) != cudaSuccess) return 0;
   if (device < kDevices) bytes = known[device].load(std::memory_order_relaxed);
   if (bytes != 0) return bytes;
-  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
+  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
+    return 0;
   if (device < kDevices) known[device].store(bytes, std::memory_order_relaxed);
   return bytes;
 #else
