@@ -14,7 +14,7 @@ constexpr int kColumnsWarps = kColumnsThreads / kWarp;
 // ---- forward -----------------------------------------------------------------------------------------
 
 // z is made anew in each of three sweeps.
-template <class T, class W, int kVector>
+template <class T, int kVector>
 __global__ void __launch_bounds__(kLongThreads, 1)
     layer_norm_long_forward_kernel(const LayerNormForward a, float scale) {
   __shared__ float partial[2][1][kWarpsPerBlock];
@@ -49,8 +49,7 @@ __global__ void __launch_bounds__(kLongThreads, 1)
     // normalize, affine
     for (int group = first; group < columns; group += stride) {
       z_of_group(row, group, 0, z);
-      normalize<T, W, kVector>(z, mean, rstd, static_cast<const W*>(a.weight), static_cast<const W*>(a.bias),
-                               static_cast<T*>(a.y) + row * columns, group, columns);
+      normalize<T, kVector>(a, a.weight_dtype == DType::f32, z, mean, rstd, row, group);
     }
   }
 }
@@ -58,7 +57,7 @@ __global__ void __launch_bounds__(kLongThreads, 1)
 // ---- backward ----------------------------------------------------------------------------------------
 
 // dz and dx.
-template <class T, class W, int kVector>
+template <class T, int kVector>
 __global__ void __launch_bounds__(kLongThreads, 1)
     layer_norm_long_backward_kernel(const LayerNormBackward a, float scale) {
   __shared__ float partial[2][2][kWarpsPerBlock];
@@ -76,7 +75,7 @@ __global__ void __launch_bounds__(kLongThreads, 1)
       float weight[kVector];
       load<kVector>(dy_row + column, g);
       load<kVector>(z_row + column, h);
-      load<kVector>(static_cast<const W*>(a.weight) + column, weight);
+      load_parameter<T, kVector>(a.weight, a.weight_dtype == DType::f32, column, weight);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) h[j] = (h[j] - mean) * rstd, g[j] *= weight[j];
     };
