@@ -5,6 +5,7 @@
 // nothing, and returns launch()'s number: 0, or an error that launch_error() describes.
 #pragma once
 #include "../contract.h"
+#include "layer_norm_scratch.h"
 
 namespace fastbert {
 
