@@ -86,6 +86,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("version") = cuda::cuda_version();
 
   // ---- gelu ----
+  define_launcher<cuda::gelu_forward>(m, "gelu_forward");
+  define_launcher<cuda::gelu_backward>(m, "gelu_backward");
+  m.def("gelu_scratch", cuda::gelu_scratch, "Floats of scratch that gelu_backward needs.");
 
   // ---- layer_norm and dropout ----
   define_launcher<cuda::layer_norm_forward>(m, "layer_norm_forward");

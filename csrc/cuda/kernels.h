@@ -1,10 +1,13 @@
 // The launchers of csrc/cuda: one for each function of the contract, defined in <stem>.cu. Bindings, which a
 // host compiler reads, include this and nothing of CUDA.
 //
+// The sizes of scratch, <stem>_scratch, come from the headers of that name.
+//
 // A launcher starts its kernels on the stream `a.launch` of the current device, waits for nothing, allocates
 // nothing, and returns launch()'s number: 0, or an error that launch_error() describes.
 #pragma once
 #include "../contract.h"
+#include "gelu_scratch.h"
 #include "layer_norm_scratch.h"
 
 namespace fastbert {
