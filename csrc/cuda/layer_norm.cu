@@ -41,15 +41,14 @@ constexpr int64_t kMostColumns = 1 << 28;
 
 template <class T, class W, int kGroups>
 __global__ void __launch_bounds__(kForwardThreads, 1)
-    layer_norm_forward_kernel(const LayerNormForward a, float scale) {
+    layer_norm_forward_kernel(const LayerNormForward a, float scale, float per_column) {
   constexpr int kVector = kAccessBytes / static_cast<int>(sizeof(T) < sizeof(W) ? sizeof(W) : sizeof(T));
   __shared__ float partial[2][1][kWarpsPerBlock];
   const Drop drop(a.t, scale, a.seed);
   const int columns = a.columns, first = warp_of_block() * kGroups * kGroup;
-  const float share = 1.f / columns;
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
     const int64_t at = row * columns;
-    Share<T, kVector> x[kGroups], residual[kGroups];
+    Held<T, kVector> x[kGroups], residual[kGroups];
 #pragma unroll
     for (int k = 0; k < kGroups; ++k) x[k].read(static_cast<const T*>(a.x) + at, first + k * kGroup, columns);
 #pragma unroll
@@ -67,12 +66,12 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
     }
     // statistics
     block_sum(sum, partial[0]);
-    const float mean = sum[0] * share;
+    const float mean = sum[0] * per_column;
 #pragma unroll
     for (int k = 0; k < kGroups; ++k)
       squares[0] += sum_of_squares<kVector>(z[k], mean, first + k * kGroup, columns);
     block_sum(squares, partial[1]);
-    const float rstd = rsqrtf(squares[0] * share + a.eps);
+    const float rstd = rsqrtf(squares[0] * per_column + a.eps);
     if (a.mean && threadIdx.x == 0) a.mean[row] = mean, a.rstd[row] = rstd;
     // normalize, affine
 #pragma unroll
@@ -125,8 +124,7 @@ class RowsAhead {
   int first_;
 };
 
-// Both sums over the warps that share a row, neighbours of which `share` is the first; `partial` as in
-// block_sum.
+// Both sums over the neighbouring warps that share a row; `partial` as in block_sum.
 DEVICE void sum_over_row(float (&sums)[2], float (&partial)[2][kBackwardWarps], int warps_per_row) {
   sums[0] = warp_sum(sums[0]), sums[1] = warp_sum(sums[1]);
   if (warps_per_row == 1) return;
@@ -146,14 +144,14 @@ DEVICE void sum_over_row(float (&sums)[2], float (&partial)[2][kBackwardWarps], 
 // stride].
 template <class T, int kGroups>
 __global__ void __launch_bounds__(kBackwardThreads, 2)
-    layer_norm_backward_kernel(const LayerNormBackward a, float scale, int warps_per_row, int stride) {
+    layer_norm_backward_kernel(const LayerNormBackward a, float scale, float per_column, int warps_per_row,
+                               int stride) {
   constexpr int kColumns = kGroups * kGroup, kQuads = kColumns / (kWarp * kQuad);
   DYNAMIC_SHARED(unsigned char, memory);
   __shared__ float partial[2][2][kBackwardWarps];
   const Drop drop(a.t, scale, a.seed);
   const int columns = a.columns, warp = warp_of_block(), lane = lane_of_warp();
   const int rows_at_once = kBackwardWarps / warps_per_row, first = warp % warps_per_row * kColumns;
-  const float share = 1.f / columns;
   const auto column_of_quad = [&](int i) { return first + (i * kWarp + lane) * kQuad; };
 
   float weight[kQuads][kQuad] = {}, dweight[kQuads][kQuad] = {}, dbias[kQuads][kQuad] = {};
@@ -198,7 +196,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
       }
     }
     sum_over_row(sums, partial[turn], warps_per_row);
-    const float mean_g = sums[0] * share, mean_gh = sums[1] * share;
+    const float mean_g = sums[0] * per_column, mean_gh = sums[1] * per_column;
     // normalize
     const int64_t at = row * columns;
     const int columns_there = row < a.rows ? columns : 0, columns_dropped = drop.t ? columns_there : 0;
@@ -271,6 +269,9 @@ int refuse(const char* name, int64_t columns) {
 // Blocks where each takes a row after the other.
 int64_t row_blocks(int64_t rows) { return rows < kMostBlocks ? rows : kMostBlocks; }
 
+// What makes a mean of a row's sum.
+float one_over(int64_t columns) { return 1.f / static_cast<float>(columns); }
+
 // Threads for a row whose groups pass through registers one by one.
 int long_threads(int64_t columns) {
   const int64_t threads = ceil_div(columns, kGroup) * kWarp;
@@ -281,7 +282,7 @@ template <class T, class W>
 int forward_in_registers(const LayerNormForward& a, int64_t warps) {
   const auto start = [&](auto kernel) {
     return launch("layer_norm_forward", kernel, row_blocks(a.rows), warps * kWarp, 0,
-                  reinterpret_cast<void*>(a.launch), a, dropout_scale(a.t, kLaneBits));
+                  reinterpret_cast<void*>(a.launch), a, dropout_scale(a.t, kLaneBits), one_over(a.columns));
   };
   const int64_t groups = ceil_div(a.columns, warps * kGroup);
   if (groups == 1) return start(layer_norm_forward_kernel<T, W, 1>);
@@ -293,7 +294,7 @@ template <class T, int kVector>
 int forward_of_long_rows(const LayerNormForward& a) {
   return launch("layer_norm_forward", layer_norm_long_forward_kernel<T, kVector>, row_blocks(a.rows),
                 long_threads(a.columns), 0, reinterpret_cast<void*>(a.launch), a,
-                dropout_scale(a.t, kLaneBits));
+                dropout_scale(a.t, kLaneBits), one_over(a.columns));
 }
 
 template <class T>
@@ -313,7 +314,7 @@ int backward_in_registers(const LayerNormBackward& a, int warps_per_row, int* pa
   *parts = static_cast<int>(blocks < kLayerNormBlocks ? blocks : kLayerNormBlocks);
   return launch("layer_norm_backward", layer_norm_backward_kernel<T, kGroups>, *parts, kBackwardThreads,
                 kBackwardBytes<T, kGroups>, reinterpret_cast<void*>(a.launch), a,
-                dropout_scale(a.t, kLaneBits), warps_per_row, part_stride(a.columns));
+                dropout_scale(a.t, kLaneBits), one_over(a.columns), warps_per_row, part_stride(a.columns));
 }
 
 template <class T, int kVector>
@@ -325,7 +326,7 @@ int backward_of_long_rows(const LayerNormBackward& a, int* parts) {
                                kColumnsThreads, 0, stream, a, part_stride(a.columns)))
     return error;
   return launch("layer_norm_backward", layer_norm_long_backward_kernel<T, kVector>, row_blocks(a.rows),
-                long_threads(a.columns), 0, stream, a, dropout_scale(a.t, kLaneBits));
+                long_threads(a.columns), 0, stream, a, dropout_scale(a.t, kLaneBits), one_over(a.columns));
 }
 
 // dz, dx and the parts of dweight and dbias.

@@ -16,14 +16,13 @@ constexpr int kColumnsWarps = kColumnsThreads / kWarp;
 // z is made anew in each of three sweeps.
 template <class T, int kVector>
 __global__ void __launch_bounds__(kLongThreads, 1)
-    layer_norm_long_forward_kernel(const LayerNormForward a, float scale) {
+    layer_norm_long_forward_kernel(const LayerNormForward a, float scale, float per_column) {
   __shared__ float partial[2][1][kWarpsPerBlock];
   const Drop drop(a.t, scale, a.seed);
   const int columns = a.columns, first = warp_of_block() * kGroup, stride = blockDim.x * kEach;
-  const float share = 1.f / columns;
   const auto z_of_group = [&](int64_t row, int group, int columns_written, float (&z)[kEach]) {
     const int64_t at = row * columns;
-    Share<T, kVector> x, residual;
+    Held<T, kVector> x, residual;
     x.read(static_cast<const T*>(a.x) + at, group, columns);
     residual.read(static_cast<const T*>(a.residual) + at, group, a.residual ? columns : 0);
     uint32_t kept[1];
@@ -38,13 +37,13 @@ __global__ void __launch_bounds__(kLongThreads, 1)
       sum[0] += sum_of(z);
     }
     block_sum(sum, partial[0]);
-    const float mean = sum[0] * share;
+    const float mean = sum[0] * per_column;
     for (int group = first; group < columns; group += stride) {
       z_of_group(row, group, 0, z);
       squares[0] += sum_of_squares<kVector>(z, mean, group, columns);
     }
     block_sum(squares, partial[1]);
-    const float rstd = rsqrtf(squares[0] * share + a.eps);
+    const float rstd = rsqrtf(squares[0] * per_column + a.eps);
     if (a.mean && threadIdx.x == 0) a.mean[row] = mean, a.rstd[row] = rstd;
     // normalize, affine
     for (int group = first; group < columns; group += stride) {
@@ -59,12 +58,11 @@ __global__ void __launch_bounds__(kLongThreads, 1)
 // dz and dx.
 template <class T, int kVector>
 __global__ void __launch_bounds__(kLongThreads, 1)
-    layer_norm_long_backward_kernel(const LayerNormBackward a, float scale) {
+    layer_norm_long_backward_kernel(const LayerNormBackward a, float scale, float per_column) {
   __shared__ float partial[2][2][kWarpsPerBlock];
   const Drop drop(a.t, scale, a.seed);
   const int columns = a.columns, first = warp_of_block() * kGroup, stride = blockDim.x * kEach;
   const int columns_dropped = drop.t ? columns : 0;
-  const float share = 1.f / columns;
   int turn = 0;
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x, turn ^= 1) {
     const float mean = __ldg(a.mean + row), rstd = __ldg(a.rstd + row);
@@ -92,7 +90,7 @@ __global__ void __launch_bounds__(kLongThreads, 1)
         for (int j = 0; j < kVector; ++j) sums[0] += g[j], sums[1] += g[j] * h[j];
       }
     block_sum(sums, partial[turn]);
-    const float mean_g = sums[0] * share, mean_gh = sums[1] * share;
+    const float mean_g = sums[0] * per_column, mean_gh = sums[1] * per_column;
     // normalize
     for (int group = first; group < columns; group += stride) {
       uint32_t kept[1];

@@ -22,9 +22,9 @@ DEVICE int column_of(int group, int step) {
   return group + (step * kWarp + lane_of_warp()) * kVector;
 }
 
-// A lane's columns of a group as they lie in memory; 0 beyond the row.
+// What a lane holds of a group, as it lies in memory; 0 beyond the row.
 template <class T, int kVector>
-struct Share {
+struct Held {
   Packed<T, kVector> steps[kSteps<kVector>];
 
   // `row` may be null where there are no columns.
@@ -70,8 +70,8 @@ struct Drop {
 // z = residual + dropout(x) of a group, rounded; `written` is the row of z, of which so many columns are
 // wanted.
 template <class T, int kVector>
-DEVICE void add_dropped(const Drop& drop, uint32_t kept, const Share<T, kVector>& x,
-                        const Share<T, kVector>& residual, int group, T* written, int columns_written,
+DEVICE void add_dropped(const Drop& drop, uint32_t kept, const Held<T, kVector>& x,
+                        const Held<T, kVector>& residual, int group, T* written, int columns_written,
                         float (&z)[kEach]) {
 #pragma unroll
   for (int i = 0; i < kSteps<kVector>; ++i) {
