@@ -34,8 +34,7 @@ constexpr int kForwardThreads = 256;  // of a row, at most
 constexpr int kForwardGroups = 4;     // of a warp, at most
 constexpr int kBackwardWarps = 4;
 constexpr int kBackwardThreads = kBackwardWarps * kWarp;
-constexpr int64_t kMostBlocks = 0x7fffffff;
-constexpr int64_t kMostColumns = 1 << 28;
+constexpr int64_t kMostRows = 0x7fffffff, kMostColumns = 1 << 28;
 
 // ---- forward -----------------------------------------------------------------------------------------
 
@@ -46,38 +45,36 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
   __shared__ float partial[2][1][kWarpsPerBlock];
   const Drop drop(a.t, scale, a.seed);
   const int columns = a.columns, first = warp_of_block() * kGroups * kGroup;
-  for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
-    const int64_t at = row * columns;
-    Held<T, kVector> x[kGroups], residual[kGroups];
+  const int64_t row = blockIdx.x, at = row * columns;
+  Held<T, kVector> x[kGroups], residual[kGroups];
 #pragma unroll
-    for (int k = 0; k < kGroups; ++k) x[k].read(static_cast<const T*>(a.x) + at, first + k * kGroup, columns);
+  for (int k = 0; k < kGroups; ++k) x[k].read(static_cast<const T*>(a.x) + at, first + k * kGroup, columns);
 #pragma unroll
-    for (int k = 0; k < kGroups; ++k)
-      residual[k].read(static_cast<const T*>(a.residual) + at, first + k * kGroup, a.residual ? columns : 0);
-    // dropout, residual
-    uint32_t kept[kGroups];
-    drop.draw(row, first, kept);
-    float z[kGroups][kEach], sum[1] = {}, squares[1] = {};
+  for (int k = 0; k < kGroups; ++k)
+    residual[k].read(static_cast<const T*>(a.residual) + at, first + k * kGroup, a.residual ? columns : 0);
+  // dropout, residual
+  uint32_t kept[kGroups];
+  drop.draw(row, first, kept);
+  float z[kGroups][kEach], sum[1] = {}, squares[1] = {};
 #pragma unroll
-    for (int k = 0; k < kGroups; ++k) {
-      add_dropped(drop, kept[k], x[k], residual[k], first + k * kGroup, static_cast<T*>(a.z) + at,
-                  a.z ? columns : 0, z[k]);
-      sum[0] += sum_of(z[k]);
-    }
-    // statistics
-    block_sum(sum, partial[0]);
-    const float mean = sum[0] * per_column;
-#pragma unroll
-    for (int k = 0; k < kGroups; ++k)
-      squares[0] += sum_of_squares<kVector>(z[k], mean, first + k * kGroup, columns);
-    block_sum(squares, partial[1]);
-    const float rstd = rsqrtf(squares[0] * per_column + a.eps);
-    if (a.mean && threadIdx.x == 0) a.mean[row] = mean, a.rstd[row] = rstd;
-    // normalize, affine
-#pragma unroll
-    for (int k = 0; k < kGroups; ++k)
-      normalize<T, kVector>(a, std::is_same_v<W, float>, z[k], mean, rstd, row, first + k * kGroup);
+  for (int k = 0; k < kGroups; ++k) {
+    add_dropped(drop, kept[k], x[k], residual[k], first + k * kGroup, static_cast<T*>(a.z) + at,
+                a.z ? columns : 0, z[k]);
+    sum[0] += sum_of(z[k]);
   }
+  // statistics
+  block_sum(sum, partial[0]);
+  const float mean = sum[0] * per_column;
+#pragma unroll
+  for (int k = 0; k < kGroups; ++k)
+    squares[0] += sum_of_squares<kVector>(z[k], mean, first + k * kGroup, columns);
+  block_sum(squares, partial[1]);
+  const float rstd = rsqrtf(squares[0] * per_column + a.eps);
+  if (a.mean && threadIdx.x == 0) a.mean[row] = mean, a.rstd[row] = rstd;
+  // normalize, affine
+#pragma unroll
+  for (int k = 0; k < kGroups; ++k)
+    normalize<T, kVector>(a, std::is_same_v<W, float>, z[k], mean, rstd, row, first + k * kGroup);
 }
 
 // ---- backward ----------------------------------------------------------------------------------------
@@ -260,14 +257,15 @@ int with_type(DType dtype, Run run) {
   }
 }
 
-int refuse(const char* name, int64_t columns) {
-  snprintf(launch_error(), kErrorBytes, "%s: rows have %lld columns, at most %lld can be normalized", name,
-           static_cast<long long>(columns), static_cast<long long>(kMostColumns));
-  return cudaErrorInvalidValue;
+// Whether there are more rows or columns than can be counted; that is an error.
+bool too_large(const char* name, int64_t rows, int64_t columns) {
+  if (rows <= kMostRows && columns <= kMostColumns) return false;
+  snprintf(launch_error(), kErrorBytes,
+           "%s: at most %lld rows of %lld columns can be normalized, got [%lld, %lld]", name,
+           static_cast<long long>(kMostRows), static_cast<long long>(kMostColumns),
+           static_cast<long long>(rows), static_cast<long long>(columns));
+  return true;
 }
-
-// Blocks where each takes a row after the other.
-int64_t row_blocks(int64_t rows) { return rows < kMostBlocks ? rows : kMostBlocks; }
 
 // What makes a mean of a row's sum.
 float one_over(int64_t columns) { return 1.f / static_cast<float>(columns); }
@@ -281,8 +279,8 @@ int long_threads(int64_t columns) {
 template <class T, class W>
 int forward_in_registers(const LayerNormForward& a, int64_t warps) {
   const auto start = [&](auto kernel) {
-    return launch("layer_norm_forward", kernel, row_blocks(a.rows), warps * kWarp, 0,
-                  reinterpret_cast<void*>(a.launch), a, dropout_scale(a.t, kLaneBits), one_over(a.columns));
+    return launch("layer_norm_forward", kernel, a.rows, warps * kWarp, 0, reinterpret_cast<void*>(a.launch),
+                  a, dropout_scale(a.t, kLaneBits), one_over(a.columns));
   };
   const int64_t groups = ceil_div(a.columns, warps * kGroup);
   if (groups == 1) return start(layer_norm_forward_kernel<T, W, 1>);
@@ -292,7 +290,7 @@ int forward_in_registers(const LayerNormForward& a, int64_t warps) {
 
 template <class T, int kVector>
 int forward_of_long_rows(const LayerNormForward& a) {
-  return launch("layer_norm_forward", layer_norm_long_forward_kernel<T, kVector>, row_blocks(a.rows),
+  return launch("layer_norm_forward", layer_norm_long_forward_kernel<T, kVector>, a.rows,
                 long_threads(a.columns), 0, reinterpret_cast<void*>(a.launch), a,
                 dropout_scale(a.t, kLaneBits), one_over(a.columns));
 }
@@ -325,7 +323,7 @@ int backward_of_long_rows(const LayerNormBackward& a, int* parts) {
   if (const int error = launch("layer_norm_backward", layer_norm_columns_kernel<T, kVector>, grid,
                                kColumnsThreads, 0, stream, a, part_stride(a.columns)))
     return error;
-  return launch("layer_norm_backward", layer_norm_long_backward_kernel<T, kVector>, row_blocks(a.rows),
+  return launch("layer_norm_backward", layer_norm_long_backward_kernel<T, kVector>, a.rows,
                 long_threads(a.columns), 0, stream, a, dropout_scale(a.t, kLaneBits), one_over(a.columns));
 }
 
@@ -350,13 +348,13 @@ int backward(const LayerNormBackward& a, int* parts) {
 }  // namespace
 
 int layer_norm_forward(const LayerNormForward& a) {
-  if (a.columns > kMostColumns) return refuse("layer_norm_forward", a.columns);
+  if (too_large("layer_norm_forward", a.rows, a.columns)) return cudaErrorInvalidValue;
   if (a.rows == 0 || a.columns == 0) return 0;
   return with_type(a.dtype, [&](auto x) { return forward<decltype(x)>(a); });
 }
 
 int layer_norm_backward(const LayerNormBackward& a) {
-  if (a.columns > kMostColumns) return refuse("layer_norm_backward", a.columns);
+  if (too_large("layer_norm_backward", a.rows, a.columns)) return cudaErrorInvalidValue;
   if (a.columns == 0) return 0;
   int parts = 0;
   if (a.rows > 0)
