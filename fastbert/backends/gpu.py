@@ -13,8 +13,8 @@ except ImportError as error:
     module = None
     missing = (
         f"the module for NVIDIA GPUs is not there ({error}): nvcc was missing when fastbert-kernels was built, or "
-        "FASTBERT_CUDA=0 left it out. Install a CUDA toolkit of version 12 or later, or nvidia-cuda-nvcc by pip, and "
-        "install fastbert-kernels from its sources anew"
+        "FASTBERT_CUDA=0 left it out. Install a CUDA toolkit of version 12 or later, or its compiler by pip install "
+        "nvidia-cuda-nvcc nvidia-cuda-cccl, and then fastbert-kernels from its sources anew"
     )
 
 accepted: set[tuple[int, torch.dtype]] = set()  # devices and dtypes that `refusal` has been asked about and takes
@@ -59,8 +59,10 @@ def refusal(device: int, dtype: torch.dtype) -> str | None:
             f"{its}, and the module is compiled for {', '.join(f'sm_{arch}' for arch in archs)}: install "
             f"fastbert-kernels from its sources anew, with FASTBERT_CUDA_ARCHS={own}"
         )
-    if dtype == torch.bfloat16 and fit[-1] < 80:
+    if dtype == torch.bfloat16 and own < 80:
         return f"bfloat16 needs sm_80 or later, and {its}: take float16 or float32"
+    if dtype == torch.bfloat16 and fit[-1] < 80:
+        return f"bfloat16 needs the module to be compiled for sm_80 or later, by FASTBERT_CUDA_ARCHS={own}"
     return None
 
 
