@@ -199,8 +199,9 @@ __global__ void __launch_bounds__(kBackwardThreads)
     unpack<T, kSize>(groups[g], numbers);
 #pragma unroll
     for (int k = 0; k < kSize; ++k) {
-      const float share = column + k < columns ? exp_of(numbers[k] - maximum) * scale : 0.f;
-      numbers[k] = column + k == label ? share - dloss : share;
+      const float share = exp_of(numbers[k] - maximum) * scale;
+      const float gradient = column + k == label ? share - dloss : share;
+      numbers[k] = column + k < columns ? gradient : 0.f;
     }
     store_group(dlogits, place + g * kWarp * kSize, numbers);
   }
