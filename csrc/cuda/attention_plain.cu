@@ -185,7 +185,7 @@ DEVICE void drop(Products& weights, uint32_t kept) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 3) forward_kernel(AttentionForward p, Plan plan) {
+__global__ void __launch_bounds__(kThreads, 3) attention_plain_forward_kernel(AttentionForward p, Plan plan) {
   DYNAMIC_SHARED(float, memory);
   float *q_tile = memory, *tile = q_tile + kTileFloats, *strip = tile + kTileFloats;
   const Work work = work_of_block(p, plan);
@@ -269,7 +269,7 @@ DEVICE void differentiate(float& score, float& product, const Plan& plan, float 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 3) dq_kernel(AttentionBackward p, Plan plan) {
+__global__ void __launch_bounds__(kThreads, 3) attention_plain_dq_kernel(AttentionBackward p, Plan plan) {
   DYNAMIC_SHARED(float, memory);
   float *q_tile = memory, *dout_tile = q_tile + kTileFloats, *tile = dout_tile + kTileFloats;
   float *strip = tile + kTileFloats, *lse = strip + kStripFloats, *delta = lse + kTile;
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(kThreads, 3) dq_kernel(AttentionBackward p, Pl
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(AttentionBackward p, Plan plan) {
+__global__ void __launch_bounds__(kThreads, 2) attention_plain_dk_dv_kernel(AttentionBackward p, Plan plan) {
   DYNAMIC_SHARED(float, memory);
   float *k_tile = memory, *v_tile = k_tile + kTileFloats, *tile = v_tile + kTileFloats;
   float *strip = tile + kTileFloats, *lse = strip + kStripFloats, *delta = lse + kTile;
@@ -424,19 +424,19 @@ bool is_empty(const Attention& p) { return p.tokens == 0 || p.sequences == 0 || 
 template <class T>
 int forward(const AttentionForward& p) {
   const Plan plan = plan_of<T>(p, true, p.out);
-  return launch("attention_forward", forward_kernel<T>, grid_of(p, plan), kThreads, kForwardBytes,
-                reinterpret_cast<void*>(p.launch), p, plan);
+  return launch("attention_forward", attention_plain_forward_kernel<T>, grid_of(p, plan), kThreads,
+                kForwardBytes, reinterpret_cast<void*>(p.launch), p, plan);
 }
 
 template <class T>
 int backward(const AttentionBackward& p) {
   const Plan plan = plan_of<T>(p, are_aligned(kAccessBytes, p.dout), p.dqkv);
   void* stream = reinterpret_cast<void*>(p.launch);
-  const int error =
-      launch("attention_backward", dq_kernel<T>, grid_of(p, plan), kThreads, kBackwardBytes, stream, p, plan);
+  const int error = launch("attention_backward", attention_plain_dq_kernel<T>, grid_of(p, plan), kThreads,
+                           kBackwardBytes, stream, p, plan);
   return error ? error
-               : launch("attention_backward", dk_dv_kernel<T>, grid_of(p, plan), kThreads, kBackwardBytes,
-                        stream, p, plan);
+               : launch("attention_backward", attention_plain_dk_dv_kernel<T>, grid_of(p, plan), kThreads,
+                        kBackwardBytes, stream, p, plan);
 }
 
 }  // namespace

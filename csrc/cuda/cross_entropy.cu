@@ -107,7 +107,8 @@ DEVICE Softmax of_warp(Softmax softmax) {
 }
 
 template <class T, bool kBlockPerRow>
-__global__ void __launch_bounds__(kForwardThreads) forward_kernel(CrossEntropyForward p, int32_t* faults) {
+__global__ void __launch_bounds__(kForwardThreads)
+    cross_entropy_forward_kernel(CrossEntropyForward p, int32_t* faults) {
   constexpr int kWarps = kForwardThreads / kWarp, kGroups = kForwardGroups, kSize = kGroup<T>;
   constexpr int kTeam = kBlockPerRow ? kForwardThreads : kWarp;  // threads of a row
   const int64_t row = kBlockPerRow ? blockIdx.x : blockIdx.x * static_cast<int64_t>(kWarps) + warp_of_block();
@@ -163,7 +164,8 @@ template <class T>
 constexpr int kPiece = kBackwardGroups * kWarp * kGroup<T>;  // elements of a row that are a warp's: 2 KB
 
 template <class T>
-__global__ void __launch_bounds__(kBackwardThreads) backward_kernel(CrossEntropyBackward p, uint32_t pieces) {
+__global__ void __launch_bounds__(kBackwardThreads)
+    cross_entropy_backward_kernel(CrossEntropyBackward p, uint32_t pieces) {
   constexpr int kGroups = kBackwardGroups, kSize = kGroup<T>;
   const uint32_t warp = blockIdx.x * (kBackwardThreads / kWarp) + warp_of_block();
   const uint32_t row = warp / pieces;
@@ -197,8 +199,9 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_kernel(CrossEntropy
     unpack<T, kSize>(groups[g], numbers);
 #pragma unroll
     for (int k = 0; k < kSize; ++k) {
-      const float share = column + k < columns ? exp_of(numbers[k] - maximum) * scale : 0.f;
-      numbers[k] = column + k == label ? share - dloss : share;
+      const float share = exp_of(numbers[k] - maximum) * scale;
+      const float gradient = column + k == label ? share - dloss : share;
+      numbers[k] = column + k < columns ? gradient : 0.f;
     }
     store_group(dlogits, place + g * kWarp * kSize, numbers);
   }
@@ -211,18 +214,19 @@ int forward(const CrossEntropyForward& p) {
   constexpr int kWarps = kForwardThreads / kWarp;
   void* stream = reinterpret_cast<void*>(p.launch);
   const bool long_rows = p.columns * static_cast<int64_t>(sizeof(T)) > kWarpRowBytes;
-  return long_rows ? launch("cross_entropy_forward", forward_kernel<T, true>, p.rows, kForwardThreads, 0,
-                            stream, p, fault_words())
-                   : launch("cross_entropy_forward", forward_kernel<T, false>, (p.rows + kWarps - 1) / kWarps,
-                            kForwardThreads, 0, stream, p, fault_words());
+  return long_rows ? launch("cross_entropy_forward", cross_entropy_forward_kernel<T, true>, p.rows,
+                            kForwardThreads, 0, stream, p, fault_words())
+                   : launch("cross_entropy_forward", cross_entropy_forward_kernel<T, false>,
+                            (p.rows + kWarps - 1) / kWarps, kForwardThreads, 0, stream, p, fault_words());
 }
 
 template <class T>
 int backward(const CrossEntropyBackward& p) {
   constexpr int kWarps = kBackwardThreads / kWarp, kMostBefore = kLineBytes / sizeof(T) - 1;
   const int64_t pieces = (kMostBefore + p.stride + kPiece<T> - 1) / kPiece<T>;
-  return launch("cross_entropy_backward", backward_kernel<T>, (p.rows * pieces + kWarps - 1) / kWarps,
-                kBackwardThreads, 0, reinterpret_cast<void*>(p.launch), p, static_cast<uint32_t>(pieces));
+  return launch("cross_entropy_backward", cross_entropy_backward_kernel<T>,
+                (p.rows * pieces + kWarps - 1) / kWarps, kBackwardThreads, 0,
+                reinterpret_cast<void*>(p.launch), p, static_cast<uint32_t>(pieces));
 }
 
 }  // namespace

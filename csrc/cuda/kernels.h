@@ -9,6 +9,7 @@
 #include "../contract.h"
 #include "attention_scratch.h"
 #include "gelu_scratch.h"
+#include "layer_norm_scratch.h"
 
 namespace fastbert {
 

@@ -34,53 +34,47 @@ constexpr int kForwardThreads = 256;  // of a row, at most
 constexpr int kForwardGroups = 4;     // of a warp, at most
 constexpr int kBackwardWarps = 4;
 constexpr int kBackwardThreads = kBackwardWarps * kWarp;
-constexpr int64_t kMostBlocks = 0x7fffffff;
-constexpr int64_t kMostColumns = 1 << 28;
+constexpr int64_t kMostRows = 0x7fffffff, kMostColumns = 1 << 28;
 
 // ---- forward -----------------------------------------------------------------------------------------
 
 template <class T, class W, int kGroups>
 __global__ void __launch_bounds__(kForwardThreads, 1)
-    layer_norm_forward_kernel(const LayerNormForward a, float scale) {
-  constexpr int kVector = kVectorOf<T, W>;
+    layer_norm_forward_kernel(const LayerNormForward a, float scale, float per_column) {
+  constexpr int kVector = kAccessBytes / static_cast<int>(sizeof(T) < sizeof(W) ? sizeof(W) : sizeof(T));
   __shared__ float partial[2][1][kWarpsPerBlock];
   const Drop drop(a.t, scale, a.seed);
   const int columns = a.columns, first = warp_of_block() * kGroups * kGroup;
-  const float share = 1.f / columns;
-  for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
-    const int64_t at = row * columns;
-    Share<T, kVector> x[kGroups], residual[kGroups];
+  const int64_t row = blockIdx.x, at = row * columns;
+  Held<T, kVector> x[kGroups], residual[kGroups];
 #pragma unroll
-    for (int k = 0; k < kGroups; ++k) x[k].read(static_cast<const T*>(a.x) + at, first + k * kGroup, columns);
+  for (int k = 0; k < kGroups; ++k) x[k].read(static_cast<const T*>(a.x) + at, first + k * kGroup, columns);
 #pragma unroll
-    for (int k = 0; k < kGroups; ++k)
-      residual[k].read(static_cast<const T*>(a.residual) + at, first + k * kGroup, a.residual ? columns : 0);
-    // dropout, residual
-    uint32_t kept[kGroups];
-    drop.draw(row, first, kept);
-    float z[kGroups][kEach], sum[1] = {}, squares[1] = {};
+  for (int k = 0; k < kGroups; ++k)
+    residual[k].read(static_cast<const T*>(a.residual) + at, first + k * kGroup, a.residual ? columns : 0);
+  // dropout, residual
+  uint32_t kept[kGroups];
+  drop.draw(row, first, kept);
+  float z[kGroups][kEach], sum[1] = {}, squares[1] = {};
 #pragma unroll
-    for (int k = 0; k < kGroups; ++k) {
-      add_dropped(drop, kept[k], x[k], residual[k], first + k * kGroup, static_cast<T*>(a.z) + at,
-                  a.z ? columns : 0, z[k]);
-      sum[0] += sum_of(z[k]);
-    }
-    // statistics
-    block_sum(sum, partial[0]);
-    const float mean = sum[0] * share;
-#pragma unroll
-    for (int k = 0; k < kGroups; ++k)
-      squares[0] += sum_of_squares<kVector>(z[k], mean, first + k * kGroup, columns);
-    block_sum(squares, partial[1]);
-    const float rstd = rsqrtf(squares[0] * share + a.eps);
-    if (a.mean && threadIdx.x == 0) a.mean[row] = mean, a.rstd[row] = rstd;
-    // normalize, affine
-#pragma unroll
-    for (int k = 0; k < kGroups; ++k)
-      normalize<T, W, kVector>(z[k], mean, rstd, static_cast<const W*>(a.weight),
-                               static_cast<const W*>(a.bias), static_cast<T*>(a.y) + at, first + k * kGroup,
-                               columns);
+  for (int k = 0; k < kGroups; ++k) {
+    add_dropped(drop, kept[k], x[k], residual[k], first + k * kGroup, static_cast<T*>(a.z) + at,
+                a.z ? columns : 0, z[k]);
+    sum[0] += sum_of(z[k]);
   }
+  // statistics
+  block_sum(sum, partial[0]);
+  const float mean = sum[0] * per_column;
+#pragma unroll
+  for (int k = 0; k < kGroups; ++k)
+    squares[0] += sum_of_squares<kVector>(z[k], mean, first + k * kGroup, columns);
+  block_sum(squares, partial[1]);
+  const float rstd = rsqrtf(squares[0] * per_column + a.eps);
+  if (a.mean && threadIdx.x == 0) a.mean[row] = mean, a.rstd[row] = rstd;
+  // normalize, affine
+#pragma unroll
+  for (int k = 0; k < kGroups; ++k)
+    normalize<T, kVector>(a, std::is_same_v<W, float>, z[k], mean, rstd, row, first + k * kGroup);
 }
 
 // ---- backward ----------------------------------------------------------------------------------------
@@ -127,8 +121,7 @@ class RowsAhead {
   int first_;
 };
 
-// Both sums over the warps that share a row, neighbours of which `share` is the first; `partial` as in
-// block_sum.
+// Both sums over the neighbouring warps that share a row; `partial` as in block_sum.
 DEVICE void sum_over_row(float (&sums)[2], float (&partial)[2][kBackwardWarps], int warps_per_row) {
   sums[0] = warp_sum(sums[0]), sums[1] = warp_sum(sums[1]);
   if (warps_per_row == 1) return;
@@ -146,23 +139,23 @@ DEVICE void sum_over_row(float (&sums)[2], float (&partial)[2][kBackwardWarps], 
 
 // Each warp takes kGroups groups of a row, and warps_per_row (1, 2 or 4) warps a row. scratch [2, blocks,
 // stride].
-template <class T, class W, int kGroups>
+template <class T, int kGroups>
 __global__ void __launch_bounds__(kBackwardThreads, 2)
-    layer_norm_backward_kernel(const LayerNormBackward a, float scale, int warps_per_row, int stride) {
+    layer_norm_backward_kernel(const LayerNormBackward a, float scale, float per_column, int warps_per_row,
+                               int stride) {
   constexpr int kColumns = kGroups * kGroup, kQuads = kColumns / (kWarp * kQuad);
   DYNAMIC_SHARED(unsigned char, memory);
   __shared__ float partial[2][2][kBackwardWarps];
   const Drop drop(a.t, scale, a.seed);
   const int columns = a.columns, warp = warp_of_block(), lane = lane_of_warp();
   const int rows_at_once = kBackwardWarps / warps_per_row, first = warp % warps_per_row * kColumns;
-  const float share = 1.f / columns;
   const auto column_of_quad = [&](int i) { return first + (i * kWarp + lane) * kQuad; };
 
   float weight[kQuads][kQuad] = {}, dweight[kQuads][kQuad] = {}, dbias[kQuads][kQuad] = {};
 #pragma unroll
   for (int i = 0; i < kQuads; ++i)
     if (column_of_quad(i) < columns)
-      load<kQuad>(static_cast<const W*>(a.weight) + column_of_quad(i), weight[i]);
+      load_parameter<T, kQuad>(a.weight, a.weight_dtype == DType::f32, column_of_quad(i), weight[i]);
 
   RowsAhead<T, kGroups> ahead(a, reinterpret_cast<T*>(memory) + warp * kStages<T> * 2 * kColumns, first);
   const int64_t step = static_cast<int64_t>(gridDim.x) * rows_at_once;
@@ -200,7 +193,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
       }
     }
     sum_over_row(sums, partial[turn], warps_per_row);
-    const float mean_g = sums[0] * share, mean_gh = sums[1] * share;
+    const float mean_g = sums[0] * per_column, mean_gh = sums[1] * per_column;
     // normalize
     const int64_t at = row * columns;
     const int columns_there = row < a.rows ? columns : 0, columns_dropped = drop.t ? columns_there : 0;
@@ -251,25 +244,31 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls run(T{}, W{}) with the types of rows and of weight and bias.
+// Calls run(T{}) with the type of rows.
 template <class Run>
-int with_types(DType dtype, DType weight_dtype, Run run) {
-  const bool same = dtype == weight_dtype;
+int with_type(DType dtype, Run run) {
   switch (dtype) {
     case DType::f32:
-      return run(float{}, float{});
+      return run(float{});
     case DType::bf16:
-      return same ? run(__nv_bfloat16{}, __nv_bfloat16{}) : run(__nv_bfloat16{}, float{});
+      return run(__nv_bfloat16{});
     default:
-      return same ? run(__half{}, __half{}) : run(__half{}, float{});
+      return run(__half{});
   }
 }
 
-int refuse(const char* name, int64_t columns) {
-  snprintf(launch_error(), kErrorBytes, "%s: rows have %lld columns, at most %lld can be normalized", name,
-           static_cast<long long>(columns), static_cast<long long>(kMostColumns));
-  return cudaErrorInvalidValue;
+// Whether there are more rows or columns than can be counted; that is an error.
+bool too_large(const char* name, int64_t rows, int64_t columns) {
+  if (rows <= kMostRows && columns <= kMostColumns) return false;
+  snprintf(launch_error(), kErrorBytes,
+           "%s: at most %lld rows of %lld columns can be normalized, got [%lld, %lld]", name,
+           static_cast<long long>(kMostRows), static_cast<long long>(kMostColumns),
+           static_cast<long long>(rows), static_cast<long long>(columns));
+  return true;
 }
+
+// What makes a mean of a row's sum.
+float one_over(int64_t columns) { return 1.f / static_cast<float>(columns); }
 
 // Threads for a row whose groups pass through registers one by one.
 int long_threads(int64_t columns) {
@@ -278,35 +277,45 @@ int long_threads(int64_t columns) {
 }
 
 template <class T, class W>
-int forward(const LayerNormForward& a) {
-  constexpr const char* kName = "layer_norm_forward";
-  const bool aligned = a.columns * sizeof(T) % kAccessBytes == 0 &&
-                       are_aligned(kAccessBytes, a.x, a.residual, a.weight, a.bias, a.y, a.z);
-  const auto start = [&](auto kernel, int64_t threads) {
-    const float scale = dropout_scale(a.t, kLaneBits);
-    return launch(kName, kernel, a.rows < kMostBlocks ? a.rows : kMostBlocks, threads, 0,
-                  reinterpret_cast<void*>(a.launch), a, scale);
+int forward_in_registers(const LayerNormForward& a, int64_t warps) {
+  const auto start = [&](auto kernel) {
+    return launch("layer_norm_forward", kernel, a.rows, warps * kWarp, 0, reinterpret_cast<void*>(a.launch),
+                  a, dropout_scale(a.t, kLaneBits), one_over(a.columns));
   };
-  if (!aligned) return start(layer_norm_long_forward_kernel<T, W, 1>, long_threads(a.columns));
-  const int64_t warps = ceil_div(a.columns, kForwardGroups * kGroup);
-  if (warps * kWarp > kForwardThreads)
-    return start(layer_norm_long_forward_kernel<T, W, kQuad>, long_threads(a.columns));
   const int64_t groups = ceil_div(a.columns, warps * kGroup);
-  if (groups == 1) return start(layer_norm_forward_kernel<T, W, 1>, warps * kWarp);
-  if (groups <= 3) return start(layer_norm_forward_kernel<T, W, 3>, warps * kWarp);
-  return start(layer_norm_forward_kernel<T, W, kForwardGroups>, warps * kWarp);
+  if (groups == 1) return start(layer_norm_forward_kernel<T, W, 1>);
+  if (groups <= 3) return start(layer_norm_forward_kernel<T, W, 3>);
+  return start(layer_norm_forward_kernel<T, W, kForwardGroups>);
 }
 
-template <class T, class W, int kGroups>
+template <class T, int kVector>
+int forward_of_long_rows(const LayerNormForward& a) {
+  return launch("layer_norm_forward", layer_norm_long_forward_kernel<T, kVector>, a.rows,
+                long_threads(a.columns), 0, reinterpret_cast<void*>(a.launch), a,
+                dropout_scale(a.t, kLaneBits), one_over(a.columns));
+}
+
+template <class T>
+int forward(const LayerNormForward& a) {
+  const bool aligned = a.columns * sizeof(T) % kAccessBytes == 0 &&
+                       are_aligned(kAccessBytes, a.x, a.residual, a.weight, a.bias, a.y, a.z);
+  if (!aligned) return forward_of_long_rows<T, 1>(a);
+  const int64_t warps = ceil_div(a.columns, kForwardGroups * kGroup);
+  if (warps * kWarp > kForwardThreads) return forward_of_long_rows<T, kQuad>(a);
+  return a.weight_dtype == a.dtype ? forward_in_registers<T, T>(a, warps)
+                                   : forward_in_registers<T, float>(a, warps);
+}
+
+template <class T, int kGroups>
 int backward_in_registers(const LayerNormBackward& a, int warps_per_row, int* parts) {
   const int64_t blocks = ceil_div(a.rows, kBackwardWarps / warps_per_row);
   *parts = static_cast<int>(blocks < kLayerNormBlocks ? blocks : kLayerNormBlocks);
-  return launch("layer_norm_backward", layer_norm_backward_kernel<T, W, kGroups>, *parts, kBackwardThreads,
+  return launch("layer_norm_backward", layer_norm_backward_kernel<T, kGroups>, *parts, kBackwardThreads,
                 kBackwardBytes<T, kGroups>, reinterpret_cast<void*>(a.launch), a,
-                dropout_scale(a.t, kLaneBits), warps_per_row, part_stride(a.columns));
+                dropout_scale(a.t, kLaneBits), one_over(a.columns), warps_per_row, part_stride(a.columns));
 }
 
-template <class T, class W, int kVector>
+template <class T, int kVector>
 int backward_of_long_rows(const LayerNormBackward& a, int* parts) {
   void* stream = reinterpret_cast<void*>(a.launch);
   *parts = static_cast<int>(layer_norm_long_parts(a.rows));
@@ -314,48 +323,46 @@ int backward_of_long_rows(const LayerNormBackward& a, int* parts) {
   if (const int error = launch("layer_norm_backward", layer_norm_columns_kernel<T, kVector>, grid,
                                kColumnsThreads, 0, stream, a, part_stride(a.columns)))
     return error;
-  return launch("layer_norm_backward", layer_norm_long_backward_kernel<T, W, kVector>,
-                a.rows < kMostBlocks ? a.rows : kMostBlocks, long_threads(a.columns), 0, stream, a,
-                dropout_scale(a.t, kLaneBits));
+  return launch("layer_norm_backward", layer_norm_long_backward_kernel<T, kVector>, a.rows,
+                long_threads(a.columns), 0, stream, a, dropout_scale(a.t, kLaneBits), one_over(a.columns));
 }
 
 // dz, dx and the parts of dweight and dbias.
-template <class T, class W>
+template <class T>
 int backward(const LayerNormBackward& a, int* parts) {
-  const bool aligned =
-      a.columns * sizeof(T) % kAccessBytes == 0 && are_aligned(kAccessBytes, a.dy, a.z, a.weight, a.dz, a.dx);
-  if (!aligned) return backward_of_long_rows<T, W, 1>(a, parts);
   const int64_t columns = a.columns;
-  if (columns <= 512) return backward_in_registers<T, W, 2>(a, 1, parts);
-  if (columns <= 768) return backward_in_registers<T, W, 3>(a, 1, parts);
-  if (columns <= 1024) return backward_in_registers<T, W, 2>(a, 2, parts);
-  if (columns <= 1536) return backward_in_registers<T, W, 3>(a, 2, parts);
-  if (columns <= 2048) return backward_in_registers<T, W, 2>(a, 4, parts);
-  if (columns <= 3072) return backward_in_registers<T, W, 3>(a, 4, parts);
+  const bool aligned =
+      columns * sizeof(T) % kAccessBytes == 0 && are_aligned(kAccessBytes, a.dy, a.z, a.weight, a.dz, a.dx);
+  if (!aligned) return backward_of_long_rows<T, 1>(a, parts);
+  if (columns <= 512) return backward_in_registers<T, 2>(a, 1, parts);
+  if (columns <= 768) return backward_in_registers<T, 3>(a, 1, parts);
+  if (columns <= 1024) return backward_in_registers<T, 2>(a, 2, parts);
+  if (columns <= 1536) return backward_in_registers<T, 3>(a, 2, parts);
+  if (columns <= 2048) return backward_in_registers<T, 2>(a, 4, parts);
+  if (columns <= 3072) return backward_in_registers<T, 3>(a, 4, parts);
   if constexpr (sizeof(T) == 2)  // four groups of float32 take more shared memory than sm_75 has
-    if (columns <= kLayerNormRegisters) return backward_in_registers<T, W, 4>(a, 4, parts);
-  return backward_of_long_rows<T, W, kQuad>(a, parts);
+    if (columns <= kLayerNormRegisters) return backward_in_registers<T, 4>(a, 4, parts);
+  return backward_of_long_rows<T, kQuad>(a, parts);
 }
 
 }  // namespace
 
 int layer_norm_forward(const LayerNormForward& a) {
-  if (a.columns > kMostColumns) return refuse("layer_norm_forward", a.columns);
+  if (too_large("layer_norm_forward", a.rows, a.columns)) return cudaErrorInvalidValue;
   if (a.rows == 0 || a.columns == 0) return 0;
-  return with_types(a.dtype, a.weight_dtype,
-                    [&](auto x, auto weight) { return forward<decltype(x), decltype(weight)>(a); });
+  return with_type(a.dtype, [&](auto x) { return forward<decltype(x)>(a); });
 }
 
 int layer_norm_backward(const LayerNormBackward& a) {
-  if (a.columns > kMostColumns) return refuse("layer_norm_backward", a.columns);
+  if (too_large("layer_norm_backward", a.rows, a.columns)) return cudaErrorInvalidValue;
   if (a.columns == 0) return 0;
-  return with_types(a.dtype, a.weight_dtype, [&](auto x, auto weight) {
-    using W = decltype(weight);
-    int parts = 0;
-    if (a.rows > 0)
-      if (const int error = backward<decltype(x), W>(a, &parts)) return error;
-    return sum_parts<W>("layer_norm_backward", a.scratch, parts, a.columns, a.dweight, a.dbias,
-                        reinterpret_cast<void*>(a.launch));
+  int parts = 0;
+  if (a.rows > 0)
+    if (const int error = with_type(a.dtype, [&](auto x) { return backward<decltype(x)>(a, &parts); }))
+      return error;
+  return with_type(a.weight_dtype, [&](auto weight) {
+    return sum_parts<decltype(weight)>("layer_norm_backward", a.scratch, parts, a.columns, a.dweight, a.dbias,
+                                       reinterpret_cast<void*>(a.launch));
   });
 }
 

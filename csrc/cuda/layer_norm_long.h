@@ -14,104 +14,97 @@ constexpr int kColumnsWarps = kColumnsThreads / kWarp;
 // ---- forward -----------------------------------------------------------------------------------------
 
 // z is made anew in each of three sweeps.
-template <class T, class W, int kVector>
+template <class T, int kVector>
 __global__ void __launch_bounds__(kLongThreads, 1)
-    layer_norm_long_forward_kernel(const LayerNormForward a, float scale) {
+    layer_norm_long_forward_kernel(const LayerNormForward a, float scale, float per_column) {
   __shared__ float partial[2][1][kWarpsPerBlock];
   const Drop drop(a.t, scale, a.seed);
   const int columns = a.columns, first = warp_of_block() * kGroup, stride = blockDim.x * kEach;
-  const float share = 1.f / columns;
-  const auto z_of_group = [&](int64_t row, int group, int columns_written, float (&z)[kEach]) {
-    const int64_t at = row * columns;
-    Share<T, kVector> x, residual;
+  const int64_t row = blockIdx.x, at = row * columns;
+  const auto z_of_group = [&](int group, int columns_written, float (&z)[kEach]) {
+    Held<T, kVector> x, residual;
     x.read(static_cast<const T*>(a.x) + at, group, columns);
     residual.read(static_cast<const T*>(a.residual) + at, group, a.residual ? columns : 0);
     uint32_t kept[1];
     drop.draw(row, group, kept);
     add_dropped(drop, kept[0], x, residual, group, static_cast<T*>(a.z) + at, columns_written, z);
   };
-  for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
-    // statistics
-    float z[kEach], sum[1] = {}, squares[1] = {};
-    for (int group = first; group < columns; group += stride) {
-      z_of_group(row, group, a.z ? columns : 0, z);
-      sum[0] += sum_of(z);
-    }
-    block_sum(sum, partial[0]);
-    const float mean = sum[0] * share;
-    for (int group = first; group < columns; group += stride) {
-      z_of_group(row, group, 0, z);
-      squares[0] += sum_of_squares<kVector>(z, mean, group, columns);
-    }
-    block_sum(squares, partial[1]);
-    const float rstd = rsqrtf(squares[0] * share + a.eps);
-    if (a.mean && threadIdx.x == 0) a.mean[row] = mean, a.rstd[row] = rstd;
-    // normalize, affine
-    for (int group = first; group < columns; group += stride) {
-      z_of_group(row, group, 0, z);
-      normalize<T, W, kVector>(z, mean, rstd, static_cast<const W*>(a.weight), static_cast<const W*>(a.bias),
-                               static_cast<T*>(a.y) + row * columns, group, columns);
-    }
+  // statistics
+  float z[kEach], sum[1] = {}, squares[1] = {};
+  for (int group = first; group < columns; group += stride) {
+    z_of_group(group, a.z ? columns : 0, z);
+    sum[0] += sum_of(z);
+  }
+  block_sum(sum, partial[0]);
+  const float mean = sum[0] * per_column;
+  for (int group = first; group < columns; group += stride) {
+    z_of_group(group, 0, z);
+    squares[0] += sum_of_squares<kVector>(z, mean, group, columns);
+  }
+  block_sum(squares, partial[1]);
+  const float rstd = rsqrtf(squares[0] * per_column + a.eps);
+  if (a.mean && threadIdx.x == 0) a.mean[row] = mean, a.rstd[row] = rstd;
+  // normalize, affine
+  for (int group = first; group < columns; group += stride) {
+    z_of_group(group, 0, z);
+    normalize<T, kVector>(a, a.weight_dtype == DType::f32, z, mean, rstd, row, group);
   }
 }
 
 // ---- backward ----------------------------------------------------------------------------------------
 
 // dz and dx.
-template <class T, class W, int kVector>
+template <class T, int kVector>
 __global__ void __launch_bounds__(kLongThreads, 1)
-    layer_norm_long_backward_kernel(const LayerNormBackward a, float scale) {
-  __shared__ float partial[2][2][kWarpsPerBlock];
+    layer_norm_long_backward_kernel(const LayerNormBackward a, float scale, float per_column) {
+  __shared__ float partial[2][kWarpsPerBlock];
   const Drop drop(a.t, scale, a.seed);
   const int columns = a.columns, first = warp_of_block() * kGroup, stride = blockDim.x * kEach;
   const int columns_dropped = drop.t ? columns : 0;
-  const float share = 1.f / columns;
-  int turn = 0;
-  for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x, turn ^= 1) {
-    const float mean = __ldg(a.mean + row), rstd = __ldg(a.rstd + row);
-    const T *dy_row = static_cast<const T*>(a.dy) + row * columns,
-            *z_row = static_cast<const T*>(a.z) + row * columns;
-    // Of a step's columns, which lie within the row.
-    const auto read_step = [&](int column, float (&g)[kVector], float (&h)[kVector]) {
-      float weight[kVector];
-      load<kVector>(dy_row + column, g);
-      load<kVector>(z_row + column, h);
-      load<kVector>(static_cast<const W*>(a.weight) + column, weight);
+  const int64_t row = blockIdx.x;
+  const float mean = __ldg(a.mean + row), rstd = __ldg(a.rstd + row);
+  const T *dy_row = static_cast<const T*>(a.dy) + row * columns,
+          *z_row = static_cast<const T*>(a.z) + row * columns;
+  // Of a step's columns, which lie within the row.
+  const auto read_step = [&](int column, float (&g)[kVector], float (&h)[kVector]) {
+    float weight[kVector];
+    load<kVector>(dy_row + column, g);
+    load<kVector>(z_row + column, h);
+    load_parameter<T, kVector>(a.weight, a.weight_dtype == DType::f32, column, weight);
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) h[j] = (h[j] - mean) * rstd, g[j] *= weight[j];
-    };
-    // statistics
-    float sums[2] = {};  // of g and of g * h
-    for (int group = first; group < columns; group += stride)
+    for (int j = 0; j < kVector; ++j) h[j] = (h[j] - mean) * rstd, g[j] *= weight[j];
+  };
+  // statistics
+  float sums[2] = {};  // of g and of g * h
+  for (int group = first; group < columns; group += stride)
 #pragma unroll
-      for (int i = 0; i < kSteps<kVector>; ++i) {
-        const int column = column_of<kVector>(group, i);
-        if (column >= columns) continue;
+    for (int i = 0; i < kSteps<kVector>; ++i) {
+      const int column = column_of<kVector>(group, i);
+      if (column >= columns) continue;
+      float g[kVector], h[kVector];
+      read_step(column, g, h);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) sums[0] += g[j], sums[1] += g[j] * h[j];
+    }
+  block_sum(sums, partial);
+  const float mean_g = sums[0] * per_column, mean_gh = sums[1] * per_column;
+  // normalize
+  for (int group = first; group < columns; group += stride) {
+    uint32_t kept[1];
+    drop.draw(row, group, kept);
+#pragma unroll
+    for (int i = 0; i < kSteps<kVector>; ++i) {
+      const int column = column_of<kVector>(group, i);
+      float dz[kVector] = {};
+      if (column < columns) {
         float g[kVector], h[kVector];
         read_step(column, g, h);
 #pragma unroll
-        for (int j = 0; j < kVector; ++j) sums[0] += g[j], sums[1] += g[j] * h[j];
+        for (int j = 0; j < kVector; ++j) dz[j] = rstd * (g[j] - mean_g - h[j] * mean_gh);
+        store<kVector>(static_cast<T*>(a.dz) + row * columns + column, dz);
       }
-    block_sum(sums, partial[turn]);
-    const float mean_g = sums[0] * share, mean_gh = sums[1] * share;
-    // normalize
-    for (int group = first; group < columns; group += stride) {
-      uint32_t kept[1];
-      drop.draw(row, group, kept);
-#pragma unroll
-      for (int i = 0; i < kSteps<kVector>; ++i) {
-        const int column = column_of<kVector>(group, i);
-        float dz[kVector] = {};
-        if (column < columns) {
-          float g[kVector], h[kVector];
-          read_step(column, g, h);
-#pragma unroll
-          for (int j = 0; j < kVector; ++j) dz[j] = rstd * (g[j] - mean_g - h[j] * mean_gh);
-          store<kVector>(static_cast<T*>(a.dz) + row * columns + column, dz);
-        }
-        drop.apply<kVector>(kept[0], i, dz);
-        if (column < columns_dropped) store<kVector>(static_cast<T*>(a.dx) + row * columns + column, dz);
-      }
+      drop.apply<kVector>(kept[0], i, dz);
+      if (column < columns_dropped) store<kVector>(static_cast<T*>(a.dx) + row * columns + column, dz);
     }
   }
 }

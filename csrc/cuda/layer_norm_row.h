@@ -5,6 +5,7 @@
 //
 //   column = group + (step * 32 + lane) * kVector
 #pragma once
+#include "../contract.h"
 #include "dropout.h"
 #include "vectors.h"
 
@@ -16,18 +17,14 @@ constexpr int kEach = kPerCall;           // of them in a lane
 template <int kVector>
 constexpr int kSteps = kEach / kVector;
 
-// As wide as leaves no access of a warp with gaps, to x or to weight, which may be twice as wide.
-template <class T, class W>
-constexpr int kVectorOf = kAccessBytes / static_cast<int>(sizeof(T) < sizeof(W) ? sizeof(W) : sizeof(T));
-
 template <int kVector>
 DEVICE int column_of(int group, int step) {
   return group + (step * kWarp + lane_of_warp()) * kVector;
 }
 
-// A lane's columns of a group as they lie in memory; 0 beyond the row.
+// What a lane holds of a group, as it lies in memory; 0 beyond the row.
 template <class T, int kVector>
-struct Share {
+struct Held {
   Packed<T, kVector> steps[kSteps<kVector>];
 
   // `row` may be null where there are no columns.
@@ -73,8 +70,8 @@ struct Drop {
 // z = residual + dropout(x) of a group, rounded; `written` is the row of z, of which so many columns are
 // wanted.
 template <class T, int kVector>
-DEVICE void add_dropped(const Drop& drop, uint32_t kept, const Share<T, kVector>& x,
-                        const Share<T, kVector>& residual, int group, T* written, int columns_written,
+DEVICE void add_dropped(const Drop& drop, uint32_t kept, const Held<T, kVector>& x,
+                        const Held<T, kVector>& residual, int group, T* written, int columns_written,
                         float (&z)[kEach]) {
 #pragma unroll
   for (int i = 0; i < kSteps<kVector>; ++i) {
@@ -110,20 +107,29 @@ DEVICE float sum_of_squares(const float (&z)[kEach], float mean, int group, int 
   return sum;
 }
 
+// kVector elements of weight or bias, which are float32 or T.
+template <class T, int kVector>
+DEVICE void load_parameter(const void* parameter, bool is_float, int column, float (&values)[kVector]) {
+  if (is_float)
+    load<kVector>(static_cast<const float*>(parameter) + column, values);
+  else
+    load<kVector>(static_cast<const T*>(parameter) + column, values);
+}
+
 // y = (z - mean) * rstd * weight + bias of a group.
-template <class T, class W, int kVector>
-DEVICE void normalize(const float (&z)[kEach], float mean, float rstd, const W* weight, const W* bias, T* y,
-                      int group, int columns) {
+template <class T, int kVector>
+DEVICE void normalize(const LayerNormForward& a, bool is_float, const float (&z)[kEach], float mean,
+                      float rstd, int64_t row, int group) {
 #pragma unroll
   for (int i = 0; i < kSteps<kVector>; ++i) {
     const int column = column_of<kVector>(group, i);
-    if (column >= columns) continue;
-    float w[kVector], b[kVector], values[kVector];
-    load<kVector>(weight + column, w);
-    load<kVector>(bias + column, b);
+    if (column >= static_cast<int>(a.columns)) continue;
+    float weight[kVector], bias[kVector], values[kVector];
+    load_parameter<T, kVector>(a.weight, is_float, column, weight);
+    load_parameter<T, kVector>(a.bias, is_float, column, bias);
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) values[j] = (z[i * kVector + j] - mean) * rstd * w[j] + b[j];
-    store<kVector>(y + column, values);
+    for (int j = 0; j < kVector; ++j) values[j] = (z[i * kVector + j] - mean) * rstd * weight[j] + bias[j];
+    store<kVector>(static_cast<T*>(a.y) + row * a.columns + column, values);
   }
 }
 

@@ -27,14 +27,14 @@ def cross_entropy_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> 
 def cross_entropy_backward(
     dlosses: Tensor, logits: Tensor, labels: Tensor, maximum: Tensor, total: Tensor, ignore_index: int
 ) -> Tensor:
-    dlogits, stride = empty_gradient(logits), row_stride(logits)
+    wider = empty_gradient(logits)
     dlosses, logits, labels = dlosses.contiguous(), _rows(logits), labels.contiguous()
     module, launch = launcher(logits, logits.numel())
     module.cross_entropy_backward(
         dlosses.data_ptr(), logits.data_ptr(), labels.data_ptr(), maximum.data_ptr(), total.data_ptr(), ignore_index,
-        dlogits.data_ptr(), *logits.shape, stride, DTYPES[logits.dtype], launch,
+        wider.data_ptr(), *logits.shape, wider.shape[1], DTYPES[logits.dtype], launch,
     )  # fmt: skip
-    return dlogits
+    return first_columns(wider, logits.shape[1])
 
 
 def row_stride(logits: Tensor) -> int:
@@ -47,10 +47,12 @@ def row_stride(logits: Tensor) -> int:
 
 
 def empty_gradient(logits: Tensor) -> Tensor:
-    """Room for dlogits, with what lies between its rows: the first V columns of [M, row_stride(logits)]."""
-    rows, columns = logits.shape
-    wider = logits.new_empty(rows, row_stride(logits))
-    return wider if wider.shape[1] == columns else wider[:, :columns]
+    """Room for dlogits and for what lies between its rows: [M, row_stride(logits)]."""
+    return logits.new_empty(logits.shape[0], row_stride(logits))
+
+
+def first_columns(x: Tensor, columns: int) -> Tensor:
+    return x if x.shape[1] == columns else x[:, :columns]
 
 
 def _rows(logits: Tensor) -> Tensor:

@@ -45,7 +45,8 @@ def cross_entropy(
 
     Returns:
         float32 (float64 for float64 logits): a scalar, or [M] with "none". NaN where a row holds NaN or +inf, or
-        nothing but -inf; +inf where only the label's logit is -inf.
+        nothing but -inf; +inf where only the label's logit is -inf. On a GPU a label outside [0, V) gives NaN, and the
+        next call of an op, or `check_device_errors`, raises.
 
     Raises:
         ValueError: an unknown reduction, a shape or device that does not fit, or, on a CPU, a label outside [0, V).
@@ -108,7 +109,7 @@ class reference:  # a namespace, spelled as the backend is
         dlogits = share.scatter_add(-1, label, -dlosses.unsqueeze(-1))
         dlogits = torch.where(counted.unsqueeze(-1), dlogits, 0.0).to(logits.dtype).contiguous()
         columns = logits.shape[1]
-        return F.pad(dlogits, (0, kernels.row_stride(logits) - columns))[:, :columns]
+        return kernels.first_columns(F.pad(dlogits, (0, kernels.row_stride(logits) - columns)), columns)
 
 
 def _fake_forward(logits, *_):
@@ -117,11 +118,15 @@ def _fake_forward(logits, *_):
     return losses, maximum, total
 
 
+def _fake_backward(dlosses, logits, *_):
+    return kernels.first_columns(kernels.empty_gradient(logits), logits.shape[1])
+
+
 functions = register(
     reference,
     kernels,
     cross_entropy_forward=_fake_forward,
-    cross_entropy_backward=lambda dlosses, logits, *_: kernels.empty_gradient(logits),
+    cross_entropy_backward=_fake_backward,
 )
 
 
