@@ -102,10 +102,10 @@ int run_backward(const attention::Backward<T>& args, void* stream) {
                   kD == 128 ? 1 : kBlocks >, grid_of(args, kWholeRows), kWholeWarps<kD> * kWarp,
                   kWholeBytes<kD>, stream, args);
   const int error =
-      launch("attention_backward of queries", attention_backward_queries_kernel<T, kD, kWarps, kM, kDrop, 2>,
+      launch("attention_backward_queries", attention_backward_queries_kernel<T, kD, kWarps, kM, kDrop, 2>,
              grid_of(args, kRows * kM), kWarps * kWarp, kQueriesBytes<kD, kRows * kM>, stream, args);
   if (error != 0) return error;
-  return launch("attention_backward of keys", attention_backward_keys_kernel<T, kD, kWarps, kDrop, kBlocks>,
+  return launch("attention_backward_keys", attention_backward_keys_kernel<T, kD, kWarps, kDrop, kBlocks>,
                 grid_of(args, kRows), kWarps * kWarp, kKeysBytes<kD, kRows>, stream, args);
 }
 

@@ -46,19 +46,24 @@ struct Backward : Arguments<T> {
 
 constexpr int kRanked = 128, kPerLane = kRanked / kWarp;
 
-// The sequence that comes in place `place` of all; the same in all lanes.
+struct Sequence {
+  int index, start, length;
+};
+
+// The sequence that comes in place `place` of all; the same in all lanes, which read cu_seqlens once.
 template <class T>
-DEVICE int ranked_sequence(const Arguments<T>& a, int place, int lane) {
+DEVICE Sequence ranked_sequence(const Arguments<T>& a, int place, int lane) {
   const int first = place / kRanked * kRanked, quarter = (a.longest + 3) / 4;
+  int start[kPerLane] = {}, length[kPerLane] = {};
   int shift[kPerLane];  // 8 times the class of a sequence: 0 the longest
   uint32_t own = 0;     // sequences of each class, a byte each
 #pragma unroll
   for (int n = 0; n < kPerLane; ++n) {
-    const int s = first + n * kWarp + lane;
+    const int index = first + n * kWarp + lane;
     shift[n] = -1;
-    if (s >= a.sequences) continue;
-    const int length = a.cu_seqlens[s + 1] - a.cu_seqlens[s];
-    shift[n] = 8 * ((length <= 3 * quarter) + (length <= 2 * quarter) + (length <= quarter));
+    if (index >= a.sequences) continue;
+    start[n] = a.cu_seqlens[index], length[n] = a.cu_seqlens[index + 1] - start[n];
+    shift[n] = 8 * ((length[n] <= 3 * quarter) + (length[n] <= 2 * quarter) + (length[n] <= quarter));
     own += 1u << shift[n];
   }
   uint32_t up_to_here = own;
@@ -70,18 +75,20 @@ DEVICE int ranked_sequence(const Arguments<T>& a, int place, int lane) {
   const uint32_t total = __shfl_sync(kAllLanes, up_to_here, kWarp - 1);
   uint32_t next =
       (total << 8) * 0x01010101u + up_to_here - own;  // the place of the lane's next of each class
-  int found = -1;
+  Sequence found = {-1, 0, 0};
 #pragma unroll
   for (int n = 0; n < kPerLane; ++n) {
     if (shift[n] < 0) continue;
-    if (static_cast<int>(next >> shift[n] & 0xff) == place - first) found = first + n * kWarp + lane;
+    if (static_cast<int>(next >> shift[n] & 0xff) == place - first)
+      found = {first + n * kWarp + lane, start[n], length[n]};
     next += 1u << shift[n];
   }
-  const unsigned finder = __ballot_sync(kAllLanes, found >= 0);
-  return __shfl_sync(kAllLanes, found, __ffs(static_cast<int>(finder)) - 1);
+  const int finder = __ffs(static_cast<int>(__ballot_sync(kAllLanes, found.index >= 0))) - 1;
+  return {__shfl_sync(kAllLanes, found.index, finder), __shfl_sync(kAllLanes, found.start, finder),
+          __shfl_sync(kAllLanes, found.length, finder)};
 }
 
-constexpr int kGridSequences = 32768;  // of the grid's second axis, which takes at most 65,535
+constexpr int kGridSequences = 1024;  // of the grid's second axis; the third takes 65,535 times as many
 
 // A block's head and sequence, and its first row there. `length` is 0 where there is nothing to do: behind
 // the sequence, or where cu_seqlens cannot be used.
@@ -95,13 +102,14 @@ struct Work {
     if (place >= a.sequences) return;
     const int tiles = (a.longest + rows - 1) / rows;
     head = blockIdx.x / tiles, row = (blockIdx.x - head * tiles) * rows;
-    const int sequence = ranked_sequence(a, place, lane);
-    start = a.cu_seqlens[sequence];
-    const int end = a.cu_seqlens[sequence + 1], all = end - start;
-    if (start >= 0 && start <= end && end <= a.tokens && all <= a.longest)
-      length = row < all ? all : 0;
+    const Sequence sequence = ranked_sequence(a, place, lane);
+    start = sequence.start;
+    const bool holds = start >= 0 && sequence.length >= 0 && sequence.length <= a.longest &&
+                       sequence.length <= a.tokens - start;
+    if (holds)
+      length = row < sequence.length ? sequence.length : 0;
     else if (row == 0 && head == 0 && threadIdx.x == 0)
-      cuda::raise_fault(a.faults, cuda::kFaultSequence, sequence);
+      cuda::raise_fault(a.faults, cuda::kFaultSequence, sequence.index);
   }
 };
 
