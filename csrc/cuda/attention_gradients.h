@@ -193,11 +193,12 @@ struct QueryGradient {
 
 // ---- dk and dv ---------------------------------------------------------------------------------------
 
-// 16 keys of a warp from `key` on, which are rows of a tile from 16 * `skipped` on. Fragments of k stay in
-// registers, and those of v where rows are short enough.
+// 16 keys of a warp from `key` on, which are rows of a tile from 16 * `skipped` on. Where rows are
+// short enough, the fragments of k and v stay in registers.
 template <class T, int kD, bool kDrop>
 struct KeyGradient {
-  static constexpr bool kHoldV = kD < 128;
+  static constexpr bool kHold = kD < 128;
+  static constexpr int kHeld = kHold ? kSteps<kD> : 1;
 
   const Backward<T>& a;
   const Work& work;
@@ -206,9 +207,9 @@ struct KeyGradient {
   const KeyMajor key_major;
   const Philox::Keys group;
   const uint32_t columns, rows_of_b;
-  const SharedAddress v_tile;
+  const SharedAddress k_tile, v_tile;
   const int skipped;
-  uint32_t k[kSteps<kD>][4], v[kHoldV ? kSteps<kD> : 1][4];
+  uint32_t k[kHeld][4], v[kHeld][4];
   float dk[kD / 8][4], dv[kD / 8][4];
 
   DEVICE KeyGradient(const Backward<T>& a, const Work& work, SharedAddress k_tile, SharedAddress v_tile,
@@ -222,22 +223,25 @@ struct KeyGradient {
         group(philox.keys(key / 16)),
         columns(columns_at<kD>(lane)),
         rows_of_b(rows_at<kD>(lane)),
+        k_tile(k_tile),
         v_tile(v_tile),
         skipped(skipped) {
+    if constexpr (kHold)
 #pragma unroll
-    for (int step = 0; step < kSteps<kD>; ++step) {
-      ldmatrix_x4(k[step], k_tile + fragment_at(step));
-      if constexpr (kHoldV) ldmatrix_x4(v[step], v_tile + fragment_at(step));
-#pragma unroll
-      for (int n = 0; n < 4; ++n) k[step][n] ^= a.sign;
-    }
+      for (int step = 0; step < kSteps<kD>; ++step) load_keys(step, step);
 #pragma unroll
     for (int n = 0; n < kD / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) dk[n][e] = dv[n][e] = 0;
   }
 
-  DEVICE uint32_t fragment_at(int step) const { return rows_down<kD>(rows_of_b, skipped) ^ step << 5; }
+  DEVICE void load_keys(int step, int place) {
+    const uint32_t at = rows_down<kD>(rows_of_b, skipped) ^ step << 5;
+    ldmatrix_x4(k[place], k_tile + at);
+    ldmatrix_x4(v[place], v_tile + at);
+#pragma unroll
+    for (int n = 0; n < 4; ++n) k[place][n] ^= a.sign;
+  }
 
   // 32 queries from `query` on, which are rows of the tiles and of `rows` from 16 * `above` on.
   DEVICE void add_queries(int query, SharedAddress q_tile, SharedAddress dout_tile, const float2* rows,
@@ -258,12 +262,13 @@ struct KeyGradient {
 #pragma unroll
       for (int step = 0; step < kSteps<kD>; ++step) {
         const uint32_t at = rows_down<kD>(columns, above + half) ^ step << 5;
+        const int held = kHold ? step : 0;
+        if constexpr (!kHold) load_keys(step, 0);
         uint32_t b[4];
         ldmatrix_x4(b, q_tile + at);
-        mma_pair<T>(s[0], s[1], k[step], b);
+        mma_pair<T>(s[0], s[1], k[held], b);
         ldmatrix_x4(b, dout_tile + at);
-        if constexpr (!kHoldV) ldmatrix_x4(v[0], v_tile + fragment_at(step));
-        mma_pair<T>(dp[0], dp[1], v[kHoldV ? step : 0], b);
+        mma_pair<T>(dp[0], dp[1], v[held], b);
       }
       if (masked) mask(query + 16 * half, s);
 
