@@ -98,6 +98,8 @@ struct QueryTile {
   }
 
   DEVICE void mask(int key, float (&s)[kM][8][4]) {
+    uint32_t first_row = lane_row(0), first_key = key + 16 * (lane % 4);
+    keep_in_place(first_row), keep_in_place(first_key);  // worked out where they are needed, which is seldom
 #pragma unroll
     for (int j = 0; j < 8; ++j)
 #pragma unroll
@@ -105,7 +107,7 @@ struct QueryTile {
 #pragma unroll
         for (int r = 0; r < kLaneRows; ++r) {
           float& score = s[r / 2][j][r % 2 * 2 + e];
-          score = sees(a, lane_row(r), key + 16 * (lane % 4) + 2 * j + e, length) ? score : -infinity();
+          score = sees(a, first_row + 8 * r, first_key + 2 * j + e, length) ? score : -infinity();
         }
   }
 
@@ -167,25 +169,25 @@ struct QueryTile {
     }
   }
 
-  DEVICE void store(const Forward<T>& a, const Work& work) {
+  DEVICE void store(const Forward<T>& a, int head) {
+    const int quad_lane = again(threadIdx.x) % 4, stride = a.heads * a.head_size;
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
+      const int first = again(row) + 16 * m;
       float normalize[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int r = 2 * m + h;
+        const int r = 2 * m + h, row_of_lane = first + 8 * h + lane / 4;
         float total = sum[r];
         total += __shfl_xor_sync(kAllLanes, total, 1);
         total += __shfl_xor_sync(kAllLanes, total, 2);
         normalize[h] = total == 0 ? 0 : __fdividef(kDrop ? a.keep : 1, total);  // 0: it sees no key
         const float lse = total == 0 ? -infinity() : fmaf(top[r], a.exponent, log2f(total)) * kLn2;
-        if (lane % 4 == 0 && lane_row(r) < length)
-          a.lse[static_cast<int64_t>(work.start + lane_row(r)) * a.heads + work.head] = lse;
+        if (quad_lane == 0 && row_of_lane < length)
+          a.lse[static_cast<int64_t>(start + row_of_lane) * a.heads + head] = lse;
       }
-      const int stride = a.heads * a.head_size;
-      T* target = a.out + static_cast<int64_t>(work.start + row + 16 * m) * stride + work.head * a.head_size;
-      store_rows<T, kColumnTiles>(target, stride, length - row - 16 * m, a.head_size, out[m], normalize,
-                                  lane);
+      store_rows<T, kColumnTiles>(a.out + static_cast<int64_t>(start + first) * stride + head * a.head_size,
+                                  stride, length - first, a.head_size, out[m], normalize, lane);
     }
   }
 };
@@ -233,7 +235,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks) attention_forward_kern
     tile.attend(key, k_tiles + stage, v_tiles + stage);
   }
   wait_for_copies<0>();
-  if (active) tile.store(a, work);
+  if (active) tile.store(a, head_again(a, kRows));
 #endif
 }
 

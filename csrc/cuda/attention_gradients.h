@@ -169,6 +169,8 @@ struct QueryGradient {
 
   // Accumulators of keys `key`, key + 1 and key + 2, key + 3.
   DEVICE void mask(int key, float (&s)[kM][2][4]) const {
+    uint32_t first_row = lane_row(0);
+    keep_in_place(first_row);  // worked out where it is needed, which is seldom
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -176,7 +178,7 @@ struct QueryGradient {
 #pragma unroll
         for (int r = 0; r < kLaneRows; ++r) {
           float& score = s[r / 2][n][r % 2 * 2 + e];
-          score = sees(a, lane_row(r), key + 2 * n + e, work.length) ? score : -infinity();
+          score = sees(a, first_row + 8 * r, key + 2 * n + e, work.length) ? score : -infinity();
         }
   }
 
@@ -324,7 +326,7 @@ struct KeyGradient {
 
   DEVICE void store() const {
     const float of_dk[2] = {a.keep * a.scale, a.keep * a.scale}, of_dv[2] = {a.keep, a.keep};
-    const int width = a.heads * a.head_size;
+    const int width = a.heads * a.head_size, lane = again(threadIdx.x) % kWarp;
     T* target =
         a.dqkv + static_cast<int64_t>(work.start + key) * (3 * width) + width + work.head * a.head_size;
     store_rows<T, kD / 8>(target, 3 * width, work.length - key, a.head_size, dk, of_dk, lane);

@@ -4,6 +4,7 @@
 #include "launch.h"
 //
 #include "faults.h"
+#include "ptx.h"
 #include "reduce.h"
 
 namespace fastbert::attention {
@@ -112,6 +113,17 @@ struct Work {
       cuda::raise_fault(a.faults, cuda::kFaultSequence, sequence.index);
   }
 };
+
+// For what follows a main loop: x, or the block's head, worked out again rather than kept in a register.
+DEVICE int again(int x) {
+  uint32_t same = x;
+  keep_in_place(same);
+  return same;
+}
+template <class T>
+DEVICE int head_again(const Arguments<T>& a, int rows) {
+  return blockIdx.x / ((again(a.longest) + rows - 1) / rows);
+}
 
 template <class T>
 dim3 grid_of(const Arguments<T>& a, int rows) {
