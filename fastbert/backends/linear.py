@@ -154,6 +154,7 @@ def check(name: str) -> None:
             "torch's, equal to rounding"
         )
     if name == "fastbert" and native.module is None:
+        native.check_isa()
         raise ValueError(f"products by 'fastbert' were asked for and cannot run here: {native.cpu_missing}")
 
 
