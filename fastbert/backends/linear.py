@@ -213,6 +213,12 @@ def multiplies_rounded(library: str) -> bool:
     return library == "onednn" and bfloat16_products
 
 
+def casts_weights(dtype: torch.dtype) -> bool:
+    """Whether the library that is chosen here and now multiplies float32 weights in `dtype` under autocast."""
+    library = chosen(dtype)
+    return library == "torch" or (dtype == torch.bfloat16 and multiplies_rounded(library))
+
+
 def _computed(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which oneDNN multiplies what is in `dtype`."""
     return dtype if bfloat16_products else torch.float32
