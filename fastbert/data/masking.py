@@ -91,9 +91,9 @@ def _choose_ngrams(
     """Positions of n-grams of whole words, in random order until a sample has as many tokens as it should.
 
     At every word an n-gram may begin, of one, two or three words with weights 1, 1/2 and 1/3; it ends before a special
-    token (in ALBERT's program it runs on behind the [SEP] between two texts, which packed tokens do not read as one).
-    One that would exceed the number of tokens loses words from its end, and is left out where one word is too
-    many already; so is one that meets a word already chosen. A sample may get fewer tokens than it should, none even.
+    token (in ALBERT's program an n-gram, and even a word, runs on behind the [SEP] between two texts). One that would
+    exceed the number of tokens loses words from its end, and is left out where one word is too many already; so is one
+    that meets a word already chosen. A sample may get fewer tokens than it should, none even.
 
     Args:
         sample: int64 [T], ascending. fixed: bool [T], never chosen. continues: bool [T], part of the word before.

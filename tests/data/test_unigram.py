@@ -5,7 +5,6 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
-
 from tokenizers import Tokenizer, models, normalizers
 
 from fastbert.data import PretrainBatches, continuations, load_tokenizer, save_tokenizer, special_ids, train_unigram
