@@ -227,6 +227,12 @@ def test_labels_of_minus_100_count_in_no_head(cls):
     assert kept[2] == 0 and out.loss == out[1] + out[2]
     expected = nn.functional.cross_entropy(out[4][[0, 2]], some[[0, 2]])
     torch.testing.assert_close(out[2], expected)
+    words = {name: x for name, x in packed(batch()).items() if name != "next_sentence_label"}
+    kept = torch.arange(len(words["labels"])) % 2 == 0
+    out = model(**words | {"labels": words["labels"].masked_fill(~kept, -100)})
+    expected = nn.functional.cross_entropy(out.prediction_logits[kept], words["labels"][kept])
+    torch.testing.assert_close(out.loss, expected)
+    assert model(**words | {"labels": words["labels"].fill_(-100)}).loss == 0
     with pytest.raises(ValueError, match=rf"{model.sentence_label} must lie in \[0, 2\), or be -100 .*; got 2"):
         model(**inputs | {model.sentence_label: torch.tensor([0, 1, 2, 0])})
 
