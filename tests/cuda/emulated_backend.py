@@ -173,7 +173,7 @@ class Functions:
 
 
 @contextlib.contextmanager
-def installed(emulated: Module) -> Iterator[None]:
+def installed(emulated: Module) -> Iterator[Module]:
     """Within the block the backend "cuda" runs, takes tensors of the CPU, and is `emulated`."""
     refusal = BACKENDS._refusal
 
@@ -187,4 +187,4 @@ def installed(emulated: Module) -> Iterator[None]:
         for stem in (*OPS, "lazy_adam_replay"):
             op = getattr(ops, stem)
             stack.enter_context(mock.patch.dict(op.functions, cuda=Functions(op.kernels, emulated)))
-        yield
+        yield emulated
