@@ -46,9 +46,7 @@ __global__ void __launch_bounds__(kWholeWarps<kD>* kWarp, kBlocks)
   // From here on warps work alone: 16 keys at a time, then 16 queries at a time.
 #pragma unroll 1
   for (int part = warp;; part += kWarps) {
-    uint32_t length = work.length;
-    keep_in_place(length);  // nothing of it stays in registers, which are short
-    const int parts = (length + 15) / 16;
+    const int parts = (again(work.length) + 15) / 16;
     if (part >= 2 * parts) break;
     if (part < parts) {
       KeyGradient<T, kD, kDrop> keys(a, work, k, v, part, part * 16, lane);

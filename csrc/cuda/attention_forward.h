@@ -187,7 +187,7 @@ struct QueryTile {
           a.lse[static_cast<int64_t>(start + row_of_lane) * a.heads + head] = lse;
       }
       store_rows<T, kColumnTiles>(a.out + static_cast<int64_t>(start + first) * stride + head * a.head_size,
-                                  stride, length - first, a.head_size, out[m], normalize, lane);
+                                  stride, length - first, a.head_size, out[m], normalize);
     }
   }
 };

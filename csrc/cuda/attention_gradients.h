@@ -188,7 +188,7 @@ struct QueryGradient {
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
       T* target = a.dqkv + static_cast<int64_t>(work.start + row + 16 * m) * stride + work.head * a.head_size;
-      store_rows<T, kD / 8>(target, stride, work.length - row - 16 * m, a.head_size, dq[m], factors, lane);
+      store_rows<T, kD / 8>(target, stride, work.length - row - 16 * m, a.head_size, dq[m], factors);
     }
   }
 };
@@ -326,11 +326,11 @@ struct KeyGradient {
 
   DEVICE void store() const {
     const float of_dk[2] = {a.keep * a.scale, a.keep * a.scale}, of_dv[2] = {a.keep, a.keep};
-    const int width = a.heads * a.head_size, lane = again(threadIdx.x) % kWarp;
+    const int width = a.heads * a.head_size;
     T* target =
         a.dqkv + static_cast<int64_t>(work.start + key) * (3 * width) + width + work.head * a.head_size;
-    store_rows<T, kD / 8>(target, 3 * width, work.length - key, a.head_size, dk, of_dk, lane);
-    store_rows<T, kD / 8>(target + width, 3 * width, work.length - key, a.head_size, dv, of_dv, lane);
+    store_rows<T, kD / 8>(target, 3 * width, work.length - key, a.head_size, dk, of_dk);
+    store_rows<T, kD / 8>(target + width, 3 * width, work.length - key, a.head_size, dv, of_dv);
   }
 };
 

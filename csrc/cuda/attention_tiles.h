@@ -1,5 +1,5 @@
-// What the attention kernels share: their arguments, tiles of rows in shared memory, the fragments that mma
-// takes out of them, and rows on their way back to global memory.
+// What the attention kernels share: tiles of rows in shared memory, the fragments that mma takes out of them,
+// rows on their way back to global memory, and which keys a query sees.
 //
 // A tile is [rows, kD] of 16-bit elements; kD is 32, 64 or 128, and columns from the head size on are zeros.
 // A row is kD / 8 chunks of 16 bytes, and chunk c of row r lies at place c ^ swizzle(r), so that ldmatrix
@@ -116,7 +116,8 @@ DEVICE void transpose_quad(uint32_t (&w)[4], int lane) {
 // 16 rows of accumulators, times a factor for each of a lane's two rows, 16 bytes a lane.
 template <class T, int kTiles>
 DEVICE void store_rows(T* target, int stride, int valid, int head_size, const float (&c)[kTiles][4],
-                       const float (&factor)[2], int lane) {
+                       const float (&factor)[2]) {
+  const int lane = again(threadIdx.x) % kWarp;
 #pragma unroll
   for (int h = 0; h < 2; ++h)
 #pragma unroll
