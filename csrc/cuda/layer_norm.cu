@@ -85,10 +85,13 @@ constexpr int kQuad = 4;  // columns that a lane takes at a time in backward, wh
 template <class T>
 constexpr int kStages = sizeof(T) == 2 ? 3 : 2;
 
-// Bytes of shared memory of a block; at the end the warps' sums take the place of the rows.
+// Bytes of the rows in shared memory of a block; at the end the warps' sums take their place.
 template <class T, int kGroups>
-constexpr int kBackwardBytes =
-    kBackwardWarps * kStages<T> * 2 * kGroups * kGroup * static_cast<int>(sizeof(T));
+constexpr int kRowsBytes = kBackwardWarps * kStages<T> * 2 * kGroups * kGroup * static_cast<int>(sizeof(T));
+
+// What the warps of a row add up, in turn of two. It is dynamic memory too: beside 48 KiB of that a static
+// array would be more than a launch has without asking.
+using RowSums = float[2][2][kBackwardWarps];
 
 // A warp's ring of kStages rows of dy and z, of each its own columns.
 template <class T, int kGroups>
@@ -145,7 +148,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
                                int stride) {
   constexpr int kColumns = kGroups * kGroup, kQuads = kColumns / (kWarp * kQuad);
   DYNAMIC_SHARED(unsigned char, memory);
-  __shared__ float partial[2][2][kBackwardWarps];
+  RowSums& partial = *reinterpret_cast<RowSums*>(memory + kRowsBytes<T, kGroups>);
   const Drop drop(a.t, scale, a.seed);
   const int columns = a.columns, warp = warp_of_block(), lane = lane_of_warp();
   const int rows_at_once = kBackwardWarps / warps_per_row, first = warp % warps_per_row * kColumns;
@@ -211,7 +214,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
   }
 
   // affine: the sums of the block's rows side by side
-  static_assert(kBackwardBytes<T, kGroups> >= kBackwardWarps * 2 * kColumns * static_cast<int>(sizeof(float)),
+  static_assert(kRowsBytes<T, kGroups> >= kBackwardWarps * 2 * kColumns * static_cast<int>(sizeof(float)),
                 "the warps' sums fit where their rows were");
   wait_for_copies<0>();
   __syncthreads();
@@ -311,7 +314,7 @@ int backward_in_registers(const LayerNormBackward& a, int warps_per_row, int* pa
   const int64_t blocks = ceil_div(a.rows, kBackwardWarps / warps_per_row);
   *parts = static_cast<int>(blocks < kLayerNormBlocks ? blocks : kLayerNormBlocks);
   return launch("layer_norm_backward", layer_norm_backward_kernel<T, kGroups>, *parts, kBackwardThreads,
-                kBackwardBytes<T, kGroups>, reinterpret_cast<void*>(a.launch), a,
+                kRowsBytes<T, kGroups> + sizeof(RowSums), reinterpret_cast<void*>(a.launch), a,
                 dropout_scale(a.t, kLaneBits), one_over(a.columns), warps_per_row, part_stride(a.columns));
 }
 

@@ -204,7 +204,8 @@ def new_run(config: PretrainConfig) -> PretrainConfig:
 
 
 def resumed_run(folder: Path) -> PretrainConfig:
-    """The settings of the run in `folder`; raises as `read_config` and `choose_linear`."""
+    """The settings of the run in `folder`; raises as `check_environment`, `read_config` and `choose_linear`."""
+    check_environment()
     return with_choices(read_config(folder))
 
 
