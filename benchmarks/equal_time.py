@@ -4,9 +4,9 @@
 
 How long a step takes is measured first, both models in turn in one process, and each is trained for as many steps as
 the minutes hold; so a neighbour on the machine takes time from neither. Then each tries the learning rates for a third
-of the minutes, with a seed of their own, and takes the one of the lowest held-out loss. Then come the seeds. BERT learns
-masked words and next sentences (NSP), ALBERT masked words and the order of sentences (SOP), each token masked for
-itself. Every training is one `fastbert pretrain`, kept in --output: called again, the script does what is left.
+of the minutes, with a seed of their own, and takes the one of the lowest held-out loss. Then come the seeds. BERT
+learns masked words and next sentences (NSP), ALBERT masked words and the order of sentences (SOP), each token masked
+for itself. Every training is one `fastbert pretrain`, kept in --output: called again, the script does what is left.
 
 It writes a CSV file with a line per training and a picture beside it.
 """
@@ -55,8 +55,8 @@ def train(options: argparse.Namespace, model: str, minutes: float, seed: int, ra
     folder = options.output / f"{model}-{'trial-' if seed == SEED_OF_TRIALS else ''}{rate:g}-seed{seed}"
     steps = round(60 * minutes / seconds)
     command = [
-        sys.executable, "-m", "fastbert", "pretrain", "--output", folder, "--corpus", options.corpus, "--column", "text",
-        "--model", model, "--objective", OBJECTIVES[model], "--preset", options.preset, "--dropout", 0,
+        sys.executable, "-m", "fastbert", "pretrain", "--output", folder, "--corpus", options.corpus,
+        "--column", "text", "--model", model, "--objective", OBJECTIVES[model], "--preset", options.preset, "--dropout", 0,
         "--vocab-size", options.vocab_size, "--seq-len", options.seq_len, "--batch-tokens", options.batch_tokens,
         "--steps", steps, "--seed", seed, "--lr", rate, "--bf16" if options.bf16 else "--no-bf16",
     ]  # fmt: skip

@@ -150,7 +150,7 @@ def step(model: nn.Module, run: Callable, inputs: list[dict], dtype: torch.dtype
 
 
 def memory(variant: str, dtype: str) -> dict[str, float]:
-    """Megabytes of a process that takes some steps of this variant alone: the most it had, and its optimizer's state."""
+    """Megabytes of a process that takes steps of this variant alone: the most it had, and its optimizer's state."""
     command = [sys.executable, *sys.argv, "--variants", variant, "--dtype", dtype, "--alone"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return dict(zip(("peak_mb", "optimizer_mb"), map(float, printed.split()[-2:]), strict=True))
