@@ -56,8 +56,8 @@ def train(options: argparse.Namespace, model: str, minutes: float, seed: int, ra
     steps = round(60 * minutes / seconds)
     command = [
         sys.executable, "-m", "fastbert", "pretrain", "--output", folder, "--corpus", options.corpus,
-        "--column", "text", "--model", model, "--objective", OBJECTIVES[model], "--preset", options.preset, "--dropout", 0,
-        "--vocab-size", options.vocab_size, "--seq-len", options.seq_len, "--batch-tokens", options.batch_tokens,
+        "--column", "text", "--model", model, "--objective", OBJECTIVES[model], "--preset", options.preset,
+        "--dropout", 0, "--vocab-size", options.vocab_size, "--seq-len", options.seq_len, "--batch-tokens", options.batch_tokens,
         "--steps", steps, "--seed", seed, "--lr", rate, "--bf16" if options.bf16 else "--no-bf16",
     ]  # fmt: skip
     if not (folder / "model").exists():

@@ -3,10 +3,10 @@
     python benchmarks/gpu.py [--only attention layer_norm ...] [--backends cuda triton] [--no-compile] [--quick]
 
 "kernel" is the time on the GPU alone: a CUDA graph of calls on inputs that rotate through 300 MB, so that none lies in
-the L2 cache, replayed; the median of nine windows. "launched" is the same calls from Python, one by one. Forward is that
-of training, backward alone. "share" is the time that the bytes which must move (every input once, every output once)
-take at the rate of an addition of 2 x 1 GB, over the kernel time. Values are checked before anything is timed: against
-float64 where it fits, by the bound of the tests.
+the L2 cache, replayed; the median of nine windows. "launched" is the same calls from Python, one by one. Forward is
+that of training, backward alone. "share" is the time that the bytes which must move (every input once, every output
+once) take at the rate of an addition of 2 x 1 GB, over the kernel time. Values are checked before anything is timed:
+against float64 where it fits, by the bound of the tests.
 
 Peers: torch's ops; torch.compile of them, in the mode for the kernels of inductor; `aten::_flash_attention_forward`,
 which is FlashAttention-2, whose gradients of q, k and v are then stacked, as a model with one projection needs them;
