@@ -57,7 +57,8 @@ def train(options: argparse.Namespace, model: str, minutes: float, seed: int, ra
     command = [
         sys.executable, "-m", "fastbert", "pretrain", "--output", folder, "--corpus", options.corpus,
         "--column", "text", "--model", model, "--objective", OBJECTIVES[model], "--preset", options.preset,
-        "--dropout", 0, "--vocab-size", options.vocab_size, "--seq-len", options.seq_len, "--batch-tokens", options.batch_tokens,
+        "--dropout", 0, "--vocab-size", options.vocab_size, "--seq-len", options.seq_len,
+        "--batch-tokens", options.batch_tokens,
         "--steps", steps, "--seed", seed, "--lr", rate, "--bf16" if options.bf16 else "--no-bf16",
     ]  # fmt: skip
     if not (folder / "model").exists():
