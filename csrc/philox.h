@@ -1,6 +1,9 @@
-// Philox4x32-10, the counter-based generator of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as
-// easy as 1, 2, 3" (SC 2011). Shared by CPU and CUDA, so that both draw the same dropout mask from the same
-// seed and place.
+// Philox4x32-7, the counter-based generator of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as
+// easy as 1, 2, 3" (SC 2011): seven rounds are the fewest that they found to pass BigCrush. Shared by CPU and
+// CUDA, so that both draw the same dropout mask from the same seed and place.
+//
+// The four words of a counter are read from the lowest bit of the first word on: as eight lanes of 16 bits,
+// or as sixteen of 8 in attention. An element is kept where its lane >= t.
 #pragma once
 #include <stdint.h>
 
@@ -12,7 +15,8 @@
 
 namespace fastbert {
 
-constexpr int kPhiloxRounds = 10;
+constexpr int kPhiloxRounds = 7;
+constexpr int kLaneBits = 16, kAttentionLaneBits = 8;
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;  // multipliers
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;  // key increments (Weyl sequence)
 
@@ -30,6 +34,12 @@ FASTBERT_HOST_DEVICE void philox4x32(uint64_t seed, const uint32_t counter[4], u
     k1 += kPhiloxW1;
   }
   words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
+}
+
+// What a kept element is multiplied by, where lanes have so many bits; 0 where everything is dropped.
+FASTBERT_HOST_DEVICE float dropout_scale(uint32_t t, int lane_bits) {
+  const uint32_t values = 1u << lane_bits;
+  return t < values ? static_cast<float>(values) / static_cast<float>(values - t) : 0.f;
 }
 
 }  // namespace fastbert
