@@ -215,6 +215,7 @@ def info() -> str:
         f"instruction set  {native.isa or 'none'}"
         + (" forced by FASTBERT_CPU_ISA" if native.forced_isa else "")
         + (f" (this machine runs {_instruction_sets(module)})" if module else ""),
+        f"GPU              {gpu.state()}",
         f"allocator        {allocator.state()}",
         f"FASTBERT_BACKEND {os.environ.get('FASTBERT_BACKEND') or 'not set: chosen by device'}",
         "",

@@ -70,6 +70,16 @@ def refusal(device: int, dtype: torch.dtype) -> str | None:
 why_not._dynamo_marked_constant = refusal._dynamo_marked_constant = True
 
 
+def state() -> str:
+    """What `fastbert info` says of GPUs."""
+    if why_not() is not None:
+        return "none is used: see cuda below"
+    devices = range(torch.cuda.device_count())
+    names = [f"{torch.cuda.get_device_name(i)}: {refusal(i, torch.bfloat16) or 'ok'}" for i in devices]
+    archs = ", ".join(f"sm_{arch}" for arch in module.architectures())
+    return f"{'; '.join(names)} (kernels for {archs}, by CUDA {_dotted(module.version)})"
+
+
 def launcher(device: int) -> tuple[Any, int]:
     """The kernels, and torch's current stream of this GPU.
 

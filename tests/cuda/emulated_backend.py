@@ -195,7 +195,7 @@ def functions_of(make: Callable[[ModuleType], Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def installed(emulated: Module) -> Iterator[None]:
+def installed(emulated: Module) -> Iterator[Module]:
     """Within the block the backend "cuda" runs, takes tensors of the CPU, and is `emulated`."""
     with (
         mock.patch.object(gpu, "why_not", lambda: None),
@@ -203,4 +203,4 @@ def installed(emulated: Module) -> Iterator[None]:
         taking_cpu_tensors(),
         functions_of(lambda kernels: Functions(kernels, emulated)),
     ):
-        yield
+        yield emulated

@@ -55,8 +55,16 @@ def test_a_machine_that_cannot_is_told_why(what, said):
 
 
 def test_a_machine_that_can():
-    with machine(driver=13010, built_by=13000):
+    names = mock.patch.multiple(torch.cuda, device_count=lambda: 2, get_device_name=lambda i: f"GPU {i}")
+    with machine(driver=13010, built_by=13000), names:
         assert why_not("cuda") is None and "cuda" in fastbert.backends()
+        assert "GPU              GPU 0: ok; GPU 1: ok (kernels for sm_75, sm_80, sm_90, by CUDA 13.0)" in info()
+
+
+@pytest.mark.parametrize("key", ["CPU", "CUDA"])
+def test_ops_are_registered_for_it(key):
+    for name in ("gelu_backward", "layer_norm", "dropout", "cross_entropy_forward", "attention_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastbert::{name}", key)
 
 
 @pytest.mark.parametrize(
