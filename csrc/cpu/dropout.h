@@ -1,4 +1,4 @@
-// Dropout's random numbers in vectors: Philox4x32-10 for neighbouring counters, and what of it is kept.
+// Dropout's random numbers in vectors: Philox4x32-7 for neighbouring counters, and what of it is kept.
 //
 // Counters (first, c1, c2, c3), (first + 1, c1, c2, c3), ... give eight 16-bit lanes each; c1 is the row.
 // Over the first three of ten rounds the row reaches only half of the words, and there as exclusive or's: the

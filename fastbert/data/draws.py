@@ -1,7 +1,7 @@
 """The random numbers of the data path, each a pure function of (seed, purpose, epoch, item, place).
 
 Nothing is drawn from a generator that moves, so a batch is the same whoever computes it: any worker, in any order,
-before or after a resume. The numbers are Philox4x32-10 words with the counter (place, item, epoch, purpose).
+before or after a resume. The numbers are Philox4x32-7 words with the counter (place, item, epoch, purpose).
 """
 
 from enum import IntEnum

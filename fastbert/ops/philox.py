@@ -1,9 +1,13 @@
-"""The random numbers of dropout: Philox4x32-10 in plain PyTorch, the twin of `csrc/philox.h`.
+"""The random numbers of dropout: Philox4x32-7 in plain PyTorch, the twin of `csrc/philox.h`.
 
 Whether an element is dropped depends on the seed and on where it stands, never on backend, tiling or threads. One call
-of Philox serves eight neighbours: its four words are read as eight 16-bit lanes, lane j being half `j % 2` (low first)
-of word `j // 2`, and an element is kept where its lane is at least `t = floor(p * 65536 + 0.5)`.
+of Philox gives four words for neighbours, read from the lowest bit of the first on: as eight lanes of 16 bits, lane j
+being bits `16 * (j % 2)` and up of word `j // 2`, or, in attention, as sixteen of 8 bits, lane j being bits
+`8 * (j % 4)` and up of word `j // 4`. With lanes of b bits an element is kept where its lane is at least
+`t = floor(p * 2**b + 0.5)`, which is at least 1 where p > 0 and at most `2**b - 1` where p < 1, and is then multiplied
+by `2**b / (2**b - t)`: the mean is right for the probability that was drawn.
 
+Seven rounds are the fewest that the authors found to pass BigCrush.
 Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """
 
@@ -14,12 +18,13 @@ from torch import Tensor
 
 from fastbert.ops.checks import as_float, as_int
 
+ROUNDS = 7
 _MASK = 0xFFFFFFFF
 Word = int | Tensor
 
 
 def philox(c0: Word, c1: Word, c2: Word, c3: Word, seed: Word) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 over int64 tensors that hold 32-bit words.
+    """Philox4x32-7 over int64 tensors that hold 32-bit words.
 
     Args:
         c0, c1, c2, c3: the counter's words; int64 tensors (or ints) that broadcast together, at least one a tensor.
@@ -29,7 +34,7 @@ def philox(c0: Word, c1: Word, c2: Word, c3: Word, seed: Word) -> tuple[Tensor, 
         Four int64 tensors of the broadcast shape with values in [0, 2**32).
     """
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    for _ in range(10):
+    for _ in range(ROUNDS):
         # Products of two 32-bit words wrap in int64, and the masks take the right bits all the same.
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
@@ -37,19 +42,20 @@ def philox(c0: Word, c1: Word, c2: Word, c3: Word, seed: Word) -> tuple[Tensor, 
     return tuple(torch.broadcast_tensors(c0, c1, c2, c3))
 
 
-def lanes(columns: int, c1: Word, c2: Word, c3: int, seed: Tensor) -> Tensor:
-    """16-bit lanes of `columns` neighbours, [..., columns] int64, for counters `(column // 8, c1, c2, c3)`.
+def lanes(columns: int, c1: Word, c2: Word, c3: int, seed: Tensor, bits: int = 16) -> Tensor:
+    """Lanes of `bits` bits, 16 or 8, of `columns` neighbours: [..., columns] int64, each in [0, 2**bits).
 
-    `c1` and `c2` are ints or int64 tensors whose last axis is 1; the other axes broadcast. `seed` is int64 [1].
+    A counter gives `128 // bits` lanes: that of a column is `(column // (128 // bits), c1, c2, c3)`. `c1` and `c2` are
+    ints or int64 tensors whose last axis is 1; the other axes broadcast. `seed` is int64 [1].
     """
-    groups = torch.arange((columns + 7) // 8, device=seed.device)
+    groups = torch.arange(-(-columns * bits // 128), device=seed.device)
     words = torch.stack(philox(groups, c1, c2, c3, seed), -1)  # [..., groups, 4]
-    halves = torch.stack((words & 0xFFFF, words >> 16), -1)  # [..., groups, 4, 2]
-    return halves.flatten(-3)[..., :columns]
+    parts = torch.stack([words >> shift & (1 << bits) - 1 for shift in range(0, 32, bits)], -1)
+    return parts.flatten(-3)[..., :columns]
 
 
-def threshold(p: float) -> int:
-    """`t` of the dropout contract for probability `p`.
+def threshold(p: float, bits: int = 16) -> int:
+    """`t` of the dropout contract for probability `p` and lanes of `bits` bits.
 
     Raises:
         ValueError: unless 0 <= p <= 1. TypeError: p is no number.
@@ -57,12 +63,14 @@ def threshold(p: float) -> int:
     p = as_float("dropout_p", p)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout_p is the probability of dropping an element: expected 0 <= dropout_p <= 1, got {p}")
-    return math.floor(p * 65536 + 0.5)
+    if p in (0.0, 1.0):
+        return int(p) << bits
+    return min(max(math.floor(p * 2**bits + 0.5), 1), 2**bits - 1)
 
 
-def scale(t: int) -> float:
+def scale(t: int, bits: int = 16) -> float:
     """What a kept element is multiplied by; 0.0 where everything is dropped."""
-    return 65536 / (65536 - t) if t < 65536 else 0.0
+    return 2**bits / (2**bits - t) if t < 2**bits else 0.0
 
 
 def resolve_seed(seed: Tensor | int | None, t: int, device: torch.device) -> Tensor | None:
