@@ -1,13 +1,18 @@
-"""Builds `fastbert._cpu`: every kernel once per instruction set, linked into one module that picks at load time.
+"""Builds `fastbert._cpu`: every kernel once per instruction set, linked into one module that picks at load time; and
+where there is an nvcc, `fastbert._cuda`: the kernels for NVIDIA GPUs.
 
 `csrc/` includes nothing of torch, so the build needs no torch and one build serves every torch version.
-FASTBERT_BUILD=0 leaves the module out; CXX names another compiler; FASTBERT_SANITIZE=1 builds the kernels with
+FASTBERT_BUILD=0 leaves both modules out; CXX names another compiler; FASTBERT_SANITIZE=1 builds the kernels with
 AddressSanitizer and UndefinedBehaviorSanitizer, for `make sanitize` alone; FASTBERT_EMULATE=1 builds those for AVX-512
 in AVX2's instructions, for `make emulate` and its test.
+
+nvcc is that of CUDA_HOME, else of PATH, of /usr/local/cuda, or of NVIDIA's wheels in this environment. FASTBERT_CUDA=0
+leaves `_cuda` out, 1 demands it; FASTBERT_CUDA_ARCHS="80 90" compiles for these GPUs alone, which takes less time.
 """
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -46,6 +51,10 @@ if os.environ.get("FASTBERT_EMULATE") == "1":
     EMULATED = f"{AVX2} -Wno-psabi -include {ROOT / 'tests/avx512_emulator.h'}"
     INSTRUCTION_SETS = {"avx512": EMULATED, "avx512_bf16": f"{EMULATED} -DFASTBERT_EMULATE_BF16"}
 
+CUDA_STEMS = sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu"))
+CUDA_ARCHS = (75, 80, 90, 100, 120)  # GPUs of the same generation and later run them: 80 serves 86 and 89
+CUDA_FLAGS = "-O3 -std=c++17 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
+
 
 class BuildKernels(build_ext):
     def build_extension(self, extension: Extension) -> None:
@@ -60,29 +69,54 @@ class BuildKernels(build_ext):
 
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(self.build_temp).resolve()
+        is_cuda = extension.name == "fastbert._cuda"
+        folder = Path(self.build_temp).resolve() / ("cuda" if is_cuda else ".")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(build_plan(compiler, target))
-        subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder], check=True)
+        plan = cuda_plan(compiler, target) if is_cuda else cpu_plan(compiler, target)
+        (folder / "build.ninja").write_text("\n".join([*rules(compiler), *plan, ""]))
+        done = subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder], check=False)
+        if done.returncode != 0:
+            sys.exit(
+                f"{extension.name} could not be compiled; the compiler's own words stand above. "
+                + (CUDA_ADVICE if is_cuda else "FASTBERT_BUILD=0 installs without the C++ kernels.")
+            )
 
 
-def build_plan(compiler: str, target: Path) -> str:
-    """The build.ninja that compiles `csrc/` into `target`."""
-    import pybind11
+CUDA_ADVICE = (
+    "nvcc takes only some versions of the host compiler ($CXX names another) and knows only some GPUs "
+    "(FASTBERT_CUDA_ARCHS=90 compiles for one). FASTBERT_CUDA=0 installs without the kernels for NVIDIA GPUs."
+)
 
-    include = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
-    plan = [
+
+def rules(compiler: str) -> list[str]:
+    """How ninja compiles and links C++."""
+    return [
         f"compiler = {compiler}",
         "rule compile",
         "  command = $compiler $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $out",
+    ]
+
+
+def python_include() -> str:
+    import pybind11
+
+    return f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
+
+
+# ---- fastbert._cpu -------------------------------------------------------------------------------------------------
+
+
+def cpu_plan(compiler: str, target: Path) -> list[str]:
+    """What ninja has to do for `_cpu`."""
+    plan = [
         "rule link",
         f"  command = $compiler -shared -fopenmp {LINK_FLAGS} $in -o $out",
         "  description = link $out",
         f"build bindings.o: compile {ROOT / 'csrc/bindings_cpu.cpp'}",
-        f"  flags = {FLAGS} {include}",
+        f"  flags = {FLAGS} {python_include()}",
     ]
     objects = ["bindings.o"]
     stem_flags = {} if "clang" in Path(compiler).name else STEM_FLAGS  # clang always does, and knows no such flag
@@ -93,7 +127,102 @@ def build_plan(compiler: str, target: Path) -> str:
                 f"build {objects[-1]}: compile {ROOT / 'csrc/cpu' / stem}.cpp",
                 f"  flags = {FLAGS} {KERNEL_FLAGS} {stem_flags.get(stem, '')} {flags} -DFASTBERT_ISA={name}",
             ]
-    return "\n".join([*plan, f"build {target}: link {' '.join(objects)}", ""])
+    return [*plan, f"build {target}: link {' '.join(objects)}"]
+
+
+# ---- fastbert._cuda ------------------------------------------------------------------------------------------------
+
+
+def find_nvcc() -> Path | None:
+    """nvcc of $CUDA_HOME, of $PATH, of /usr/local/cuda, or of NVIDIA's wheels; None where there is none."""
+    if home := os.environ.get("CUDA_HOME"):
+        nvcc = Path(home) / "bin/nvcc"
+        if not nvcc.exists():
+            sys.exit(f"CUDA_HOME={home} has no bin/nvcc: set it to a CUDA toolkit, or unset it to look elsewhere.")
+        return nvcc
+    wheels = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin/nvcc"))
+    places = [shutil.which("nvcc"), Path("/usr/local/cuda/bin/nvcc"), *reversed(wheels)]
+    return next((Path(place) for place in places if place and Path(place).exists()), None)
+
+
+def cuda_wanted() -> bool:
+    """Whether `_cuda` is built: where there is an nvcc, unless FASTBERT_CUDA says otherwise."""
+    choice = os.environ.get("FASTBERT_CUDA", "")
+    if choice not in ("", "0", "1"):
+        sys.exit(
+            f"FASTBERT_CUDA must be 0 (without the kernels for NVIDIA GPUs) or 1 (not without them), got {choice!r}."
+        )
+    if choice == "0":
+        return False
+    found = find_nvcc() is not None
+    if choice == "1" and not found:
+        sys.exit(
+            "FASTBERT_CUDA=1 demands the kernels for NVIDIA GPUs, and there is no nvcc: install a CUDA toolkit of "
+            "version 12 or later and set CUDA_HOME to it, or pip install nvidia-cuda-nvcc into this environment."
+        )
+    if not found:
+        print("no nvcc was found: fastbert._cuda, the kernels for NVIDIA GPUs, is left out")
+    return found
+
+
+def cuda_archs(nvcc: Path) -> list[int]:
+    """The GPUs to compile for, ascending: FASTBERT_CUDA_ARCHS, or those of CUDA_ARCHS that this nvcc knows."""
+    said = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
+    known = sorted({int(word) for word in re.findall(r"compute_(\d+)\b", said.stdout)})
+    if not known:
+        sys.exit(
+            f"{nvcc} --list-gpu-arch names no GPU and says {said.stdout + said.stderr!r}: nvcc 12 or later is needed."
+        )
+    asked = os.environ.get("FASTBERT_CUDA_ARCHS", "").replace(",", " ").split()
+    try:
+        archs = sorted({int(each) for each in asked})
+    except ValueError:
+        archs = []
+    if asked and (not archs or archs[0] < CUDA_ARCHS[0] or not set(archs) <= set(known)):
+        usable = [arch for arch in known if arch >= CUDA_ARCHS[0]]
+        sys.exit(
+            f"FASTBERT_CUDA_ARCHS={' '.join(asked)}: expected numbers such as '80 90', for sm_80 and sm_90, out of "
+            f"those that {nvcc} compiles for and the kernels run on: {', '.join(map(str, usable))}."
+        )
+    return archs or [arch for arch in CUDA_ARCHS if arch in known]
+
+
+def cuda_plan(compiler: str, target: Path) -> list[str]:
+    """What ninja has to do for `_cuda`: nvcc compiles kernels and links, with CUDA's runtime in the module itself."""
+    nvcc = find_nvcc()
+    archs = cuda_archs(nvcc)
+    generate = " ".join(f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs)
+    generate += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"  # for GPUs to come
+    at_once = min(len(archs) + 1, max(1, (os.cpu_count() or 1) // len(CUDA_STEMS)))  # ninja does as many stems as cores
+    plan = [
+        f"nvcc = {nvcc} -ccbin {compiler}",
+        "rule compile_cuda",
+        f"  command = $nvcc {CUDA_FLAGS} {generate} --threads {at_once} -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = nvcc $out",
+        "rule link",
+        "  command = $nvcc -shared --cudart static -Xlinker -s $in -o $out",
+        "  description = link $out",
+        f"build bindings_cuda.o: compile {ROOT / 'csrc/bindings_cuda.cpp'}",
+        f"  flags = {FLAGS} {python_include()} -DFASTBERT_CUDA_ARCHS={','.join(map(str, archs))}",
+    ]
+    objects = ["bindings_cuda.o"]
+    for stem in CUDA_STEMS:
+        objects.append(f"{stem}.cuda.o")
+        plan.append(f"build {objects[-1]}: compile_cuda {ROOT / 'csrc/cuda' / stem}.cu")
+    return [*plan, f"build {target}: link {' '.join(objects)}"]
+
+
+def extensions() -> list[Extension]:
+    if os.environ.get("FASTBERT_BUILD") == "0":
+        return []
+    is_special = "1" in (
+        os.environ.get("FASTBERT_SANITIZE"),
+        os.environ.get("FASTBERT_EMULATE"),
+    )  # concern `_cpu` alone
+    names = ["fastbert._cpu"] + (["fastbert._cuda"] if not is_special and cuda_wanted() else [])
+    return [Extension(name, sources=[]) for name in names]
 
 
 setup(
@@ -101,6 +230,6 @@ setup(
     py_modules=["fastbert_main"],
     package_dir={"fastbert.kernels": "kernels"},
     package_data={"fastbert": ["py.typed"]},
-    ext_modules=[] if os.environ.get("FASTBERT_BUILD") == "0" else [Extension("fastbert._cpu", sources=[])],
+    ext_modules=extensions(),
     cmdclass={"build_ext": BuildKernels},
 )

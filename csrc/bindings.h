@@ -7,6 +7,7 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
 #include <type_traits>
 #include <utility>
 
@@ -91,6 +92,12 @@ struct Function<run> {
       }
     } catch (pybind11::error_already_set& error) {
       error.restore();
+      return nullptr;
+    } catch (const std::invalid_argument& error) {
+      PyErr_SetString(PyExc_ValueError, error.what());
+      return nullptr;
+    } catch (const std::exception& error) {
+      PyErr_SetString(PyExc_RuntimeError, error.what());
       return nullptr;
     }
     Py_RETURN_NONE;

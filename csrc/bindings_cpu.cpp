@@ -164,7 +164,16 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("instruction_sets", instruction_sets, "Compiled in and able to run on this machine, worst first.");
   m.def("selected", [] { return std::string(selected->name); }, "The instruction set in use.");
   m.def("use", use, "Use this instruction set from now on; ValueError where it cannot run.");
-  m.def("reduction_chunks", reduction_chunks, "Rows of scratch that column sums over so many rows need.");
+  m.def(
+      "gelu_scratch", [](int64_t rows, int64_t columns) { return reduction_chunks(rows) * columns; },
+      "Floats of scratch that gelu_backward needs.");
+  m.def(
+      "layer_norm_scratch",
+      [](int64_t rows, int64_t columns) { return 2 * reduction_chunks(rows) * columns; },
+      "Floats of scratch that layer_norm_backward needs.");
+  m.def(
+      "attention_scratch", [](int64_t, int64_t, int64_t) { return 0; },
+      "Floats of scratch that attention_backward needs.");
   m.def("lazy_adam_scratch", lazy_adam_scratch, "Numbers of int32 scratch for so many gradient rows.");
   m.def("philox", philox, "Four words of one counter, through the vectors that dropout uses.");
 #define FASTBERT_DEFINE(Result, name, Arguments) define<fastbert::name>(m, #name);

@@ -9,7 +9,7 @@
 // What lives on a device comes as an address: a kernel reads seed, learning rate and step count itself, so
 // that nobody waits for the device, and a captured graph takes new ones. An address is null where there is
 // nothing. `launch` says how to run: on the CPU the number of threads, which no result depends on; on a GPU
-// the stream.
+// the stream. How much `scratch` a kernel needs its module says, by functions called <stem>_scratch.
 #pragma once
 #include <cstdint>
 
@@ -17,8 +17,8 @@ namespace fastbert {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-// Column sums over T rows are added up in so many chunks, whatever the number of threads, and the chunks in
-// order: the rows of scratch that the backward kernels of gelu and layer_norm need.
+// On the CPU column sums over T rows are added up in so many chunks, whatever the number of threads, and the
+// chunks in order: the rows of scratch that the backward kernels of gelu and layer_norm need there.
 static inline int64_t reduction_chunks(int64_t rows) {
   const int64_t chunks = (rows + 31) / 32;
   return chunks < 64 ? chunks : 64;
@@ -43,7 +43,7 @@ struct GeluBackward {
   bool tanh_form;
   void* dx;        // [T, H] dtype
   void* dbias;     // [H] bias_dtype
-  float* scratch;  // [reduction_chunks(T), H] where there is a bias
+  float* scratch;  // [gelu_scratch(T, H)] where there is a bias
   int64_t rows, columns;
   DType dtype, bias_dtype;
   int64_t launch;
@@ -79,7 +79,7 @@ struct LayerNormBackward {
   void* dz;               // [T, H] dtype
   void* dx;               // [T, H] dtype; null where nothing was dropped: it is dz
   void *dweight, *dbias;  // [H] weight_dtype
-  float* scratch;         // [2, reduction_chunks(T), H]
+  float* scratch;         // [layer_norm_scratch(T, H)]
   int64_t rows, columns;
   DType dtype, weight_dtype;
   int64_t launch;
@@ -145,6 +145,7 @@ struct AttentionBackward : Attention {
   const void *dout, *out;  // [T, N, D] dtype
   const float* lse;        // [T, N]
   void* dqkv;              // [T, 3, N, D] dtype
+  float* scratch;          // [attention_scratch(T, N, D)]; null where that is 0
 };
 
 // ---- lazy_adam ---------------------------------------------------------------------------------------

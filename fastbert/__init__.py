@@ -1,7 +1,8 @@
-"""LazyAdam, kernels for CPU, and a thin BERT and ALBERT: training BERT-like models without the wasted work."""
+"""LazyAdam, kernels for CPU and GPU, and a thin BERT and ALBERT: training BERT-like models without the wasted work."""
 
 from fastbert.allocator import keep_memory
 from fastbert.backends import backends, use_backend
+from fastbert.backends.gpu import check_device_errors
 from fastbert.backends.linear import use_linear
 from fastbert.models.albert import AlbertConfig, AlbertForPreTraining, AlbertModel
 from fastbert.models.auto import AutoModel
@@ -32,6 +33,7 @@ __all__ = [
     "attention",
     "attention_qkv",
     "backends",
+    "check_device_errors",
     "clip_grad_norm_",
     "cross_entropy",
     "dropout",

@@ -2,6 +2,8 @@
 
 import contextlib
 
+import emulated
+import emulated_backend
 import pytest
 import torch
 
@@ -9,10 +11,18 @@ import fastbert
 from fastbert.backends import linear, native
 
 KERNELS = [f"cpu:{isa}" for isa in (native.module.instruction_sets() if native.module else [])]
+CUDA = ["cuda:values", "cuda:trace"]  # emulated: see tests/cuda/emulated_backend.py
 
 
 @contextlib.contextmanager
 def within(chosen):
+    if chosen in CUDA:
+        if reason := emulated.why_not():
+            pytest.skip(reason)
+        module = emulated_backend.module(trace=chosen == "cuda:trace")
+        with emulated_backend.installed(module), fastbert.use_backend("cuda"):
+            yield "cuda"
+        return
     name, _, isa = chosen.partition(":")
     before = native.isa
     if isa:
@@ -23,9 +33,9 @@ def within(chosen):
         native.module.use(before)
 
 
-@pytest.fixture(params=["reference", *KERNELS])
+@pytest.fixture(params=["reference", *KERNELS, *CUDA])
 def backend(request):
-    """Every backend that runs here, the cpu backend once per instruction set; ops run on it within the test."""
+    """Every backend, the cpu backend once per instruction set, cuda emulated; ops run on it within the test."""
     with within(request.param) as name:
         yield name
 

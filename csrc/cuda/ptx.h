@@ -72,6 +72,18 @@ DEVICE float exp2_approximate(float x) {
 #endif
 }
 
+// 1 / x within 1 ULP; results below 2^-126, and of x below it, are 0 and infinite.
+DEVICE float reciprocal_approximate(float x) {
+#if defined(__CUDACC__)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  const float y = 1 / x;
+  return fabsf(x) < 0x1p-126f ? copysignf(INFINITY, x) : fabsf(y) < 0x1p-126f ? copysignf(0, y) : y;
+#endif
+}
+
 // ---- matrix products of a warp: c[16 x 8] += a[16 x 16] b[16 x 8], sums in float32 ----
 // With g = lane / 4 and i = lane % 4, a lane holds two neighbouring elements in each word, the first in the
 // low half:

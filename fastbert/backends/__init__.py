@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: `reference` (plain PyTorch), `cpu` (C++), later `cuda` and `triton`.
+"""Which implementation of an op runs: `reference` (plain PyTorch), `cpu` (C++), `cuda` (NVIDIA GPUs), later `triton`.
 
 The automatic choice goes by the tensor's device and may fall back to the reference, remembering why. An explicit
 choice, by `use_backend`, a `backend=` argument or the environment variable FASTBERT_BACKEND, that cannot run raises
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastbert import allocator
-from fastbert.backends import native
+from fastbert.backends import gpu, native
 
 NAMES = ("reference", "cpu", "cuda", "triton")
 OPS = ("gelu", "layer_norm", "dropout", "cross_entropy", "attention", "lazy_adam")
@@ -67,6 +67,8 @@ def why_not(name: str) -> str | None:
         return None
     if name == "cpu":
         return native.cpu_missing
+    if name == "cuda":
+        return gpu.why_not()
     return f"version {_version()} has no {name} kernels yet"
 
 
@@ -151,6 +153,8 @@ def pick(op: str, name: str, x: Tensor) -> str:
     """
     if not name and x.is_cpu and x.dtype in native.DTYPES and native.module is not None:
         return "cpu"  # nearly always: no time for questions
+    if not name and x.is_cuda and (x.get_device(), x.dtype) in gpu.accepted:
+        return "cuda"  # nor here
     if name == "reference":
         return name
     if name:
@@ -158,6 +162,8 @@ def pick(op: str, name: str, x: Tensor) -> str:
     preferred = name or _AUTOMATIC.get(x.device.type, "reference")
     reason = why_not(preferred) or _refusal(preferred, x)
     if reason is None:
+        if preferred == "cuda" and not torch.compiler.is_compiling():
+            gpu.accepted.add((x.get_device(), x.dtype))
         return preferred
     if name:
         raise RuntimeError(f"backend {name!r} was asked for and cannot run {op} here: {reason}")
@@ -173,11 +179,14 @@ def pick(op: str, name: str, x: Tensor) -> str:
 
 
 def _refusal(name: str, x: Tensor) -> str | None:
-    if name == "cpu" and x.device.type != "cpu":
-        return f"it takes tensors on the cpu, got one on {x.device}"
-    if name == "cpu" and x.dtype not in native.DTYPES:
+    """Why a compiled backend does not take x."""
+    if name == "reference":
+        return None
+    if x.device.type != name:
+        return f"it takes tensors on {'the cpu' if name == 'cpu' else 'an NVIDIA GPU'}, got one on {x.device}"
+    if x.dtype not in native.DTYPES:
         return f"it takes float32, bfloat16 and float16, got {x.dtype}"
-    return None
+    return gpu.refusal(x.get_device(), x.dtype) if name == "cuda" else None
 
 
 def _instruction_sets(module: ModuleType) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbert.backends.native import DTYPES, address, module
+from fastbert.backends.native import DTYPES, address, launcher
 
 NO_LIMIT = 2**31  # of a window: past every sequence
 
@@ -16,7 +16,8 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *opti
     tokens, heads, head_size = q.shape
     out = q.new_empty(tokens, heads, head_size)
     lse = q.new_empty(tokens, heads, dtype=torch.float32)
-    bad = module.attention_forward(*_shared(q, k, v, cu_seqlens, *options), out.data_ptr(), lse.data_ptr())
+    module, launch = launcher(q)
+    bad = module.attention_forward(*_shared(q, k, v, cu_seqlens, launch, *options), out.data_ptr(), lse.data_ptr())
     if bad >= 0:
         check_sequences(cu_seqlens, options[0], q.shape[0])
     return out, lse
@@ -29,14 +30,19 @@ def attention_backward(
     dout, out = dout.contiguous(), out.contiguous()
     tokens, heads, head_size = q.shape
     dqkv = q.new_empty(tokens, 3, heads, head_size)
-    shared = _shared(q, k, v, cu_seqlens, *options)
-    module.attention_backward(*shared, dout.data_ptr(), out.data_ptr(), lse.data_ptr(), dqkv.data_ptr())
+    module, launch = launcher(q)
+    numbers = module.attention_scratch(tokens, heads, head_size)
+    scratch = q.new_empty(numbers, dtype=torch.float32) if numbers else None
+    shared = _shared(q, k, v, cu_seqlens, launch, *options)
+    module.attention_backward(
+        *shared, dout.data_ptr(), out.data_ptr(), lse.data_ptr(), dqkv.data_ptr(), address(scratch)
+    )
     return dqkv
 
 
 def _shared(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, t: int, seed: Tensor | None,
-    causal: bool, window: list[int] | None,
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, launch: int, max_seqlen: int, scale: float, t: int,
+    seed: Tensor | None, causal: bool, window: list[int] | None,
 ) -> tuple:  # fmt: skip
     """What both directions take, in the order of the struct `Attention`."""
     tokens, heads, head_size = q.shape
@@ -44,7 +50,7 @@ def _shared(
     return (
         q.data_ptr(), k.data_ptr(), v.data_ptr(), cu_seqlens.data_ptr(), max_seqlen, scale, t, address(seed),
         left, min(right, 0) if causal else right, q.stride(0), k.stride(0), v.stride(0), tokens,
-        cu_seqlens.numel() - 1, heads, head_size, DTYPES[q.dtype], torch.get_num_threads(),
+        cu_seqlens.numel() - 1, heads, head_size, DTYPES[q.dtype], launch,
     )  # fmt: skip
 
 

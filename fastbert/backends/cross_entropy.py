@@ -11,7 +11,7 @@ def cross_entropy_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> 
     rows, columns = logits.shape
     losses = logits.new_empty(rows, dtype=torch.float32)
     maximum, total = torch.empty_like(losses), torch.empty_like(losses)
-    module, launch = launcher(logits.numel())
+    module, launch = launcher(logits, logits.numel())
     bad = module.cross_entropy_forward(
         logits.data_ptr(), labels.data_ptr(), ignore_index,
         losses.data_ptr(), maximum.data_ptr(), total.data_ptr(), rows, columns, DTYPES[logits.dtype], launch,
@@ -26,7 +26,7 @@ def cross_entropy_backward(
 ) -> Tensor:
     dlosses, logits, labels = dlosses.contiguous(), logits.contiguous(), labels.contiguous()
     dlogits = torch.empty_like(logits)
-    module, launch = launcher(logits.numel())
+    module, launch = launcher(logits, logits.numel())
     module.cross_entropy_backward(
         dlosses.data_ptr(), logits.data_ptr(), labels.data_ptr(), maximum.data_ptr(), total.data_ptr(), ignore_index,
         dlogits.data_ptr(), *logits.shape, DTYPES[logits.dtype], launch,

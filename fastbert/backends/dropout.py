@@ -10,6 +10,6 @@ def dropout(x: Tensor, t: int, seed: Tensor) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
     rows, columns = rows_and_columns(x)
-    module, launch = launcher(rows * columns)
+    module, launch = launcher(x, rows * columns)
     module.dropout(x.data_ptr(), t, seed.data_ptr(), y.data_ptr(), rows, columns, DTYPES[x.dtype], launch)
     return y

@@ -34,7 +34,7 @@ def _forward(
 ) -> None:  # fmt: skip
     residual, weight, bias = contiguous(residual), weight.contiguous(), bias.contiguous()
     rows, columns = rows_and_columns(x)
-    module, launch = launcher(rows * columns)
+    module, launch = launcher(x, rows * columns)
     module.layer_norm_forward(
         x.data_ptr(), address(residual), weight.data_ptr(), bias.data_ptr(), eps, t, address(seed), *results, rows,
         columns, DTYPES[x.dtype], DTYPES[weight.dtype], launch,
@@ -46,11 +46,11 @@ def layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dy, z, weight = dy.contiguous(), z.contiguous(), weight.contiguous()
     rows, columns = rows_and_columns(z)
-    module, launch = launcher(rows * columns)
+    module, launch = launcher(z, rows * columns)
     dz = torch.empty_like(z)
     dx = torch.empty_like(z) if t > 0 else z.new_empty(0)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
-    scratch = z.new_empty(2, module.reduction_chunks(rows), columns, dtype=torch.float32)
+    scratch = z.new_empty(module.layer_norm_scratch(rows, columns), dtype=torch.float32)
     module.layer_norm_backward(
         dy.data_ptr(), z.data_ptr(), weight.data_ptr(), mean.data_ptr(), rstd.data_ptr(), t, address(seed),
         dz.data_ptr(), dx.data_ptr() if t > 0 else 0, dweight.data_ptr(), dbias.data_ptr(), scratch.data_ptr(), rows,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbert.backends.native import DTYPES, address, module
+from fastbert.backends.native import DTYPES, address, launcher, module
 
 
 def lazy_adam_steps(steps: Sequence[Any]) -> None:
@@ -22,7 +22,10 @@ def lazy_adam_steps(steps: Sequence[Any]) -> None:
         lr = torch.as_tensor(s.lr, dtype=torch.float64, device=s.param.device)
         taken.append((s._replace(rows=rows, grad=grad, lr=lr, step=s.step.float()), scratch))
         structs.append(_fields(*taken[-1]))
-    bad = module.lazy_adam_steps(structs, torch.get_num_threads())
+    if not structs:
+        return
+    kernels, launch = launcher(taken[0][0].param)
+    bad = kernels.lazy_adam_steps(structs, launch)
     if bad >= 0:
         _raise_outside(taken[bad][0].rows, taken[bad][0].param.shape[0])
 
@@ -37,7 +40,8 @@ def readable(rows: Tensor | None, grad: Tensor) -> tuple[Tensor | None, Tensor, 
         return None, grad, None
     if rows.numel() >= 2**31:
         raise ValueError(f"a step takes fewer than 2**31 gradient rows, got {rows.numel()}: split the batch")
-    return rows.contiguous(), grad, grad.new_empty(module.lazy_adam_scratch(rows.numel()), dtype=torch.int32)
+    kernels, _ = launcher(grad)
+    return rows.contiguous(), grad, grad.new_empty(kernels.lazy_adam_scratch(rows.numel()), dtype=torch.int32)
 
 
 def _fields(s: Any, scratch: Tensor | None) -> tuple[int | float, ...]:

@@ -16,7 +16,7 @@ def lazy_adam_replay(
     if param.numel() == 0 or (rows is not None and named == 0):
         return -1
     rows, lr, decay = contiguous(rows), lr.contiguous(), decay.contiguous()
-    module, launch = launcher((named or table_rows) * columns)
+    module, launch = launcher(param, (named or table_rows) * columns)
     scratch = param.new_empty(module.lazy_adam_replay_scratch(lr.numel()), dtype=torch.float64)
     return module.lazy_adam_replay(
         param.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(), last_step.data_ptr(), address(rows),

@@ -32,7 +32,7 @@ def linear_packed(weight: Tensor) -> Tensor:
     weight = _along(weight)
     columns, depth = weight.shape
     packed = weight.new_empty(module.linear_packed(depth, columns), dtype=torch.float32)
-    _, launch = launcher(weight.numel())
+    _, launch = launcher(weight, weight.numel())
     module.linear_pack(
         weight.data_ptr(), packed.data_ptr(), weight.stride(1), weight.stride(0), columns, depth,
         DTYPES[weight.dtype], launch,
@@ -45,7 +45,7 @@ def transposed(x: Tensor) -> Tensor:
     if x.dtype != torch.float32:
         raise TypeError(f"the kernel moves words of four bytes, float32, got {x.dtype}")
     y = x.new_empty(x.shape[1], x.shape[0])
-    _, launch = launcher(x.numel())
+    _, launch = launcher(x, x.numel())
     module.transpose(x.data_ptr(), y.data_ptr(), *x.shape, x.stride(0), launch)
     return y
 

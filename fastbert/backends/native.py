@@ -1,14 +1,17 @@
-"""The C++ modules: whether they are there, which instruction set runs, and what all calls into them have in common.
+"""The C++ modules: whether `_cpu` is there, its instruction set, and what calls into both have in common; gpu.py has
+what concerns `_cuda` alone.
 
-`_cpu` takes addresses and sizes. The files beside this one, one a stem, make them from tensors: outputs and scratch are
-allocated there and nowhere else. They take tensors as the ops hand them over, checked.
+`_cpu` and `_cuda` take addresses and sizes. The files beside this one, one a stem, make them from tensors: outputs and
+scratch are allocated there and nowhere else. They take tensors as the ops hand them over, checked.
 """
 
 import os
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastbert.backends import gpu
 
 try:
     from fastbert import _cpu as module
@@ -45,8 +48,14 @@ def _choose_isa() -> str | None:
 isa: str | None = _choose_isa()
 
 
-def launcher(elements: int) -> tuple[ModuleType, int]:
-    """The module that has the kernels, and its launch argument for so many elements: the number of threads."""
+def launcher(x: Tensor, elements: int = _PARALLEL) -> tuple[Any, int]:
+    """What has the kernels for x's device, and their launch argument.
+
+    On the CPU that is the number of threads, one for a few `elements`; on a GPU torch's current stream there.
+    """
+    device = x.get_device()
+    if device >= 0:
+        return gpu.launcher(device)
     return module, torch.get_num_threads() if elements >= _PARALLEL else 1
 
 

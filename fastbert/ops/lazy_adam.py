@@ -126,7 +126,7 @@ def _(*_: Any) -> None:
 
 def backend_of(param: Tensor, backend: str) -> Any:
     """The namespace that a step of `param` runs in; RuntimeError where `backend` was asked for and cannot."""
-    return reference if pick("lazy_adam", backend, param) == "reference" else kernels
+    return functions[pick("lazy_adam", backend, param)]
 
 
 def update(steps: Sequence[Step], backend: str) -> None:
@@ -211,6 +211,9 @@ class reference:  # a namespace, spelled as the backend is
                 table[places] = new.to(table.dtype)
         if s.row_steps is not None:
             s.row_steps[places] += 1
+
+
+functions = {"reference": reference, "cpu": kernels, "cuda": kernels}
 
 
 def _round_stochastically(w: Tensor, rows: Tensor, step: Tensor, number: int, seed: Tensor) -> Tensor:

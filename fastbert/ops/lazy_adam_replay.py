@@ -89,6 +89,9 @@ class reference:  # a namespace, spelled as the backend is
         return -1
 
 
+functions = {"reference": reference, "cpu": kernels, "cuda": kernels}
+
+
 def _run(*arguments: Any) -> None:
     """The op: the twin's arguments and a backend's name.
 
@@ -100,8 +103,7 @@ def _run(*arguments: Any) -> None:
     *arguments, backend = arguments
     param, _, _, last_step, rows, lr, _, step, *_ = arguments
     _check(*arguments)
-    functions = reference if pick("lazy_adam", backend, param) == "reference" else kernels
-    bad = functions.lazy_adam_replay(*arguments)
+    bad = functions[pick("lazy_adam", backend, param)].lazy_adam_replay(*arguments)
     if bad < 0:
         return
     row = bad if rows is None else int(rows[bad])

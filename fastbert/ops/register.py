@@ -30,7 +30,7 @@ def register(twins: type, kernels: ModuleType, **fakes: Callable) -> dict[str, t
 
     Args:
         twins: the reference, whose functions' names and signatures are the ops'.
-        kernels: a file of `fastbert.backends` with functions of the same names, which run on the CPU.
+        kernels: a file of `fastbert.backends` with functions of the same names, which run on the CPU and on GPUs.
         fakes: by name, what gives empty results of the right shapes and dtypes, for torch.compile. The twins would do,
             but take 2 to 60 times as long under fake tensors, most where dropout draws its mask, and a compiler asks
             some ten times for each call in a model. tests/ops/test_fakes.py holds both to be the same.
@@ -39,7 +39,8 @@ def register(twins: type, kernels: ModuleType, **fakes: Callable) -> dict[str, t
         By the name of a backend, the functions that run there.
     """
     ops = {name: opaque(getattr(twins, name), getattr(kernels, name), fake) for name, fake in fakes.items()}
-    return {"reference": twins, "cpu": type("cpu", (), {name: staticmethod(f) for name, f in ops.items()})}
+    compiled = type("compiled", (), {name: staticmethod(f) for name, f in ops.items()})  # a tensor's device decides
+    return {"reference": twins, "cpu": compiled, "cuda": compiled}
 
 
 def opaque(twin: Callable, kernel: Callable, fake: Callable) -> Callable:
@@ -52,6 +53,7 @@ def opaque(twin: Callable, kernel: Callable, fake: Callable) -> Callable:
     name = twin.__name__
     _library.define(name + torch.library.infer_schema(twin, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, kernel, "CPU")
+    _library.impl(name, kernel, "CUDA")
     torch.library.register_fake(f"fastbert::{name}", fake, lib=_library)
     op = getattr(torch.ops.fastbert, name).default
 

@@ -1,14 +1,11 @@
-"""What the tests of CUDA sources share: the emulator's builds, and this folder's modules by their names."""
+"""What the tests of CUDA sources share: the emulator's builds."""
 
-import sys
 from pathlib import Path
 
+import emulated
 import pytest
 
 FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER))
-
-import emulated  # noqa: E402
 
 
 @pytest.fixture(params=emulated.ORDERS)

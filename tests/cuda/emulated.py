@@ -16,6 +16,7 @@ import platform
 import shutil
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import ExtensionFileLoader
@@ -73,12 +74,10 @@ def compile_object(source: Path, flags: list[str]) -> Path:
 
 def build(sources: list[Path], trace: bool, flags: list[str]) -> Path:
     """A shared library of kernels and emulator."""
-    objects = [compile_object(source, KERNEL_FLAGS[trace] + flags) for source in sources]
-    objects += [
-        compile_object(source, ["-O2"])
-        for source in sorted(EMULATOR.glob("*.cpp"))
-        if trace or source.name not in TRACE_SOURCES
-    ]
+    own = [path for path in sorted(EMULATOR.glob("*.cpp")) if trace or path.name not in TRACE_SOURCES]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        kernels = pool.map(lambda source: compile_object(source, KERNEL_FLAGS[trace] + flags), sources)
+        objects = [*kernels, *pool.map(lambda source: compile_object(source, ["-O2"]), own)]
     return link(sources[0], objects)
 
 

@@ -1,0 +1,100 @@
+// The module fastbert._cuda: addresses, sizes and a stream in, the kernels of csrc/cuda behind. A host
+// compiler reads it; it includes nothing of CUDA, so importing the module needs neither a GPU nor a driver.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "bindings.h"
+#include "cuda/kernels.h"
+
+namespace py = pybind11;
+
+namespace fastbert {
+namespace {
+
+// ---- what kernels have found in earlier calls -------------------------------------------------------
+
+struct Found {
+  const char *what, *consequence;  // the place stands between them
+};
+const Found kFound[cuda::kFaults] = {
+    {"cross_entropy was given a label that is neither in [0, V) nor ignore_index, in row ",
+     ": loss and gradient of that row are NaN"},
+    {"attention was given cu_seqlens that decrease, pass the number of tokens, or make a sequence longer "
+     "than "
+     "max_seqlen, at sequence ",
+     ": its results are undefined"},
+    {"lazy_adam was given a row id outside its table, at place ", " of rows: that row was left out"},
+};
+
+// Throws what kernels have reported since it was last called, and forgets it. It waits for no kernel.
+void check_faults() {
+  volatile int32_t* words = cuda::fault_words();
+  if (!words) return;
+  std::string text;
+  for (int fault = 0; fault < cuda::kFaults; ++fault) {
+    if (words[fault] == 0) continue;
+    const int place = words[fault] - 1;
+    text +=
+        (text.empty() ? "" : "; ") + (kFound[fault].what + std::to_string(place)) + kFound[fault].consequence;
+    words[fault] = 0;
+  }
+  if (!text.empty()) throw std::invalid_argument("found by a GPU in an earlier call: " + text);
+}
+
+// ---- calls ------------------------------------------------------------------------------------------
+
+// Calls a launcher. -1, as of the CPU's functions that look at ids: of this call nothing wrong is known yet.
+template <typename Start>
+int64_t checked(const Start& start) {
+  check_faults();
+  if (start() != 0) throw std::runtime_error(launch_error());
+  return -1;
+}
+
+template <auto run>
+struct Launcher;
+template <typename Arguments, int (*run)(const Arguments&)>
+struct Launcher<run> {
+  static int64_t call(const Arguments& arguments) {
+    return checked([&] { return run(arguments); });
+  }
+};
+
+template <auto run>
+void define_launcher(py::module_& m, const char* name) {
+  define<Launcher<run>::call>(m, name);
+}
+
+}  // namespace
+}  // namespace fastbert
+
+PYBIND11_MODULE(_cuda, m) {
+  using namespace fastbert;
+  m.doc() = "fastbert's kernels for NVIDIA GPUs; called through fastbert.backends";
+  m.def(
+      "architectures", [] { return std::vector<int>{FASTBERT_CUDA_ARCHS}; },
+      "Of the GPUs that it is compiled for, ascending: 90 is sm_90. Newer ones compile the last anew.");
+  m.def(
+      "report_faults_to", [](uintptr_t words) { cuda::report_faults_to(reinterpret_cast<int32_t*>(words)); },
+      "The address of `faults` words that both host and devices can reach.");
+  m.def("check_faults", check_faults, "ValueError where a kernel has reported an id that it could not use.");
+  m.attr("faults") = static_cast<int>(cuda::kFaults);
+  m.attr("version") = cuda::cuda_version();
+
+  // ---- gelu ----
+  define_launcher<cuda::gelu_forward>(m, "gelu_forward");
+  define_launcher<cuda::gelu_backward>(m, "gelu_backward");
+  m.def("gelu_scratch", cuda::gelu_scratch, "Floats of scratch that gelu_backward needs.");
+
+  // ---- layer_norm and dropout ----
+
+  // ---- cross_entropy ----
+
+  // ---- attention ----
+
+  // ---- lazy_adam ----
+}

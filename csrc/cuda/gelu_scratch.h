@@ -1,0 +1,24 @@
+// How the backward pass of gelu is cut, which the size of its scratch follows from; for host compilers too.
+#pragma once
+#include "column_parts.h"
+
+namespace fastbert::cuda {
+
+constexpr int kGeluBackwardWarps = 8;         // of a block; each takes rows of its own
+constexpr int64_t kGeluBackwardBlocks = 396;  // three on each multiprocessor of an H100 or H200
+
+// Into how many parts the rows are cut where dbias is wanted: enough for all multiprocessors, and each warp
+// at least two rows. It follows from the shape alone, so that dbias is the same on every GPU.
+constexpr int64_t gelu_parts(int64_t rows, int64_t columns) {
+  const int64_t column_blocks = (columns + 255) / 256,
+                wanted = (kGeluBackwardBlocks + column_blocks - 1) / column_blocks;
+  const int64_t most = (rows + 2 * kGeluBackwardWarps - 1) / (2 * kGeluBackwardWarps);
+  return most < wanted ? most : wanted;
+}
+
+// Floats.
+constexpr int64_t gelu_scratch(int64_t rows, int64_t columns) {
+  return gelu_parts(rows, columns) * part_stride(columns);
+}
+
+}  // namespace fastbert::cuda

@@ -1,0 +1,67 @@
+// The launchers of csrc/cuda: one for each function of the contract, defined in <stem>.cu. Bindings, which a
+// host compiler reads, include this and nothing of CUDA.
+//
+// The sizes of scratch, <stem>_scratch, come from the headers of that name.
+//
+// A launcher starts its kernels on the stream `a.launch` of the current device, waits for nothing, allocates
+// nothing, and returns launch()'s number: 0, or an error that launch_error() describes.
+#pragma once
+#include "../contract.h"
+#include "gelu_scratch.h"
+
+namespace fastbert {
+
+char* launch_error();  // launch.h's
+
+namespace cuda {
+
+// ---- gelu --------------------------------------------------------------------------------------------
+
+int gelu_forward(const GeluForward& a);
+int gelu_backward(const GeluBackward& a);
+
+// ---- layer_norm and dropout --------------------------------------------------------------------------
+
+int layer_norm_forward(const LayerNormForward& a);
+int layer_norm_backward(const LayerNormBackward& a);
+int dropout(const Dropout& a);
+
+// ---- cross_entropy -----------------------------------------------------------------------------------
+
+int cross_entropy_forward(const CrossEntropyForward& a);
+int cross_entropy_backward(const CrossEntropyBackward& a);
+
+// ---- attention ---------------------------------------------------------------------------------------
+
+int attention_forward(const AttentionForward& a);
+int attention_backward(const AttentionBackward& a);
+
+// ---- lazy_adam ---------------------------------------------------------------------------------------
+
+int lazy_adam_steps(const LazyAdamStep* steps, int64_t count, int64_t launch);
+int lazy_adam_replay(const LazyAdamReplay& a);
+
+// ---- what kernels find wrong in ids and bounds, which no host has looked at --------------------------
+
+// A kernel that meets such an id neither reads nor writes by it, calls raise_fault() of faults.h, and goes
+// on: the result that belongs to it is NaN, or a row of a table that is left alone. Nobody waits for the
+// answer: the words lie in memory of the host that the device can write, so every later call can look at
+// them, also after replays of a captured graph. The next call of any op raises, before it starts anything,
+// and so does fastbert.check_device_errors(), which waits for the device first.
+enum Fault : int {
+  kFaultLabel,     // a label of cross_entropy outside [0, V); its row
+  kFaultSequence,  // cu_seqlens of attention that decrease, pass T or hold more than max_seqlen; its sequence
+  kFaultRow,       // a row id of lazy_adam outside [0, V); its place in `rows`
+  kFaults,
+};
+
+// [kFaults], each 0 or 1 + the place of one that was found, at most 2^31 - 1. Launchers hand the address to
+// their kernels; null before anybody has asked for reports.
+int32_t* fault_words();
+void report_faults_to(int32_t* words);
+
+// 13000: CUDA 13.0, which the module brings along.
+int cuda_version();
+
+}  // namespace cuda
+}  // namespace fastbert
