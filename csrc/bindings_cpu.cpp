@@ -121,12 +121,8 @@ void use(const std::string& name) {
 FASTBERT_FOR_EACH_KERNEL(FASTBERT_RUN)
 #undef FASTBERT_RUN
 
-// Each step is a tuple of the fields of LazyAdamStep.
 int64_t lazy_adam_steps(const std::vector<py::tuple>& tuples, int64_t launch) {
-  std::vector<LazyAdamStep> steps;
-  for (const py::tuple& tuple : tuples)
-    steps.push_back(from_numbers<LazyAdamStep>("lazy_adam_steps", PySequence_Fast_ITEMS(tuple.ptr()),
-                                               static_cast<Py_ssize_t>(tuple.size())));
+  const std::vector<LazyAdamStep> steps = lazy_adam_steps_of(tuples);
   py::gil_scoped_release no_gil;
   return selected->kernels->lazy_adam_steps(steps.data(), static_cast<int64_t>(steps.size()), launch);
 }
@@ -174,7 +170,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "attention_scratch", [](int64_t, int64_t, int64_t) { return 0; },
       "Floats of scratch that attention_backward needs.");
-  m.def("lazy_adam_scratch", lazy_adam_scratch, "Numbers of int32 scratch for so many gradient rows.");
+  m.def(
+      "lazy_adam_scratch", [](int64_t touched, int64_t) { return lazy_adam_scratch(touched); },
+      "Numbers of int32 scratch for so many gradient rows and columns.");
   m.def("philox", philox, "Four words of one counter, through the vectors that dropout uses.");
 #define FASTBERT_DEFINE(Result, name, Arguments) define<fastbert::name>(m, #name);
   FASTBERT_FOR_EACH_KERNEL(FASTBERT_DEFINE)

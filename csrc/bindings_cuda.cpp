@@ -9,6 +9,7 @@
 
 #include "bindings.h"
 #include "cuda/kernels.h"
+#include "lazy_adam_plan.h"
 
 namespace py = pybind11;
 
@@ -27,7 +28,7 @@ const Found kFound[cuda::kFaults] = {
      "than "
      "max_seqlen, at sequence ",
      ": its results are undefined"},
-    {"lazy_adam was given a row id outside its table, at place ", " of rows: that row was left out"},
+    {"lazy_adam was given a row id outside its table, at place ", " of rows: that step changed nothing"},
 };
 
 // Throws what kernels have reported since it was last called, and forgets it. It waits for no kernel.
@@ -64,6 +65,13 @@ struct Launcher<run> {
   }
 };
 
+int64_t lazy_adam_steps(const std::vector<py::tuple>& tuples, int64_t launch) {
+  const std::vector<LazyAdamStep> steps = lazy_adam_steps_of(tuples);
+  py::gil_scoped_release no_gil;
+  return checked(
+      [&] { return cuda::lazy_adam_steps(steps.data(), static_cast<int64_t>(steps.size()), launch); });
+}
+
 template <auto run>
 void define_launcher(py::module_& m, const char* name) {
   define<Launcher<run>::call>(m, name);
@@ -97,4 +105,7 @@ PYBIND11_MODULE(_cuda, m) {
   // ---- attention ----
 
   // ---- lazy_adam ----
+  m.def("lazy_adam_steps", lazy_adam_steps);
+  m.def("lazy_adam_scratch", cuda::lazy_adam_scratch,
+        "Numbers of int32 scratch for so many gradient rows and columns.");
 }

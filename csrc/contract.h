@@ -161,7 +161,7 @@ enum LazyAdamFlags : int64_t {    // as in fastbert/ops/lazy_adam.py
 constexpr int kLazyAdamDigit = 11;    // bits of a row id sorted at a time, at most
 constexpr int kLazyAdamSorters = 16;  // threads that sort, at most
 
-// Numbers of scratch that a step over so many gradient rows needs.
+// Numbers of scratch that a step over so many gradient rows needs on the CPU.
 static inline int64_t lazy_adam_scratch(int64_t touched) {
   return 2 * (touched + 1) + (kLazyAdamSorters << kLazyAdamDigit);
 }
@@ -181,7 +181,7 @@ struct LazyAdamStep {     // one parameter's; see fastbert/ops/lazy_adam.py for 
   int64_t flags;
   int64_t padding_idx;                   // a row to leave alone; -1 for none
   uint32_t number;                       // tells parameters of one seed apart
-  int32_t* scratch;                      // [lazy_adam_scratch(R)]; null without rows
+  int32_t* scratch;                      // [lazy_adam_scratch(R, D)]; null without rows
   int64_t table_rows, touched, columns;  // V, R < 2^31, D
   DType dtype, exp_avg_dtype, grad_dtype;
   bool row_wise;

@@ -12,6 +12,15 @@
 
 namespace fastbert {
 
+// Each step is a tuple of the fields of LazyAdamStep.
+inline std::vector<LazyAdamStep> lazy_adam_steps_of(const std::vector<pybind11::tuple>& tuples) {
+  std::vector<LazyAdamStep> steps;
+  for (const pybind11::tuple& tuple : tuples)
+    steps.push_back(from_numbers<LazyAdamStep>("lazy_adam_steps", PySequence_Fast_ITEMS(tuple.ptr()),
+                                               static_cast<Py_ssize_t>(tuple.size())));
+  return steps;
+}
+
 struct LazyAdamGradient {  // what a step brings for a parameter whose gradient comes with ids
   const void* grad;
   const int64_t* rows;

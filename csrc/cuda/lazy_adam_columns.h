@@ -7,8 +7,7 @@
 #include "lazy_adam_update.h"
 #include "vectors.h"
 
-namespace fastbert {
-namespace cuda {
+namespace fastbert::cuda {
 
 template <int kWidth>
 struct Raw {  // as they lie in memory; of 16 bits each, half of the words
@@ -71,15 +70,24 @@ DEVICE bool is_nonzero(const Raw<kWidth>& raw, DType dtype) {
 struct AdamTable {
   void *param, *exp_avg;               // [V, D]
   float *exp_avg_sq, *max_exp_avg_sq;  // [V, D], or [V] where row-wise
-  int64_t columns;
+  int columns;
   DType dtype, exp_avg_dtype;
   AdamRounding rounding;
   const float* step;
 };
 
+DEVICE int64_t element(uint32_t row, int columns, int column) { return int64_t{row} * columns + column; }
+
 inline AdamTable adam_table(const LazyAdamStep& p) {
-  return {p.param, p.exp_avg,       p.exp_avg_sq,       p.max_exp_avg_sq, p.columns,
-          p.dtype, p.exp_avg_dtype, {p.seed, p.number}, p.step};
+  return {p.param,
+          p.exp_avg,
+          p.exp_avg_sq,
+          p.max_exp_avg_sq,
+          static_cast<int>(p.columns),
+          p.dtype,
+          p.exp_avg_dtype,
+          {p.seed, p.number},
+          p.step};
 }
 
 // kWidth columns of one row, from where they are asked for to where they are stored. kShared: one v for the
@@ -103,9 +111,9 @@ struct AdamColumns {
   }
 
   // With the gradient g; `divisor` where it is shared.
-  DEVICE void step_and_store(const AdamTable& t, uint32_t row, uint32_t column, const float (&g)[kWidth],
+  DEVICE void step_and_store(const AdamTable& t, uint32_t row, int column, const float (&g)[kWidth],
                              float divisor, const AdamCoefficients& c) {
-    const int64_t at = row * t.columns + column;
+    const int64_t at = element(row, t.columns, column);
     float w1[kWidth], m1[kWidth];
     unpack_raw(w, t.dtype, w1);
     unpack_raw(m, t.exp_avg_dtype, m1);
@@ -131,18 +139,17 @@ struct AdamColumns {
   }
 
  private:
-  DEVICE static void store_rounded(const AdamTable& t, uint32_t row, uint32_t column,
-                                   const float (&x)[kWidth]) {
+  DEVICE static void store_rounded(const AdamTable& t, uint32_t row, int column, const float (&x)[kWidth]) {
     uint32_t words[4], bits[kWidth];
     rounding_words(t.rounding, column, row, *t.step, words);
     const bool is_upper = column & 4;  // of the eight columns that share words
     const uint32_t low = is_upper ? words[2] : words[0], high = is_upper ? words[3] : words[1];
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      const uint32_t lane = column % 4 + i, word = lane & 2 ? high : low;
+      const uint32_t lane = column % 4u + i, word = lane & 2 ? high : low;
       bits[i] = round_stochastically(x[i], lane & 1 ? word >> 16 : word & 0xFFFFu);
     }
-    auto* to = static_cast<__nv_bfloat16*>(t.param) + row * t.columns + column;
+    auto* to = static_cast<__nv_bfloat16*>(t.param) + element(row, t.columns, column);
     if constexpr (kWidth == 1)
       store_packed<1>(to, static_cast<unsigned short>(bits[0]));
     else
@@ -150,5 +157,4 @@ struct AdamColumns {
   }
 };
 
-}  // namespace cuda
-}  // namespace fastbert
+}  // namespace fastbert::cuda
