@@ -2,7 +2,9 @@
 // csrc/contract.h and fastbert/ops/lazy_adam.py have the formula and its variants.
 //
 //   group    lazy_adam_sort.h    gradient rows sorted by row id: 1 launch for up to 8,192 of them, else 4 to
-//   8 update   lazy_adam_rows.h    1 launch: sums each row's gradients and takes the row's step
+//   8 update   lazy_adam_rows.h    1 launch: sums each row's gradients and takes the row's step; rows that
+//   count
+//                               their own steps take 1 more
 //
 // Arithmetic is float32 for every dtype; w is rounded once, to nearest or stochastically. A gradient's rows
 // are read where they lie, once; those of one row are added up in float32, in an order that follows from the
@@ -23,6 +25,9 @@ namespace {
 constexpr int kPieceBlocks = 264;  // two on each multiprocessor of an H200; they share all pieces
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Of kPlaceThreads threads, one for each place.
+unsigned place_blocks(int64_t n) { return static_cast<unsigned>(ceil_div(n, kPlaceThreads)); }
 
 // ---- what kernels take -----------------------------------------------------------------------------------
 
@@ -63,7 +68,6 @@ Groups groups_of(const LazyAdamStep& p, const int32_t* was_bad) {
   g.fault_words = fault_words();
   g.slices = slices_of(p, geometry_of(p));
   g.has_pieces = !(p.flags & kLazyAdamGradByRow);
-  g.row_steps = takes_whole_rows(p) ? nullptr : p.row_steps;
   g.padding = p.padding_idx < 0 ? kNoRow : static_cast<uint32_t>(p.padding_idx);
   return g;
 }
@@ -124,9 +128,8 @@ int sort_by_tiles(const LazyAdamStep& p, const Groups& g, const AdamFormula& for
     if (error == 0)
       error = launch("lazy_adam scatter", scatter_kernel<kItems>, tiles, kTileThreads, 0, stream, pass, g);
   }
-  if (error != 0) return error;
-  return launch("lazy_adam note_rows", note_rows_kernel, static_cast<unsigned>(ceil_div(g.n, kNoteThreads)),
-                kNoteThreads, 0, stream, g);
+  if (error != 0 || !g.has_pieces) return error;
+  return launch("lazy_adam list_pieces", list_pieces_kernel, place_blocks(g.n), kPlaceThreads, 0, stream, g);
 }
 
 int group(const LazyAdamStep& p, const int32_t* was_bad, void* stream) {
@@ -153,7 +156,9 @@ int update_named_rows(const LazyAdamStep& p, const AdamRows& r, void* stream) {
   const auto kernel = !takes_whole_rows(p) ? update_slices_kernel<kWidth>
                       : p.row_wise         ? update_rows_kernel<kWidth, true>
                                            : update_rows_kernel<kWidth, false>;
-  return launch("lazy_adam update", kernel, grid, block, 0, stream, r, g, geometry, piece_blocks);
+  const int error = launch("lazy_adam update", kernel, grid, block, 0, stream, r, g, geometry, piece_blocks);
+  if (error != 0 || !p.row_steps || takes_whole_rows(p)) return error;
+  return launch("lazy_adam count_rows", count_rows_kernel, place_blocks(g.n), kPlaceThreads, 0, stream, r, g);
 }
 
 template <int kWidth>

@@ -14,6 +14,7 @@
 namespace fastbert::cuda {
 
 constexpr uint32_t kNoRow = 0xFFFFFFFFu;
+constexpr int kPlaceThreads = 256;  // of kernels with a thread for each place of the sorted gradient rows
 
 struct alignas(16) Piece {  // piece j of a row covers its gradients [kPiece * j, kPiece * (j + 1))
   int32_t start, count;     // where the row's gradients start in `position`, and how many there are
@@ -34,9 +35,8 @@ struct Groups {
   AdamCoefficients* coefficients;  // [1]
   int32_t* fault_words;
   int slices;
-  bool has_pieces;     // the gradient is to be summed
-  int32_t* row_steps;  // [V], counted up here; null: nobody counts, or the update does
-  uint32_t padding;    // kNoRow: none
+  bool has_pieces;   // the gradient is to be summed
+  uint32_t padding;  // kNoRow: none
 };
 
 // The id of gradient row `i`, or one inside the table in its place.
@@ -69,13 +69,11 @@ DEVICE int64_t end_of_row(const uint32_t* row, int64_t n, int64_t inside) {
   return high;
 }
 
-// What there is to note of a row where it starts, by the lanes of a warp at a place `s` each: its step is
-// counted, and its pieces are listed. `row` are the sorted rows, in global or in shared memory.
-DEVICE void note_rows(const Groups& g, const uint32_t* row, int64_t s, bool is_bad) {
-  const uint32_t id = s < g.n ? row[s] : kNoRow;
-  const bool starts = s < g.n && id != g.padding && (s == 0 || row[s - 1] != id);
-  if (g.row_steps && starts && !is_bad) ++g.row_steps[id];
-  const bool is_long = g.has_pieces && starts && s + kPiece < g.n && row[s + kPiece] == id;
+// Lists the pieces of long rows, by the lanes of a warp at a place `s` each. `row` are the sorted rows, in
+// global or in shared memory.
+DEVICE void list_pieces(const Groups& g, const uint32_t* row, int64_t s) {
+  const uint32_t id = g.has_pieces && s + kPiece < g.n ? row[s] : g.padding;
+  const bool is_long = id != g.padding && row[s + kPiece] == id && (s == 0 || row[s - 1] != id);
   const int lane = lane_of_warp();
   for (unsigned left = __ballot_sync(kAllLanes, is_long); left != 0; left &= left - 1) {
     const int64_t start = __shfl_sync(kAllLanes, s, __ffs(static_cast<int>(left)) - 1);
@@ -83,8 +81,8 @@ DEVICE void note_rows(const Groups& g, const uint32_t* row, int64_t s, bool is_b
     const int32_t pieces = (count + kPiece - 1) / kPiece;
     int32_t base = lane == 0 ? atomicAdd(g.piece_count, pieces) : 0;
     base = __shfl_sync(kAllLanes, base, 0);
-    for (int32_t j = lane; j < pieces; j += kWarp)
-      g.pieces[base + j] = {static_cast<int32_t>(start), count, base, 0};
+    const Piece piece = {static_cast<int32_t>(start), count, base, 0};
+    for (int32_t j = lane; j < pieces; j += kWarp) g.pieces[base + j] = piece;
     for (int64_t j = lane; j < int64_t{pieces} * g.slices; j += kWarp)
       g.arrived[int64_t{base} * g.slices + j] = 0;
   }

@@ -118,10 +118,11 @@ DEVICE int gradients_of_row(const Groups& g, const Worker& worker, int64_t s) {
   int count = 0;
   for (int first = 0; first <= kPiece; first += worker.lanes) {
     const int64_t at = s + first + worker.lane;
-    const unsigned same = __ballot_sync(kAllLanes, at < g.n && g.row[at] == id) & worker.mask;
+    const bool is_asked = first + worker.lane <= kPiece && at < g.n;
+    const unsigned same = __ballot_sync(kAllLanes, is_asked && g.row[at] == id) & worker.mask;
     count += __popc(same);  // rows are sorted: a lane that differs is followed by none that does not
   }
-  return !is_in || before == id ? 0 : min(count, kPiece + 1);
+  return is_in && before != id ? count : 0;
 }
 
 // The root of a row's tree as a source, for the worker that has summed the last of its pieces; false for all
@@ -169,7 +170,7 @@ DEVICE void update_slice(const AdamRows& r, const AdamCoefficients* coefficients
   float sum[kWidth];
   add_up<kWidth, kBatch, kCache>(from, r.table.columns, column, sum);
   const AdamCoefficients c =
-      r.row_steps ? adam_coefficients(r.formula, static_cast<float>(r.row_steps[id])) : *coefficients;
+      r.row_steps ? adam_coefficients(r.formula, static_cast<float>(r.row_steps[id] + 1)) : *coefficients;
   if (!is_bad) x.step_and_store(r.table, id, column, sum, 0.f, c);
 }
 
@@ -178,8 +179,8 @@ DEVICE Source source_of(const AdamRows& r, const Groups& g, int64_t s, uint32_t 
   return {r.grad, r.grad_dtype, g.position + s, 0, 0, count};
 }
 
-// The first `piece_blocks` blocks take pieces, the others rows without. Rows count their own steps as counted
-// up by note_rows.
+// The first `piece_blocks` blocks take pieces, the others rows without. Where rows count their own steps,
+// count_rows_kernel follows: here several workers read a row's count.
 template <int kWidth>
 __global__ void __launch_bounds__(kUpdateThreads, 4)
     update_slices_kernel(AdamRows r, Groups g, Geometry geometry, int piece_blocks) {
@@ -204,6 +205,13 @@ __global__ void __launch_bounds__(kUpdateThreads, 4)
   const uint32_t id = g.row[s];
   if (id != r.padding)
     update_slice<kWidth, 4, Cache::streaming>(r, g.coefficients, id, column, source_of(r, g, s, id, count));
+}
+
+__global__ void __launch_bounds__(kPlaceThreads) count_rows_kernel(AdamRows r, Groups g) {
+  const int64_t s = int64_t{blockIdx.x} * kPlaceThreads + threadIdx.x;
+  if (s >= g.n || *r.is_bad) return;
+  const uint32_t id = g.row[s];
+  if (id != r.padding && (s == 0 || g.row[s - 1] != id)) ++r.row_steps[id];
 }
 
 // ---- whole rows ------------------------------------------------------------------------------------------

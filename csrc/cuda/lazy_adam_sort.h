@@ -2,7 +2,7 @@
 // by one block in shared memory where they fit, or in tiles over the whole device.
 //
 //   by block   one launch
-//   by tiles   count_digits; scan_tiles and scatter for each digit; note_rows
+//   by tiles   count_digits; scan_tiles and scatter for each digit; list_pieces
 //
 // A pass moves a tile's items by one digit: each warp counts its own items (rank_items), the warps' counts
 // become places among the tile's items of a digit (scan_warps), and a digit's first place is added.
@@ -15,7 +15,6 @@ namespace fastbert::cuda {
 
 constexpr int kBlockThreads = 1024;
 constexpr int kBlockDigit = 9;  // bits that a pass sorts by, at most
-constexpr int kNoteThreads = 256;
 
 struct Digit {
   int shift, bits;
@@ -197,7 +196,7 @@ __global__ void __launch_bounds__(kBlockThreads)
     if (at < size) g.row[at] = tile.row[i], g.position[at] = tile.position[i];
   }
 #pragma unroll 1
-  for (int i = 0; i < kItems; ++i) note_rows(g, shared.row(), Its::index(i), is_bad);
+  for (int i = 0; i < kItems; ++i) list_pieces(g, shared.row(), Its::index(i));
 }
 
 // ---- more: tiles of the whole device ---------------------------------------------------------------------
@@ -329,8 +328,8 @@ __global__ void __launch_bounds__(kTileThreads) scatter_kernel(SortPass p, Group
   }
 }
 
-__global__ void __launch_bounds__(kNoteThreads) note_rows_kernel(Groups g) {
-  note_rows(g, g.row, int64_t{blockIdx.x} * blockDim.x + threadIdx.x, *g.is_bad);
+__global__ void __launch_bounds__(kPlaceThreads) list_pieces_kernel(Groups g) {
+  list_pieces(g, g.row, int64_t{blockIdx.x} * kPlaceThreads + threadIdx.x);
 }
 
 }  // namespace fastbert::cuda
