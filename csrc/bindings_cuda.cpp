@@ -29,6 +29,8 @@ const Found kFound[cuda::kFaults] = {
      "max_seqlen, at sequence ",
      ": its results are undefined"},
     {"lazy_adam was given a row id outside its table, at place ", " of rows: that step changed nothing"},
+    {"lazy_adam_replay was given a row that stands before the recorded steps, at place ",
+     " of rows: it brought none"},
 };
 
 // Throws what kernels have reported since it was last called, and forgets it. It waits for no kernel.
@@ -106,6 +108,9 @@ PYBIND11_MODULE(_cuda, m) {
 
   // ---- lazy_adam ----
   m.def("lazy_adam_steps", lazy_adam_steps);
+  define_launcher<cuda::lazy_adam_replay>(m, "lazy_adam_replay");
   m.def("lazy_adam_scratch", cuda::lazy_adam_scratch,
         "Numbers of int32 scratch for so many gradient rows and columns.");
+  m.def("lazy_adam_replay_scratch", lazy_adam_replay_scratch,
+        "Doubles of scratch for a catch-up over so many recorded steps.");
 }

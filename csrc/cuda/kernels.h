@@ -53,6 +53,7 @@ enum Fault : int {
   kFaultLabel,     // a label of cross_entropy outside [0, V); its row
   kFaultSequence,  // cu_seqlens of attention that decrease, pass T or hold more than max_seqlen; its sequence
   kFaultRow,       // a row id of lazy_adam outside [0, V); its place in `rows`
+  kFaultMissed,    // a row of lazy_adam_replay that stands before the recorded steps; its place in `rows`
   kFaults,
 };
 

@@ -9,6 +9,7 @@ from op_cases import drawn
 import fastbert
 from fastbert.ops import lazy_adam as op
 from fastbert.ops.lazy_adam import GRAD_BY_ROW, Step
+from fastbert.ops.lazy_adam_replay import lazy_adam_replay
 
 PIECE, FAN = 16, 32  # of csrc/cuda/lazy_adam_scratch.h
 
@@ -203,3 +204,25 @@ def test_pieces_are_read_once_in_whole_sectors(traced):
     assert sum(32 * a.cost for a in accesses if a.memory.startswith("grad")) == 4 * n * D
     costs, ideals = (sum(getattr(a, what) for a in accesses if a.bytes == 16) for what in ("cost", "ideal"))
     assert ideals == costs and 32 * costs <= 1.2 * 4 * n * D, traced.library.table()
+
+
+@pytest.mark.parametrize(
+    ("rows", "last_step", "message"),
+    [
+        ([0, 3, 1], [3, 3, 3], "row id outside its table, at place 1"),
+        ([0, 2, 1], [3, 1, 3], "row that stands before the recorded steps, at place 2"),
+        (None, [3, 1, 3], "row that stands before the recorded steps, at place 1"),
+    ],
+)
+def test_rows_that_cannot_be_brought_move_none(module, rows, last_step, message):
+    state = [torch.ones(3, 4), torch.ones(3, 4), torch.ones(3, 4), torch.tensor(last_step).int()]
+    before, lr = [x.clone() for x in state], torch.ones(2).double()
+    rows = None if rows is None else torch.tensor(rows)
+
+    def replay():
+        lazy_adam_replay(*state, rows, lr, 0 * lr, 4, 0.9, 0.999, 1e-8, 0, -1, "cuda")
+
+    replay()
+    assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
+    with pytest.raises(ValueError, match=message):
+        replay()
