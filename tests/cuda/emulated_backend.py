@@ -33,7 +33,7 @@ from fastbert.backends import OPS, gpu, native
 
 BACKENDS = import_module("fastbert.backends")  # `fastbert.backends` is the function of that name
 ARCHS = "75,80,90"
-IN_PLACE = {"param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "row_steps", "last_step"}
+IN_PLACE = {"param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "row_steps", "last_step", "bf16_copy"}
 EVERY_ORDER = 1 << 15  # numbers that a call may have to be run in all orders
 MOST = {False: 1 << 21, True: 1 << 18}  # numbers that a call may have; larger cases are left to a real GPU
 
