@@ -122,7 +122,7 @@ FASTBERT_FOR_EACH_KERNEL(FASTBERT_RUN)
 #undef FASTBERT_RUN
 
 int64_t lazy_adam_steps(const std::vector<py::tuple>& tuples, int64_t launch) {
-  const std::vector<LazyAdamStep> steps = lazy_adam_structs(tuples);
+  const std::vector<LazyAdamStep> steps = lazy_adam_steps_of(tuples);
   py::gil_scoped_release no_gil;
   return selected->kernels->lazy_adam_steps(steps.data(), static_cast<int64_t>(steps.size()), launch);
 }
@@ -138,7 +138,7 @@ int64_t step_by_plan(const LazyAdamPlan& plan, const py::list& gradients, const 
   for (size_t i = 0; i < steps.size(); ++i) {
     const bool counts = !steps[i].found_inf || *steps[i].found_inf == 0.f;
     numbers[i] = *steps[i].step + static_cast<float>(counts);
-    if (!LazyAdamPlan::is_empty(steps[i])) running.push_back(steps[i]), running.back().step = &numbers[i];
+    if (!is_empty(steps[i])) running.push_back(steps[i]), running.back().step = &numbers[i];
   }
   const auto count = static_cast<int64_t>(running.size());
   const int64_t bad = selected->kernels->lazy_adam_steps(running.data(), count, launch);
@@ -171,7 +171,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "attention_scratch", [](int64_t, int64_t, int64_t) { return 0; },
       "Floats of scratch that attention_backward needs.");
-  m.def("lazy_adam_scratch", lazy_adam_scratch, "Numbers of int32 scratch for so many gradient rows.");
+  m.def(
+      "lazy_adam_scratch", [](int64_t touched, int64_t) { return lazy_adam_scratch(touched); },
+      "Numbers of int32 scratch for so many gradient rows and columns.");
   m.def("philox", philox, "Four words of one counter, through the vectors that dropout uses.");
 #define FASTBERT_DEFINE(Result, name, Arguments) define<fastbert::name>(m, #name);
   FASTBERT_FOR_EACH_KERNEL(FASTBERT_DEFINE)

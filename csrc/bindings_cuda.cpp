@@ -28,7 +28,7 @@ const Found kFound[cuda::kFaults] = {
      "than "
      "max_seqlen, at sequence ",
      ": its results are undefined"},
-    {"lazy_adam was given a row id outside its table, at place ", " of rows: that row was left out"},
+    {"lazy_adam was given a row id outside its table, at place ", " of rows: that step changed nothing"},
 };
 
 // Throws what kernels have reported since it was last called, and forgets it. It waits for no kernel.
@@ -73,7 +73,7 @@ void define_launcher(py::module_& m, const char* name) {
 // ---- lazy_adam --------------------------------------------------------------------------------------
 
 int64_t lazy_adam_steps(const std::vector<py::tuple>& tuples, int64_t launch) {
-  const std::vector<LazyAdamStep> steps = lazy_adam_structs(tuples);
+  const std::vector<LazyAdamStep> steps = lazy_adam_steps_of(tuples);
   py::gil_scoped_release no_gil;
   return checked(
       [&] { return cuda::lazy_adam_steps(steps.data(), static_cast<int64_t>(steps.size()), launch); });
@@ -143,4 +143,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("gradient_norm", gradient_norm,
         "Takes the fields of each Gradient, max_norm, and the addresses of scratch and of norm [2].");
   m.def("gradient_norm_scratch", gradient_norm_scratch, "Doubles of scratch that gradient_norm needs.");
+  m.def("lazy_adam_scratch", cuda::lazy_adam_scratch,
+        "Numbers of int32 scratch for so many gradient rows and columns.");
 }

@@ -12,6 +12,20 @@
 
 namespace fastbert {
 
+template <typename Fields>
+Fields from_tuple(const char* name, PyObject* tuple) {
+  if (!PyTuple_Check(tuple)) throw pybind11::type_error(std::string(name) + " must be a tuple of numbers");
+  return from_numbers<Fields>(name, PySequence_Fast_ITEMS(tuple), PyTuple_GET_SIZE(tuple));
+}
+
+// Each step is a tuple of the fields of LazyAdamStep.
+inline std::vector<LazyAdamStep> lazy_adam_steps_of(const std::vector<pybind11::tuple>& tuples) {
+  std::vector<LazyAdamStep> steps;
+  for (const pybind11::tuple& tuple : tuples)
+    steps.push_back(from_tuple<LazyAdamStep>("lazy_adam_steps", tuple.ptr()));
+  return steps;
+}
+
 struct LazyAdamGradient {  // what a step brings for a parameter whose gradient comes with ids
   const void* grad;
   const int64_t* rows;
@@ -25,20 +39,6 @@ struct LazyAdamFormula {  // and for the parameters of a group, which stand one 
   double beta1, beta2, eps, weight_decay;
   const float *grad_factor, *found_inf;
 };
-
-template <typename Fields>
-Fields from_tuple(const char* name, PyObject* tuple) {
-  if (!PyTuple_Check(tuple)) throw pybind11::type_error(std::string(name) + " must be a tuple of numbers");
-  return from_numbers<Fields>(name, PySequence_Fast_ITEMS(tuple), PyTuple_GET_SIZE(tuple));
-}
-
-// Each a tuple of the fields of LazyAdamStep.
-inline std::vector<LazyAdamStep> lazy_adam_structs(const std::vector<pybind11::tuple>& tuples) {
-  std::vector<LazyAdamStep> steps;
-  for (const pybind11::tuple& tuple : tuples)
-    steps.push_back(from_tuple<LazyAdamStep>("lazy_adam_steps", tuple.ptr()));
-  return steps;
-}
 
 class __attribute__((visibility("hidden"))) LazyAdamPlan {  // as what it has of pybind11 is
  public:
@@ -85,9 +85,6 @@ class __attribute__((visibility("hidden"))) LazyAdamPlan {  // as what it has of
     }
     return found;
   }
-
-  // Whether it counts and moves no row: ids were brought, and there are none.
-  static bool is_empty(const LazyAdamStep& step) { return step.scratch && step.touched == 0; }
 
   // The next steps of those parameters that have a gradient. `gradients` holds one item for each parameter:
   // None, the address of a gradient for every row, or the fields of LazyAdamGradient. `formulas` holds those

@@ -14,7 +14,7 @@ DEVICE void raise_fault(int32_t* words, Fault fault, int64_t place CALLED_FROM) 
 #if defined(__CUDACC__)
   if (words) store_relaxed(words + fault, word);
 #else
-  if (words) store_relaxed(words + fault, word, from);
+  if (words) fastbert::store_relaxed(words + fault, word, from);
 #endif
 }
 

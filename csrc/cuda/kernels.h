@@ -8,6 +8,7 @@
 #pragma once
 #include "../contract.h"
 #include "gelu_scratch.h"
+#include "lazy_adam_scratch.h"
 
 namespace fastbert {
 
@@ -65,7 +66,7 @@ int gradient_norm(const Gradient* gradients, int64_t count, double max_norm, dou
 // ---- what kernels find wrong in ids and bounds, which no host has looked at --------------------------
 
 // A kernel that meets such an id neither reads nor writes by it, calls raise_fault() of faults.h, and goes
-// on: the result that belongs to it is NaN, or a row of a table that is left alone. Nobody waits for the
+// on: the result that belongs to it is NaN, and a step by it changes nothing. Nobody waits for the
 // answer: the words lie in memory of the host that the device can write, so every later call can look at
 // them, also after replays of a captured graph. The next call of any op raises, before it starts anything,
 // and so does fastbert.check_device_errors(), which waits for the device first.

@@ -7,8 +7,7 @@
 #include "lazy_adam_update.h"
 #include "vectors.h"
 
-namespace fastbert {
-namespace cuda {
+namespace fastbert::cuda {
 
 template <int kWidth>
 struct Raw {  // as they lie in memory; of 16 bits each, half of the words
@@ -71,19 +70,26 @@ DEVICE bool is_nonzero(const Raw<kWidth>& raw, DType dtype) {
 struct AdamTable {
   void *param, *exp_avg;               // [V, D]
   float *exp_avg_sq, *max_exp_avg_sq;  // [V, D], or [V] where row-wise
-  int64_t columns;
+  int columns;
   DType dtype, exp_avg_dtype;
   AdamRounding rounding;
   const float* step;
   __nv_bfloat16* bf16_copy;  // [V, D] of a float32 param; null: none
 };
 
+DEVICE int64_t element(uint32_t row, int columns, int column) { return int64_t{row} * columns + column; }
+
 inline AdamTable adam_table(const LazyAdamStep& p) {
-  return {p.param,         p.exp_avg,
-          p.exp_avg_sq,    p.max_exp_avg_sq,
-          p.columns,       p.dtype,
-          p.exp_avg_dtype, {p.seed, p.number},
-          p.step,          static_cast<__nv_bfloat16*>(p.bf16_copy)};
+  return {p.param,
+          p.exp_avg,
+          p.exp_avg_sq,
+          p.max_exp_avg_sq,
+          static_cast<int>(p.columns),
+          p.dtype,
+          p.exp_avg_dtype,
+          {p.seed, p.number},
+          p.step,
+          static_cast<__nv_bfloat16*>(p.bf16_copy)};
 }
 
 // kWidth columns of one row, from where they are asked for to where they are stored. kShared: one v for the
@@ -107,7 +113,7 @@ struct AdamColumns {
   }
 
   // With the gradient g; `divisor` where it is shared. Rounding draws by row and column.
-  DEVICE void step_and_store(const AdamTable& t, int64_t at, uint32_t row, uint32_t column,
+  DEVICE void step_and_store(const AdamTable& t, int64_t at, uint32_t row, int column,
                              const float (&g)[kWidth], float divisor, const AdamCoefficients& c) {
     float w1[kWidth], m1[kWidth];
     unpack_raw(w, t.dtype, w1);
@@ -135,7 +141,7 @@ struct AdamColumns {
   }
 
  private:
-  DEVICE static void store_rounded(const AdamTable& t, int64_t at, uint32_t row, uint32_t column,
+  DEVICE static void store_rounded(const AdamTable& t, int64_t at, uint32_t row, int column,
                                    const float (&x)[kWidth]) {
     uint32_t words[4], bits[kWidth];
     rounding_words(t.rounding, column, row, *t.step, words);
@@ -143,7 +149,7 @@ struct AdamColumns {
     const uint32_t low = is_upper ? words[2] : words[0], high = is_upper ? words[3] : words[1];
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      const uint32_t lane = column % 4 + i, word = lane & 2 ? high : low;
+      const uint32_t lane = column % 4u + i, word = lane & 2 ? high : low;
       bits[i] = round_stochastically(x[i], lane & 1 ? word >> 16 : word & 0xFFFFu);
     }
     auto* to = static_cast<__nv_bfloat16*>(t.param) + at;
@@ -154,5 +160,4 @@ struct AdamColumns {
   }
 };
 
-}  // namespace cuda
-}  // namespace fastbert
+}  // namespace fastbert::cuda

@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__
 // ---- launchers -------------------------------------------------------------------------------------------
 
 bool lazy_adam_is_dense(const LazyAdamStep& p) {
-  return !(p.rows || p.row_steps || p.row_wise || (p.flags & kLazyAdamSkipZero));
+  return !(p.rows || is_empty(p) || p.row_steps || p.row_wise || (p.flags & kLazyAdamSkipZero));
 }
 
 int lazy_adam_dense(const LazyAdamStep* steps, int64_t count, const int32_t* is_bad, void* stream) {

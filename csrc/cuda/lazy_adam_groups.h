@@ -11,8 +11,7 @@
 #include "lazy_adam_update.h"
 #include "reduce.h"
 
-namespace fastbert {
-namespace cuda {
+namespace fastbert::cuda {
 
 constexpr uint32_t kNoRow = 0xFFFFFFFFu;
 
@@ -25,20 +24,25 @@ struct alignas(16) Piece {  // piece j of a row covers its gradients [kPiece * j
 struct Groups {
   const int64_t* ids;  // [n]
   int64_t n, table_rows;
-  uint32_t* row;                   // [n] ascending
-  int32_t* position;               // [n]
-  Piece* pieces;                   // [most_pieces(n)], of which so many are there:
-  int32_t* piece_count;            // [1]
-  int32_t* arrived;                // [most_pieces(n), slices], 0: see lazy_adam_rows.h
-  int32_t* is_bad;                 // [1]: an id of this or an earlier parameter of this call is outside its table
-  const int32_t* was_bad;          // [1] of the earlier ones; null: there are none
+  uint32_t* row;           // [n] ascending
+  int32_t* position;       // [n]
+  Piece* pieces;           // [most_pieces(n)], of which so many are there:
+  int32_t* piece_count;    // [1]
+  int32_t* arrived;        // [most_pieces(n), slices], 0: see lazy_adam_rows.h
+  int32_t* is_bad;         // [1]: an id of this or an earlier parameter of this call is outside its table
+  const int32_t* was_bad;  // [1] of the earlier ones; null: there are none
+  const float* found_inf;  // [1]: not 0, and it is as if one were; null: 0
   AdamCoefficients* coefficients;  // [1]
   int32_t* fault_words;
   int slices;
-  bool has_pieces;      // the gradient is to be summed
-  int32_t* row_steps;   // [V], counted up here; null: nobody counts, or the update does
-  uint32_t padding;     // kNoRow: none
+  bool has_pieces;     // the gradient is to be summed
+  int32_t* row_steps;  // [V], counted up here; null: nobody counts, or the update does
+  uint32_t padding;    // kNoRow: none
 };
+
+DEVICE bool was_bad(const Groups& g) {
+  return (g.was_bad && *g.was_bad) || (g.found_inf && *g.found_inf != 0.f);
+}
 
 // The id of gradient row `i`, or one inside the table in its place.
 DEVICE uint32_t checked_id(const Groups& g, int64_t i, bool& is_bad) {
@@ -91,5 +95,4 @@ DEVICE void note_rows(const Groups& g, const uint32_t* row, int64_t s, bool is_b
   }
 }
 
-}  // namespace cuda
-}  // namespace fastbert
+}  // namespace fastbert::cuda

@@ -1,20 +1,20 @@
 // The rows of a table that take a LazyAdam step, each with the float32 sum of its gradients.
 //
-// Sums:  a row of up to kPiece gradients is summed by whoever updates it. Of a longer one each piece is summed
-//        by another worker, which leaves the sum in memory and tells the node above, of up to kFan pieces; the
-//        last to arrive there adds its children up, in order, and goes on upwards. Who is last depends on the
-//        run, what it adds up and in which order does not.
+// Sums:  a row of up to kPiece gradients is summed by whoever updates it. Of a longer one each piece is
+// summed
+//        by another worker, which leaves the sum in memory and tells the node above, of up to kFan pieces;
+//        the last to arrive there adds its children up, in order, and goes on upwards. Who is last depends on
+//        the run, what it adds up and in which order does not.
 // Work:  update_slices_kernel cuts rows into slices of columns, one for each worker (1 to 32 lanes). Where
-//        something is asked of a row as a whole (one v for all its columns, whether its gradient is zero), and
-//        where every row steps, a warp takes a row: update_rows_kernel.
+//        something is asked of a row as a whole (one v for all its columns, whether its gradient is zero),
+//        and where every row steps, a warp takes a row: update_rows_kernel.
 #pragma once
 #include "launch.h"
 //
 #include "lazy_adam_columns.h"
 #include "lazy_adam_groups.h"
 
-namespace fastbert {
-namespace cuda {
+namespace fastbert::cuda {
 
 constexpr int kUpdateThreads = 256;
 
@@ -37,29 +37,30 @@ struct Source {  // rows that are to be summed: `position`, or `count` of them f
   const void* rows;
   DType dtype;
   const int32_t* position;
-  int64_t first, step;
+  uint32_t first, step;
   int count;
 
-  DEVICE int64_t row(int k) const { return position ? position[k] : first + k * step; }
+  DEVICE uint32_t row(int k) const {
+    return position ? static_cast<uint32_t>(position[k]) : first + k * step;
+  }
 };
 
-// The sum of kWidth columns, in order. Where a load depends on a condition the other branch gives a value too:
-// without it the compiler would keep the old one, and the whole batch with it, from turn to turn.
+// The sum of kWidth columns, in order. Where a load depends on a condition the other branch gives a value
+// too: without it the compiler would keep the old one, and the whole batch with it, from turn to turn.
 template <int kWidth, int kBatch, Cache kCache>
-DEVICE void add_up(const Source& from, int64_t columns, int64_t column, float (&sum)[kWidth]) {
+DEVICE void add_up(const Source& from, int columns, int column, float (&sum)[kWidth]) {
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) sum[i] = 0.f;
 #pragma unroll 1
   for (int first = 0; first < from.count; first += kBatch) {
-    int64_t at[kBatch];
+    uint32_t at[kBatch];
     Raw<kWidth> its[kBatch];
 #pragma unroll
-    for (int k = 0; k < kBatch; ++k)
-      at[k] = first + k < from.count ? from.row(first + k) * columns + column : 0;
+    for (int k = 0; k < kBatch; ++k) at[k] = first + k < from.count ? from.row(first + k) : 0;
 #pragma unroll
     for (int k = 0; k < kBatch; ++k)
       its[k] = first + k < from.count
-                   ? load_raw<kWidth, kCache>(from.rows, from.dtype, at[k])
+                   ? load_raw<kWidth, kCache>(from.rows, from.dtype, element(at[k], columns, column))
                    : Raw<kWidth>{};
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
@@ -74,7 +75,8 @@ DEVICE void add_up(const Source& from, int64_t columns, int64_t column, float (&
 
 // ---- workers ---------------------------------------------------------------------------------------------
 
-struct Geometry {  // of a block: `places` * `slices` workers of `lanes` lanes; a power of two, 32 if slices > 1
+struct Geometry {  // of a block: `places` * `slices` workers of `lanes` lanes; a power of two, 32 if slices >
+                   // 1
   int lanes, slices, places;
 };
 
@@ -92,8 +94,8 @@ struct Worker {
     place = block * of.places + number / of.slices;
   }
 
-  // Tells the node at `counter` that a child is done. True for the worker that is the last of so many: it sees
-  // what the others have written.
+  // Tells the node at `counter` that a child is done. True for the worker that is the last of so many: it
+  // sees what the others have written.
   DEVICE bool is_last_to_arrive(int32_t* counter, int children) const {
     int before = 0;
     __syncwarp(mask);
@@ -108,8 +110,8 @@ struct Worker {
   }
 };
 
-// How many gradients, up to kPiece + 1, the row has that starts at place `s`; 0 where none starts. All lanes of
-// a warp call it, those of a worker for the same place.
+// How many gradients, up to kPiece + 1, the row has that starts at place `s`; 0 where none starts. All lanes
+// of a warp call it, those of a worker for the same place.
 DEVICE int gradients_of_row(const Groups& g, const Worker& worker, int64_t s) {
   const bool is_in = s < g.n;
   const uint32_t id = is_in ? g.row[s] : kNoRow, before = is_in && s > 0 ? g.row[s - 1] : kNoRow;
@@ -125,48 +127,50 @@ DEVICE int gradients_of_row(const Groups& g, const Worker& worker, int64_t s) {
 // The root of a row's tree as a source, for the worker that has summed the last of its pieces; false for all
 // others. The worker's columns are `first`, `first + step`, ... below `end`.
 template <int kWidth>
-DEVICE bool climb(const AdamRows& r, const Groups& g, const Worker& worker, int32_t number, int64_t first,
-                  int64_t end, int64_t step, Source& root) {
+DEVICE bool climb(const AdamRows& r, const Groups& g, const Worker& worker, int number, int first, int end,
+                  int step, Source& root) {
   const Piece piece = g.pieces[number];
-  const int32_t j = number - piece.base, pieces = (piece.count + kPiece - 1) / kPiece;
-  const int64_t columns = r.table.columns;
-  Source from = {r.grad, r.grad_dtype, g.position + piece.start + j * kPiece, 0, 0,
-                 min(kPiece, piece.count - j * kPiece)};
-  int64_t to = number;
+  const int j = number - piece.base, pieces = (piece.count + kPiece - 1) / kPiece;
+  const int columns = r.table.columns;
+  root = {r.grad,
+          r.grad_dtype,
+          g.position + piece.start + j * kPiece,
+          0,
+          0,
+          min(kPiece, piece.count - j * kPiece)};
+  uint32_t to = number;
   int level = 0;
 #pragma unroll 1
-  for (int64_t stride = 1;; stride *= kFan, ++level) {
-    for (int64_t column = first; column < end; column += step) {
+  for (int stride = 1; stride < pieces; stride *= kFan, ++level) {
+    for (int column = first; column < end; column += step) {
       float sum[kWidth];
-      add_up<kWidth, 8, Cache::plain>(from, columns, column, sum);
-      store<kWidth>(r.sums + to * columns + column, sum);
+      add_up<kWidth, 4, Cache::plain>(root, columns, column, sum);
+      store<kWidth>(r.sums + element(to, columns, column), sum);
     }
-    const int64_t node = j / (stride * kFan) * (stride * kFan);
-    const int children = static_cast<int>(min(int64_t{kFan}, (pieces - node + stride - 1) / stride));
+    const int node = j / (stride * kFan) * (stride * kFan);
+    const int children = min(kFan, (pieces - node + stride - 1) / stride);
     to = piece.base + node;
     // A node of several children at level l covers more than l pieces, whose counters are its own.
-    int32_t* counter = g.arrived + (to + level) * g.slices + worker.slice;
+    int32_t* counter = g.arrived + int64_t{to + level} * g.slices + worker.slice;
     if (children > 1 && !worker.is_last_to_arrive(counter, children)) return false;
-    from = {r.sums, DType::f32, nullptr, to, stride, children};
-    if (stride * kFan >= pieces) break;
+    root = {r.sums, DType::f32, nullptr, to, static_cast<uint32_t>(stride), children};
   }
-  root = from;
   return true;
 }
 
 // ---- rows by slices --------------------------------------------------------------------------------------
 
 template <int kWidth, int kBatch, Cache kCache>
-DEVICE void update_slice(const AdamRows& r, const AdamCoefficients* coefficients, uint32_t id, int64_t column,
+DEVICE void update_slice(const AdamRows& r, const AdamCoefficients* coefficients, uint32_t id, int column,
                          const Source& from) {
   const bool is_bad = *r.is_bad;  // asked for first and looked at last: nothing waits for it
   AdamColumns<kWidth, false> x;
-  x.load(r.table, id * r.table.columns + column);
-  const AdamCoefficients c =
-      r.row_steps ? adam_coefficients(r.formula, static_cast<float>(r.row_steps[id])) : *coefficients;
+  x.load(r.table, element(id, r.table.columns, column));
   float sum[kWidth];
   add_up<kWidth, kBatch, kCache>(from, r.table.columns, column, sum);
-  if (!is_bad) x.step_and_store(r.table, id, static_cast<uint32_t>(column), sum, 0.f, c);
+  const AdamCoefficients c =
+      r.row_steps ? adam_coefficients(r.formula, static_cast<float>(r.row_steps[id])) : *coefficients;
+  if (!is_bad) x.step_and_store(r.table, element(id, r.table.columns, column), id, column, sum, 0.f, c);
 }
 
 DEVICE Source source_of(const AdamRows& r, const Groups& g, int64_t s, uint32_t id, int count) {
@@ -174,21 +178,23 @@ DEVICE Source source_of(const AdamRows& r, const Groups& g, int64_t s, uint32_t 
   return {r.grad, r.grad_dtype, g.position + s, 0, 0, count};
 }
 
-// The first `piece_blocks` blocks take pieces, the others rows without. Rows count their own steps as counted up
-// by note_rows.
+// The first `piece_blocks` blocks take pieces, the others rows without. Rows count their own steps as counted
+// up by note_rows.
 template <int kWidth>
 __global__ void __launch_bounds__(kUpdateThreads, 4)
     update_slices_kernel(AdamRows r, Groups g, Geometry geometry, int piece_blocks) {
   const bool takes_pieces = static_cast<int>(blockIdx.x) < piece_blocks;
   const Worker worker(geometry, takes_pieces ? blockIdx.x : int64_t{blockIdx.x} - piece_blocks);
-  const int64_t column = (int64_t{worker.slice} * worker.lanes + worker.lane) * kWidth;
-  const int64_t end = min(column + 1, r.table.columns);  // one turn of a loop over columns, or none
+  const int column = (worker.slice * worker.lanes + worker.lane) * kWidth;
+  const int end = min(column + 1, r.table.columns);  // one turn of a loop over columns, or none
   if (takes_pieces) {
     const int pieces = *g.piece_count;
-    for (int64_t k = worker.place; k < pieces && worker.slice < g.slices; k += int64_t{piece_blocks} * geometry.places) {
+    for (int k = static_cast<int>(worker.place); k < pieces && worker.slice < g.slices;
+         k += piece_blocks * geometry.places) {
       Source root;
-      if (!climb<kWidth>(r, g, worker, static_cast<int32_t>(k), column, end, kWidth, root)) continue;
-      if (column < end) update_slice<kWidth, 8, Cache::plain>(r, g.coefficients, g.row[g.pieces[k].start], column, root);
+      if (!climb<kWidth>(r, g, worker, k, column, end, kWidth, root)) continue;
+      if (column < end)
+        update_slice<kWidth, 4, Cache::plain>(r, g.coefficients, g.row[g.pieces[k].start], column, root);
     }
     return;
   }
@@ -196,7 +202,8 @@ __global__ void __launch_bounds__(kUpdateThreads, 4)
   const int count = gradients_of_row(g, worker, s);
   if (count == 0 || (count > kPiece && g.has_pieces) || column >= end) return;
   const uint32_t id = g.row[s];
-  if (id != r.padding) update_slice<kWidth, 4, Cache::streaming>(r, g.coefficients, id, column, source_of(r, g, s, id, count));
+  if (id != r.padding)
+    update_slice<kWidth, 4, Cache::streaming>(r, g.coefficients, id, column, source_of(r, g, s, id, count));
 }
 
 // ---- whole rows ------------------------------------------------------------------------------------------
@@ -209,9 +216,9 @@ DEVICE float shared_divisor(const AdamRows& r, uint32_t id, const Source& from, 
   const AdamTable& t = r.table;
   float v = 0.f, u = 0.f, square = 0.f;
   if (lane == 0) v = t.exp_avg_sq[id], u = t.max_exp_avg_sq ? t.max_exp_avg_sq[id] : 0.f;
-  for (int64_t column = lane * kWidth; column < t.columns; column += kWarp * kWidth) {
+  for (int column = lane * kWidth; column < t.columns; column += kWarp * kWidth) {
     float g[kWidth], w[kWidth];
-    const Raw<kWidth> raw = load_raw<kWidth, Cache::plain>(t.param, t.dtype, id * t.columns + column);
+    const Raw<kWidth> raw = load_raw<kWidth, Cache::plain>(t.param, t.dtype, element(id, t.columns, column));
     add_up<kWidth, 4, Cache::plain>(from, t.columns, column, g);
     unpack_raw(raw, t.dtype, w);
 #pragma unroll
@@ -231,11 +238,11 @@ DEVICE float shared_divisor(const AdamRows& r, uint32_t id, const Source& from, 
 
 template <int kWidth>
 DEVICE bool is_all_zero(const AdamRows& r, uint32_t id) {
-  for (int64_t first = 0; first < r.table.columns; first += kWarp * kWidth) {
-    const int64_t column = first + lane_of_warp() * kWidth;
+  for (int first = 0; first < r.table.columns; first += kWarp * kWidth) {
+    const int column = first + lane_of_warp() * kWidth;
     const bool is_in = column < r.table.columns;
     const Raw<kWidth> raw =
-        is_in ? load_raw<kWidth, Cache::plain>(r.grad, r.grad_dtype, id * r.table.columns + column)
+        is_in ? load_raw<kWidth, Cache::plain>(r.grad, r.grad_dtype, element(id, r.table.columns, column))
               : Raw<kWidth>{};
     if (__any_sync(kAllLanes, is_nonzero(raw, r.grad_dtype))) return false;
   }
@@ -245,7 +252,8 @@ DEVICE bool is_all_zero(const AdamRows& r, uint32_t id) {
 // All lanes of a warp call it.
 template <int kWidth, bool kShared>
 DEVICE void update_row(const AdamRows& r, uint32_t id, const Source& from) {
-  if (id == r.padding || (r.skips_zero && is_all_zero<kWidth>(r, id)) || (r.is_bad && *r.is_bad)) return;
+  if (id == r.padding || (r.skips_zero && is_all_zero<kWidth>(r, id))) return;
+  if ((r.is_bad && *r.is_bad) || changes_nothing(r.formula)) return;
   const int lane = lane_of_warp();
   int steps = lane == 0 && r.row_steps ? r.row_steps[id] + 1 : 0;
   if (lane == 0 && r.row_steps) r.row_steps[id] = steps;
@@ -253,27 +261,26 @@ DEVICE void update_row(const AdamRows& r, uint32_t id, const Source& from) {
   const AdamCoefficients c =
       adam_coefficients(r.formula, r.row_steps ? static_cast<float>(steps) : *r.formula.step);
   const float divisor = kShared ? shared_divisor<kWidth>(r, id, from, c) : 0.f;
-  for (int64_t column = lane * kWidth; column < r.table.columns; column += kWarp * kWidth) {
+  for (int column = lane * kWidth; column < r.table.columns; column += kWarp * kWidth) {
     AdamColumns<kWidth, kShared> x;
-    x.load(r.table, id * r.table.columns + column);
+    x.load(r.table, element(id, r.table.columns, column));
     float sum[kWidth];
     add_up<kWidth, 4, Cache::plain>(from, r.table.columns, column, sum);
-    x.step_and_store(r.table, id, static_cast<uint32_t>(column), sum, divisor, c);
+    x.step_and_store(r.table, element(id, r.table.columns, column), id, column, sum, divisor, c);
   }
 }
 
 // Of rows that ids name: blocks as above.
 template <int kWidth, bool kShared>
-__global__ void __launch_bounds__(kUpdateThreads, 4)
+__global__ void __launch_bounds__(kUpdateThreads, 3)
     update_rows_kernel(AdamRows r, Groups g, Geometry geometry, int piece_blocks) {
   const bool takes_pieces = static_cast<int>(blockIdx.x) < piece_blocks;
   const Worker worker(geometry, takes_pieces ? blockIdx.x : int64_t{blockIdx.x} - piece_blocks);
   if (takes_pieces) {
     const int pieces = *g.piece_count;
-    for (int64_t k = worker.place; k < pieces; k += int64_t{piece_blocks} * geometry.places) {
+    for (int k = static_cast<int>(worker.place); k < pieces; k += piece_blocks * geometry.places) {
       Source root;
-      if (climb<kWidth>(r, g, worker, static_cast<int32_t>(k), worker.lane * kWidth, r.table.columns,
-                        kWarp * kWidth, root))
+      if (climb<kWidth>(r, g, worker, k, worker.lane * kWidth, r.table.columns, kWarp * kWidth, root))
         update_row<kWidth, kShared>(r, g.row[g.pieces[k].start], root);
     }
     return;
@@ -287,11 +294,9 @@ __global__ void __launch_bounds__(kUpdateThreads, 4)
 
 // Of all rows.
 template <int kWidth, bool kShared>
-__global__ void __launch_bounds__(kUpdateThreads, 4) update_table_kernel(AdamRows r, int64_t table_rows) {
-  const int64_t id = int64_t{blockIdx.x} * (kUpdateThreads / kWarp) + warp_of_block();
-  if (id < table_rows)
-    update_row<kWidth, kShared>(r, static_cast<uint32_t>(id), {r.grad, r.grad_dtype, nullptr, id, 0, 1});
+__global__ void __launch_bounds__(kUpdateThreads, 4) update_table_kernel(AdamRows r, uint32_t table_rows) {
+  const uint32_t id = blockIdx.x * (kUpdateThreads / kWarp) + warp_of_block();
+  if (id < table_rows) update_row<kWidth, kShared>(r, id, {r.grad, r.grad_dtype, nullptr, id, 0, 1});
 }
 
-}  // namespace cuda
-}  // namespace fastbert
+}  // namespace fastbert::cuda

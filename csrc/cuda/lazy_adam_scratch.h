@@ -3,8 +3,7 @@
 #pragma once
 #include <cstdint>
 
-namespace fastbert {
-namespace cuda {
+namespace fastbert::cuda {
 
 // A row's gradients are summed in a tree: pieces of kPiece in order of occurrence, kFan neighbouring pieces,
 // kFan of those, and so on. A row of up to kPiece gradients is one piece, with the bits of a plain sum.
@@ -55,5 +54,4 @@ inline int64_t lazy_adam_scratch(int64_t touched, int64_t columns) {
   return lazy_adam_layout(touched, columns).size;
 }
 
-}  // namespace cuda
-}  // namespace fastbert
+}  // namespace fastbert::cuda

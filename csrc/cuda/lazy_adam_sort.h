@@ -1,5 +1,5 @@
-// Sorts the gradient rows of a sparse LazyAdam step by row id: radix sorts from the lowest digit on, stable, by
-// one block in shared memory where they fit, or in tiles over the whole device.
+// Sorts the gradient rows of a sparse LazyAdam step by row id: radix sorts from the lowest digit on, stable,
+// by one block in shared memory where they fit, or in tiles over the whole device.
 //
 //   by block   one launch
 //   by tiles   count_digits; scan_tiles and scatter for each digit; note_rows
@@ -11,11 +11,11 @@
 //
 #include "lazy_adam_groups.h"
 
-namespace fastbert {
-namespace cuda {
+namespace fastbert::cuda {
 
 constexpr int kBlockThreads = 1024;
 constexpr int kBlockDigit = 9;  // bits that a pass sorts by, at most
+constexpr int kNoteThreads = 256;
 
 struct Digit {
   int shift, bits;
@@ -86,12 +86,12 @@ DEVICE uint32_t sum_before(uint32_t x, uint32_t* sums) {
   return __shfl_sync(kAllLanes, before_warps, warp_of_block()) + inclusive - x;
 }
 
-// count [kWarps, digits] becomes each warp's place among the tile's items of a digit. Thread i gets the totals of
-// digits 2 * i and 2 * i + 1.
+// count [kWarps, digits] becomes each warp's place among the tile's items of a digit. Thread i gets the
+// totals of digits 2 * i and 2 * i + 1.
 template <int kWarps>
 DEVICE uint2 scan_warps(TwoCounts* count, int pairs) {
   uint2 sum = {0, 0};
-  constexpr int kAhead = 16;  // loads before the first store, which they cannot pass
+  constexpr int kAhead = 8;  // loads before the first store, which they cannot pass
   if (static_cast<int>(threadIdx.x) >= pairs) return sum;
 #pragma unroll 1
   for (int first = 0; first < kWarps; first += kAhead) {
@@ -116,7 +116,8 @@ struct BlockMemory {  // shared memory, in which the sorted items take the place
   static constexpr int kCountBytes = Its::kWarps * sizeof(uint16_t) << kBlockDigit;
   static constexpr int kBaseBytes = sizeof(uint32_t) << kBlockDigit;
   static constexpr int kItemBytes = Its::kSize * (sizeof(uint32_t) + sizeof(uint16_t));
-  static constexpr int kSumsAt = kCountBytes + kBaseBytes > kItemBytes ? kCountBytes + kBaseBytes : kItemBytes;
+  static constexpr int kSumsAt =
+      kCountBytes + kBaseBytes > kItemBytes ? kCountBytes + kBaseBytes : kItemBytes;
   static constexpr int kBytes = kSumsAt + kWarp * sizeof(uint32_t);
 
   unsigned char* memory;
@@ -132,7 +133,8 @@ struct BlockMemory {  // shared memory, in which the sorted items take the place
 
 // One pass, after which the items stand in memory and in the tile, in their new order.
 template <int kItems>
-DEVICE void sort_by_digit(Tile<kBlockThreads, kItems>& tile, int size, Digit digit, BlockMemory<kItems> shared) {
+DEVICE void sort_by_digit(Tile<kBlockThreads, kItems>& tile, int size, Digit digit,
+                          BlockMemory<kItems> shared) {
   using Its = Tile<kBlockThreads, kItems>;
   const int pairs = digit.count() / 2;
   tile.rank_items(size, digit, shared.count());
@@ -174,7 +176,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   const BlockMemory<kItems> shared = {memory};
   const int size = static_cast<int>(g.n);
   Its tile;
-  bool is_bad = g.was_bad && *g.was_bad;
+  bool is_bad = was_bad(g);
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     const int at = Its::index(i);
@@ -202,14 +204,14 @@ __global__ void __launch_bounds__(kBlockThreads)
 
 struct SortPass {
   Digit digit;
-  bool is_first, is_last;                 // the first takes ids, the others what the pass before has left
-  const uint32_t* row;                    // [n]
-  const int32_t* position;                // [n]
-  uint32_t* row_out;                      // [n]
-  int32_t* position_out;                  // [n]
+  bool is_first, is_last;   // the first takes ids, the others what the pass before has left
+  const uint32_t* row;      // [n]
+  const int32_t* position;  // [n]
+  uint32_t* row_out;        // [n]
+  int32_t* position_out;    // [n]
   int tiles, passes;
-  int32_t* tile_is_bad;                   // [tiles]
-  uint32_t *count, *next_count;           // [tiles + 1, digits] of this pass and the next; the last row: totals
+  int32_t* tile_is_bad;          // [tiles]
+  uint32_t *count, *next_count;  // [tiles + 1, digits] of this pass and the next; the last row: totals
 };
 
 DEVICE uint32_t row_of(const SortPass& p, const Groups& g, int64_t at, bool& is_bad) {
@@ -218,7 +220,8 @@ DEVICE uint32_t row_of(const SortPass& p, const Groups& g, int64_t at, bool& is_
 
 // Before the first pass: its counts, and zeros for those of the others. One block more for the coefficients.
 template <int kItems>
-__global__ void __launch_bounds__(kTileThreads) count_digits_kernel(SortPass p, Groups g, AdamFormula formula) {
+__global__ void __launch_bounds__(kTileThreads)
+    count_digits_kernel(SortPass p, Groups g, AdamFormula formula) {
   using Its = Tile<kTileThreads, kItems>;
   __shared__ uint32_t count[1 << kTileDigit];
   const int tile = blockIdx.x, digits = p.digit.count();
@@ -228,7 +231,8 @@ __global__ void __launch_bounds__(kTileThreads) count_digits_kernel(SortPass p, 
   }
   for (int i = threadIdx.x; i < digits; i += kTileThreads) {
     count[i] = 0;
-    for (int pass = 1; pass < p.passes; ++pass) p.count[(int64_t{pass} * (p.tiles + 1) + tile) * digits + i] = 0;
+    for (int pass = 1; pass < p.passes; ++pass)
+      p.count[(int64_t{pass} * (p.tiles + 1) + tile) * digits + i] = 0;
   }
   __syncthreads();
   bool is_bad = false;
@@ -242,8 +246,8 @@ __global__ void __launch_bounds__(kTileThreads) count_digits_kernel(SortPass p, 
   for (int i = threadIdx.x; i < digits; i += kTileThreads) p.count[int64_t{tile} * digits + i] = count[i];
 }
 
-// The tiles' counts become places among all items of a digit. A lane stands for a digit, and the warps of a block
-// share the tiles.
+// The tiles' counts become places among all items of a digit. A lane stands for a digit, and the warps of a
+// block share the tiles.
 __global__ void __launch_bounds__(kBlockThreads) scan_tiles_kernel(SortPass p, Groups g) {
   constexpr int kWarps = kBlockThreads / kWarp;
   __shared__ uint32_t sums[kWarps][kWarp];
@@ -275,7 +279,7 @@ __global__ void __launch_bounds__(kBlockThreads) scan_tiles_kernel(SortPass p, G
   }
   if (is_in && warp == kWarps - 1) count[int64_t{p.tiles} * digits] = before;
   if (p.is_first && blockIdx.x == 0) {
-    bool is_bad = g.was_bad && *g.was_bad;
+    bool is_bad = was_bad(g);
     for (int tile = threadIdx.x; tile < p.tiles; tile += kBlockThreads) is_bad |= p.tile_is_bad[tile] != 0;
     is_bad = __syncthreads_or(is_bad);
     if (threadIdx.x == 0) *g.is_bad = is_bad;
@@ -325,9 +329,8 @@ __global__ void __launch_bounds__(kTileThreads) scatter_kernel(SortPass p, Group
   }
 }
 
-__global__ void __launch_bounds__(256) note_rows_kernel(Groups g) {
+__global__ void __launch_bounds__(kNoteThreads) note_rows_kernel(Groups g) {
   note_rows(g, g.row, int64_t{blockIdx.x} * blockDim.x + threadIdx.x, *g.is_bad);
 }
 
-}  // namespace cuda
-}  // namespace fastbert
+}  // namespace fastbert::cuda

@@ -10,8 +10,7 @@
 #include "launch.h"
 #include "ptx.h"
 
-namespace fastbert {
-namespace cuda {
+namespace fastbert::cuda {
 
 // ---- coefficients ----------------------------------------------------------------------------------------
 
@@ -132,5 +131,4 @@ DEVICE void rounding_words(const AdamRounding& r, uint32_t column, uint32_t row,
   philox4x32(static_cast<uint64_t>(*r.seed), counter, words);
 }
 
-}  // namespace cuda
-}  // namespace fastbert
+}  // namespace fastbert::cuda

@@ -49,7 +49,9 @@ def readable(rows: Tensor | None, grad: Tensor) -> tuple[Tensor | None, Tensor, 
     if rows.numel() >= 2**31:
         raise ValueError(f"a step takes fewer than 2**31 gradient rows, got {rows.numel()}: split the batch")
     kernels, _ = launcher(grad)
-    return rows.contiguous(), grad, grad.new_empty(kernels.lazy_adam_scratch(rows.numel()), dtype=torch.int32)
+    columns = grad.numel() // max(len(grad), 1)
+    scratch = grad.new_empty(kernels.lazy_adam_scratch(rows.numel(), columns), dtype=torch.int32)
+    return rows.contiguous(), grad, scratch
 
 
 def _fields(s: Any, scratch: Tensor | None) -> tuple[int | float, ...]:
