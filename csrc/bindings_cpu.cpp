@@ -128,16 +128,17 @@ int64_t lazy_adam_steps(const std::vector<py::tuple>& tuples, int64_t launch) {
 }
 
 // The planned parameters' next step, counted: the kernels read the number of the step that they are taking,
-// and state has it once they have taken it.
+// and state has it once they have taken it. Where found_inf is set, nobody counts.
 int64_t step_by_plan(const LazyAdamPlan& plan, const py::list& gradients, const py::list& formulas,
                      int64_t launch) {
-  std::vector<LazyAdamStep> steps = plan.next(gradients, formulas), running;
+  const std::vector<LazyAdamStep> steps = plan.next(gradients, formulas);
+  std::vector<LazyAdamStep> running;
   py::gil_scoped_release no_gil;
   std::vector<float> numbers(steps.size());
   for (size_t i = 0; i < steps.size(); ++i) {
-    numbers[i] = *steps[i].step + 1.f;
-    const bool is_empty = steps[i].scratch && steps[i].touched == 0;  // it counts, and no row moves
-    if (!is_empty) running.push_back(steps[i]), running.back().step = &numbers[i];
+    const bool counts = !steps[i].found_inf || *steps[i].found_inf == 0.f;
+    numbers[i] = *steps[i].step + static_cast<float>(counts);
+    if (!is_empty(steps[i])) running.push_back(steps[i]), running.back().step = &numbers[i];
   }
   const auto count = static_cast<int64_t>(running.size());
   const int64_t bad = selected->kernels->lazy_adam_steps(running.data(), count, launch);
@@ -182,12 +183,7 @@ PYBIND11_MODULE(_cpu, m) {
       [](int64_t depth, int64_t columns) { return selected->kernels->linear_packed(depth, columns); },
       "Words of a packed right operand of linear_product.");
   m.def("lazy_adam_steps", lazy_adam_steps);
-  py::class_<LazyAdamPlan>(m, "LazyAdamPlan")
-      .def(py::init<const py::capsule&, py::tuple>())
-      .def("set", &LazyAdamPlan::set, "Plans the parameter at a place by the fields of its LazyAdamStep.")
-      .def("look", &LazyAdamPlan::look, "Whether plans hold for the tensors that there are now.")
-      .def("step", step_by_plan,
-           "Takes gradients, formulas and threads; -1, or which of those that step names a row outside.");
+  LazyAdamPlan::define(m, step_by_plan);
   m.def("lazy_adam_replay_scratch", lazy_adam_replay_scratch,
         "Doubles of scratch for so many recorded steps.");
 }

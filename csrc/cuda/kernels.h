@@ -40,7 +40,28 @@ int attention_backward(const AttentionBackward& a);
 // ---- lazy_adam ---------------------------------------------------------------------------------------
 
 int lazy_adam_steps(const LazyAdamStep* steps, int64_t count, int64_t launch);
+
+// The same where `step` points to the number of the last step: it is raised, unless nothing is changed.
+int lazy_adam_next_steps(const LazyAdamStep* steps, int64_t count, int64_t launch);
+
 int lazy_adam_replay(const LazyAdamReplay& a);
+
+// ---- norm of gradients -------------------------------------------------------------------------------
+
+struct Gradient {
+  const void* grad;           // [V, D] dtype, or any shape
+  const uint8_t* named;       // [V]: rows where it is 0 do not count; null: all count
+  int64_t elements, columns;  // V * D, D
+  DType dtype;
+};
+
+// Doubles of scratch.
+int64_t gradient_norm_scratch(const Gradient* gradients, int64_t count);
+
+// norm [2]: the L2 norm of all gradients together, and what they are to be multiplied by so that it is at
+// most max_norm.
+int gradient_norm(const Gradient* gradients, int64_t count, double max_norm, double* scratch, float* norm,
+                  int64_t launch);
 
 // ---- what kernels find wrong in ids and bounds, which no host has looked at --------------------------
 

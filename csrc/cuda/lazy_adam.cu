@@ -16,6 +16,7 @@
 #include "launch.h"
 //
 #include "kernels.h"
+#include "lazy_adam_dense.h"
 #include "lazy_adam_rows.h"
 #include "lazy_adam_sort.h"
 
@@ -64,6 +65,7 @@ Groups groups_of(const LazyAdamStep& p, const int32_t* was_bad) {
   g.row = reinterpret_cast<uint32_t*>(scratch + at.rows), g.position = scratch + at.positions;
   g.pieces = reinterpret_cast<Piece*>(scratch + at.pieces), g.arrived = scratch + at.arrived;
   g.piece_count = scratch + at.counters, g.is_bad = scratch + at.counters + 1, g.was_bad = was_bad;
+  g.found_inf = p.found_inf;
   g.coefficients = reinterpret_cast<AdamCoefficients*>(scratch + at.coefficients);
   g.fault_words = fault_words();
   g.slices = slices_of(p, geometry_of(p));
@@ -175,20 +177,37 @@ int update(const LazyAdamStep& p, const int32_t* is_bad, void* stream) {
   return takes_four(p) ? update_table<4>(p, r, stream) : update_table<1>(p, r, stream);
 }
 
+// All steps. `is_bad` becomes the address of whether an id was bad; null where none was
+// looked at.
+int start(const LazyAdamStep* steps, int64_t count, const int32_t** is_bad, void* stream) {
+  int error = 0;
+  for (int64_t i = 0; i < count && error == 0; ++i) {
+    if (!steps[i].rows) continue;
+    error = group(steps[i], *is_bad, stream);
+    *is_bad = groups_of(steps[i], nullptr).is_bad;  // of all that are grouped so far
+  }
+  for (int64_t i = 0; i < count && error == 0; ++i)
+    if (!is_empty(steps[i]) && !lazy_adam_is_dense(steps[i])) error = update(steps[i], *is_bad, stream);
+  return error != 0 ? error : lazy_adam_dense(steps, count, *is_bad, stream);
+}
+
 }  // namespace
 
 // ---- launcher --------------------------------------------------------------------------------------------
 
 int lazy_adam_steps(const LazyAdamStep* steps, int64_t count, int64_t launch) {
+  const int32_t* is_bad = nullptr;
+  return start(steps, count, &is_bad, reinterpret_cast<void*>(launch));
+}
+
+// Counts are raised first, as kernels read the number of the step that they are taking, and lowered again
+// where an id turned out to be bad.
+int lazy_adam_next_steps(const LazyAdamStep* steps, int64_t count, int64_t launch) {
   void* stream = reinterpret_cast<void*>(launch);
-  const int32_t* is_bad = nullptr;  // of all that are grouped so far
-  int error = 0;
-  for (int64_t i = 0; i < count && error == 0; ++i) {
-    if (!steps[i].rows) continue;
-    error = group(steps[i], is_bad, stream);
-    is_bad = groups_of(steps[i], nullptr).is_bad;
-  }
-  for (int64_t i = 0; i < count && error == 0; ++i) error = update(steps[i], is_bad, stream);
+  const int32_t* is_bad = nullptr;
+  int error = lazy_adam_count(steps, count, 1.f, nullptr, stream);
+  if (error == 0) error = start(steps, count, &is_bad, stream);
+  if (error == 0 && is_bad) error = lazy_adam_count(steps, count, -1.f, is_bad, stream);
   return error;
 }
 

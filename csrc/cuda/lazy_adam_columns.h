@@ -74,6 +74,7 @@ struct AdamTable {
   DType dtype, exp_avg_dtype;
   AdamRounding rounding;
   const float* step;
+  __nv_bfloat16* bf16_copy;  // [V, D] of a float32 param; null: none
 };
 
 DEVICE int64_t element(uint32_t row, int columns, int column) { return int64_t{row} * columns + column; }
@@ -87,7 +88,8 @@ inline AdamTable adam_table(const LazyAdamStep& p) {
           p.dtype,
           p.exp_avg_dtype,
           {p.seed, p.number},
-          p.step};
+          p.step,
+          static_cast<__nv_bfloat16*>(p.bf16_copy)};
 }
 
 // kWidth columns of one row, from where they are asked for to where they are stored. kShared: one v for the
@@ -110,10 +112,9 @@ struct AdamColumns {
     }
   }
 
-  // With the gradient g; `divisor` where it is shared.
-  DEVICE void step_and_store(const AdamTable& t, uint32_t row, int column, const float (&g)[kWidth],
-                             float divisor, const AdamCoefficients& c) {
-    const int64_t at = element(row, t.columns, column);
+  // With the gradient g; `divisor` where it is shared. Rounding draws by row and column.
+  DEVICE void step_and_store(const AdamTable& t, int64_t at, uint32_t row, int column,
+                             const float (&g)[kWidth], float divisor, const AdamCoefficients& c) {
     float w1[kWidth], m1[kWidth];
     unpack_raw(w, t.dtype, w1);
     unpack_raw(m, t.exp_avg_dtype, m1);
@@ -129,9 +130,10 @@ struct AdamColumns {
       w1[i] = adam_weight(w1[i], m1[i], divisor, c);
     }
     if (t.rounding.seed)
-      store_rounded(t, row, column, w1);
+      store_rounded(t, at, row, column, w1);
     else
       store_raw(t.param, t.dtype, at, w1);
+    if (t.bf16_copy) store<kWidth>(t.bf16_copy + at, w1);
     store_raw(t.exp_avg, t.exp_avg_dtype, at, m1);
     if (kShared) return;
     store<kWidth>(t.exp_avg_sq + at, v);
@@ -139,7 +141,8 @@ struct AdamColumns {
   }
 
  private:
-  DEVICE static void store_rounded(const AdamTable& t, uint32_t row, int column, const float (&x)[kWidth]) {
+  DEVICE static void store_rounded(const AdamTable& t, int64_t at, uint32_t row, int column,
+                                   const float (&x)[kWidth]) {
     uint32_t words[4], bits[kWidth];
     rounding_words(t.rounding, column, row, *t.step, words);
     const bool is_upper = column & 4;  // of the eight columns that share words
@@ -149,7 +152,7 @@ struct AdamColumns {
       const uint32_t lane = column % 4u + i, word = lane & 2 ? high : low;
       bits[i] = round_stochastically(x[i], lane & 1 ? word >> 16 : word & 0xFFFFu);
     }
-    auto* to = static_cast<__nv_bfloat16*>(t.param) + element(row, t.columns, column);
+    auto* to = static_cast<__nv_bfloat16*>(t.param) + at;
     if constexpr (kWidth == 1)
       store_packed<1>(to, static_cast<unsigned short>(bits[0]));
     else

@@ -32,12 +32,17 @@ struct Groups {
   int32_t* arrived;        // [most_pieces(n), slices], 0: see lazy_adam_rows.h
   int32_t* is_bad;         // [1]: an id of this or an earlier parameter of this call is outside its table
   const int32_t* was_bad;  // [1] of the earlier ones; null: there are none
+  const float* found_inf;  // [1]: not 0, and it is as if one were; null: 0
   AdamCoefficients* coefficients;  // [1]
   int32_t* fault_words;
   int slices;
   bool has_pieces;   // the gradient is to be summed
   uint32_t padding;  // kNoRow: none
 };
+
+DEVICE bool was_bad(const Groups& g) {
+  return (g.was_bad && *g.was_bad) || (g.found_inf && *g.found_inf != 0.f);
+}
 
 // The id of gradient row `i`, or one inside the table in its place.
 DEVICE uint32_t checked_id(const Groups& g, int64_t i, bool& is_bad) {

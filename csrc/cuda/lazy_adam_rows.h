@@ -171,7 +171,7 @@ DEVICE void update_slice(const AdamRows& r, const AdamCoefficients* coefficients
   add_up<kWidth, kBatch, kCache>(from, r.table.columns, column, sum);
   const AdamCoefficients c =
       r.row_steps ? adam_coefficients(r.formula, static_cast<float>(r.row_steps[id] + 1)) : *coefficients;
-  if (!is_bad) x.step_and_store(r.table, id, column, sum, 0.f, c);
+  if (!is_bad) x.step_and_store(r.table, element(id, r.table.columns, column), id, column, sum, 0.f, c);
 }
 
 DEVICE Source source_of(const AdamRows& r, const Groups& g, int64_t s, uint32_t id, int count) {
@@ -260,7 +260,8 @@ DEVICE bool is_all_zero(const AdamRows& r, uint32_t id) {
 // All lanes of a warp call it.
 template <int kWidth, bool kShared>
 DEVICE void update_row(const AdamRows& r, uint32_t id, const Source& from) {
-  if (id == r.padding || (r.skips_zero && is_all_zero<kWidth>(r, id)) || (r.is_bad && *r.is_bad)) return;
+  if (id == r.padding || (r.skips_zero && is_all_zero<kWidth>(r, id))) return;
+  if ((r.is_bad && *r.is_bad) || changes_nothing(r.formula)) return;
   const int lane = lane_of_warp();
   int steps = lane == 0 && r.row_steps ? r.row_steps[id] + 1 : 0;
   if (lane == 0 && r.row_steps) r.row_steps[id] = steps;
@@ -273,7 +274,7 @@ DEVICE void update_row(const AdamRows& r, uint32_t id, const Source& from) {
     x.load(r.table, element(id, r.table.columns, column));
     float sum[kWidth];
     add_up<kWidth, 4, Cache::plain>(from, r.table.columns, column, sum);
-    x.step_and_store(r.table, id, column, sum, divisor, c);
+    x.step_and_store(r.table, element(id, r.table.columns, column), id, column, sum, divisor, c);
   }
 }
 

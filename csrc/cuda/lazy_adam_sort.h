@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   const BlockMemory<kItems> shared = {memory};
   const int size = static_cast<int>(g.n);
   Its tile;
-  bool is_bad = g.was_bad && *g.was_bad;
+  bool is_bad = was_bad(g);
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     const int at = Its::index(i);
@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(kBlockThreads) scan_tiles_kernel(SortPass p, G
   }
   if (is_in && warp == kWarps - 1) count[int64_t{p.tiles} * digits] = before;
   if (p.is_first && blockIdx.x == 0) {
-    bool is_bad = g.was_bad && *g.was_bad;
+    bool is_bad = was_bad(g);
     for (int tile = threadIdx.x; tile < p.tiles; tile += kBlockThreads) is_bad |= p.tile_is_bad[tile] != 0;
     is_bad = __syncthreads_or(is_bad);
     if (threadIdx.x == 0) *g.is_bad = is_bad;

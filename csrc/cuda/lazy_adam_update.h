@@ -20,6 +20,7 @@ struct AdamFormula {  // what the host knows of them
   double weight_decay;
   float beta1, rest1, beta2, rest2, log_beta1, log_beta2, eps;
   int flags;
+  const float *grad_factor, *found_inf;
 };
 
 inline AdamFormula adam_formula(const LazyAdamStep& p) {
@@ -33,11 +34,15 @@ inline AdamFormula adam_formula(const LazyAdamStep& p) {
           static_cast<float>(::log(p.beta1)),
           static_cast<float>(::log(p.beta2)),
           static_cast<float>(p.eps),
-          static_cast<int>(p.flags)};
+          static_cast<int>(p.flags),
+          p.grad_factor,
+          p.found_inf};
 }
 
+DEVICE bool changes_nothing(const AdamFormula& f) { return f.found_inf && *f.found_inf != 0.f; }
+
 struct AdamCoefficients {
-  float sign;             // of the gradient
+  float factor;           // of the gradient, with its sign
   float coupled, decay;   // the part of w that joins the gradient; what w shrinks to
   float beta1, rest1;     // of m
   float beta2, rest2;     // of v
@@ -53,7 +58,7 @@ DEVICE AdamCoefficients adam_coefficients(const AdamFormula& f, float t) {
   const float rest1 = is_corrected ? -expm1f(t * f.log_beta1) : 1.f;
   const float rest2 = is_corrected ? -expm1f(t * f.log_beta2) : 1.f;
   AdamCoefficients c;
-  c.sign = f.flags & kLazyAdamMaximize ? -1.f : 1.f;
+  c.factor = (f.flags & kLazyAdamMaximize ? -1.f : 1.f) * (f.grad_factor ? *f.grad_factor : 1.f);
   c.coupled = is_coupled ? static_cast<float>(f.weight_decay) : 0.f;
   c.decay = is_coupled ? 1.f : static_cast<float>(1. - lr * f.weight_decay);
   c.beta1 = f.beta1, c.rest1 = f.rest1;
@@ -68,7 +73,7 @@ DEVICE AdamCoefficients adam_coefficients(const AdamFormula& f, float t) {
 
 // The gradient as the moments take it; `w` is yet to be updated.
 DEVICE float adam_gradient(float g, float w, const AdamCoefficients& c) {
-  g *= c.sign;
+  g *= c.factor;
   return c.coupled != 0.f ? fmaf(c.coupled, w, g) : g;
 }
 
