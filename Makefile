@@ -1,5 +1,5 @@
 # make demo    virtual environment, install, film reviews, a small BERT trained on them: four minutes, fifteen at most
-# make build   virtual environment, torch, the kernels
+# make build   virtual environment, torch, the kernels; those for NVIDIA GPUs where there is an nvcc (FASTBERT_CUDA=0: without)
 # make test    virtual environment, install, all tests but those of the next line
 # make test-nested  tests that run the tests or compile the kernels anew: lower and emulated instruction sets, compilers
 # make sanitize  the kernels' tests, the kernels watched by AddressSanitizer and UndefinedBehaviorSanitizer
@@ -56,7 +56,7 @@ emulate: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/*.h tests/*.cpp tests/cuda/*.cu tests/cuda/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cu tests/*.h tests/*.cpp tests/cuda/*.cu tests/cuda/*.cpp)
 
 bench: $(VENV)/.installed
 	for stem in gelu layer_norm dropout cross_entropy attention linear lazy_adam pretrain inference neighbours overhead optimizer_overhead; do $(BIN)/python benchmarks/$$stem.py || exit 1; done

@@ -6,8 +6,9 @@ FASTBERT_BUILD=0 leaves both modules out; CXX names another compiler; FASTBERT_S
 AddressSanitizer and UndefinedBehaviorSanitizer, for `make sanitize` alone; FASTBERT_EMULATE=1 builds those for AVX-512
 in AVX2's instructions, for `make emulate` and its test.
 
-nvcc is that of CUDA_HOME, else of PATH, of /usr/local/cuda, or of NVIDIA's wheels in this environment. FASTBERT_CUDA=0
-leaves `_cuda` out, 1 demands it; FASTBERT_CUDA_ARCHS="80 90" compiles for these GPUs alone, which takes less time.
+nvcc is that of CUDA_HOME, else of PATH, of /usr/local/cuda, or of the wheels nvidia-cuda-nvcc and nvidia-cuda-cccl in
+this environment. FASTBERT_CUDA=0 leaves `_cuda` out, 1 demands it; FASTBERT_CUDA_ARCHS="80 90" compiles for these GPUs
+alone, which takes less time.
 """
 
 import os
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from functools import cache
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -158,15 +160,17 @@ def cuda_wanted() -> bool:
     if choice == "1" and not found:
         sys.exit(
             "FASTBERT_CUDA=1 demands the kernels for NVIDIA GPUs, and there is no nvcc: install a CUDA toolkit of "
-            "version 12 or later and set CUDA_HOME to it, or pip install nvidia-cuda-nvcc into this environment."
+            "version 12 or later and set CUDA_HOME to it, or pip install nvidia-cuda-nvcc nvidia-cuda-cccl."
         )
     if not found:
         print("no nvcc was found: fastbert._cuda, the kernels for NVIDIA GPUs, is left out")
     return found
 
 
-def cuda_archs(nvcc: Path) -> list[int]:
+@cache
+def cuda_archs() -> list[int]:
     """The GPUs to compile for, ascending: FASTBERT_CUDA_ARCHS, or those of CUDA_ARCHS that this nvcc knows."""
+    nvcc = find_nvcc()
     said = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
     known = sorted({int(word) for word in re.findall(r"compute_(\d+)\b", said.stdout)})
     if not known:
@@ -189,11 +193,10 @@ def cuda_archs(nvcc: Path) -> list[int]:
 
 def cuda_plan(compiler: str, target: Path) -> list[str]:
     """What ninja has to do for `_cuda`: nvcc compiles kernels and links, with CUDA's runtime in the module itself."""
-    nvcc = find_nvcc()
-    archs = cuda_archs(nvcc)
+    nvcc, archs = find_nvcc(), cuda_archs()
     generate = " ".join(f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs)
     generate += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"  # for GPUs to come
-    at_once = min(len(archs) + 1, max(1, (os.cpu_count() or 1) // len(CUDA_STEMS)))  # ninja does as many stems as cores
+    at_once = min(len(archs) + 1, max(1, (os.cpu_count() or 1) // len(CUDA_STEMS)))  # beside ninja's own
     plan = [
         f"nvcc = {nvcc} -ccbin {compiler}",
         "rule compile_cuda",
@@ -202,7 +205,7 @@ def cuda_plan(compiler: str, target: Path) -> list[str]:
         "  deps = gcc",
         "  description = nvcc $out",
         "rule link",
-        "  command = $nvcc -shared --cudart static -Xlinker -s $in -o $out",
+        f"  command = $nvcc -shared --cudart static -L{nvcc.resolve().parents[1] / 'lib'} -Xlinker -s $in -o $out",
         "  description = link $out",
         f"build bindings_cuda.o: compile {ROOT / 'csrc/bindings_cuda.cpp'}",
         f"  flags = {FLAGS} {python_include()} -DFASTBERT_CUDA_ARCHS={','.join(map(str, archs))}",
@@ -217,11 +220,10 @@ def cuda_plan(compiler: str, target: Path) -> list[str]:
 def extensions() -> list[Extension]:
     if os.environ.get("FASTBERT_BUILD") == "0":
         return []
-    is_special = "1" in (
-        os.environ.get("FASTBERT_SANITIZE"),
-        os.environ.get("FASTBERT_EMULATE"),
-    )  # concern `_cpu` alone
-    names = ["fastbert._cpu"] + (["fastbert._cuda"] if not is_special and cuda_wanted() else [])
+    names = ["fastbert._cpu"]
+    if "1" not in (os.environ.get("FASTBERT_SANITIZE"), os.environ.get("FASTBERT_EMULATE")) and cuda_wanted():
+        cuda_archs()  # what it refuses is said before anything is compiled
+        names.append("fastbert._cuda")
     return [Extension(name, sources=[]) for name in names]
 
 

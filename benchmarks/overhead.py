@@ -7,6 +7,9 @@ Results are checked against PyTorch's before anything is timed. The variants run
 time is that of the fastest burst, which no other process interrupted, and what is kept are the ratios: to PyTorch's op,
 and to `F.layer_norm` in inference, the yardstick of all. The last line is an autograd.Function in Python that computes
 nothing: the least that ours can take with backward.
+
+Where the backend "cuda" runs, the same follows on the GPU: the time until a burst's last call returns, which waits for
+no kernel. There a second set has no rows, so that nothing is launched and what is left is Python and PyTorch.
 """
 
 import argparse
@@ -14,15 +17,14 @@ import time
 from collections.abc import Callable
 
 import torch
-from timing import results_path, write_csv
+from timing import results_path, synchronize, write_csv
 from torch import Tensor
 from torch.nn import functional as F
 
 import fastbert
+from fastbert.backends import why_not
 
 ROWS, COLUMNS, HEADS = 4, 64, 4
-LENGTHS = torch.tensor([0, ROWS], dtype=torch.int32)
-LABELS = torch.arange(ROWS)
 
 
 def attention(qkv: Tensor) -> Tensor:
@@ -30,11 +32,15 @@ def attention(qkv: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).squeeze(0).transpose(0, 1)
 
 
-def cases() -> dict[str, tuple[Callable, Callable, list[Tensor]]]:
+def cases(device: str, rows: int) -> dict[str, tuple[Callable, Callable, list[Tensor]]]:
     """By op: ours, PyTorch's, and their inputs."""
-    x, residual = torch.randn(2, ROWS, COLUMNS)
-    weight, bias = torch.rand(2, COLUMNS)
-    matrix, qkv = torch.randn(COLUMNS, COLUMNS), torch.randn(ROWS, 3, HEADS, COLUMNS // HEADS)
+    x, residual = torch.randn(2, rows, COLUMNS, device=device)
+    weight, bias = torch.rand(2, COLUMNS, device=device)
+    matrix, qkv = (
+        torch.randn(*shape, device=device) for shape in ((COLUMNS, COLUMNS), (rows, 3, HEADS, COLUMNS // HEADS))
+    )
+    lengths, labels = torch.tensor([0, rows], dtype=torch.int32, device=device), torch.arange(rows, device=device)
+    reduction = "mean" if rows else "sum"  # a mean over nothing is NaN in PyTorch, here 0
     return {
         "layer_norm": (
             fastbert.layer_norm, lambda x, w, b: F.layer_norm(x, (COLUMNS,), w, b, 1e-12), [x, weight, bias],
@@ -46,9 +52,11 @@ def cases() -> dict[str, tuple[Callable, Callable, list[Tensor]]]:
         ),
         "gelu": (fastbert.gelu, lambda x, b: F.gelu(x + b), [x, bias]),
         "cross_entropy": (
-            lambda x: fastbert.cross_entropy(x, LABELS), lambda x: F.cross_entropy(x, LABELS), [x],
+            lambda x: fastbert.cross_entropy(x, labels, reduction=reduction),
+            lambda x: F.cross_entropy(x, labels, reduction=reduction),
+            [x],
         ),
-        "attention_qkv": (lambda qkv: fastbert.attention_qkv(qkv, LENGTHS, ROWS), attention, [qkv]),
+        "attention_qkv": (lambda qkv: fastbert.attention_qkv(qkv, lengths, rows), attention, [qkv]),
         "linear": (fastbert.linear, F.linear, [x, matrix, bias]),
     }  # fmt: skip
 
@@ -61,29 +69,41 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    rows, yardstick = [], None
+    results = measured("cpu", ROWS, args.rounds, args.calls)
+    if why_not("cuda") is None:
+        for count in (ROWS, 0):
+            results += measured("cuda", count, args.rounds, args.calls)
+    write_csv(results_path("overhead"), results)
+
+
+def measured(device: str, count: int, rounds: int, calls: int) -> list[dict]:
+    """Times every op on so many rows; prints and gives a line for each direction."""
+    rows, yardstick, its_cases = [], None, cases(device, count)
+    print(f"{device}, {count} rows")
     print(f"{'op':<16}{'direction':<20}{'ours us':>9}{'torch us':>10}{'ratio':>8}{'to layer_norm':>15}")
-    for op, (ours, theirs, inputs) in cases().items():
+    for op, (ours, theirs, inputs) in its_cases.items():
         leaves = [x.clone().requires_grad_() for x in inputs]
         check(ours, theirs, leaves)
         for direction, both in (
             ("forward", [with_arguments(f, inputs) for f in (ours, theirs)]),
             ("forward + backward", [with_backward(f, leaves) for f in (ours, theirs)]),
         ):
-            mine, torchs = fastest(both, args.rounds, args.calls)
+            mine, torchs = fastest(both, rounds, calls)
             yardstick = yardstick or torchs  # F.layer_norm in inference comes first
             row = {
-                "op": op, "direction": direction, "ours_us": round(mine, 2), "torch_us": round(torchs, 2),
-                "ratio": round(mine / torchs, 2), "ratio_to_layer_norm": round(mine / yardstick, 2),
+                "op": op, "direction": direction, "device": device, "rows": count, "ours_us": round(mine, 2),
+                "torch_us": round(torchs, 2), "ratio": round(mine / torchs, 2),
+                "ratio_to_layer_norm": round(mine / yardstick, 2),
             }  # fmt: skip
             rows.append(row)
             print(
                 f"{op:<16}{direction:<20}{mine:>9.2f}{torchs:>10.2f}{row['ratio']:>8}{row['ratio_to_layer_norm']:>15}"
             )
-    (empty,) = fastest([with_backward(Empty.apply, leaves_of_layer_norm())], args.rounds, args.calls)
-    print(f"{'empty Function':<16}{'forward + backward':<20}{empty:>9.2f}")
-    rows.append({"op": "empty autograd.Function", "direction": "forward + backward", "ours_us": round(empty, 2)})
-    write_csv(results_path("overhead"), rows)
+    leaves = [x.clone().requires_grad_() for x in its_cases["layer_norm"][2]]
+    (empty,) = fastest([with_backward(Empty.apply, leaves)], rounds, calls)
+    print(f"{'empty Function':<16}{'forward + backward':<20}{empty:>9.2f}\n")
+    name, direction = "empty autograd.Function", "forward + backward"
+    return [*rows, {"op": name, "direction": direction, "device": device, "rows": count, "ours_us": round(empty, 2)}]
 
 
 class Empty(torch.autograd.Function):
@@ -97,10 +117,6 @@ class Empty(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         return ctx.saved_tensors
-
-
-def leaves_of_layer_norm() -> list[Tensor]:
-    return [x.clone().requires_grad_() for x in cases()["layer_norm"][2]]
 
 
 def with_arguments(function: Callable, inputs: list[Tensor]) -> Callable[[], Tensor]:
@@ -123,6 +139,7 @@ def fastest(variants: list[Callable], rounds: int, calls: int) -> list[float]:
     best = [float("inf")] * len(variants)
     for _ in range(rounds):
         for i, call in enumerate(variants):
+            synchronize()
             start = time.perf_counter()
             for _ in range(calls):
                 call()

@@ -46,10 +46,10 @@ def interleaved(
         shift = round_ % len(names)
         for name in names[shift:] + names[:shift]:
             before[name]()
-            _synchronize()
+            synchronize()
             start = time.perf_counter()
             variants[name]()
-            _synchronize()
+            synchronize()
             seconds[name].append(time.perf_counter() - start)
     return {name: _stats(taken) for name, taken in seconds.items()}
 
@@ -61,7 +61,7 @@ def _stats(seconds: list[float]) -> Stats:
     return Stats(p20, statistics.median(seconds), p80)
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

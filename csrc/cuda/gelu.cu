@@ -200,18 +200,19 @@ DEVICE void store_part(const float (&dbias)[kCount], float* part, int64_t first_
   part[first_column + column] = sum;
 }
 
-// A block has a part of the rows, and its warps take them in turn. The next rows are asked for before these
-// are worked on.
+// A block has a part of the rows, one more in the first `longer_parts`, and its warps take them in turn. The
+// next rows are asked for before these are worked on.
 template <class T, int kCount, bool kTanh, bool kBias>
 __global__ void __launch_bounds__(kBackwardWarps* kWarp)
     gelu_backward_kernel(const T* __restrict__ dy, const T* __restrict__ x, const void* __restrict__ bias,
                          bool is_wide, T* __restrict__ dx, float* __restrict__ scratch, int64_t stride,
-                         Plane plane, int parts) {
+                         Plane plane, int64_t rows_of_part, int longer_parts) {
   constexpr int kStep = kBackwardRows * kBackwardWarps;
   const int column_block = blockIdx.x % plane.column_blocks, part = blockIdx.x / plane.column_blocks;
   const int column = column_block * kWarp + lane_of_warp();
-  int64_t row = part * plane.rows / parts + warp_of_block();
-  const int64_t end = column < plane.columns ? (part + 1) * plane.rows / parts : 0;
+  const int64_t first = part * rows_of_part + min(part, longer_parts);
+  int64_t row = first + warp_of_block();
+  const int64_t end = column < plane.columns ? first + rows_of_part + (part < longer_parts) : 0;
   float b[kCount] = {}, dbias[kCount] = {};
   if (kBias && row < end) load_bias<T, kCount>(bias, is_wide, static_cast<int64_t>(column) * kCount, b);
 
@@ -251,7 +252,7 @@ Plane plane_of(int64_t rows, int64_t columns, bool has_bias) {
   const int64_t down = (accesses + across - 1) / across;
   const int64_t each = down * blocks / kWarpsWanted / kForwardRows * kForwardRows;
   return {accesses, static_cast<int>(across), static_cast<int>(blocks), down,
-          min(max(each, int64_t{kForwardRows}), int64_t{4 * kForwardRows})};
+          min(max(each, int64_t{2 * kForwardRows}), int64_t{4 * kForwardRows})};
 }
 
 template <class T, int kCount, bool kTanh, bool kBias>
@@ -274,7 +275,8 @@ int start(const GeluBackward& a) {
   if (blocks == 0) return 0;
   return launch("gelu_backward", gelu_backward_kernel<T, kCount, kTanh, kBias>, dim3(blocks),
                 dim3(kBackwardWarps * kWarp), 0, reinterpret_cast<void*>(a.launch), a.dy, a.x, a.bias,
-                a.bias_dtype == DType::f32, a.dx, a.scratch, part_stride(a.columns), plane, parts);
+                a.bias_dtype == DType::f32, a.dx, a.scratch, part_stride(a.columns), plane,
+                plane.rows / parts, plane.rows % parts);
 }
 
 bool is_aligned(const GeluForward& a) { return are_aligned(kAccessBytes, a.x, a.bias, a.y); }

@@ -8,11 +8,11 @@ constexpr int kGeluBackwardWarps = 8;         // of a block; each takes rows of 
 constexpr int64_t kGeluBackwardBlocks = 396;  // three on each multiprocessor of an H100 or H200
 
 // Into how many parts the rows are cut where dbias is wanted: enough for all multiprocessors, and each warp
-// at least two rows. It follows from the shape alone, so that dbias is the same on every GPU.
+// at least eight rows. It follows from the shape alone, so that dbias is the same on every GPU.
 constexpr int64_t gelu_parts(int64_t rows, int64_t columns) {
-  const int64_t column_blocks = (columns + 255) / 256,
-                wanted = (kGeluBackwardBlocks + column_blocks - 1) / column_blocks;
-  const int64_t most = (rows + 2 * kGeluBackwardWarps - 1) / (2 * kGeluBackwardWarps);
+  const int64_t column_blocks = (columns + 255) / 256, rows_of_part = 8 * kGeluBackwardWarps;
+  const int64_t wanted = (kGeluBackwardBlocks + column_blocks - 1) / column_blocks;
+  const int64_t most = (rows + rows_of_part - 1) / rows_of_part;
   return most < wanted ? most : wanted;
 }
 

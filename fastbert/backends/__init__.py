@@ -153,8 +153,8 @@ def pick(op: str, name: str, x: Tensor) -> str:
     """
     if not name and x.is_cpu and x.dtype in native.DTYPES and native.module is not None:
         return "cpu"  # nearly always: no time for questions
-    if not name and x.is_cuda and (x.get_device(), x.dtype) in gpu.accepted:
-        return "cuda"  # nor here
+    if not name and x.is_cuda and not torch.compiler.is_compiling() and (x.get_device(), x.dtype) in gpu.accepted:
+        return "cuda"  # nor here; what a compiler has read must not change
     if name == "reference":
         return name
     if name:
@@ -209,6 +209,7 @@ def info() -> str:
         f"instruction set  {native.isa or 'none'}"
         + (" forced by FASTBERT_CPU_ISA" if native.forced_isa else "")
         + (f" (this machine runs {_instruction_sets(module)})" if module else ""),
+        f"GPU              {gpu.state()}",
         f"allocator        {allocator.state()}",
         f"FASTBERT_BACKEND {os.environ.get('FASTBERT_BACKEND') or 'not set: chosen by device'}",
         "",

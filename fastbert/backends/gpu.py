@@ -13,8 +13,8 @@ except ImportError as error:
     module = None
     missing = (
         f"the module for NVIDIA GPUs is not there ({error}): nvcc was missing when fastbert-kernels was built, or "
-        "FASTBERT_CUDA=0 left it out. Install a CUDA toolkit of version 12 or later, or nvidia-cuda-nvcc by pip, and "
-        "install fastbert-kernels from its sources anew"
+        "FASTBERT_CUDA=0 left it out. Install a CUDA toolkit of version 12 or later, or its compiler by pip install "
+        "nvidia-cuda-nvcc nvidia-cuda-cccl, and then fastbert-kernels from its sources anew"
     )
 
 accepted: set[tuple[int, torch.dtype]] = set()  # devices and dtypes that `refusal` has been asked about and takes
@@ -59,13 +59,25 @@ def refusal(device: int, dtype: torch.dtype) -> str | None:
             f"{its}, and the module is compiled for {', '.join(f'sm_{arch}' for arch in archs)}: install "
             f"fastbert-kernels from its sources anew, with FASTBERT_CUDA_ARCHS={own}"
         )
-    if dtype == torch.bfloat16 and fit[-1] < 80:
+    if dtype == torch.bfloat16 and own < 80:
         return f"bfloat16 needs sm_80 or later, and {its}: take float16 or float32"
+    if dtype == torch.bfloat16 and fit[-1] < 80:
+        return f"bfloat16 needs the module to be compiled for sm_80 or later, by FASTBERT_CUDA_ARCHS={own}"
     return None
 
 
 # A compiler takes the answers as they are instead of reading how they are found.
 why_not._dynamo_marked_constant = refusal._dynamo_marked_constant = True
+
+
+def state() -> str:
+    """What `fastbert info` says of GPUs."""
+    if why_not() is not None:
+        return "none is used: see cuda below"
+    devices = range(torch.cuda.device_count())
+    names = [f"{torch.cuda.get_device_name(i)}: {refusal(i, torch.bfloat16) or 'ok'}" for i in devices]
+    archs = ", ".join(f"sm_{arch}" for arch in module.architectures())
+    return f"{'; '.join(names)} (kernels for {archs}, by CUDA {_dotted(module.version)})"
 
 
 def launcher(device: int) -> tuple[Any, int]:

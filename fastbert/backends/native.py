@@ -53,10 +53,9 @@ def launcher(x: Tensor, elements: int = _PARALLEL) -> tuple[Any, int]:
 
     On the CPU that is the number of threads, one for a few `elements`; on a GPU torch's current stream there.
     """
-    device = x.get_device()
-    if device >= 0:
-        return gpu.launcher(device)
-    return module, torch.get_num_threads() if elements >= _PARALLEL else 1
+    if x.is_cpu:
+        return module, torch.get_num_threads() if elements >= _PARALLEL else 1
+    return gpu.launcher(x.get_device())
 
 
 def address(tensor: Tensor | None) -> int:

@@ -200,7 +200,7 @@ class EmulatedPlan(lazy_adam_kernels.Plan):
 
 
 @contextlib.contextmanager
-def installed(emulated: Module) -> Iterator[None]:
+def installed(emulated: Module) -> Iterator[Module]:
     """Within the block the backend "cuda" runs, takes tensors of the CPU, and is `emulated`."""
     refusal = BACKENDS._refusal
 
@@ -219,4 +219,4 @@ def installed(emulated: Module) -> Iterator[None]:
         stack.enter_context(mock.patch.object(gradients, "gradient_norm", norm))
         stack.enter_context(mock.patch.object(plan, "readable", Functions(lazy_adam_kernels, emulated).readable))
         stack.enter_context(mock.patch.object(plan, "Plan", lambda *given: EmulatedPlan(emulated, *given)))
-        yield
+        yield emulated

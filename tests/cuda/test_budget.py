@@ -4,7 +4,8 @@ source, kernel     the file, and its name as sass.py gives it; `*` stands for an
 threads            of a block; dynamic_shared: bytes of a launch
 registers          at most, on any architecture
 blocks_per_sm      at least, by architecture
-instructions       that must be there, `!` before one that must not; `@80` after one: from that architecture on
+instructions       that must be there, `!` before one that must not; `@80` after one: from that architecture on.
+                   A CALL on sm_80 may be how a loop ends; elsewhere it is a function, most often a division of int64
 
 None spills, on any architecture, and none has local memory.
 """
