@@ -29,6 +29,7 @@ struct AdamRows {
   int32_t* row_steps;     // [V]; null: all rows count as the parameter does
   uint32_t padding;       // this row is left alone; kNoRow: none
   const int32_t* is_bad;  // [1]: nothing may be stored; null: no id was looked at
+  float per_column;       // 1 / D
   float* sums;            // [most_pieces(n), D] of pieces, and of the nodes that begin with them
 };
 
@@ -245,7 +246,7 @@ DEVICE float shared_divisor(const AdamRows& r, uint32_t id, const Source& from, 
       square = fmaf(mine, mine, square);
     }
   }
-  v = adam_second_moment(v, warp_sum(square) / static_cast<float>(t.columns), c);
+  v = adam_second_moment(v, warp_sum(square) * r.per_column, c);
   if (t.max_exp_avg_sq) u = adam_maximum(u, v);
   if (lane == 0) {
     t.exp_avg_sq[id] = v;
