@@ -51,7 +51,8 @@ struct GeluBackward {
 
 // ---- layer_norm and dropout --------------------------------------------------------------------------
 
-// t of the dropout contract: an element is kept where its lane >= t; 0 drops nothing. Then there is no seed.
+// t of the dropout contract: an element is kept where its lane >= t (see philox.h); 0 drops nothing. Then
+// there is no seed.
 
 struct LayerNormForward {  // z = residual + dropout(x); y = (z - mean) * rstd * weight + bias
   const void* x;           // [T, H] dtype
@@ -98,24 +99,24 @@ struct Dropout {  // y = dropout(x); its gradient is the same of dy, so one stru
 // ---- cross_entropy -----------------------------------------------------------------------------------
 
 struct CrossEntropyForward {  // loss = log(sum_j exp(x_j)) - x_label
-  const void* logits;         // [T, V] dtype
+  const void* logits;         // [T, V] dtype, rows `stride` elements apart
   const int64_t* labels;      // [T] in [0, V), or ignore_index: the row does not count
   int64_t ignore_index;
   float* losses;           // [T]
   float *maximum, *total;  // [T]: max_j x_j and sum_j exp(x_j - maximum)
-  int64_t rows, columns;
+  int64_t rows, columns, stride;
   DType dtype;
   int64_t launch;
 };
 
 struct CrossEntropyBackward {
   const float* dlosses;          // [T]
-  const void* logits;            // [T, V] dtype
+  const void* logits;            // [T, V] dtype, rows `stride` elements apart
   const int64_t* labels;         // [T]
   const float *maximum, *total;  // [T]
   int64_t ignore_index;
-  void* dlogits;  // [T, V] dtype
-  int64_t rows, columns;
+  void* dlogits;  // [T, stride] dtype: 0 in columns from V on
+  int64_t rows, columns, stride;
   DType dtype;
   int64_t launch;
 };
@@ -127,7 +128,7 @@ struct Attention {            // what both directions take
   const int32_t* cu_seqlens;  // [B + 1]
   int64_t max_seqlen;         // S
   float scale;
-  uint32_t t;
+  uint32_t t;                            // of lanes of 8 bits
   const int64_t* seed;                   // [1]
   int64_t window_left, window_right;     // key j is visible to query i where i - left <= j <= i + right
   int64_t q_stride, k_stride, v_stride;  // elements between tokens
