@@ -12,7 +12,10 @@ import fastbert
 from fastbert import LazyAdam
 from fastbert.backends import native
 
-pytestmark = pytest.mark.skipif(native.module is None, reason="plans are the C++ module's")
+pytestmark = [
+    pytest.mark.skipif(native.module is None, reason="plans are the C++ modules'"),
+    pytest.mark.usefixtures("modules"),
+]
 
 
 def build(**options):
