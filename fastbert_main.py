@@ -29,7 +29,7 @@ def set_waiting() -> bool:
 
 
 def main() -> None:
-    """The console script. What already stops the import, a bad FASTBERT_CPU_ISA or no torch, is a sentence too."""
+    """The console script. What already stops the import, such as no torch, is a sentence too."""
     set_waiting()
     try:
         from fastbert import cli

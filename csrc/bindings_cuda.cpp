@@ -134,6 +134,10 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("gelu_scratch", cuda::gelu_scratch, "Floats of scratch that gelu_backward needs.");
 
   // ---- layer_norm and dropout ----
+  define_launcher<cuda::layer_norm_forward>(m, "layer_norm_forward");
+  define_launcher<cuda::layer_norm_backward>(m, "layer_norm_backward");
+  m.def("layer_norm_scratch", cuda::layer_norm_scratch, "Floats of scratch that layer_norm_backward needs.");
+  define_launcher<cuda::dropout>(m, "dropout");
 
   // ---- cross_entropy ----
 

@@ -51,7 +51,8 @@ struct GeluBackward {
 
 // ---- layer_norm and dropout --------------------------------------------------------------------------
 
-// t of the dropout contract: an element is kept where its lane >= t; 0 drops nothing. Then there is no seed.
+// t of the dropout contract: an element is kept where its lane >= t (see philox.h); 0 drops nothing. Then
+// there is no seed.
 
 struct LayerNormForward {  // z = residual + dropout(x); y = (z - mean) * rstd * weight + bias
   const void* x;           // [T, H] dtype
@@ -127,7 +128,7 @@ struct Attention {            // what both directions take
   const int32_t* cu_seqlens;  // [B + 1]
   int64_t max_seqlen;         // S
   float scale;
-  uint32_t t;
+  uint32_t t;                            // of lanes of 8 bits
   const int64_t* seed;                   // [1]
   int64_t window_left, window_right;     // key j is visible to query i where i - left <= j <= i + right
   int64_t q_stride, k_stride, v_stride;  // elements between tokens

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import sys
 from typing import Any
 
@@ -22,18 +23,14 @@ def main() -> None:
     """Runs one command; an error it understands ends in a sentence, the traceback shown with FASTBERT_DEBUG=1."""
     command, arguments = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
     try:
-        if command == "info" and not arguments:
-            print(info(), linear.info(), waiting(), sep="\n")
-        elif command == "pretrain":
-            sys.exit(pretrain(arguments))
-        elif command in ("-h", "--help") or arguments in (["-h"], ["--help"]):
-            print(USAGE)
-        elif command == "--version":
-            print(f"fastbert {__version__}")
-        elif command == "info":
-            sys.exit(f"fastbert info takes no arguments, got {' '.join(arguments)}")
-        else:
-            sys.exit(f"fastbert: there is no command {command!r}\n{USAGE}")
+        try:
+            run(command, arguments)
+        finally:
+            sys.stdout.flush()  # not when Python ends, where a closed pipe would be a traceback
+    except BrokenPipeError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
+        trained = command == "pretrain" and {"-h", "--help"}.isdisjoint(arguments)
+        sys.exit(f"fastbert {command}: {error}" if trained else 128 + signal.SIGPIPE)  # `head` has read enough
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("FASTBERT_DEBUG"):
             raise
@@ -45,6 +42,22 @@ def main() -> None:
     except KeyboardInterrupt:
         print(f"fastbert {command}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def run(command: str, arguments: list[str]) -> None:
+    """The command itself; raises SystemExit unless its status is 0 and there is nothing more to say."""
+    if command == "info" and not arguments:
+        print(info(), linear.info(), waiting(), sep="\n")
+    elif command == "pretrain":
+        sys.exit(pretrain(arguments))
+    elif command in ("-h", "--help") or arguments in (["-h"], ["--help"]):
+        print(USAGE)
+    elif command == "--version":
+        print(f"fastbert {__version__}")
+    elif command == "info":
+        sys.exit(f"fastbert info takes no arguments, got {' '.join(arguments)}")
+    else:
+        sys.exit(f"fastbert: there is no command {command!r}\n{USAGE}")
 
 
 def _is_about_memory(error: MemoryError | RuntimeError) -> bool:
@@ -75,7 +88,7 @@ def pretrain(arguments: list[str]) -> int:
     import tyro
 
     from fastbert.pretrain import presets
-    from fastbert.pretrain import pretrain as run
+    from fastbert.pretrain import pretrain as train
     from fastbert.pretrain.run import PretrainConfig, read_config
 
     @dataclasses.dataclass(frozen=True)
@@ -98,7 +111,7 @@ def pretrain(arguments: list[str]) -> int:
         stored = Command(**dataclasses.asdict(read_config(command.output)), resume=True)
         check_unchanged(stored, parse(default=stored))
     settings = {field.name: getattr(command, field.name) for field in dataclasses.fields(PretrainConfig)}
-    return 0 if run(PretrainConfig(**settings), resume=command.resume) else 130
+    return 0 if train(PretrainConfig(**settings), resume=command.resume) else 130
 
 
 def check_unchanged(stored: Any, given: Any) -> None:

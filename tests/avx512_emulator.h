@@ -25,6 +25,7 @@ namespace avx512_emulator {
 typedef float Floats __attribute__((vector_size(32)));
 typedef int32_t Ints __attribute__((vector_size(32)));
 typedef uint32_t Words __attribute__((vector_size(32)));
+typedef uint8_t Bytes __attribute__((vector_size(32)));
 typedef uint16_t Shorts __attribute__((vector_size(32)));
 
 __attribute__((error("not emulated: a mask that is not full, or another constant"))) void refuse();
@@ -84,6 +85,7 @@ EMULATED __m512i cvtepu16_epi32(uint32_t mask, __m256i a) {
 
 // ---- moves
 
+EMULATED __m512i set1_epi8(char x) { return whole(_mm256_set1_epi8(x), _mm256_set1_epi8(x)); }
 EMULATED __m512i set1_epi16(int16_t x) { return whole(_mm256_set1_epi16(x), _mm256_set1_epi16(x)); }
 EMULATED __m512i set1_epi32(int32_t x) { return whole(_mm256_set1_epi32(x), _mm256_set1_epi32(x)); }
 EMULATED __m512i set1_epi64(int64_t x) { return whole(_mm256_set1_epi64x(x), _mm256_set1_epi64x(x)); }
@@ -134,6 +136,15 @@ EMULATED __m512i ternarylogic_epi64(__m512i a, __m512i b, __m512i c, const int t
 EMULATED __m512i ternarylogic_epi32(__m512i a, uint32_t mask, __m512i b, __m512i c, const int truth) {
   require(truth == 0x96);
   return a ^ ((b ^ c) & ones_where(mask));
+}
+
+EMULATED uint64_t greater_epu8(__m256i a, __m256i b) {
+  return static_cast<uint32_t>(_mm256_movemask_epi8((__m256i)((Bytes)a > (Bytes)b)));
+}
+
+EMULATED uint64_t cmpgt_epu8_mask(__m512i a, __m512i b) {
+  const auto x = halves(a), y = halves(b);
+  return greater_epu8(x.low, y.low) | greater_epu8(x.high, y.high) << 32;
 }
 
 EMULATED uint32_t greater_epu16(__m256i a, __m256i b) {
@@ -231,6 +242,7 @@ EMULATED __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
 
 }  // namespace avx512_emulator
 
+#define _mm512_cmpgt_epu8_mask avx512_emulator::cmpgt_epu8_mask
 #define _mm512_cmpgt_epu16_mask avx512_emulator::cmpgt_epu16_mask
 #define _mm512_cvtne2ps_pbh avx512_emulator::cvtne2ps_pbh
 #define _mm512_cvtneps_pbh avx512_emulator::cvtneps_pbh
@@ -253,6 +265,7 @@ EMULATED __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
 #define _mm512_maskz_sqrt_ps avx512_emulator::sqrt_ps
 #define _mm512_maskz_unpackhi_epi64 avx512_emulator::unpackhi_epi64
 #define _mm512_maskz_unpacklo_epi64 avx512_emulator::unpacklo_epi64
+#define _mm512_set1_epi8 avx512_emulator::set1_epi8
 #define _mm512_set1_epi16 avx512_emulator::set1_epi16
 #define _mm512_set1_epi32 avx512_emulator::set1_epi32
 #define _mm512_set1_epi64 avx512_emulator::set1_epi64

@@ -10,6 +10,7 @@ import torch
 import fastbert
 from fastbert.backends import linear, native
 
+native.check_isa()  # a name that cannot be had would leave the tests of kernels out
 KERNELS = [f"cpu:{isa}" for isa in (native.module.instruction_sets() if native.module else [])]
 CUDA = ["cuda:values", "cuda:trace"]  # emulated: see tests/cuda/emulated_backend.py
 

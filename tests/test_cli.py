@@ -24,12 +24,12 @@ SCRIPT = "-c", "import sys; from fastbert_main import main; sys.argv[0] = 'fastb
 MODULE = "-m", "fastbert"
 
 
-def started(how, *arguments, **environment):
+def started(how, *arguments, stdout=subprocess.PIPE, **environment):
     """`fastbert` as a process of its own, in which nobody has said how threads wait."""
     clean = {name: value for name, value in os.environ.items() if name not in WAITING}
     return subprocess.run(
         [sys.executable, *how, *map(str, arguments)], env=clean | environment,
-        capture_output=True, text=True, check=False,
+        stdout=stdout, stderr=subprocess.PIPE, text=True, check=False,
     )  # fmt: skip
 
 
@@ -55,10 +55,27 @@ def test_importing_the_package_leaves_the_environment_alone():
     assert started(("-c", code)).returncode == 0
 
 
-def test_what_stops_the_import_is_a_sentence():
-    said = started(SCRIPT, "info", FASTBERT_CPU_ISA="foo")
-    assert said.returncode == 1 and said.stderr.startswith("fastbert: FASTBERT_CPU_ISA names the instruction set")
+@pytest.mark.parametrize("how", [SCRIPT, MODULE], ids=["script", "module"])
+def test_a_bad_environment_is_a_sentence(how):
+    said = started(how, "info", FASTBERT_CPU_ISA="foo")
+    assert said.returncode == 1 and said.stderr.startswith("fastbert info: FASTBERT_CPU_ISA names the instruction set")
     assert "'foo'" in said.stderr and said.stderr.count("\n") == 1
+
+
+def test_what_stops_the_import_is_a_sentence():
+    said = started(("-c", "import sys; sys.modules['torch'] = None; from fastbert_main import main; main()"))
+    assert said.returncode == 1 and said.stderr.startswith("fastbert: import of torch")
+    assert said.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["pretrain", "--help"]], ids=" ".join)
+def test_a_reader_that_has_enough_ends_it_quietly(arguments):
+    """As `| head -1` does; here the pipe is closed before anything is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        said = started(SCRIPT, *arguments, stdout=closed)
+    assert (said.returncode, said.stderr) == (141, "")
 
 
 def test_version(monkeypatch, capsys):

@@ -92,8 +92,9 @@ def kept(x, seed):
 
 def test_random_numbers_are_the_cpus():
     seed, rows = torch.tensor([-(2**63) + 5]), torch.arange(1000).unsqueeze(-1)
-    ours = philox.lanes(131, rows.to(GPU), 7, 1, seed.to(GPU))
-    assert torch.equal(ours.cpu(), philox.lanes(131, rows, 7, 1, seed))
+    for bits in (16, 8):
+        ours = philox.lanes(131, rows.to(GPU), 7, 1, seed.to(GPU), bits)
+        assert torch.equal(ours.cpu(), philox.lanes(131, rows, 7, 1, seed, bits))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

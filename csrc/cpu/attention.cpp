@@ -26,8 +26,9 @@ namespace {
 
 constexpr int64_t kKeys = 512;  // keys of a block in forward, where queries come by kQueries
 constexpr int64_t kBackwardKeys = 128, kBackwardQueries = 64;  // keys and queries of a block in backward
-static_assert(kKeys % 8 == 0 && kBackwardKeys % 8 == 0, "dropout draws for eight keys at a time");
-static_assert(kQueries % kDrawn == 0 && kBackwardQueries % kDrawn == 0, "and for kDrawn queries");
+constexpr int kCounterKeys = kCounterLanes<uint8_t>;           // for which one counter of dropout is drawn
+static_assert(kKeys % kCounterKeys == 0 && kBackwardKeys % kCounterKeys == 0, "a block begins a counter");
+static_assert(kQueries % kDrawn == 0 && kBackwardQueries % kDrawn == 0, "dropout draws for kDrawn queries");
 
 // ---- forward -----------------------------------------------------------------------------------------
 
@@ -46,10 +47,10 @@ struct ForwardTask {
   float* out;            // [kRun, columns]: of the keys so far,
   float *highest, *sum;  // [kRun]: and the running maximum and sum of their softmax
   float* scores;         // [kQueries, kRow]: q k^T, then drop(P) times sum
-  DropoutMask<kKeys, kDrawn>& dropout;
+  WeightDropout<kKeys>& dropout;
   Ahead& ahead;
 
-  ForwardTask(const AttentionForward& p, const Task& task, DropoutMask<kKeys, kDrawn>& dropout, Ahead& ahead)
+  ForwardTask(const AttentionForward& p, const Task& task, WeightDropout<kKeys>& dropout, Ahead& ahead)
       : p(p), task(task), sizes(p.head_size), dropout(dropout), ahead(ahead) {
     const int64_t columns = sizes.columns, width = sizes.width;
     Scratch scratch(width * (kRow + kLanes) + kKeys * columns + kRun * (width + columns + 2) +
@@ -86,7 +87,7 @@ struct ForwardTask {
   }
 
   void pack_keys(int64_t key, int64_t keys) {
-    if (p.t) dropout.at(static_cast<uint32_t>(key / 8), keys, static_cast<uint32_t>(task.head));
+    if (p.t) dropout.at(static_cast<uint32_t>(key / kCounterKeys), keys, static_cast<uint32_t>(task.head));
     pack_columns<Words>(row_at<T>(p, task, p.k, p.k_stride, key), p.k_stride, keys, sizes.head_size,
                         k_columns, kRow, sizes.width, part);
     pack_summed<Words>(row_at<T>(p, task, p.v, p.v_stride, key), p.v_stride, keys, sizes.head_size, v,
@@ -128,7 +129,7 @@ struct ForwardTask {
       if (sees_nothing) memset(out + i * sizes.columns, 0, sizes.head_size * sizeof(float));
       p.lse[at] = sees_nothing ? -__builtin_inff() : highest[i] + __builtin_logf(sum[i]);
       store_row(static_cast<T*>(p.out) + at * sizes.head_size, out + i * sizes.columns, sizes.head_size,
-                sees_nothing ? 0.f : dropout_scale(p.t) / sum[i]);
+                sees_nothing ? 0.f : dropout_scale(p.t, kAttentionLaneBits) / sum[i]);
     }
   }
 };
@@ -140,7 +141,7 @@ void forward_task(const AttentionForward& p, const Task& task, const Task* next)
     prefetch_inputs<T>(p, *next, ahead);
     prefetch_rows<T>(p, *next, p.out, p.heads * p.head_size, true, ahead);
   }
-  DropoutMask<kKeys, kDrawn> dropout(p.seed, p.t, 1);
+  WeightDropout<kKeys> dropout(p.seed, p.t, 1);
   ForwardTask<Words, T>(p, task, dropout, ahead).run();
 }
 
@@ -178,10 +179,10 @@ struct BackwardTask {
   // Of a block of queries and keys.
   float *scores, *products;     // [kBackwardQueries, kRow]: q k^T and dout v^T, then drop(P) and dS
   uint32_t *weights, *dscores;  // [kBackwardQueries / words' depth, kRow]: these, to be summed over queries
-  DropoutMask<kBackwardKeys, kDrawn>& dropout;
+  WeightDropout<kBackwardKeys>& dropout;
   Ahead& ahead;
 
-  BackwardTask(const AttentionBackward& p, const Task& task, DropoutMask<kBackwardKeys, kDrawn>& dropout,
+  BackwardTask(const AttentionBackward& p, const Task& task, WeightDropout<kBackwardKeys>& dropout,
                Ahead& ahead)
       : p(p),
         task(task),
@@ -232,7 +233,7 @@ struct BackwardTask {
   void pack_keys(int64_t key, int64_t keys) {
     const T* k_rows = row_at<T>(p, task, p.k, p.k_stride, key);
     const T* v_rows = row_at<T>(p, task, p.v, p.v_stride, key);
-    if (p.t) dropout.at(static_cast<uint32_t>(key / 8), keys, static_cast<uint32_t>(task.head));
+    if (p.t) dropout.at(static_cast<uint32_t>(key / kCounterKeys), keys, static_cast<uint32_t>(task.head));
     pack_columns<Words>(k_rows, p.k_stride, keys, sizes.head_size, k_columns, kRow, sizes.width, part);
     pack_columns<Words>(v_rows, p.v_stride, keys, sizes.head_size, v_columns, kRow, sizes.width, part);
     pack_summed<Words>(k_rows, p.k_stride, keys, sizes.head_size, k, sizes.columns);
@@ -254,7 +255,8 @@ struct BackwardTask {
       pack_summed<Words>(q_rows, p.q_stride, queries, size, q_summed, sizes.columns);
       pack_summed<Words>(dout_rows, stride, queries, size, dout_summed, sizes.columns);
     }
-    const float c = p.t < 65536 ? dropout_scale(p.t) : 1.f;  // all dropped: out and delta are 0
+    const float factor = dropout_scale(p.t, kAttentionLaneBits);
+    const float c = factor > 0.f ? factor : 1.f;  // all dropped: out and delta are 0
     const float log_c = __builtin_logf(c), inverse = 1.f / c;
     const float* saved = p.lse + (p.cu_seqlens[task.sequence] + first) * p.heads + task.head;
     for (int64_t i = 0; i < queries; ++i) {
@@ -355,7 +357,7 @@ void backward_task(const AttentionBackward& p, const Task& task, const Task* nex
     for (int64_t i = 0; i < 3; ++i)
       prefetch_rows<T>(p, *next, static_cast<T*>(p.dqkv) + i * stride, 3 * stride, true, ahead);
   }
-  DropoutMask<kBackwardKeys, kDrawn> dropout(p.seed, p.t, 1);
+  WeightDropout<kBackwardKeys> dropout(p.seed, p.t, 1);
   BackwardTask<Words, T>(p, task, dropout, ahead).run();
 }
 

@@ -13,6 +13,11 @@ namespace {
 
 constexpr int kDrawn = 4;  // queries for which dropout is drawn at a time; some may stand behind the last
 
+// Which of up to so many keys these queries keep: a byte is drawn for each weight.
+template <int kKeys>
+using WeightDropout = DropoutMask<uint8_t, kKeys, kDrawn>;
+using KeptWeights = Kept<uint8_t>;
+
 // ---- what a query sees of a block of keys: lanes first to last of it, none where last < first --------
 
 struct Visible {
@@ -68,7 +73,7 @@ FASTBERT_INLINE vfloat weight(vfloat score, float scale, float base) {
 // be multiplied by.
 template <typename Words>
 FASTBERT_INLINE float softmax_block(const Attention& p, float* scores, Visible s, int64_t width,
-                                    const uint16_t* kept, float* highest, float* sum) {
+                                    const KeptWeights* kept, float* highest, float* sum) {
   if (s.last < s.first) {
     memset(scores, 0, width * sizeof(float));
     return 1.f;
@@ -106,7 +111,7 @@ struct Query {
   float *scores, *products;  // q . k and dout . v
   Visible visible;
   float lse, delta;
-  const uint16_t* kept;  // of the block; null where nothing is dropped
+  const KeptWeights* kept;  // of the block; null where nothing is dropped
 };
 
 // Scores of two queries become drop(P) and their products dS: in place, or, where words are pairs, side by

@@ -15,7 +15,7 @@ constexpr int64_t kColumns = 256;  // of a block: its random numbers are drawn b
 // Both directions.
 template <typename T>
 void rows(const Dropout& p) {
-  const vfloat scale = splat(dropout_scale(p.t));
+  const vfloat scale = splat(dropout_scale(p.t, kLaneBits));
 #pragma omp parallel num_threads(p.launch)
   {
     RowDropout dropout(p.seed, p.t, 0);

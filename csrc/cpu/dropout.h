@@ -1,9 +1,10 @@
 // Dropout's random numbers in vectors: Philox4x32-7 for neighbouring counters, and what of it is kept.
 //
-// Counters (first, c1, c2, c3), (first + 1, c1, c2, c3), ... give eight 16-bit lanes each; c1 is the row.
-// Over the first three of ten rounds the row reaches only half of the words, and there as exclusive or's: the
-// other half and all that stands beside it are computed once for many rows (`DropoutColumns`), the row's own
-// part is one number (`dropout_row`).
+// Counters (first, c1, c2, c3), (first + 1, c1, c2, c3), ... give 16 bytes each, read as lanes of one byte or
+// two; c1 is the row. Over the first three of seven rounds the row reaches only half of the words, and there
+// as exclusive or's: the other half and all that stands beside it are computed once for many rows
+// (`DropoutColumns`), the row's own part is one number (`dropout_row`). So a row costs 9 multiplications for
+// kLanes / 2 counters instead of 14.
 #pragma once
 #include "../philox.h"
 #include "load_store.h"
@@ -13,7 +14,12 @@ namespace FASTBERT_ISA {
 
 typedef uint64_t vulong __attribute__((vector_size(kLanes * 4)));  // kLanes / 2 wide numbers
 
-constexpr int kDropoutBlock = kLanes * 4;  // lanes drawn at a time: kLanes / 2 counters of eight lanes
+// A lane is a uint16_t, or a uint8_t in attention.
+template <typename Lane>
+constexpr int kCounterLanes = 16 / sizeof(Lane);  // of one counter
+
+template <typename Lane>
+constexpr int kDropoutBlock = kLanes / 2 * kCounterLanes<Lane>;  // lanes drawn at a time
 
 FASTBERT_INLINE vulong multiply_wide(vulong a, uint32_t b) {  // low words of a, times b, in full
 #if defined(__AVX512F__)
@@ -125,29 +131,40 @@ FASTBERT_INLINE void dropout_lanes(uint64_t seed, uint32_t first, uint32_t c1, u
     const int64_t left = counters - done;
     drawn<2, 1>(seed, columns, &row, [&](int block, int, int half, vulong random) FASTBERT_LAMBDA {
       if (block * width < left)
-        memcpy(lanes + 8 * done + block * kDropoutBlock + half * 2 * kLanes, &random, sizeof random);
+        memcpy(lanes + 8 * (done + block * width) + half * 2 * kLanes, &random, sizeof random);
     });
   }
 }
 
 // ---- what is kept ------------------------------------------------------------------------------------
 
-// Of kLanes elements: AVX-512 has a bit for each, the others a word of ones or zeros.
+// Of kLanes elements: AVX-512 has a bit for each, the others a lane of ones or zeros.
 #if defined(__AVX512F__)
+template <typename Lane>
+using Kept = uint16_t;
 constexpr int kKeptWords = 1;
 #else
+template <typename Lane>
+using Kept = Lane;
 constexpr int kKeptWords = kLanes;
 #endif
 
 // Where lane >= t; t >= 1.
-FASTBERT_INLINE void store_kept(uint16_t* kept, vulong random, uint32_t t) {
+template <typename Lane>
+FASTBERT_INLINE void store_kept(Kept<Lane>* kept, vulong random, uint32_t t) {
 #if defined(__AVX512F__)
-  const __m512i last_dropped = _mm512_set1_epi16(static_cast<int16_t>(t - 1));
-  const uint32_t mask = _mm512_cmpgt_epu16_mask((__m512i)random, last_dropped);
-  memcpy(kept, &mask, sizeof mask);
+  if constexpr (sizeof(Lane) == 1) {
+    const __m512i last_dropped = _mm512_set1_epi8(static_cast<char>(t - 1));
+    const uint64_t mask = _mm512_cmpgt_epu8_mask((__m512i)random, last_dropped);
+    memcpy(kept, &mask, sizeof mask);
+  } else {
+    const __m512i last_dropped = _mm512_set1_epi16(static_cast<int16_t>(t - 1));
+    const uint32_t mask = _mm512_cmpgt_epu16_mask((__m512i)random, last_dropped);
+    memcpy(kept, &mask, sizeof mask);
+  }
 #else
-  typedef uint16_t vlanes __attribute__((vector_size(kLanes * 4)));
-  const auto mask = (vlanes)random > static_cast<uint16_t>(t - 1);
+  typedef Lane vlanes __attribute__((vector_size(kLanes * 4)));
+  const auto mask = (vlanes)random > static_cast<Lane>(t - 1);
   memcpy(kept, &mask, sizeof mask);
 #endif
 }
@@ -165,13 +182,28 @@ FASTBERT_INLINE vfloat drop(const uint16_t* kept, int64_t j, vfloat v) {
 #endif
 }
 
-// What a kept element is multiplied by; 0 where everything is dropped.
-FASTBERT_INLINE float dropout_scale(uint32_t t) {
-  return t < 65536 ? 65536.f / static_cast<float>(65536 - t) : 0.f;
+#if !defined(__AVX512F__)
+FASTBERT_INLINE vfloat drop(const uint8_t* kept, int64_t j, vfloat v) {
+#if defined(__AVX2__)
+  const __m256i mask = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kept + j)));
+#elif defined(__x86_64__)
+  int32_t bytes;
+  memcpy(&bytes, kept + j, sizeof bytes);
+  __m128i mask = _mm_cvtsi32_si128(bytes);
+  mask = _mm_unpacklo_epi8(mask, mask);
+  mask = _mm_unpacklo_epi16(mask, mask);
+#else
+  typedef int8_t vbytes __attribute__((vector_size(kLanes)));
+  vbytes bytes;
+  memcpy(&bytes, kept + j, sizeof bytes);
+  const vint mask = __builtin_convertvector(bytes, vint);
+#endif
+  return as_float(as_uint(v) & (vuint)mask);
 }
+#endif
 
 // Dropout of up to kColumns neighbours in many rows: which of them are kept in kRows rows at a time.
-template <int kColumns, int kRows>
+template <typename Lane, int kColumns, int kRows>
 class DropoutMask {
  public:
   // `seed` is not read where nothing is dropped.
@@ -180,56 +212,58 @@ class DropoutMask {
 
   // The neighbours are those of counters (first, ., c2, c3) and after; free where they are the last call's.
   FASTBERT_MEMBER void at(uint32_t first, int64_t n, uint32_t c2) {
-    const int64_t blocks = ceil_div(n, kDropoutBlock);
+    const int64_t blocks = ceil_div(n, kBlock);
     if (first == first_ && blocks == blocks_ && c2 == c2_) return;
     first_ = first, blocks_ = blocks, c2_ = c2;
     for (int64_t i = 0; i < blocks; ++i)
       columns_[i] = dropout_columns(seed_, first + static_cast<uint32_t>(i * (kLanes / 2)), c2, c3_);
   }
 
-  // Draws the n neighbours from place `from` on, a multiple of kDropoutBlock, for rows c1, c1 + 1, ...
+  // Draws the n neighbours from place `from` on, a multiple of kBlock, for rows c1, c1 + 1, ...
   FASTBERT_MEMBER void draw(uint32_t c1, int64_t from, int64_t n) {
     uint64_t rows[kRows];
     for (int i = 0; i < kRows; ++i) rows[i] = dropout_row(seed_, c1 + i, c2_);
-    const int64_t end = ceil_div(from + n, kDropoutBlock);
-    int64_t block = from / kDropoutBlock;
+    const int64_t end = ceil_div(from + n, kBlock);
+    int64_t block = from / kBlock;
     if constexpr (kRows == 1) draw_blocks<kLanes == 16 ? 4 : 2>(rows, block, end);  // what the registers hold
     if constexpr (kRows == 1) draw_blocks<2>(rows, block, end);
     draw_blocks<1>(rows, block, end);
   }
 
   // What was drawn of row i from place j on, for `drop`.
-  FASTBERT_MEMBER const uint16_t* kept(int64_t i, int64_t j) const {
+  FASTBERT_MEMBER const Kept<Lane>* kept(int64_t i, int64_t j) const {
     return kept_[i] + j / kLanes * kKeptWords;
   }
 
  private:
+  static constexpr int kBlock = kDropoutBlock<Lane>;
+  static constexpr int kBlocks = (kColumns + kBlock - 1) / kBlock;
+  static constexpr int kWords = kBlock / kLanes * kKeptWords;  // of a block
+
   // From `block` on, so many at a time, and moves it behind the last.
-  template <int kBlocks>
+  template <int kTogether>
   FASTBERT_MEMBER void draw_blocks(const uint64_t (&rows)[kRows], int64_t& block, int64_t end) {
-    constexpr int words = kDropoutBlock / kLanes * kKeptWords;
-    for (; block + kBlocks <= end; block += kBlocks)
-      drawn<kBlocks, kRows>(seed_, columns_ + block, rows,
-                            [&](int i, int row, int half, vulong random) FASTBERT_LAMBDA {
-                              store_kept(kept_[row] + (block + i) * words + half * (words / 2), random, t_);
-                            });
+    for (; block + kTogether <= end; block += kTogether)
+      drawn<kTogether, kRows>(
+          seed_, columns_ + block, rows, [&](int i, int row, int half, vulong random) FASTBERT_LAMBDA {
+            store_kept<Lane>(kept_[row] + (block + i) * kWords + half * (kWords / 2), random, t_);
+          });
   }
 
   uint64_t seed_;
   uint32_t t_, c3_, first_ = 0, c2_ = 0;
   int64_t blocks_ = 0;
-  DropoutColumns columns_[(kColumns + kDropoutBlock - 1) / kDropoutBlock];
-  uint16_t kept_[kRows]
-                [(kColumns + kDropoutBlock - 1) / kDropoutBlock * (kDropoutBlock / kLanes) * kKeptWords];
+  DropoutColumns columns_[kBlocks];
+  Kept<Lane> kept_[kRows][kBlocks * kWords];
 };
 
 // ---- of one row --------------------------------------------------------------------------------------
 
 constexpr int64_t kRowDrawn = 1024;  // columns of a row whose random numbers are kept
 
-using RowDropout = DropoutMask<kRowDrawn, 1>;
+using RowDropout = DropoutMask<uint16_t, kRowDrawn, 1>;
 
-// Which of the n columns from `first` on, a multiple of kDropoutBlock, of a row are kept.
+// Which of the n columns from `first` on, a multiple of a block, of a row are kept.
 FASTBERT_INLINE const uint16_t* draw_row(RowDropout& dropout, int64_t row, int64_t columns, int64_t first,
                                          int64_t n) {
   const int64_t start = first / kRowDrawn * kRowDrawn;

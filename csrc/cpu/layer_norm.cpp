@@ -58,7 +58,7 @@ FASTBERT_INLINE void add_dropped(const LayerNormForward& p, RowDropout& dropout,
                                  int64_t n, T* __restrict z) {
   const T* x = static_cast<const T*>(p.x) + row * p.columns + first;
   const T* residual = p.residual ? static_cast<const T*>(p.residual) + row * p.columns + first : nullptr;
-  const vfloat scale = splat(dropout_scale(p.t));
+  const vfloat scale = splat(dropout_scale(p.t, kLaneBits));
   const uint16_t* kept = p.t ? draw_row(dropout, row, p.columns, first, n) : nullptr;
   sweep<4>(n, [=](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
     vfloat v = lanes.load(x + j);
@@ -181,7 +181,7 @@ FASTBERT_INLINE void row_gradients(const LayerNormBackward& p, RowDropout& dropo
   T* __restrict dz = static_cast<T*>(p.dz) + row * columns;
   T* __restrict dx = static_cast<T*>(p.dx) + (p.t ? row * columns : 0);
   const float mean = p.mean[row], rstd = p.rstd[row];
-  const vfloat scale = splat(dropout_scale(p.t));
+  const vfloat scale = splat(dropout_scale(p.t, kLaneBits));
   for (int64_t first = 0; first < columns; first += kColumns) {
     const int64_t n = min(kColumns, columns - first);
     const uint16_t* kept = !p.t                   ? nullptr

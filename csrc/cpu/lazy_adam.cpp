@@ -124,7 +124,7 @@ FASTBERT_INLINE void update(const T* w, O* to, M* m, float* v, float* u, float s
 // n columns from `first` of a row, float32 -> bf16: the upper half of the bits and 16 random ones added up.
 FASTBERT_INLINE void round_stochastically(const LazyAdamStep& p, int64_t row, int64_t first, int64_t n,
                                           const float* from, bf16* to) {
-  alignas(64) uint16_t random[kColumns + kDropoutBlock];
+  alignas(64) uint16_t random[kColumns + kDropoutBlock<uint16_t>];
   dropout_lanes(static_cast<uint64_t>(*p.seed), static_cast<uint32_t>(first / 8), static_cast<uint32_t>(row),
                 static_cast<uint32_t>(static_cast<int64_t>(*p.step)), 2 + 4 * p.number, ceil_div(n, 8),
                 random);

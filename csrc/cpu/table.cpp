@@ -12,7 +12,7 @@ int64_t lazy_adam_steps(const LazyAdamStep* steps, int64_t count, int64_t launch
 
 // One counter through the same vectors that dropout uses, for the known-answer test.
 static void philox(uint64_t seed, const uint32_t counter[4], uint32_t words[4]) {
-  uint16_t lanes[kDropoutBlock];
+  uint16_t lanes[kDropoutBlock<uint16_t>];
   dropout_lanes(seed, counter[0], counter[1], counter[2], counter[3], 1, lanes);
   memcpy(words, lanes, 16);
 }

@@ -61,11 +61,16 @@ fallbacks: dict[tuple[str, str], str] = {}  # (op, preferred backend) -> why the
 
 
 def why_not(name: str) -> str | None:
-    """Why the backend cannot run in this process; None where it can. ValueError for a name that does not exist."""
+    """Why the backend cannot run in this process; None where it can.
+
+    Raises:
+        ValueError: there is no such name, or FASTBERT_CPU_ISA asks for an instruction set that cannot be had.
+    """
     _check_name(name)
     if name == "reference":
         return None
     if name == "cpu":
+        native.check_isa()
         return native.cpu_missing
     if name == "cuda":
         return gpu.why_not()
@@ -95,7 +100,8 @@ def _check(name: str) -> None:
 
 
 def check_environment() -> None:
-    """Raises ValueError where FASTBERT_BACKEND names a backend that does not exist or cannot run here."""
+    """Raises ValueError where FASTBERT_BACKEND or FASTBERT_CPU_ISA names what does not exist or cannot run here."""
+    native.check_isa()
     if not _requested:
         return
     try:

@@ -5,18 +5,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbert.backends.native import DTYPES, address, contiguous, launcher, rows_and_columns
+from fastbert.backends.native import DTYPES, address, launcher, rows_and_columns
 
 
 def layer_norm(x: Tensor, *others: Any) -> Tensor:
-    x = x.contiguous()
+    x = _aligned(x)
     y = torch.empty_like(x)
     _forward((y.data_ptr(), 0, 0, 0), x, *others)
     return y
 
 
 def layer_norm_forward(x: Tensor, residual: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x = x.contiguous()
+    x = _aligned(x)
     is_changed = residual is not None or others[3] > 0
     y = torch.empty_like(x)
     z = torch.empty_like(x) if is_changed else x.new_empty(0)
@@ -32,7 +32,7 @@ def _forward(
     results: tuple[int, ...], x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, t: int,
     seed: Tensor | None,
 ) -> None:  # fmt: skip
-    residual, weight, bias = contiguous(residual), weight.contiguous(), bias.contiguous()
+    residual, weight, bias = None if residual is None else _aligned(residual), _aligned(weight), _aligned(bias)
     rows, columns = rows_and_columns(x)
     module, launch = launcher(x, rows * columns)
     module.layer_norm_forward(
@@ -44,7 +44,7 @@ def _forward(
 def layer_norm_backward(
     dy: Tensor, z: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, t: int, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dy, z, weight = dy.contiguous(), z.contiguous(), weight.contiguous()
+    dy, z, weight = _aligned(dy), _aligned(z), _aligned(weight)
     rows, columns = rows_and_columns(z)
     module, launch = launcher(z, rows * columns)
     dz = torch.empty_like(z)
@@ -57,3 +57,9 @@ def layer_norm_backward(
         columns, DTYPES[z.dtype], DTYPES[weight.dtype], launch,
     )  # fmt: skip
     return dz, dx, dweight, dbias
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, contiguous, from a multiple of 16 bytes on: a GPU adds up rows that begin elsewhere in another order."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x

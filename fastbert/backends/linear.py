@@ -154,6 +154,7 @@ def check(name: str) -> None:
             "torch's, equal to rounding"
         )
     if name == "fastbert" and native.module is None:
+        native.check_isa()
         raise ValueError(f"products by 'fastbert' were asked for and cannot run here: {native.cpu_missing}")
 
 
@@ -210,6 +211,12 @@ def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def multiplies_rounded(library: str) -> bool:
     """Whether both factors of its bfloat16 products are bfloat16: then float32 weights are rounded once for all."""
     return library == "onednn" and bfloat16_products
+
+
+def casts_weights(dtype: torch.dtype) -> bool:
+    """Whether the library that is chosen here and now multiplies float32 weights in `dtype` under autocast."""
+    library = chosen(dtype)
+    return library == "torch" or (dtype == torch.bfloat16 and multiplies_rounded(library))
 
 
 def _computed(dtype: torch.dtype) -> torch.dtype:

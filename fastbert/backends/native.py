@@ -30,22 +30,32 @@ _PARALLEL = 32768  # elements below which starting other threads costs more than
 forced_isa = os.environ.get("FASTBERT_CPU_ISA", "")  # read once, here
 
 
-def _choose_isa() -> str | None:
-    """The instruction set whose kernels run: the best of this machine, or the one that FASTBERT_CPU_ISA names."""
-    if forced_isa:
-        try:
-            if module is None:
-                raise ValueError(cpu_missing)
-            module.use(forced_isa)
-        except ValueError as error:
-            raise ValueError(
-                f"FASTBERT_CPU_ISA names the instruction set that the C++ kernels must use, and {forced_isa!r} cannot "
-                f"be had: {error}. Without the variable the best of them is used"
-            ) from None
-    return None if module is None else module.selected()
+def _why_not_forced() -> str | None:
+    """Uses the instruction set that FASTBERT_CPU_ISA names; why not, where it cannot be had."""
+    try:
+        if module is None:
+            raise ValueError(cpu_missing)
+        module.use(forced_isa)
+    except ValueError as error:
+        return (
+            f"FASTBERT_CPU_ISA names the instruction set that the C++ kernels must use, and {forced_isa!r} cannot "
+            f"be had: {error}. Without the variable the best of them is used"
+        )
+    return None
 
 
-isa: str | None = _choose_isa()
+# What is wrong with FASTBERT_CPU_ISA is raised where kernels are asked for, so that a program can import the package
+# and say it in its own way; until then there are none.
+_isa_refused = _why_not_forced() if forced_isa else None
+if _isa_refused:
+    module = None
+isa: str | None = None if module is None else module.selected()  # whose kernels run: that one, or the machine's best
+
+
+def check_isa() -> None:
+    """Raises ValueError where FASTBERT_CPU_ISA names an instruction set that cannot be had here."""
+    if _isa_refused:
+        raise ValueError(_isa_refused)
 
 
 def launcher(x: Tensor, elements: int = _PARALLEL) -> tuple[Any, int]:

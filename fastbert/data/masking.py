@@ -4,6 +4,10 @@ Of the n tokens of a sample that are not special max(1, round(0.15 n)) are chose
 these 80 % become [MASK], 10 % a random token, 10 % stay. Sources: Devlin et al., "BERT" (2019), and its
 `create_pretraining_data.py`; drawn anew every epoch as in Liu et al., "RoBERTa" (2019); n-grams as in Lan et al.,
 "ALBERT" (2020), and its program of that name.
+
+Those programs count [CLS] and [SEP] among the n, choose at most 20 tokens of a sample by default, may choose [UNK], and
+draw the random token from the whole vocabulary. Here the share is one of the tokens that can be predicted, the same for
+samples of every length; packed batches have no fixed number of places that would need a limit.
 """
 
 import numpy as np
@@ -87,8 +91,9 @@ def _choose_ngrams(
     """Positions of n-grams of whole words, in random order until a sample has as many tokens as it should.
 
     At every word an n-gram may begin, of one, two or three words with weights 1, 1/2 and 1/3; it ends before a special
-    token. One that would exceed the number of tokens loses words from its end, and is left out where one word is too
-    many already; so is one that meets a word already chosen. A sample may get fewer tokens than it should, none even.
+    token (in ALBERT's program an n-gram, and even a word, runs on behind the [SEP] between two texts). One that would
+    exceed the number of tokens loses words from its end, and is left out where one word is too many already; so is one
+    that meets a word already chosen. A sample may get fewer tokens than it should, none even.
 
     Args:
         sample: int64 [T], ascending. fixed: bool [T], never chosen. continues: bool [T], part of the word before.

@@ -118,7 +118,11 @@ def draw_next_pairs(store: TokenStore, spans: Spans, samples: np.ndarray, seed: 
 def draw_ordered_pairs(store: TokenStore, spans: Spans, samples: np.ndarray, seed: int, epoch: int) -> Pairs:
     """Cuts samples into A and B and swaps half of the pairs: label 0 where they are in order, 1 where B comes first.
 
-    They are cut as `_cut` says. (ALBERT's own program gives a single sentence a random second text with label 1.)
+    They are cut as `_cut` says. ALBERT's own program differs in what it puts into a sample, not in how it draws: it
+    collects sentences until they are too many and cuts tokens off either end, where here a sample takes those that fit
+    and no text is lost; it shortens the samples of every tenth document, where here samples are packed as long as they
+    are, and the ends of documents are short ones; and it gives a single sentence a random second text with label 1,
+    where here the halves of one are in order or not like all others.
 
     Source: Lan et al., "ALBERT" (2020), and its `create_pretraining_data.py`. Spans must have two tokens.
     """

@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from fastbert import files
 from fastbert.data.draws import Purpose, below, draw
-from fastbert.data.tokenizer import LONGEST_WORD, SPECIAL_TOKENS, fingerprint, vocab_size
+from fastbert.data.tokenizer import LONGEST_WORD, fingerprint, vocab_size
+from fastbert.models import tokenizer_files
 
 FORMAT = 1
 _FILES = ("tokens.bin", "sentences.bin", "documents.bin")
@@ -261,7 +262,8 @@ class _Writer:
         folder.mkdir(exist_ok=True)
         self.folder = folder
         self.tokenizer = fingerprint(tokenizer)
-        self.special = [i for i in map(tokenizer.token_to_id, SPECIAL_TOKENS) if i is not None]
+        vocab = tokenizer.get_vocab()
+        self.special = [vocab[token] for token in tokenizer_files.special_tokens(vocab).values()]
         self.vocab_size = vocab_size(tokenizer)
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         self.tokens = self.sentences = self.documents = 0

@@ -3,6 +3,7 @@
 import hashlib
 import heapq
 import json
+import string
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -293,29 +294,44 @@ def vocab_size(tokenizer: Tokenizer) -> int:
 
 
 def special_ids(tokenizer: Tokenizer) -> SpecialIds:
-    """Ids of [PAD], [UNK], [CLS], [SEP] and [MASK]; ValueError where one is missing."""
-    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
-    if missing := [token for token, i in ids.items() if i is None]:
-        raise ValueError(f"the tokenizer lacks {', '.join(missing)}: BERT needs {', '.join(SPECIAL_TOKENS)}")
-    return SpecialIds(*ids.values())
+    """Ids of [PAD], [UNK], [CLS], [SEP] and [MASK], each also spelled as <pad> is; ValueError where one is missing."""
+    vocab = tokenizer.get_vocab()
+    tokens = tokenizer_files.special_tokens(vocab)
+    if missing := [token for token in SPECIAL_TOKENS if token.strip("[]").lower() not in tokens]:
+        raise ValueError(
+            f"the tokenizer lacks {', '.join(missing)}: BERT and ALBERT need {', '.join(SPECIAL_TOKENS)}, each also "
+            "spelled as <pad> is"
+        )
+    return SpecialIds(**{role: vocab[token] for role, token in tokens.items()})
 
 
 def continuations(tokenizer: Tokenizer) -> np.ndarray:
     """Which ids continue the word before them: bool [rows of an embedding, see `vocab_size`].
 
-    In WordPiece these are the pieces with "##"; in Unigram those without "▁" that begin with a letter or digit of a
-    script that is written with spaces, so that punctuation and Chinese characters are words, as in ALBERT's own
-    program.
+    In WordPiece these are the pieces with "##". In Unigram they follow ALBERT's own program: pieces of letters and of
+    punctuation, but for a single mark; a piece with "▁", a digit or one of `'<=>` begins a word, as special tokens do.
+    That program knows the letters of English alone, and here letters of every script that is written with spaces are
+    such, so that words of other languages are masked whole too; Chinese characters begin a word in both.
     """
     continues = np.zeros(vocab_size(tokenizer), bool)
     unigram = isinstance(tokenizer.model, models.Unigram)
-    for token, i in tokenizer.get_vocab().items():
+    vocab = tokenizer.get_vocab()
+    for token, i in vocab.items():
         continues[i] = _in_a_word(token) if unigram else token.startswith("##")
+    continues[[vocab[token] for token in tokenizer_files.special_tokens(vocab).values()]] = False
     return continues
 
 
+_MARKS = frozenset(string.punctuation) - frozenset("'<=>")
+
+
 def _in_a_word(piece: str) -> bool:
-    return unicodedata.category(piece[0])[0] in "LMN" and unicodedata.east_asian_width(piece[0]) not in "WF"
+    return piece not in _MARKS and all(character in _MARKS or _is_letter(character) for character in piece)
+
+
+def _is_letter(character: str) -> bool:
+    """Of a script that is written with spaces between words, or a mark on such a letter."""
+    return unicodedata.category(character)[0] in "LM" and unicodedata.east_asian_width(character) not in "WF"
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

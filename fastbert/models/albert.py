@@ -5,6 +5,7 @@ Parameters have Hugging Face's names but within the layers and in the masked wor
 and Soricut, "ALBERT" (2020).
 """
 
+import contextlib
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fastbert.backends import linear
 from fastbert.models import parameter_names
 from fastbert.models.config import ModelConfig, sizes
 from fastbert.models.encoder import Embeddings, Encoder, Layer
-from fastbert.models.layers import Dropout, Linear
+from fastbert.models.layers import Dropout, Linear, LinearGELU
 from fastbert.models.pretraining import PreTrainingModel, WordPredictions
 
 
@@ -130,28 +132,51 @@ class AlbertModel(Encoder):
 def shared(layer: nn.Module) -> Callable[..., Tensor]:
     """`layer`, to be called several times in one forward pass: its weights' gradients are then added up in float32.
 
-    autograd does so by itself where all is float32. Autocast keeps one cast copy of a weight for all its uses, to which
-    their gradients would be added in bfloat16: it is told to make one for each. Weights that are bfloat16 themselves
-    are one float32 copy in a forward pass, and every use rounds that anew.
+    autograd does so by itself where what is added is float32. A weight that is computed with in bfloat16, because it is
+    itself or because autocast casts it, is cast once for the pass, and every use of the copy hands a float32 gradient
+    back. (Autocast's own copy would collect its uses' gradients in bfloat16.)
     """
     weights = {name: weight for name, weight in layer.named_parameters() if weight.requires_grad}
     if not weights or not torch.is_grad_enabled():
         return layer
-    halves = {name: weight for name, weight in weights.items() if weight.dtype in (torch.bfloat16, torch.float16)}
-    sums = {name: weight.float() for name, weight in halves.items()}
     device = next(iter(weights.values())).device.type
-    cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-    def own_copies(*arguments: Tensor | int | None) -> Tensor:
-        own = {name: x.to(halves[name].dtype) for name, x in sums.items()}
-        return functional_call(layer, own, arguments)
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else None
+    cast = _cast_by_autocast(layer, device) if autocast else ()
+    copies = {}
+    for name, weight in weights.items():
+        copy = weight.detach().to(dtype if name in cast and weight.dtype != torch.float64 else weight.dtype)
+        if copy.dtype in (torch.bfloat16, torch.float16):
+            copies[name] = weight.float(), copy
 
     def use(*arguments: Tensor | int | None) -> Tensor:
-        with torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False):
-            return called(*arguments)
+        own = {name: _Use.apply(*pair) for name, pair in copies.items()}
+        # What is cast beside those, as for products too small for the chosen library, is cast for this use alone.
+        with torch.autocast(device, dtype, cache_enabled=False) if autocast else contextlib.nullcontext():
+            return functional_call(layer, own, arguments)
 
-    called = own_copies if halves else layer
-    return use if cast else called
+    return use if copies or autocast else layer
+
+
+def _cast_by_autocast(layer: nn.Module, device: str) -> set[str]:
+    """Names of the weights that are cast for their products; the other ops take float32 beside bfloat16."""
+    if device == "cpu" and not linear.casts_weights(torch.get_autocast_dtype(device)):
+        return set()
+    products = {name: module for name, module in layer.named_modules() if isinstance(module, Linear | LinearGELU)}
+    biased = [name for name, module in products.items() if isinstance(module, Linear)]
+    return {f"{name}.weight" for name in products} | {f"{name}.bias" for name in biased}
+
+
+class _Use(torch.autograd.Function):
+    """One use of a weight: the copy to compute with, [N, K] or [N], whose gradient is the weight's, in float32."""
+
+    @staticmethod
+    def forward(ctx, weight, copy):
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx, dcopy):
+        return dcopy.float(), None
 
 
 class AlbertForPreTraining(PreTrainingModel):

@@ -43,7 +43,9 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
 
 def _refuse_to_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    raise RuntimeError(f"{prefix or 'this layer'} is frozen and cannot be saved: save the model before it is frozen")
+    raise RuntimeError(
+        f"{prefix.rstrip('.') or 'this layer'} is frozen and cannot be saved: save the model before it is frozen"
+    )
 
 
 class FrozenWeight:

@@ -5,14 +5,24 @@ Works on any object with the methods of `tokenizers.Tokenizer`, so that a model 
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
 # What `transformers` reads: tokenizer.json, tokenizer_config.json, tokenizer.<version>.json, and the files beside them.
 _PATTERNS = ("vocab.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "tokenizer*.json")
-_ROLES = ("unk", "sep", "pad", "cls", "mask")
+_ROLES = ("pad", "unk", "cls", "sep", "mask")
 _FLAGS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+
+
+def special_tokens(tokens: Container[str]) -> dict[str, str]:
+    """Which token has which role: pad, unk, cls, sep, mask; without those that no token has.
+
+    BERT spells them `[PAD]`, SentencePiece `<pad>`, and ALBERT's published vocabularies have some of either kind.
+    """
+    spelled = {role: (f"[{role.upper()}]", f"<{role}>") for role in _ROLES}
+    known = {role: [token for token in both if token in tokens] for role, both in spelled.items()}
+    return {role: found[0] for role, found in known.items() if found}
 
 
 def make(tokenizer: Any, max_length: int | None = None) -> dict[str, bytes]:
@@ -53,7 +63,7 @@ def make(tokenizer: Any, max_length: int | None = None) -> dict[str, bytes]:
                 "token was added to it; give every id a token first"
             )
     added = {token["content"]: token for token in whole["added_tokens"]}
-    special: dict[str, Any] = {f"{r}_token": f"[{r.upper()}]" for r in _ROLES if f"[{r.upper()}]" in tokens}
+    special: dict[str, Any] = {f"{role}_token": token for role, token in special_tokens(tokens).items()}
     more = [token for token, fields in added.items() if fields["special"] and token not in special.values()]
     special |= {"additional_special_tokens": more} if more else {}
     config = {
@@ -116,7 +126,7 @@ def _albert_settings(whole: dict[str, Any]) -> dict[str, Any] | None:
         for lower in (True, False)
     }
     form = next((form for form, expected in forms.items() if steps == expected), None)
-    same = model.get("type") == "Unigram" and model["unk_id"] == 1 and model["vocab"][1][0] == "[UNK]"
+    same = model.get("type") == "Unigram" and model["unk_id"] == 1 and model["vocab"][1][0] in ("[UNK]", "<unk>")
     same = same and not model.get("byte_fallback") and whole["pre_tokenizer"] == _SPACES
     if form is None or not same or not _frames_like_bert(whole["post_processor"] or {}):
         return None

@@ -16,8 +16,8 @@ computes P and draws the mask again:
 
 and gives the three as one dqkv [T, 3, N, D].
 
-P_ij is dropped by counter `(key // 8, query, head, 1)`, lane `key % 8` (see `philox`), with `query` the token's place
-in the packed batch and `key` the key's place in its own sequence.
+P_ij is dropped by counter `(key // 16, query, head, 1)`, 8-bit lane `key % 16` (see `philox`), with `query` the token's
+place in the packed batch and `key` the key's place in its own sequence.
 Sources: Vaswani et al., "Attention is all you need" (2017); Dao, "FlashAttention-2" (2023) for what backward saves.
 """
 
@@ -33,6 +33,8 @@ from fastbert.backends.attention import NO_LIMIT
 from fastbert.ops import philox
 from fastbert.ops.checks import as_float, as_int, autocast, check_activation, check_tensor, kind, wide, without_autocast
 from fastbert.ops.register import differentiated, once_differentiable, register
+
+LANE_BITS = 8  # of dropout: a byte for each weight
 
 
 def attention(
@@ -56,7 +58,9 @@ def attention(
             views of one packed projection are taken as they are. Under autocast float32 is cast to the autocast dtype.
         cu_seqlens: int32 [B + 1] on q's device, the sequences' first tokens and T: 0, ..., T, never decreasing.
         max_seqlen: tokens of the longest sequence, or more; an int.
-        dropout_p: probability that an attention weight is dropped; rounded to a multiple of 1/65536.
+        dropout_p: probability that an attention weight is dropped, rounded to a multiple of 1/256: 0.1 is 26/256, as
+            FlashAttention's is too. The others are scaled for the rounded one, by 256/230 there. Above 0 it is at least
+            1/256, and below 1 at most 255/256.
         seed: an int, or int64 [1] on q's device; None draws one from torch's default generator.
         scale: of the scores, a finite number; None is `1 / sqrt(D)`.
         causal: a query sees no key behind it.
@@ -143,7 +147,7 @@ def _options(
         raise ValueError(f"scale must be a finite number, got {scale}")
     if type(causal) is not bool:
         raise TypeError(f"causal must be True or False, got {kind(causal)} {causal!r}")
-    t = philox.threshold(dropout_p)
+    t = philox.threshold(dropout_p, LANE_BITS)
     seed = philox.resolve_seed(seed, t, x.device)
     return max_seqlen, scale, t, seed, causal, None if window is None else _limits(window)
 
@@ -251,8 +255,8 @@ class _Padding:
 
     def dropout(self, weights: Tensor, t: int, seed: Tensor) -> Tensor:
         head = torch.arange(weights.shape[1], device=weights.device)[:, None, None]  # [N, 1, 1]
-        keep = philox.lanes(weights.shape[-1], self.token[:, None, :, None], head, 1, seed) >= t
-        return torch.where(keep, weights * philox.scale(t), 0.0)
+        keep = philox.lanes(weights.shape[-1], self.token[:, None, :, None], head, 1, seed, LANE_BITS) >= t
+        return torch.where(keep, weights * philox.scale(t, LANE_BITS), 0.0)
 
 
 def _fake_forward(q, *_):

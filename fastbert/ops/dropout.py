@@ -3,7 +3,7 @@
     y = x / (1 - p) where an element is kept, 0 where it is dropped;   dx is the same of dy
 
 x is [..., N]. Nothing but the seed is saved. Element (row, column) is dropped by counter `(column // 8, row, 0, 0)`,
-lane `column % 8` (see `philox`), as LayerNorm's is, so the mask is equal on every backend and on any thread count.
+16-bit lane `column % 8` (see `philox`), as LayerNorm's is, so the mask is equal on every backend and any thread count.
 Source: Srivastava, Hinton, Krizhevsky, Sutskever and Salakhutdinov, "Dropout" (2014).
 """
 
@@ -24,7 +24,8 @@ def dropout(x: Tensor, p: float = 0.5, seed: Tensor | int | None = None, *, back
 
     Args:
         x: [..., N] float32, bfloat16 or float16 (float64 on the reference backend). Autocast casts nothing here.
-        p: probability that an element is dropped, rounded to a multiple of 1/65536.
+        p: probability that an element is dropped, rounded to a multiple of 1/65536; above 0 it is at least that, and
+            below 1 at most 65535/65536.
         seed: an int, or int64 [1] on x's device; None draws one from torch's default generator.
         backend: runs on this backend or raises; None chooses by the tensor's device.
 

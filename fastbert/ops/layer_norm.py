@@ -10,7 +10,7 @@ draws again:
     h = (z - mean) * rstd,   g = dy * weight
     dz = rstd * (g - mean(g) - h * mean(g * h)),   dx = dropout'(dz),   dweight = sum(dy * h),   dbias = sum(dy)
 
-Element (row, column) is dropped by counter `(column // 8, row, 0, 0)`, lane `column % 8` (see `philox`).
+Element (row, column) is dropped by counter `(column // 8, row, 0, 0)`, 16-bit lane `column % 8` (see `philox`).
 Source: Ba, Kiros and Hinton, "Layer normalization" (2016).
 """
 
@@ -70,7 +70,7 @@ def dropout_add_layer_norm(
         weight, bias: [N], float32 or x's dtype.
         eps: added to the variance, finite and at least 0; BERT's own default.
         dropout_p: probability that an element of x is dropped; the others are scaled by `1 / (1 - dropout_p)`.
-            Rounded to a multiple of 1/65536.
+            Rounded to a multiple of 1/65536; above 0 it is at least that, and below 1 at most 65535/65536.
         seed: an int, or int64 [1] on x's device; None draws one from torch's default generator.
         backend: runs on this backend or raises; None chooses by the tensor's device.
 

@@ -108,7 +108,7 @@ def lazy_adam_step(
         lr: one number.
         step: one number, t of this step, 1 the first time.
         seed: int64 [1], the key of stochastic rounding of a bfloat16 param; None rounds to nearest. Element (row,
-            column) takes lane `column % 8` of Philox at the counter (column // 8, row, step, 2 + 4 * number).
+            column) takes 16-bit lane `column % 8` of Philox at the counter (column // 8, row, step, 2 + 4 * number).
         flags: sum of the flags above.
         padding_idx: this row is left alone; -1 for none.
         number: tells parameters of one seed apart.

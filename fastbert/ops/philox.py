@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastbert.ops.checks import as_float, as_int
 
+CONTRACT = 2  # runs keep it, and say where it has changed; 1 was ten rounds, and 16 bits in attention too
 ROUNDS = 7
 _MASK = 0xFFFFFFFF
 Word = int | Tensor

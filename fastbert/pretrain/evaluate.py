@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbert.data.batches import Batch, PretrainBatches
-from fastbert.data.tokenizer import continuations
+from fastbert.data.tokenizer import continuations, special_ids
 from fastbert.models.pretraining import Predictions, PreTrainingModel
 from fastbert.ops.cross_entropy import cross_entropy
 
@@ -90,7 +90,7 @@ def evaluate(
 def guesses(model: PreTrainingModel, batches: PretrainBatches, tokenizer, device: str, count: int = 6) -> str:
     """Fill-mask on held-out text: in `count` sequences one masked word, what stood there, and the five best guesses."""
     model.eval()
-    mask, continues = tokenizer.token_to_id("[MASK]"), torch.from_numpy(continuations(tokenizer))
+    mask, continues = special_ids(tokenizer).mask, torch.from_numpy(continuations(tokenizer))
     lines = []
     for ids, token_type_ids, place in itertools.islice(_masked_words(batches, tokenizer, continues), count):
         truth, ids[place] = int(ids[place]), mask

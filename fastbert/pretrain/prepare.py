@@ -23,7 +23,8 @@ from fastbert.data.sources import find_files
 from fastbert.data.store import TokenStore, write_stores
 from fastbert.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, special_ids, train_tokenizer
 from fastbert.data.unigram import train_unigram
-from fastbert.pretrain.run import PretrainConfig
+from fastbert.ops.philox import CONTRACT
+from fastbert.pretrain.run import RANDOM_NUMBERS, PretrainConfig, contract_of
 from fastbert.version import __version__
 
 MADE_OF = "corpus.json"
@@ -104,7 +105,7 @@ def made_of(config: PretrainConfig) -> dict[str, Any]:
         digest.update(os.fsencode(file.relative_to(path) if path.is_dir() else file.name) + b"\0" + content)
     corpus = {"files": len(read), "bytes": size, "sha256": digest.hexdigest()}
     tokenizer = {"kind": config.tokenizer, "vocab_size": config.vocab_size, "lowercase": config.lowercase}
-    data = {"held_out": config.held_out, "seed": config.seed}
+    data = {"held_out": config.held_out, "seed": config.seed, RANDOM_NUMBERS: CONTRACT}
     return {
         "fastbert": __version__,
         "corpus": corpus,
@@ -184,6 +185,13 @@ def _expect_same_corpus(config: PretrainConfig) -> None:
         raise ValueError(
             f"{gone}, and the corpus {config.corpus} is not known to be the one that the run began with ({before}, is "
             f"{now['corpus']}): put either back as it was, or start a new run in another --output"
+        )
+    before = contract_of(then.get("data"))
+    if before != CONTRACT and not (config.output / "data").exists():
+        raise ValueError(
+            f"{config.output} lacks its data/, whose held-out documents were drawn by contract {before} of random "
+            f"numbers: this version draws others, by contract {CONTRACT}. Put it back as it was, or start a new run in "
+            "another --output"
         )
 
 

@@ -114,7 +114,8 @@ def test_nothing_is_left_of_a_failed_write(tmp_path, tokenizer):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("documents", "held_out"), [(1, 2), (19, 2), (20, 2), (49, 2), (60, 2), (1000, 20)])
+# Of 49 every 24th, and the last one, which this seed holds out, is a block of its own.
+@pytest.mark.parametrize(("documents", "held_out"), [(1, 2), (19, 2), (20, 2), (49, 3), (60, 2), (1000, 20)])
 def test_small_corpora_are_split_too(tmp_path, tokenizer, documents, held_out):
     """By the defaults of a run, 2 %; nothing is lost, and next-sentence prediction has its two documents."""
     corpus = [[f"statement {i} {j}" for j in range(20)] for i in range(documents)]

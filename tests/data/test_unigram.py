@@ -5,11 +5,13 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, normalizers
 
-from fastbert.data import continuations, load_tokenizer, save_tokenizer, special_ids, train_unigram
+from fastbert.data import PretrainBatches, continuations, load_tokenizer, save_tokenizer, special_ids, train_unigram
 from fastbert.data.store import TokenStore, write_store
 from fastbert.data.tokenizer import fingerprint
 
+PUBLISHED = ("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]")  # in the vocabularies of the ALBERTs that Google trained
 TEXTS = [topics[name] for name in sorted(topics)][:12]
 SAMPLES = [
     "The yield expression is used when defining a generator.",
@@ -60,8 +62,6 @@ def test_pieces_are_likely_first_and_special_tokens_are_no_text(tokenizer, tmp_p
 
 
 def test_scores_decide_ids_and_are_in_the_fingerprint():
-    from tokenizers import models
-
     a, b = (train_unigram(["a few words of a text, a few"] * 2, 64) for _ in range(2))
     assert fingerprint(a) == fingerprint(b)
     vocab = json.loads(b.to_str())["model"]["vocab"]
@@ -69,10 +69,50 @@ def test_scores_decide_ids_and_are_in_the_fingerprint():
     assert a.get_vocab() == b.get_vocab() and fingerprint(a) != fingerprint(b)
 
 
-def test_continuations_are_letters_and_digits_behind_a_word_s_beginning(tokenizer):
+def test_continuations_are_letters_behind_a_word_s_beginning(tokenizer):
     continues, vocab = continuations(tokenizer), tokenizer.get_vocab()
     assert not continues[:5].any() and not any(continues[i] for token, i in vocab.items() if token.startswith("▁"))
     assert continues[vocab["s"]] and not continues[vocab[","]] and not continues[vocab["."]]
+    # As in ALBERT's own program, but for letters beyond English, "é" and "ия", which begin words there.
+    inside = ["s", "Ing", "-based", "...", ".)", "é", "e\u0301", "ия"]
+    begin = ["▁s", "▁", ".", "_", "'", "'s", "19", "b2b", "</p>", "a=b", "€", "漢", "a漢", "<mask>"]
+    tokenizer = Tokenizer(models.Unigram([(token, -1.0) for token in (*PUBLISHED, *begin, *inside)], unk_id=1))
+    assert continuations(tokenizer).tolist() == [False] * (5 + len(begin)) + [True] * len(inside)
+
+
+@pytest.mark.parametrize("more", [[], [normalizers.Strip()]], ids=["AlbertTokenizer", "TokenizersBackend"])
+def test_published_alberts_spell_special_tokens_otherwise(tmp_path, more, request):
+    """Read, trained on and written again; with a normaliser beyond AlbertTokenizer's, tokenizer.json as it is."""
+    transformers = pytest.importorskip("transformers")
+    letters = [(mark + x, -5.0) for x in "abcdefghijklmnopqrstuvwxyz." for mark in ("", "▁")]
+    vocab = [*((token, 0.0) for token in PUBLISHED), ("▁the", -2.0), ("ing", -3.0), *letters]
+    theirs = transformers.AlbertTokenizerFast(vocab=vocab)
+    theirs.save_pretrained(tmp_path / "published")
+    tokenizer = load_tokenizer(tmp_path / "published")
+    tokenizer.normalizer = normalizers.Sequence([*tokenizer.normalizer, *more])
+    special = special_ids(tokenizer)
+    assert special == (0, 1, 2, 3, 4)
+    text = "The thing is sinking."
+    assert tokenizer.encode(text).ids == theirs(text).input_ids
+
+    with pytest.raises(ValueError, match=r"are \[UNK\] or another special one"):
+        write_store(tmp_path / "unknown", [["漢"]], tokenizer, progress=False)
+    write_store(tmp_path / "store", [[text, "A thing sings.", "漢 sinks."]] * 4, tokenizer, progress=False)
+    settings = {"seq_len": 32, "batch_tokens": 512, "seed": 0, "mask_prob": 0.5, "mask_share": 1, "random_share": 0}
+    continues = continuations(tokenizer)
+    batch = PretrainBatches(
+        TokenStore.open(tmp_path / "store"), special, objective="mlm+sop", continues=continues, **settings
+    )[0]
+    assert (batch.input_ids[batch.masked_positions] == 4).all() and not set(batch.labels.tolist()) & set(special)
+    assert (batch.input_ids[batch.cu_seqlens[:-1].long()] == 2).all() and 1 in batch.input_ids
+
+    save_tokenizer(tokenizer, tmp_path / "written")
+    (tmp_path / "written/config.json").write_text(json.dumps({"model_type": "albert"}))
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "written")
+    assert type(again).__name__ == request.node.callspec.id and again(text).input_ids == theirs(text).input_ids
+    assert again([text, "a"], padding=True).input_ids[1][-1] == again.pad_token_id == 0
+    roles = ("pad", "unk", "cls", "sep", "mask")
+    assert tuple(getattr(again, f"{role}_token") for role in roles) == PUBLISHED
 
 
 def test_text_without_spaces():

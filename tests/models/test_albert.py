@@ -12,6 +12,7 @@ from torch import nn
 
 import fastbert
 from fastbert import AlbertConfig, AlbertForPreTraining, AlbertModel, AutoModel, BertForPreTraining, BertModel
+from fastbert.backends import linear, native
 from fastbert.data import train_tokenizer
 from fastbert.testing import assert_close
 
@@ -134,9 +135,17 @@ def test_presets_have_the_published_models_parameters_each_once(preset, numbers)
     assert len(optimizer.param_groups[0]["params"]) == len(parameters) == len({id(p) for p in parameters})
 
 
-@pytest.mark.parametrize("form", ["float32", "autocast", "bfloat16"])
-def test_gradients_of_shared_weights_are_summed_in_float32_from_the_last_layer_on(form):
-    """To the bit what layers with weights of their own, equal ones, give when their gradients are added so."""
+@pytest.mark.parametrize(
+    ("form", "library"),
+    [("float32", "torch"), ("autocast", "torch"), ("bfloat16", "torch"), ("autocast", "onednn"),
+     pytest.param("autocast", "fastbert", marks=pytest.mark.skipif(native.module is None, reason="no C++ module"))],
+)  # fmt: skip
+def test_gradients_of_shared_weights_are_summed_in_float32_from_the_last_layer_on(form, library, monkeypatch):
+    """To the bit what layers with weights of their own, equal ones, give when their gradients are added so.
+
+    torch and oneDNN cast weights for bfloat16 products; our own products take them in float32.
+    """
+    monkeypatch.setattr(linear, "SMALL", dict.fromkeys(linear.SMALL, 1))
     shared = AlbertForPreTraining(ONE_LAYER).eval()
     untied = AlbertForPreTraining(AlbertConfig(**vars(ONE_LAYER) | {"num_hidden_groups": 4})).eval()
     untied.load_state_dict({
@@ -147,7 +156,7 @@ def test_gradients_of_shared_weights_are_summed_in_float32_from_the_last_layer_o
     for model in (shared, untied):
         if form == "bfloat16":
             model.bfloat16()
-        with fastbert.use_linear("torch"), torch.autocast("cpu", torch.bfloat16, enabled=form == "autocast"):
+        with fastbert.use_linear(library), torch.autocast("cpu", torch.bfloat16, enabled=form == "autocast"):
             model(**ordered(packed(batch()))).loss.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     ours, apart = gradients
@@ -218,6 +227,12 @@ def test_labels_of_minus_100_count_in_no_head(cls):
     assert kept[2] == 0 and out.loss == out[1] + out[2]
     expected = nn.functional.cross_entropy(out[4][[0, 2]], some[[0, 2]])
     torch.testing.assert_close(out[2], expected)
+    words = {name: x for name, x in packed(batch()).items() if name != "next_sentence_label"}
+    kept = torch.arange(len(words["labels"])) % 2 == 0
+    out = model(**words | {"labels": words["labels"].masked_fill(~kept, -100)})
+    expected = nn.functional.cross_entropy(out.prediction_logits[kept], words["labels"][kept])
+    torch.testing.assert_close(out.loss, expected)
+    assert model(**words | {"labels": words["labels"].fill_(-100)}).loss == 0
     with pytest.raises(ValueError, match=rf"{model.sentence_label} must lie in \[0, 2\), or be -100 .*; got 2"):
         model(**inputs | {model.sentence_label: torch.tensor([0, 1, 2, 0])})
 

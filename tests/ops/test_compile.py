@@ -53,7 +53,7 @@ def case_attention_qkv(n):
 CASES = [
     case_gelu, case_layer_norm, case_dropout_add_layer_norm, case_cross_entropy, case_attention, case_attention_qkv
 ]  # fmt: skip
-# The others are parts of these; tracing ten rounds of random numbers once is enough.
+# The others are parts of these; tracing the rounds of random numbers once is enough.
 TWINS = [case_gelu, case_dropout_add_layer_norm, case_cross_entropy, case_attention_without_dropout]
 
 

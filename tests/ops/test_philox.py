@@ -4,14 +4,14 @@ import torch
 from fastbert.backends import native
 from fastbert.ops import philox
 
-# Known answers published with Random123 (kat_vectors, philox4x32 with 10 rounds): counter, key, words.
+# Known answers published with Random123 (kat_vectors, philox4x32 with 7 rounds): counter, key, words.
 KNOWN = [
-    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    ((0, 0, 0, 0), (0, 0), (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
     (
         (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
         (0xA4093822, 0x299F31D0),
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A),
     ),
 ]
 
@@ -34,17 +34,26 @@ def test_known_answers_of_the_kernels(counter, key, words):
     native.module.use(before)
 
 
-def test_lanes_are_the_words_halves_low_first():
-    words = [int(w) for w in philox.philox(torch.tensor(1), 7, 3, 1, 99)]
-    lanes = philox.lanes(16, 7, 3, 1, torch.tensor([99]))
-    assert lanes[8:].tolist() == [half for word in words for half in (word & 0xFFFF, word >> 16)]
+def test_lanes_are_the_words_parts_low_first():
+    first, second = ([int(w) for w in philox.philox(torch.tensor(i), 7, 3, 1, 99)] for i in range(2))
+    halves = [half for word in second for half in (word & 0xFFFF, word >> 16)]
+    octets = [octet for word in (*first, *second) for octet in word.to_bytes(4, "little")]
+    seed = torch.tensor([99])
+    assert philox.lanes(15, 7, 3, 1, seed)[8:].tolist() == halves[:7]
+    assert philox.lanes(31, 7, 3, 1, seed, bits=8).tolist() == octets[:31]
 
 
 @pytest.mark.parametrize(
-    ("p", "t", "scale"), [(0.0, 0, 1.0), (0.5, 32768, 2.0), (0.1, 6554, 65536 / 58982), (1.0, 65536, 0.0)]
-)
-def test_threshold_and_scale(p, t, scale):
-    assert philox.threshold(p) == t and philox.scale(t) == scale
+    ("p", "bits", "t", "scale"),
+    [
+        (0.0, 16, 0, 1.0), (0.5, 16, 32768, 2.0), (0.1, 16, 6554, 65536 / 58982), (1.0, 16, 65536, 0.0),
+        (1e-9, 16, 1, 65536 / 65535), (1 - 1e-9, 16, 65535, 65536.0),
+        (0.0, 8, 0, 1.0), (0.5, 8, 128, 2.0), (0.1, 8, 26, 256 / 230), (1.0, 8, 256, 0.0),
+        (1e-9, 8, 1, 256 / 255), (0.999, 8, 255, 256.0),
+    ],
+)  # fmt: skip
+def test_threshold_and_scale(p, bits, t, scale):
+    assert philox.threshold(p, bits) == t and philox.scale(t, bits) == scale
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.1, float("nan")])

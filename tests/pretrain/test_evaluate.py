@@ -142,13 +142,14 @@ def test_a_step_with_nothing_to_predict(model, nsp, rows, bf16):
 
 def fill_mask(words, sentence, masked):
     """What `guesses` prints for one sequence of these words, the one at `masked` being masked."""
-    vocab = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
+    special = ["<pad>", "[UNK]", "[CLS]", "[SEP]", "<mask>"]
+    vocab = {token: i for i, token in enumerate([*special, *words])}
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.decoder = decoders.WordPiece()
-    tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    tokenizer.add_special_tokens(special)
     ids = torch.tensor([2, *(vocab[word] for word in sentence), 3])
     labels = ids[[masked + 1]]
-    ids[masked + 1] = vocab["[MASK]"]
+    ids[masked + 1] = vocab["<mask>"]
     zeros, bounds = torch.zeros(len(ids), dtype=torch.int64), torch.tensor([0, len(ids)], dtype=torch.int32)
     masked_positions = torch.tensor([masked + 1])
     batch = Batch(ids, zeros, torch.arange(len(ids)), bounds, len(ids), masked_positions, labels, None)

@@ -100,6 +100,28 @@ def test_resume_makes_what_is_gone_of_the_same_corpus_alone(config, gone):
         prepare(config, resume=True)
 
 
+def test_documents_held_out_by_other_random_numbers(config):
+    """A new run draws them anew, a resumed one keeps them, and refuses to draw others in their place."""
+    made = fingerprints(*prepare(config, resume=False))
+    said = json.loads((config.output / "corpus.json").read_text())
+    assert said["data"].pop("random numbers") == 2
+
+    def forget():
+        (config.output / "corpus.json").write_text(json.dumps(said))
+        return written(config.output / "tokenizer"), written(config.output / "data")
+
+    before = forget()
+    assert fingerprints(*prepare(config, resume=True)) == made
+    assert forget() == before
+    prepare(config, resume=False)
+    assert written(config.output / "tokenizer") == before[0] and written(config.output / "data") != before[1]
+    forget()
+    shutil.rmtree(config.output / "data")
+    with pytest.raises(ValueError, match=r"lacks its data/, whose held-out documents were drawn by contract 1 of"):
+        prepare(config, resume=True)
+    assert not (config.output / "data").exists()
+
+
 @pytest.mark.parametrize("damage", ["data/train", "data/held_out/meta.json", "data/train/tokens.bin", "tokenizer"])
 def test_what_is_damaged_is_named_and_made_again_once_it_is_removed(config, damage):
     made = fingerprints(*prepare(config, resume=False))

@@ -5,13 +5,14 @@ import json
 import math
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from pretrain_runs import bad
 
 from fastbert import cli
 from fastbert.pretrain.loop import pretrain
-from fastbert.pretrain.run import PretrainConfig
+from fastbert.pretrain.run import PretrainConfig, resumed_run
 
 
 @pytest.mark.parametrize("name", ["model", "loss.png", "tensorboard", "."])
@@ -80,10 +81,12 @@ def test_info(monkeypatch, capsys):
     cli.main()
     said = capsys.readouterr().out
     assert "instruction set" in said and "attention" in said
-    for name, why in (("cuda", "no cuda kernels yet"), ("gpu", "no backend is called 'gpu'")):
+    for name, why in (("triton", "no triton kernels yet"), ("gpu", "no backend is called 'gpu'")):
         # FASTBERT_BACKEND, read when the package is imported
         monkeypatch.setattr(sys.modules["fastbert.backends"], "_requested", name)
         assert why in bad(capsys, monkeypatch, "info")
+        with pytest.raises(ValueError, match=why):
+            resumed_run(Path("nowhere"))
 
 
 def test_help_names_every_setting(monkeypatch, capsys):

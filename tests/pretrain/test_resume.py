@@ -91,6 +91,24 @@ def test_elsewhere_is_named(finished, capsys):
     assert f"threads 77 -> {torch.get_num_threads()}" in said and "torch 1.0 ->" in said and "fastbert" not in said
 
 
+def test_a_run_of_the_first_random_numbers_goes_on_and_says_so(settings, finished, tmp_path, capsys):
+    """A snapshot that names no contract is of the first; the next one names ours, and nothing more is said."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "snapshots/step-00000040")
+    state = snapshot.load(run / "snapshots")
+    assert state["environment"].pop("random numbers") == 2 and state["step"] == 35
+    shutil.rmtree(run / "snapshots")
+    snapshot.save(run / "snapshots", 35, state, keep=2)
+    said = "random numbers were drawn by contract 1, and are by contract 2 from here on: dropout, masking and the order"
+    for times in (1, 0):
+        assert pretrain(runs.read_config(run), resume=True) == run / "model"
+        out = capsys.readouterr().out
+        assert out.count(said) == out.count("not bit for bit") == times
+    state = snapshot.load(run / "snapshots")
+    assert state["step"] == 40 and state["environment"]["random numbers"] == 2
+
+
 def test_the_library_of_products_is_chosen_once(settings, finished, tmp_path, monkeypatch, capsys):
     timed = []
 

@@ -1,0 +1,25 @@
+// How much scratch layer_norm_backward needs: blocks leave their sums of dweight and dbias there. The number
+// of blocks follows from the shape alone, so that the bits of a result are the same on every GPU.
+#pragma once
+#include "../contract.h"
+#include "column_parts.h"
+
+namespace fastbert::cuda {
+
+constexpr int kLayerNormBlocks = 264;      // two on each multiprocessor of an H100 or H200
+constexpr int kLayerNormRegisters = 4096;  // columns of a row that the registers of a block hold, at most
+
+// Of rows that registers do not hold.
+constexpr int64_t layer_norm_long_parts(int64_t rows) {
+  const int64_t parts = (rows + 31) / 32;
+  return parts < 64 ? parts : 64;
+}
+
+// Floats.
+constexpr int64_t layer_norm_scratch(int64_t rows, int64_t columns) {
+  const int64_t blocks = rows < kLayerNormBlocks ? rows : kLayerNormBlocks;
+  const int64_t parts = columns <= kLayerNormRegisters ? blocks : layer_norm_long_parts(rows);
+  return 2 * parts * part_stride(columns);
+}
+
+}  // namespace fastbert::cuda
