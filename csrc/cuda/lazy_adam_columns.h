@@ -29,6 +29,10 @@ DEVICE Raw<kWidth> load_raw(const void* tensor, DType dtype, int64_t at) {
   return raw;
 }
 
+DEVICE void prefetch_element(const void* tensor, DType dtype, int64_t at) {
+  prefetch_l2(static_cast<const char*>(tensor) + at * (dtype == DType::f32 ? 4 : 2));
+}
+
 template <int kWidth, class T>
 DEVICE void unpack_raw(const Raw<kWidth>& raw, float (&x)[kWidth]) {
   Packed<T, kWidth> packed;
@@ -100,10 +104,18 @@ struct AdamColumns {
   float v[kWidth], u[kWidth];
 
   DEVICE void load(const AdamTable& t, int64_t at) {
+    load_all_but_u(t, at);
+    load_u(t, at);
+  }
+
+  DEVICE void load_all_but_u(const AdamTable& t, int64_t at) {
     w = load_raw<kWidth, Cache::plain>(t.param, t.dtype, at);
     m = load_raw<kWidth, Cache::plain>(t.exp_avg, t.exp_avg_dtype, at);
+    if (!kShared) fastbert::load<kWidth, Cache::plain>(t.exp_avg_sq + at, v);
+  }
+
+  DEVICE void load_u(const AdamTable& t, int64_t at) {
     if (kShared) return;
-    fastbert::load<kWidth, Cache::plain>(t.exp_avg_sq + at, v);
     if (t.max_exp_avg_sq) {
       fastbert::load<kWidth, Cache::plain>(t.max_exp_avg_sq + at, u);
     } else {

@@ -17,6 +17,7 @@
 namespace fastbert::cuda {
 
 constexpr int kUpdateThreads = 256;
+constexpr int kBatch = 4;  // rows asked for before the first is added: what registers allow
 
 struct AdamRows {
   AdamTable table;
@@ -45,25 +46,29 @@ struct Source {  // rows that are to be summed: `position`, or `count` of them f
   }
 };
 
-// The sum of kWidth columns, in order. Where a load depends on a condition the other branch gives a value
-// too: without it the compiler would keep the old one, and the whole batch with it, from turn to turn.
-template <int kWidth, int kBatch, Cache kCache>
+// The sum of kWidth columns, in order: kAtOnce rows in registers, all others on their way to L2. Where a load
+// depends on a condition the other branch gives a value too: without it the compiler would keep the old one,
+// and the whole batch with it, from turn to turn.
+template <int kWidth, int kAtOnce, Cache kCache>
 DEVICE void add_up(const Source& from, int columns, int column, float (&sum)[kWidth]) {
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) sum[i] = 0.f;
 #pragma unroll 1
-  for (int first = 0; first < from.count; first += kBatch) {
-    uint32_t at[kBatch];
-    Raw<kWidth> its[kBatch];
+  for (int k = kAtOnce; k < from.count; ++k)
+    prefetch_element(from.rows, from.dtype, element(from.row(k), columns, column));
+#pragma unroll 1
+  for (int first = 0; first < from.count; first += kAtOnce) {
+    uint32_t at[kAtOnce];
+    Raw<kWidth> its[kAtOnce];
 #pragma unroll
-    for (int k = 0; k < kBatch; ++k) at[k] = first + k < from.count ? from.row(first + k) : 0;
+    for (int k = 0; k < kAtOnce; ++k) at[k] = first + k < from.count ? from.row(first + k) : 0;
 #pragma unroll
-    for (int k = 0; k < kBatch; ++k)
+    for (int k = 0; k < kAtOnce; ++k)
       its[k] = first + k < from.count
                    ? load_raw<kWidth, kCache>(from.rows, from.dtype, element(at[k], columns, column))
                    : Raw<kWidth>{};
 #pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
+    for (int k = 0; k < kAtOnce; ++k) {
       float x[kWidth];
       unpack_raw(its[k], from.dtype, x);
 #pragma unroll
@@ -125,53 +130,57 @@ DEVICE int gradients_of_row(const Groups& g, const Worker& worker, int64_t s) {
   return is_in && before != id ? count : 0;
 }
 
-// The root of a row's tree as a source, for the worker that has summed the last of its pieces; false for all
-// others. The worker's columns are `first`, `first + step`, ... below `end`.
+// Sums one piece of a row and goes up the row's tree as far as it can. The sum of the row as a source, for
+// the worker that was the last to come; false for all others. The worker's columns are `first`, `first +
+// step`, ... below `end`.
 template <int kWidth>
 DEVICE bool climb(const AdamRows& r, const Groups& g, const Worker& worker, int number, int first, int end,
-                  int step, Source& root) {
+                  int step, Source& sum_of_row) {
   const Piece piece = g.pieces[number];
   const int j = number - piece.base, pieces = (piece.count + kPiece - 1) / kPiece;
   const int columns = r.table.columns;
-  root = {r.grad,
-          r.grad_dtype,
-          g.position + piece.start + j * kPiece,
-          0,
-          0,
-          min(kPiece, piece.count - j * kPiece)};
-  uint32_t to = number;
-  int level = 0;
-#pragma unroll 1
-  for (int stride = 1; stride < pieces; stride *= kFan, ++level) {
+  Source from = {r.grad,
+                 r.grad_dtype,
+                 g.position + piece.start + j * kPiece,
+                 0,
+                 0,
+                 min(kPiece, piece.count - j * kPiece)};
+  int to = number, stride = 1, level = 0;
+  while (true) {
     for (int column = first; column < end; column += step) {
       float sum[kWidth];
-      add_up<kWidth, 4, Cache::plain>(root, columns, column, sum);
+      add_up<kWidth, kBatch, Cache::plain>(from, columns, column, sum);
       store<kWidth>(r.sums + element(to, columns, column), sum);
     }
+    if (stride >= pieces) break;
     const int node = j / (stride * kFan) * (stride * kFan);
     const int children = min(kFan, (pieces - node + stride - 1) / stride);
     to = piece.base + node;
     // A node of several children at level l covers more than l pieces, whose counters are its own.
     int32_t* counter = g.arrived + int64_t{to + level} * g.slices + worker.slice;
     if (children > 1 && !worker.is_last_to_arrive(counter, children)) return false;
-    root = {r.sums, DType::f32, nullptr, to, static_cast<uint32_t>(stride), children};
+    from = {r.sums, DType::f32, nullptr, static_cast<uint32_t>(to), static_cast<uint32_t>(stride), children};
+    stride *= kFan, ++level;
   }
+  sum_of_row = {r.sums, DType::f32, nullptr, static_cast<uint32_t>(to), 0, 1};
   return true;
 }
 
 // ---- rows by slices --------------------------------------------------------------------------------------
 
-template <int kWidth, int kBatch, Cache kCache>
+template <int kWidth, int kAtOnce, Cache kCache>
 DEVICE void update_slice(const AdamRows& r, const AdamCoefficients* coefficients, uint32_t id, int column,
                          const Source& from) {
   const bool is_bad = *r.is_bad;  // asked for first and looked at last: nothing waits for it
+  const int64_t at = element(id, r.table.columns, column);
   AdamColumns<kWidth, false> x;
-  x.load(r.table, element(id, r.table.columns, column));
+  x.load_all_but_u(r.table, at);
   float sum[kWidth];
-  add_up<kWidth, kBatch, kCache>(from, r.table.columns, column, sum);
+  add_up<kWidth, kAtOnce, kCache>(from, r.table.columns, column, sum);
+  x.load_u(r.table, at);  // in the registers of gradients
   const AdamCoefficients c =
       r.row_steps ? adam_coefficients(r.formula, static_cast<float>(r.row_steps[id] + 1)) : *coefficients;
-  if (!is_bad) x.step_and_store(r.table, element(id, r.table.columns, column), id, column, sum, 0.f, c);
+  if (!is_bad) x.step_and_store(r.table, at, id, column, sum, 0.f, c);
 }
 
 DEVICE Source source_of(const AdamRows& r, const Groups& g, int64_t s, uint32_t id, int count) {
@@ -195,7 +204,7 @@ __global__ void __launch_bounds__(kUpdateThreads, 4)
       Source root;
       if (!climb<kWidth>(r, g, worker, k, column, end, kWidth, root)) continue;
       if (column < end)
-        update_slice<kWidth, 4, Cache::plain>(r, g.coefficients, g.row[g.pieces[k].start], column, root);
+        update_slice<kWidth, 1, Cache::plain>(r, g.coefficients, g.row[g.pieces[k].start], column, root);
     }
     return;
   }
@@ -204,7 +213,8 @@ __global__ void __launch_bounds__(kUpdateThreads, 4)
   if (count == 0 || (count > kPiece && g.has_pieces) || column >= end) return;
   const uint32_t id = g.row[s];
   if (id != r.padding)
-    update_slice<kWidth, 4, Cache::streaming>(r, g.coefficients, id, column, source_of(r, g, s, id, count));
+    update_slice<kWidth, kBatch, Cache::streaming>(r, g.coefficients, id, column,
+                                                   source_of(r, g, s, id, count));
 }
 
 __global__ void __launch_bounds__(kPlaceThreads) count_rows_kernel(AdamRows r, Groups g) {
@@ -227,7 +237,7 @@ DEVICE float shared_divisor(const AdamRows& r, uint32_t id, const Source& from, 
   for (int column = lane * kWidth; column < t.columns; column += kWarp * kWidth) {
     float g[kWidth], w[kWidth];
     const Raw<kWidth> raw = load_raw<kWidth, Cache::plain>(t.param, t.dtype, element(id, t.columns, column));
-    add_up<kWidth, 4, Cache::plain>(from, t.columns, column, g);
+    add_up<kWidth, kBatch, Cache::plain>(from, t.columns, column, g);
     unpack_raw(raw, t.dtype, w);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
@@ -273,7 +283,7 @@ DEVICE void update_row(const AdamRows& r, uint32_t id, const Source& from) {
     AdamColumns<kWidth, kShared> x;
     x.load(r.table, element(id, r.table.columns, column));
     float sum[kWidth];
-    add_up<kWidth, 4, Cache::plain>(from, r.table.columns, column, sum);
+    add_up<kWidth, kBatch, Cache::plain>(from, r.table.columns, column, sum);
     x.step_and_store(r.table, element(id, r.table.columns, column), id, column, sum, divisor, c);
   }
 }

@@ -18,7 +18,7 @@ PIECE, FAN = 16, 32  # of csrc/cuda/lazy_adam_scratch.h
 def module(request):
     if reason := emulated.why_not():
         pytest.skip(reason)
-    module = emulated_backend.module(request.param)
+    module = emulated_backend.module(trace=request.param)
     with emulated_backend.installed(module), fastbert.use_backend("cuda"):
         yield module
 
