@@ -8,8 +8,8 @@
 #pragma once
 #include "../contract.h"
 #include "gelu_scratch.h"
-#include "lazy_adam_scratch.h"
 #include "layer_norm_scratch.h"
+#include "lazy_adam_scratch.h"
 
 namespace fastbert {
 

@@ -32,7 +32,7 @@ struct DenseTensor {
   const void* grad;
   int64_t elements;
   uint32_t first_chunk;
-  uint32_t first_row;  // of the table: rounding draws by rows
+  uint32_t first_row;  // of the table
   DType grad_dtype;
   uint8_t formula;
   bool takes_four;
@@ -49,6 +49,15 @@ using DenseList = TensorList<DenseTensor, DenseRest, kMost>;
 
 // ---- kernel ----------------------------------------------------------------------------------------------
 
+struct Place {  // of a chunk's first element in its table, for rounding draws by rows; else 0
+  uint32_t row = 0, column = 0;
+};
+
+DEVICE Place place_of(const DenseTensor& x, const AdamTable& t, int64_t begin) {
+  if (!t.rounding.seed) return {};
+  return {x.first_row + static_cast<uint32_t>(begin / t.columns), static_cast<uint32_t>(begin % t.columns)};
+}
+
 template <int kColumns>
 struct Elements {  // of a thread, from where they are asked for to where they are stored
   AdamColumns<kColumns, false> state;
@@ -59,17 +68,17 @@ struct Elements {  // of a thread, from where they are asked for to where they a
     state.load(t, at);
   }
 
-  DEVICE void step_and_store(const DenseTensor& x, const AdamTable& t, DType grad_dtype, int64_t at,
-                             const AdamCoefficients& c) {
+  // `at` is so many elements behind the first of the chunk.
+  DEVICE void step_and_store(const AdamTable& t, DType grad_dtype, int64_t at, const Place& first,
+                             uint32_t behind, const AdamCoefficients& c) {
     float g[kColumns];
     unpack_raw(grad, grad_dtype, g);
-    uint32_t row = 0;
-    int column = 0;
+    uint32_t row = 0, column = 0;
     if (t.rounding.seed) {
-      row = x.first_row + static_cast<uint32_t>(at / t.columns);
-      column = static_cast<int>(at % t.columns);
+      const uint32_t columns = t.columns;
+      row = first.row + (first.column + behind) / columns, column = (first.column + behind) % columns;
     }
-    state.step_and_store(t, at, row, column, g, 0.f, c);
+    state.step_and_store(t, at, row, static_cast<int>(column), g, 0.f, c);
   }
 };
 
@@ -107,13 +116,16 @@ __global__ void __launch_bounds__(kThreads) dense_kernel(const __grid_constant__
   __syncthreads();
   if (is_left_alone) return;
   const AdamCoefficients c = shared;
+  const Place first = place_of(x, t, begin);
 
   // update
 #pragma unroll 1
   while (at < whole) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
-      if (at + u * kRound < whole) its[u].step_and_store(x, t, grad_dtype, at + u * kRound, c);
+      if (at + u * kRound < whole)
+        its[u].step_and_store(t, grad_dtype, at + u * kRound, first,
+                              static_cast<uint32_t>(at + u * kRound - begin), c);
     at += kUnroll * kRound;
     load(at);
   }
@@ -121,7 +133,7 @@ __global__ void __launch_bounds__(kThreads) dense_kernel(const __grid_constant__
   for (at = whole + threadIdx.x; at < end; at += kThreads) {
     Elements<1> one;
     one.load(x, t, grad_dtype, at);
-    one.step_and_store(x, t, grad_dtype, at, c);
+    one.step_and_store(t, grad_dtype, at, first, static_cast<uint32_t>(at - begin), c);
   }
 }
 

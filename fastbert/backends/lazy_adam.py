@@ -3,6 +3,7 @@
 Steps come with all of their arguments, or by a `Plan`, which was told before what does not change.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -125,4 +126,5 @@ class Plan:
             nobody waits to know that; the next call of an op says it.
         """
         _, launch = launcher(self._like)
-        return self._structs.step(gradients, groups, launch) < 0
+        with torch.cuda.device(self._like.device) if self._like.is_cuda else contextlib.nullcontext():
+            return self._structs.step(gradients, groups, launch) < 0

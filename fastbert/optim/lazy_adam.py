@@ -135,6 +135,7 @@ class LazyAdam(Optimizer):
         defaults = {name: value for name, value in options.items() if name not in ("self", "params", "__class__")}
         name_dtype(defaults)
         self._padding: dict[Tensor, int] = {}  # of attached embeddings
+        self._copies: dict[Tensor, Tensor] = {}  # in bfloat16, of some parameters
         self._checked: list[tuple] = []  # of each group, the options that were found to hold
         self._forget_plans()
         self.is_raw = False
@@ -235,7 +236,7 @@ class LazyAdam(Optimizer):
         """The step of all that have a gradient, each by its plan or, where it can have none, by all its arguments."""
         backend = requested()
         if self._plans.backend != backend:
-            self._plans = Plans(backend)
+            self._plans = Plans(backend, self._copies)
         by_module = can_plan and not torch.compiler.is_compiling()
         plans, listed, replayed, completed = self._plans, [], [], {}
         plans.begin(len(self._parameters()))
@@ -247,7 +248,8 @@ class LazyAdam(Optimizer):
                 check_touched(group, param.shape, gradient.rows is not None)
                 its = completed[param] = state.complete(its, param, group)
                 padding_idx = self._padding_idx(param, group)
-                arguments = arguments_of(number, param, its, gradient, group, formula, padding_idx, scaling)
+                copy = self._copies.get(param)
+                arguments = arguments_of(number, param, its, gradient, group, formula, padding_idx, scaling, copy)
                 check(arguments)
                 by_kernels = backend_of(param, backend) is not reference
                 if not (by_module and by_kernels and plans.make(number, arguments, param, its, gradient)):
@@ -282,7 +284,7 @@ class LazyAdam(Optimizer):
 
     def _forget_plans(self) -> None:
         """Options have changed, which every plan was made of."""
-        self._plans = Plans()
+        self._plans = Plans(requested(), self._copies)
         self._formulas: list[Formula] = []  # of each group, in its last step
 
     def _current_formulas(self) -> list[Formula]:
@@ -290,7 +292,7 @@ class LazyAdam(Optimizer):
         self._formulas = [formula_of(group, last) for group, last in zip(self.param_groups, before, strict=False)]
         for last, now in zip(before, self._formulas, strict=False):
             if last and bool(last.weight_decay) != bool(now.weight_decay):
-                self._plans = Plans()  # `check_touched` goes by whether there is decay
+                self._plans = Plans(self._plans.backend, self._copies)  # `check_touched` goes by whether there is decay
         return self._formulas
 
     def _record(self, param: Tensor, gradient: Gradient, group: dict[str, Any], formula: Formula) -> None:
@@ -321,6 +323,27 @@ class LazyAdam(Optimizer):
     def grad_norm(self, *, rows: Rows | None = None, error_if_nonfinite: bool = False) -> Tensor:
         """The L2 norm over what the gradients of all groups will apply, a scalar; see `fastbert.clip_grad_norm_`."""
         return gradients.total_norm(self._parameters(), rows, error_if_nonfinite)
+
+    def keep_copy(self, param: Tensor) -> Tensor:
+        """A bfloat16 copy of a float32 parameter, which steps from now on write together with it.
+
+        That saves casting the weight for the next forward pass. Whoever changes the parameter by other means also
+        changes the copy: `copy.copy_(param)`. The copy is not part of `state_dict`, nor of copies of the optimizer.
+
+        Raises:
+            ValueError: the parameter is not this optimizer's, not contiguous float32, or has `missed="replay"`, which
+                moves rows between steps.
+        """
+        group = self._group_of(param)
+        if param.dtype != torch.float32 or not param.is_contiguous() or group["missed"] == "replay":
+            raise ValueError(
+                f'a copy is kept of contiguous float32 parameters with missed="leave", got {param.dtype}, strides '
+                f"{list(param.stride())} and missed={group['missed']!r}"
+            )
+        if param not in self._copies:
+            self._copies[param] = param.detach().bfloat16()
+            self._forget_plans()
+        return self._copies[param]
 
     # ---- missed steps ----------------------------------------------------------------------------------------------
 
@@ -402,7 +425,7 @@ class LazyAdam(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.setdefault("is_raw", False)
-        self._checked = []
+        self._checked, self._copies = [], {}
         self._forget_plans()
         super().__setstate__(state)
         for group in self.param_groups:

@@ -198,16 +198,19 @@ class Formula(NamedTuple):
 def formula_of(group: dict[str, Any], last: Formula | None = None) -> Formula:
     """The group's formula: `last`, that of the step before, where a schedule has replaced no number since.
 
+    A captured CUDA graph has one of its own, so that its learning rate stays in memory whatever comes later.
+
     Raises as `check_numbers` does.
     """
     lr, betas, eps, weight_decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
     device = group["params"][0].device if group["params"] else torch.device("cpu")
-    if last is not None and last.given and last.lr.device == device:
+    is_captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if last is not None and last.given and last.lr.device == device and not is_captured:
         lr0, betas0, eps0, weight_decay0 = last.given
         if lr is lr0 and betas is betas0 and eps is eps0 and weight_decay is weight_decay0:
             return last
     check_numbers(group, waits=False)
-    is_fixed = isinstance(betas, tuple) and not any(isinstance(x, Tensor) for x in (lr, *betas))
+    is_fixed = isinstance(betas, tuple) and not is_captured and not any(isinstance(x, Tensor) for x in (lr, *betas))
     flags = (group["eps_mode"] == "sparse_adam") * EPS_UNCORRECTED
     flags += (group["bias_correction"] is None) * NO_BIAS_CORRECTION
     flags += bool(group["maximize"]) * MAXIMIZE

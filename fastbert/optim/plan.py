@@ -31,6 +31,7 @@ def arguments_of(
     formula: Formula,
     padding_idx: int,
     scaling: Scaling,
+    bf16_copy: Tensor | None,
 ) -> Step:
     """All that a step of one parameter takes; its state's count is yet to be raised."""
     flags, seed = formula.flags, None
@@ -62,6 +63,7 @@ def arguments_of(
         number=number,
         grad_factor=scaling.on(param).grad_factor,
         found_inf=scaling.on(param).found_inf,
+        bf16_copy=bf16_copy,
     )
 
 
@@ -89,8 +91,9 @@ class Plans:
     changes anything.
     """
 
-    def __init__(self, backend: str = "") -> None:
+    def __init__(self, backend: str, copies: dict[Tensor, Tensor]) -> None:
         self.backend = backend
+        self._copies = copies  # in bfloat16, of some parameters
         self._module: Plan | None = None  # made with the first plan
         self._device: torch.device | None = None  # of all planned parameters
         self._seeds: dict[int, Tensor | None] = {}  # the module has their addresses
@@ -108,12 +111,18 @@ class Plans:
             return [False] * len(taken)
         seen: list[Any] = []
         for number, param, state, gradient, *_ in taken:
+            if self._copies:
+                state = self._with_copy(param, state)
             seen += (number, param, state, gradient.values, _kind(gradient))
         looked = self._module.look(seen, self._gradients, self._changed)
         return [
             bool(found) or (found is False and self._bring(number, param, gradient))
             for (number, param, _, gradient, *_), found in zip(taken, looked, strict=True)
         ]
+
+    def _with_copy(self, param: Tensor, state: State) -> State:
+        """All that a step changes besides the parameter."""
+        return {**state, "bf16_copy": self._copies[param]} if param in self._copies else state
 
     def _bring(self, number: int, param: Tensor, gradient: Gradient) -> bool:
         rows, grad, by_row = gradient
@@ -137,9 +146,10 @@ class Plans:
         if s.step.dtype != torch.float32 or s.step.device != param.device or s.step.numel() != 1:
             return False
         if self._module is None:
-            self._module, self._device = Plan(("step", *TABLES), param), param.device
+            self._module, self._device = Plan(("step", *TABLES, "bf16_copy"), param), param.device
         if param.device != self._device:
             return False
+        state = self._with_copy(param, state)
         self._module.set(number, s, param, state, _kind(gradient))
         self._seeds[number] = s.seed
         self._changed += [x for x in (param, *state.values()) if isinstance(x, Tensor)]
