@@ -140,6 +140,8 @@ PYBIND11_MODULE(_cuda, m) {
   define_launcher<cuda::dropout>(m, "dropout");
 
   // ---- cross_entropy ----
+  define_launcher<cuda::cross_entropy_forward>(m, "cross_entropy_forward");
+  define_launcher<cuda::cross_entropy_backward>(m, "cross_entropy_backward");
 
   // ---- attention ----
 

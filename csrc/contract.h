@@ -99,24 +99,24 @@ struct Dropout {  // y = dropout(x); its gradient is the same of dy, so one stru
 // ---- cross_entropy -----------------------------------------------------------------------------------
 
 struct CrossEntropyForward {  // loss = log(sum_j exp(x_j)) - x_label
-  const void* logits;         // [T, V] dtype
+  const void* logits;         // [T, V] dtype, rows `stride` elements apart
   const int64_t* labels;      // [T] in [0, V), or ignore_index: the row does not count
   int64_t ignore_index;
   float* losses;           // [T]
   float *maximum, *total;  // [T]: max_j x_j and sum_j exp(x_j - maximum)
-  int64_t rows, columns;
+  int64_t rows, columns, stride;
   DType dtype;
   int64_t launch;
 };
 
 struct CrossEntropyBackward {
   const float* dlosses;          // [T]
-  const void* logits;            // [T, V] dtype
+  const void* logits;            // [T, V] dtype, rows `stride` elements apart
   const int64_t* labels;         // [T]
   const float *maximum, *total;  // [T]
   int64_t ignore_index;
-  void* dlogits;  // [T, V] dtype
-  int64_t rows, columns;
+  void* dlogits;  // [T, stride] dtype: 0 in columns from V on
+  int64_t rows, columns, stride;
   DType dtype;
   int64_t launch;
 };

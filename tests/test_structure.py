@@ -124,7 +124,7 @@ WIDEST = "-mavx2 -mfma -mf16c -mbmi2 -mavx512f -mavx512bw -mavx512vl -mavx512dq 
 @pytest.mark.nested
 @pytest.mark.parametrize("compiler", ["g++-11", "clang++-14", "aarch64-linux-gnu-g++"])
 def test_oldest_compilers_and_another_processor(compiler):
-    """Every kernel is read for the smallest and the largest instruction set, and the module, without a warning."""
+    """Every kernel is read for the smallest and the largest instruction set, and both modules, without a warning."""
     if shutil.which(compiler) is None:
         pytest.skip(f"needs {compiler}")
     if compiler == "aarch64-linux-gnu-g++":
@@ -142,8 +142,9 @@ def test_oldest_compilers_and_another_processor(compiler):
     if "sse2" in sets:  # this processor's, whose Python.h is here
         includes = f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"
         command = [compiler, *["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"], *includes]
-        command.append(ROOT / "csrc/bindings_cpu.cpp")
-        running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        for source, its in (("bindings_cpu.cpp", ()), ("bindings_cuda.cpp", ("-DFASTBERT_CUDA_ARCHS=75,80",))):
+            each = [*command, *its, ROOT / "csrc" / source]
+            running.append(subprocess.Popen(each, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     assert running
     for process in running:
         said, _ = process.communicate()

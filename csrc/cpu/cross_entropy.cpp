@@ -4,7 +4,8 @@
 //   dx_j = (exp(x_j - m) / s - [j = label]) * dloss
 //
 // A row whose label is `ignore_index` is not read: its loss and its dx are 0. m and s are kept apart, not as
-// m + log(s), whose rounding would enter every exp of the backward pass where logits are large.
+// m + log(s), whose rounding would enter every exp of the backward pass where logits are large. Rows lie
+// `stride` >= V elements apart; dx is 0 between them, so that products over the whole width are right.
 //
 // Arithmetic is float32 for every dtype. Forward reads the logits once: a block of a row stays in the L1
 // cache for its maximum and then its sum, and the sum so far is scaled when the maximum moves (Milakov and
@@ -67,7 +68,7 @@ void forward(const CrossEntropyForward& p) {
       p.losses[r] = p.maximum[r] = p.total[r] = 0.f;
       continue;
     }
-    const T* x = static_cast<const T*>(p.logits) + r * p.columns;
+    const T* x = static_cast<const T*>(p.logits) + r * p.stride;
     Softmax softmax = {-__builtin_inff(), 0.f};
     for (int64_t first = 0; first < p.columns; first += kBlock)
       add_block(x + first, min(kBlock, p.columns - first), softmax);
@@ -83,14 +84,13 @@ template <typename T>
 void backward(const CrossEntropyBackward& p) {
 #pragma omp parallel for num_threads(p.launch) schedule(dynamic)
   for (int64_t r = 0; r < p.rows; ++r) {
-    T* __restrict dx = static_cast<T*>(p.dlogits) + r * p.columns;
-    if (p.labels[r] == p.ignore_index) {
-      memset(dx, 0, p.columns * sizeof(T));
-      continue;
-    }
-    const T* x = static_cast<const T*>(p.logits) + r * p.columns;
+    T* __restrict dx = static_cast<T*>(p.dlogits) + r * p.stride;
+    const int64_t columns = p.labels[r] == p.ignore_index ? 0 : p.columns;
+    memset(dx + columns, 0, (p.stride - columns) * sizeof(T));
+    if (columns == 0) continue;
+    const T* x = static_cast<const T*>(p.logits) + r * p.stride;
     const float maximum = p.maximum[r], dloss = p.dlosses[r], scale = dloss / p.total[r];
-    sweep<kUnroll>(p.columns, [=](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
+    sweep<kUnroll>(columns, [=](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
       lanes.store(dx + j, exp(lanes.load(x + j) - maximum) * scale);
     });
     const int64_t label = p.labels[r];

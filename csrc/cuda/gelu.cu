@@ -116,6 +116,11 @@ struct Plane {
   int64_t rows_of_warp;  // forward: a multiple of kForwardRows
 };
 
+// Whether a row before `end` has such an access; without bias the last row is shorter.
+DEVICE bool is_inside(const Plane& plane, int64_t row, int64_t end, int column) {
+  return row < end && row * plane.columns + column < plane.accesses;
+}
+
 // The bias of a lane's columns. Each warp reads it once for all of its rows.
 template <class T, int kCount>
 DEVICE void load_bias(const void* bias, bool is_wide, int64_t column, float* values) {
@@ -142,21 +147,19 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp)
 
   for (int64_t row = first; row < end; row += kForwardRows) {
     Packed<T, kCount> packed[kForwardRows];
-    int64_t place[kForwardRows];
+    const int64_t place = (row * plane.columns + column) * kCount, step = int64_t{plane.columns} * kCount;
+#pragma unroll
+    for (int i = 0; i < kForwardRows; ++i)
+      if (is_inside(plane, row + i, end, column))
+        packed[i] = load_packed<kCount, Cache::streaming>(x + place + i * step);
 #pragma unroll
     for (int i = 0; i < kForwardRows; ++i) {
-      place[i] = (row + i) * plane.columns + column;
-      if (row + i < end && place[i] < plane.accesses)
-        packed[i] = load_packed<kCount, Cache::streaming>(x + place[i] * kCount);
-    }
-#pragma unroll
-    for (int i = 0; i < kForwardRows; ++i) {
-      if (row + i >= end || place[i] >= plane.accesses) break;
+      if (!is_inside(plane, row + i, end, column)) break;
       float u[kCount];
       unpack<T, kCount>(packed[i], u);
 #pragma unroll
       for (int j = 0; j < kCount; ++j) u[j] = gelu<T, kTanh>(kBias ? u[j] + b[j] : u[j]);
-      store<kCount>(y + place[i] * kCount, u);
+      store<kCount>(y + place + i * step, u);
     }
   }
 }
@@ -168,10 +171,6 @@ template <class T, int kCount>
 struct Loaded {
   Packed<T, kCount> dy[kBackwardRows], x[kBackwardRows];
 };
-
-DEVICE bool is_inside(const Plane& plane, int64_t row, int64_t end, int column) {
-  return row < end && row * plane.columns + column < plane.accesses;
-}
 
 template <class T, int kCount>
 DEVICE void load_rows(const T* dy, const T* x, const Plane& plane, int64_t row, int64_t end, int column,

@@ -37,6 +37,8 @@ int cross_entropy_backward(const CrossEntropyBackward& a);
 
 int attention_forward(const AttentionForward& a);
 int attention_backward(const AttentionBackward& a);
+int attention_plain_forward(const AttentionForward& a);  // without tensor cores, for any dtype and head size
+int attention_plain_backward(const AttentionBackward& a);
 
 // ---- lazy_adam ---------------------------------------------------------------------------------------
 

@@ -5,16 +5,19 @@ from torch import Tensor
 
 from fastbert.backends.native import DTYPES, launcher
 
+PADDING = 128  # a vocabulary is padded by fewer columns
+
 
 def cross_entropy_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    logits, labels = logits.contiguous(), labels.contiguous()
+    stride = row_stride(logits)
+    logits, labels = _rows(logits), labels.contiguous()
     rows, columns = logits.shape
     losses = logits.new_empty(rows, dtype=torch.float32)
     maximum, total = torch.empty_like(losses), torch.empty_like(losses)
     module, launch = launcher(logits, logits.numel())
     bad = module.cross_entropy_forward(
         logits.data_ptr(), labels.data_ptr(), ignore_index,
-        losses.data_ptr(), maximum.data_ptr(), total.data_ptr(), rows, columns, DTYPES[logits.dtype], launch,
+        losses.data_ptr(), maximum.data_ptr(), total.data_ptr(), rows, columns, stride, DTYPES[logits.dtype], launch,
     )  # fmt: skip
     if bad >= 0:
         check_labels(labels, columns, ignore_index)
@@ -24,14 +27,36 @@ def cross_entropy_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> 
 def cross_entropy_backward(
     dlosses: Tensor, logits: Tensor, labels: Tensor, maximum: Tensor, total: Tensor, ignore_index: int
 ) -> Tensor:
-    dlosses, logits, labels = dlosses.contiguous(), logits.contiguous(), labels.contiguous()
-    dlogits = torch.empty_like(logits)
+    wider = empty_gradient(logits)
+    dlosses, logits, labels = dlosses.contiguous(), _rows(logits), labels.contiguous()
     module, launch = launcher(logits, logits.numel())
     module.cross_entropy_backward(
         dlosses.data_ptr(), logits.data_ptr(), labels.data_ptr(), maximum.data_ptr(), total.data_ptr(), ignore_index,
-        dlogits.data_ptr(), *logits.shape, DTYPES[logits.dtype], launch,
+        wider.data_ptr(), *logits.shape, wider.shape[1], DTYPES[logits.dtype], launch,
     )  # fmt: skip
-    return dlogits
+    return first_columns(wider, logits.shape[1])
+
+
+def row_stride(logits: Tensor) -> int:
+    """Elements from row to row as the kernels take logits: as they lie, or V where they must be copied first.
+
+    Rows further apart than padding explains, as of every other row, are copied: the gradient would be as wide.
+    """
+    columns, (between, within) = logits.shape[1], logits.stride()
+    return between if within == 1 and columns <= between < columns + PADDING else columns
+
+
+def empty_gradient(logits: Tensor) -> Tensor:
+    """Room for dlogits and for what lies between its rows: [M, row_stride(logits)]."""
+    return logits.new_empty(logits.shape[0], row_stride(logits))
+
+
+def first_columns(x: Tensor, columns: int) -> Tensor:
+    return x if x.shape[1] == columns else x[:, :columns]
+
+
+def _rows(logits: Tensor) -> Tensor:
+    return logits if logits.stride() == (row_stride(logits), 1) else logits.contiguous()
 
 
 def check_labels(labels: Tensor, columns: int, ignore_index: int) -> None:

@@ -6,11 +6,16 @@
 logits are [M, V], labels int64 [M]. Backward saves the logits themselves and two numbers a row, `maximum = max_j x_j`
 and `total = sum_j exp(x_j - maximum)`: their one logarithm would be rounded to the size of the logits, and the error
 would stand in every element of the gradient. Arithmetic is float32 (float64 for float64 logits) whatever the dtype of
-the logits; dx has their dtype. Source of the one pass: Milakov and Gimelshein, "Online normalizer calculation for
-softmax" (2018).
+the logits; dx has their dtype.
+
+Logits may be the first V columns of a wider tensor, as a vocabulary padded for the matrix products gives them: then
+they are not copied, and dx is the first V columns of a tensor as wide, whose other columns are 0.
+
+Source of the one pass: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.backends import cross_entropy as kernels
@@ -30,7 +35,9 @@ def cross_entropy(
     rather than NaN, and a row that is ignored passes no gradient even where it holds NaN. Autocast casts nothing here.
 
     Args:
-        logits: [M, V] float32, bfloat16 or float16 (float64 on the reference backend).
+        logits: [M, V] float32, bfloat16 or float16 (float64 on the reference backend). A view `wider[:, :V]` of a
+            tensor [M, W] is taken as it is where W < V + 128; its gradient is then `dwider[:, :V]` of one [M, W] with
+            zeros in the columns from V on, so that products may run over all W columns.
         labels: int64 [M] in [0, V), or `ignore_index` for rows that do not count.
         ignore_index: the label of rows that do not count, any int64.
         reduction: "mean" over the rows that count, "sum", or "none".
@@ -38,7 +45,8 @@ def cross_entropy(
 
     Returns:
         float32 (float64 for float64 logits): a scalar, or [M] with "none". NaN where a row holds NaN or +inf, or
-        nothing but -inf; +inf where only the label's logit is -inf.
+        nothing but -inf; +inf where only the label's logit is -inf. On a GPU a label outside [0, V) gives NaN, and the
+        next call of an op, or `check_device_errors`, raises.
 
     Raises:
         ValueError: an unknown reduction, a shape or device that does not fit, or, on a CPU, a label outside [0, V).
@@ -99,7 +107,9 @@ class reference:  # a namespace, spelled as the backend is
         share = (wide(logits) - maximum.unsqueeze(-1)).exp() * (dlosses / total).unsqueeze(-1)
         label = torch.where(counted, labels, 0).unsqueeze(-1)
         dlogits = share.scatter_add(-1, label, -dlosses.unsqueeze(-1))
-        return torch.where(counted.unsqueeze(-1), dlogits, 0.0).to(logits.dtype).contiguous()
+        dlogits = torch.where(counted.unsqueeze(-1), dlogits, 0.0).to(logits.dtype).contiguous()
+        columns = logits.shape[1]
+        return kernels.first_columns(F.pad(dlogits, (0, kernels.row_stride(logits) - columns)), columns)
 
 
 def _fake_forward(logits, *_):
@@ -108,11 +118,15 @@ def _fake_forward(logits, *_):
     return losses, maximum, total
 
 
+def _fake_backward(dlosses, logits, *_):
+    return kernels.first_columns(kernels.empty_gradient(logits), logits.shape[1])
+
+
 functions = register(
     reference,
     kernels,
     cross_entropy_forward=_fake_forward,
-    cross_entropy_backward=lambda dlosses, logits, *_: logits.new_empty(logits.shape),
+    cross_entropy_backward=_fake_backward,
 )
 
 

@@ -149,12 +149,44 @@ def test_not_contiguous(backend):
         torch.testing.assert_close(a, b)  # the twin adds in the order of memory
 
 
+@pytest.mark.parametrize("columns", [40, 300])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_padded_vocabulary_is_taken_as_it_is(backend, nan_filled, dtype, columns):
+    """Logits that are the first columns of a wider product: what stands behind them counts for nothing, and the
+    gradient lies in a tensor as wide, whose other columns are 0."""
+    x, labels, dlosses = problem(5, columns, dtype)
+    for wide in (
+        torch.full((5, columns + 8), torch.inf, dtype=dtype),
+        torch.full((5, columns + 3), torch.nan, dtype=dtype),
+    ):
+        view = wide[:, :columns].copy_(x)
+        results = op.functions[backend].cross_entropy_forward(view, labels, -100)
+        expected = op.functions[backend].cross_entropy_forward(x, labels, -100)
+        dx = op.functions[backend].cross_entropy_backward(dlosses, view, labels, *expected[1:], -100)
+        dexpected = op.functions[backend].cross_entropy_backward(dlosses, x, labels, *expected[1:], -100)
+        for mine, true in zip((*results, dx), (*expected, dexpected), strict=True):
+            torch.testing.assert_close(mine, true, rtol=1e-6, atol=0)
+        assert dx.stride() == wide.stride()
+        assert not dx.as_strided((5, wide.shape[1] - columns), wide.stride(), columns).any()
+
+
+def test_a_padded_vocabulary_is_not_copied_through_autograd(best):
+    wide, labels = torch.randn(6, 48), torch.arange(6)
+    x = wide[:, :41].requires_grad_()
+    (dx,) = torch.autograd.grad(fastbert.cross_entropy(x, labels), x)
+    assert dx.stride() == (48, 1)
+    # Rows further apart than padding explains: every other one.
+    x = torch.randn(12, 200)[::2].requires_grad_()
+    (dx,) = torch.autograd.grad(fastbert.cross_entropy(x, labels), x)
+    assert dx.stride() == (200, 1)
+
+
 def test_bits_do_not_depend_on_threads(kernels):
     x, labels, _ = problem(40, 1000, torch.float32)
     assert_same_for_threads(lambda: run(lambda x: fastbert.cross_entropy(x, labels), (x,), torch.ones(())))
 
 
-def test_a_label_outside_is_refused(backend):
+def test_a_label_outside_is_refused(best):
     x, labels, _ = problem(6, 24, torch.float32)
     for label in (24, -1, -101, 2**40):
         labels[4] = label

@@ -1,0 +1,470 @@
+// Attention of packed sequences without tensor cores: float32 as it is, on any GPU, and 16-bit types where
+// csrc/cuda/attention.cu does not take the GPU or the head size. q, k, v and out [T, N, D], lse [T, N]; for
+// a query i and the keys j it sees, head by head,
+//
+//   s_ij = scale * q_i . k_j,   lse_i = log(sum_j exp(s_ij)),   P_ij = exp(s_ij - lse_i)
+//   out_i = sum_j drop(P_ij) v_j
+//
+// Backward takes q, k, v, out and lse and computes P and the dropout mask again:
+//
+//   delta_i = dout_i . out_i,   dS_ij = P_ij * (drop'(dout_i . v_j) - delta_i)
+//   dq_i = scale * sum_j dS_ij k_j,   dk_j = scale * sum_i dS_ij q_i,   dv_j = sum_i drop(P_ij) dout_i
+//
+// Everything is float32, whatever the dtype of what is read and written, and summed in a fixed order.
+//
+// A block takes 64 rows of one sequence and head, queries or, for dk and dv, keys, and goes through the rows
+// of the other kind by 64:
+//
+//   for each 64 of the others:
+//     for each 64 columns of the head: copy both tiles, products += rows others^T     multiply_rows
+//     softmax of the products, in registers
+//     copy 64 columns of the others, result += products others                        add_products
+//
+// Heads wider than 64 give each 64 columns of the result to a block of its own, which computes the products
+// again: D = 128 costs 1.5 times as much as it might. Such heads are rare without tensor cores, and one
+// kernel of each kind serves all sizes. Dao, "FlashAttention-2" (2023).
+#include "launch.h"
+//
+#include "attention_plain_tiles.h"
+#include "dropout.h"
+#include "faults.h"
+#include "kernels.h"
+#include "ptx.h"
+
+namespace fastbert::cuda {
+namespace {
+
+constexpr int kForwardBytes = 4 * (2 * kTileFloats + kStripFloats);
+constexpr int kBackwardBytes = 4 * (3 * kTileFloats + kStripFloats + 2 * kTile);
+static_assert(kBackwardBytes <= 64 << 10, "sm_75 gives a block 64 KB");
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+
+// What a launch decides for all blocks.
+struct Plan {
+  int tiles;              // of the longest sequence
+  int slices;             // of kTile columns that a head has
+  float scale_log2;       // scores times this are exponents of 2
+  float keep;             // what is kept is multiplied by this
+  int left, right;        // key j is visible to query i where i - left <= j <= i + right
+  bool vectors, results;  // whether 16 bytes of inputs, and a thread's four results, are aligned
+  int32_t* faults;
+};
+
+// What a block works on.
+struct Work {
+  int begin, length;  // of the sequence, in tokens
+  int head, row, slice;
+};
+
+// Nothing, row >= length, where a tile lies behind its sequence or cu_seqlens cannot be used.
+DEVICE Work work_of_block(const Attention& p, const Plan& plan) {
+  const int x = blockIdx.x, sequence = x / (plan.slices * plan.tiles), head = blockIdx.y;
+  const int begin = p.cu_seqlens[sequence], end = p.cu_seqlens[sequence + 1];
+  const Work work = {begin, end - begin, head, x / plan.slices % plan.tiles * kTile, x % plan.slices};
+  if (begin >= 0 && begin <= end && end <= p.tokens && end - begin <= p.max_seqlen) return work;
+  if (work.row == 0 && head == 0 && threadIdx.x == 0) raise_fault(plan.faults, kFaultSequence, sequence);
+  return {};
+}
+
+template <class T>
+DEVICE Rows<T> rows_of(const void* tensor, int64_t stride, const Attention& p, const Work& work, int row) {
+  const T* head = static_cast<const T*>(tensor) + work.head * p.head_size;
+  return {head + (work.begin + row) * stride, stride, min(kTile, work.length - row)};
+}
+
+DEVICE uint64_t seed_of(const Attention& p) { return p.t != 0 ? static_cast<uint64_t>(*p.seed) : 0; }
+
+// ---- what is seen and what is kept -------------------------------------------------------------------
+
+struct Visible {  // keys first to last
+  int first, last;
+
+  DEVICE bool has(int key) const { return key >= first && key <= last; }
+};
+
+DEVICE Visible visible_to(int query, const Plan& plan, const Work& work) {
+  return {query - plan.left, min(query + plan.right, work.length - 1)};
+}
+
+// One word of bits for a thread's products: bit kHalfWarp * (j % 2) + lane of the word that lane 2 * i + j /
+// 2 holds says whether row i, column j is kept, where rows are queries and columns are keys. A lane draws for
+// one query and twice 16 keys.
+DEVICE uint32_t kept_keys(const Attention& p, const Work& work, uint64_t seed, int key) {
+  const int lane = column();
+  const uint32_t token = work.begin + work.row + first_row() + 2 * (lane / 2),
+                 group = key / 16 + lane % 2 * 2;
+  uint32_t kept = 0;
+#pragma unroll
+  for (int n = 0; n < 2; ++n)
+    kept |= kept_bits<kAttentionLaneBits>(seed, group + n, token, work.head, 1, p.t) << 16 * n;
+  return kept;
+}
+
+DEVICE bool is_kept(uint32_t drawn, int i, int j) {
+  const uint32_t word = __shfl_sync(kAllLanes, drawn, 2 * i + j / 2, kHalfWarp);
+  return word >> (j % 2 * 16 + column()) & 1;
+}
+
+// The same where rows are keys and columns are queries: a warp's rows are the 16 keys of one call. Bit
+// 16 * (j % 2) + row of word j / 2 belongs to column j.
+struct KeptQueries {
+  uint32_t words[2];
+
+  DEVICE bool has(int i, int j) const {
+    return words[j / 2] >> (j % 2 * 16 + 2 * i + lane_of_warp() / kHalfWarp) & 1;
+  }
+};
+
+DEVICE KeptQueries kept_queries(const Attention& p, const Work& work, uint64_t seed, int query) {
+  const int half = lane_of_warp() / kHalfWarp;
+  const uint32_t group = work.row / 16 + warp_of_block();
+  uint32_t drawn = 0;
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const uint32_t token = work.begin + query + column() + (2 * half + n) * kHalfWarp;
+    drawn |= kept_bits<kAttentionLaneBits>(seed, group, token, work.head, 1, p.t) << 16 * n;
+  }
+  const uint32_t others = __shfl_xor_sync(kAllLanes, drawn, kHalfWarp);
+  return {{half == 0 ? drawn : others, half == 0 ? others : drawn}};
+}
+
+// ---- forward -----------------------------------------------------------------------------------------
+
+DEVICE float half_warp_max(float value) {
+#pragma unroll
+  for (int offset = kHalfWarp / 2; offset > 0; offset /= 2)
+    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, offset));
+  return value;
+}
+
+DEVICE float half_warp_sum(float value) {
+#pragma unroll
+  for (int offset = kHalfWarp / 2; offset > 0; offset /= 2)
+    value += __shfl_xor_sync(kAllLanes, value, offset);
+  return value;
+}
+
+// A thread's rows of queries so far.
+struct Softmax {
+  float highest[kRows], sum[kRows];  // of exponents of 2; the sums of this thread's columns alone
+};
+
+// Scores of the keys from `key` on become weights without their common factor; where the highest moves, what
+// there is of sums and results is scaled.
+DEVICE void add_scores(Softmax& softmax, Products& scores, Results& results, const Plan& plan,
+                       const Work& work, int key) {
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const Visible visible = visible_to(work.row + first_row() + 2 * i, plan, work);
+    float highest = -INFINITY;
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      const bool seen = visible.has(key + column() + j * kHalfWarp);
+      scores[i][j] = seen ? scores[i][j] * plan.scale_log2 : -INFINITY;
+      highest = fmaxf(highest, scores[i][j]);
+    }
+    highest = fmaxf(softmax.highest[i], half_warp_max(highest));
+    const float base = highest == -INFINITY ? 0.f : highest;  // -inf - -inf would be NaN
+    const float shrink = exp2_approximate(softmax.highest[i] - base);
+    softmax.highest[i] = highest;
+    softmax.sum[i] *= shrink;
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      scores[i][j] = exp2_approximate(scores[i][j] - base);
+      softmax.sum[i] += scores[i][j];
+      results[i][j] *= shrink;
+    }
+  }
+}
+
+DEVICE void drop(Products& weights, uint32_t kept) {
+#pragma unroll
+  for (int i = 0; i < kRows; ++i)
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) weights[i][j] = is_kept(kept, i, j) ? weights[i][j] : 0.f;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 3) attention_plain_forward_kernel(AttentionForward p, Plan plan) {
+  DYNAMIC_SHARED(float, memory);
+  float *q_tile = memory, *tile = q_tile + kTileFloats, *strip = tile + kTileFloats;
+  const Work work = work_of_block(p, plan);
+  if (work.row >= work.length) return;
+  const uint64_t seed = seed_of(p);
+  const int head_size = p.head_size, first_key = max(0, work.row - plan.left) / kTile * kTile;
+  const Rows<T> q = rows_of<T>(p.q, p.q_stride, p, work, work.row);
+  const Visible of_last = visible_to(work.row + q.count - 1, plan, work);
+
+  Results out = {};
+  Softmax softmax;
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) softmax.highest[i] = -INFINITY, softmax.sum[i] = 0;
+#pragma unroll 1
+  for (int key = first_key; key <= of_last.last; key += kTile) {
+    // scores
+    const Rows<T> k = rows_of<T>(p.k, p.k_stride, p, work, key);
+    const Rows<T> v = rows_of<T>(p.v, p.v_stride, p, work, key);
+    const bool q_there = head_size <= kTile && key > first_key;
+    Products scores;
+    multiply_rows(scores, q_tile, q, q_there, tile, k, head_size, plan.vectors);
+
+    // softmax
+    if (has_rows(q.count)) {
+      add_scores(softmax, scores, out, plan, work, key);
+      if (p.t != 0) drop(scores, kept_keys(p, work, seed, key));
+    }
+
+    // out
+    __syncthreads();
+    copy_tile(tile, v, work.slice * kTile, head_size, plan.vectors);
+    __syncthreads();
+    if (has_rows(q.count)) add_products(out, scores, strip, tile, v.count);
+  }
+
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const int row = first_row() + 2 * i;
+    const float total = half_warp_sum(softmax.sum[i]);
+    if (row >= q.count) continue;
+    const bool sees_nothing = total == 0.f;  // no key, or scores of -inf alone
+    const int64_t place = (work.begin + work.row + row) * p.heads + work.head;
+    store_row(static_cast<T*>(p.out) + place * head_size, out[i], sees_nothing ? 0.f : plan.keep / total,
+              work.slice, head_size, plan.results);
+    if (column() == 0 && work.slice == 0)
+      p.lse[place] = sees_nothing ? -INFINITY : softmax.highest[i] * kLn2 + logf(total);
+  }
+}
+
+// ---- backward ----------------------------------------------------------------------------------------
+
+// Of the 64 queries from `query` on: log2(e) times lse, and delta. A query that sees nothing, or is none, has
+// lse inf, and with it weights of 0.
+template <class T>
+DEVICE void copy_statistics(float* lse, float* delta, const AttentionBackward& p, const Work& work,
+                            int query) {
+  const int lane = lane_of_warp(), head_size = p.head_size;
+#pragma unroll 4
+  for (int i = 0; i < kWarpRows; ++i) {
+    const int row = warp_of_block() * kWarpRows + i;
+    float product = 0, saved = -INFINITY;
+    if (query + row < work.length) {
+      const int64_t place = (work.begin + query + row) * p.heads + work.head;
+      const T* dout = static_cast<const T*>(p.dout) + place * head_size;
+      const T* out = static_cast<const T*>(p.out) + place * head_size;
+#pragma unroll 2
+      for (int d = lane; d < head_size; d += kWarp) product += to_float(dout[d]) * to_float(out[d]);
+      saved = p.lse[place];
+    }
+    product = warp_sum(product);
+    if (lane == 0) lse[row] = saved == -INFINITY ? INFINITY : saved * kLog2e, delta[row] = product;
+  }
+}
+
+// A score becomes drop(P), and dout . v becomes dS.
+DEVICE void differentiate(float& score, float& product, const Plan& plan, float lse, float delta, bool seen,
+                          bool kept) {
+  const float weight = seen ? exp2_approximate(score * plan.scale_log2 - lse) : 0.f;
+  score = kept ? weight * plan.keep : 0.f;
+  product = seen ? weight * ((kept ? product * plan.keep : 0.f) - delta) : 0.f;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 3) attention_plain_dq_kernel(AttentionBackward p, Plan plan) {
+  DYNAMIC_SHARED(float, memory);
+  float *q_tile = memory, *dout_tile = q_tile + kTileFloats, *tile = dout_tile + kTileFloats;
+  float *strip = tile + kTileFloats, *lse = strip + kStripFloats, *delta = lse + kTile;
+  const Work work = work_of_block(p, plan);
+  if (work.row >= work.length) return;
+  const uint64_t seed = seed_of(p);
+  const int head_size = p.head_size, first_key = max(0, work.row - plan.left) / kTile * kTile;
+  const bool narrow = head_size <= kTile;
+  const Rows<T> q = rows_of<T>(p.q, p.q_stride, p, work, work.row);
+  const Rows<T> dout = rows_of<T>(p.dout, p.heads * p.head_size, p, work, work.row);
+  const Visible of_last = visible_to(work.row + q.count - 1, plan, work);
+  copy_statistics<T>(lse, delta, p, work, work.row);
+
+  Results dq = {};
+#pragma unroll 1
+  for (int key = first_key; key <= of_last.last; key += kTile) {
+    // products
+    const Rows<T> k = rows_of<T>(p.k, p.k_stride, p, work, key);
+    const Rows<T> v = rows_of<T>(p.v, p.v_stride, p, work, key);
+    const bool there = narrow && key > first_key;
+    Products scores, products;
+    multiply_rows(products, dout_tile, dout, there, tile, v, head_size, plan.vectors);
+    multiply_rows(scores, q_tile, q, there, tile, k, head_size, plan.vectors);
+
+    // softmax
+    if (has_rows(q.count)) {
+      const uint32_t kept = p.t != 0 ? kept_keys(p, work, seed, key) : ~0u;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const int row = first_row() + 2 * i;
+        const Visible visible = visible_to(work.row + row, plan, work);
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j)
+          differentiate(scores[i][j], products[i][j], plan, lse[row], delta[row],
+                        visible.has(key + column() + j * kHalfWarp), is_kept(kept, i, j));
+      }
+    }
+
+    // dq
+    if (!narrow) {
+      __syncthreads();
+      copy_tile(tile, k, work.slice * kTile, head_size, plan.vectors);
+      __syncthreads();
+    }
+    if (has_rows(q.count)) add_products(dq, products, strip, tile, k.count);
+  }
+
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const int row = first_row() + 2 * i;
+    if (row >= q.count) continue;
+    const int64_t place = (work.begin + work.row + row) * 3 * p.heads + work.head;
+    store_row(static_cast<T*>(p.dqkv) + place * head_size, dq[i], p.scale, work.slice, head_size,
+              plan.results);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) attention_plain_dk_dv_kernel(AttentionBackward p, Plan plan) {
+  DYNAMIC_SHARED(float, memory);
+  float *k_tile = memory, *v_tile = k_tile + kTileFloats, *tile = v_tile + kTileFloats;
+  float *strip = tile + kTileFloats, *lse = strip + kStripFloats, *delta = lse + kTile;
+  const Work work = work_of_block(p, plan);
+  if (work.row >= work.length) return;
+  const uint64_t seed = seed_of(p);
+  const int head_size = p.head_size, first_query = max(0, work.row - plan.right) / kTile * kTile;
+  const bool narrow = head_size <= kTile;
+  const Rows<T> k = rows_of<T>(p.k, p.k_stride, p, work, work.row);
+  const Rows<T> v = rows_of<T>(p.v, p.v_stride, p, work, work.row);
+  const int last_query = min(work.length - 1, work.row + k.count - 1 + plan.left);
+
+  Results dk = {}, dv = {};
+#pragma unroll 1
+  for (int query = first_query; query <= last_query; query += kTile) {
+    // products
+    const Rows<T> q = rows_of<T>(p.q, p.q_stride, p, work, query);
+    const Rows<T> dout = rows_of<T>(p.dout, p.heads * p.head_size, p, work, query);
+    const bool there = narrow && query > first_query;
+    Products scores, products;
+    copy_statistics<T>(lse, delta, p, work, query);
+    multiply_rows(scores, k_tile, k, there, tile, q, head_size, plan.vectors);
+    multiply_rows(products, v_tile, v, there, tile, dout, head_size, plan.vectors);
+
+    // softmax
+    if (has_rows(k.count)) {
+      const KeptQueries kept = p.t != 0 ? kept_queries(p, work, seed, query) : KeptQueries{{~0u, ~0u}};
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        const int other = column() + j * kHalfWarp;
+        const Visible visible = visible_to(query + other, plan, work);
+        const float its_lse = lse[other], its_delta = delta[other];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i)
+          differentiate(scores[i][j], products[i][j], plan, its_lse, its_delta,
+                        visible.has(work.row + first_row() + 2 * i), kept.has(i, j));
+      }
+    }
+
+    // dv
+    if (!narrow) {
+      __syncthreads();
+      copy_tile(tile, dout, work.slice * kTile, head_size, plan.vectors);
+      __syncthreads();
+    }
+    if (has_rows(k.count)) add_products(dv, scores, strip, tile, q.count);
+
+    // dk
+    __syncthreads();
+    copy_tile(tile, q, work.slice * kTile, head_size, plan.vectors);
+    __syncthreads();
+    if (has_rows(k.count)) add_products(dk, products, strip, tile, q.count);
+  }
+
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const int row = first_row() + 2 * i;
+    if (row >= k.count) continue;
+    const int64_t place = ((work.begin + work.row + row) * 3 + 1) * p.heads + work.head;
+    T* its_dk = static_cast<T*>(p.dqkv) + place * head_size;
+    store_row(its_dk, dk[i], p.scale, work.slice, head_size, plan.results);
+    store_row(its_dk + p.heads * head_size, dv[i], 1.f, work.slice, head_size, plan.results);
+  }
+}
+
+// ---- launchers ---------------------------------------------------------------------------------------
+
+int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+// `aligned`: whether inputs beside q, k and v are.
+template <class T>
+Plan plan_of(const Attention& p, bool aligned, const void* result) {
+  constexpr int64_t kVector = kAccessBytes / static_cast<int64_t>(sizeof(T));
+  const int64_t limit = p.max_seqlen;
+  const bool strides = (p.q_stride | p.k_stride | p.v_stride | p.head_size) % kVector == 0;
+  return {ceil_div(p.max_seqlen, kTile),
+          ceil_div(p.head_size, kTile),
+          p.scale * kLog2e,
+          p.t == 0 ? 1.f : dropout_scale(p.t, kAttentionLaneBits),
+          static_cast<int>(p.window_left < limit ? p.window_left : limit),
+          static_cast<int>(p.window_right < limit ? p.window_right : limit),
+          aligned && strides && are_aligned(kAccessBytes, p.q, p.k, p.v),
+          p.head_size % 4 == 0 && are_aligned(kAccessBytes, result),
+          fault_words()};
+}
+
+dim3 grid_of(const Attention& p, const Plan& plan) {
+  return dim3(static_cast<unsigned>(p.sequences * plan.tiles * plan.slices), static_cast<unsigned>(p.heads));
+}
+
+bool is_empty(const Attention& p) { return p.tokens == 0 || p.sequences == 0 || p.max_seqlen == 0; }
+
+template <class T>
+int forward(const AttentionForward& p) {
+  const Plan plan = plan_of<T>(p, true, p.out);
+  return launch("attention_forward", attention_plain_forward_kernel<T>, grid_of(p, plan), kThreads,
+                kForwardBytes, reinterpret_cast<void*>(p.launch), p, plan);
+}
+
+template <class T>
+int backward(const AttentionBackward& p) {
+  const Plan plan = plan_of<T>(p, are_aligned(kAccessBytes, p.dout), p.dqkv);
+  void* stream = reinterpret_cast<void*>(p.launch);
+  const int error = launch("attention_backward", attention_plain_dq_kernel<T>, grid_of(p, plan), kThreads,
+                           kBackwardBytes, stream, p, plan);
+  return error ? error
+               : launch("attention_backward", attention_plain_dk_dv_kernel<T>, grid_of(p, plan), kThreads,
+                        kBackwardBytes, stream, p, plan);
+}
+
+}  // namespace
+
+int attention_plain_forward(const AttentionForward& p) {
+  if (is_empty(p)) return 0;
+  switch (p.dtype) {
+    case DType::f32:
+      return forward<float>(p);
+    case DType::bf16:
+      return forward<__nv_bfloat16>(p);
+    case DType::f16:
+      return forward<__half>(p);
+  }
+  return 0;
+}
+
+int attention_plain_backward(const AttentionBackward& p) {
+  if (is_empty(p)) return 0;
+  switch (p.dtype) {
+    case DType::f32:
+      return backward<float>(p);
+    case DType::bf16:
+      return backward<__nv_bfloat16>(p);
+    case DType::f16:
+      return backward<__half>(p);
+  }
+  return 0;
+}
+
+}  // namespace fastbert::cuda
