@@ -287,11 +287,16 @@ def _applied(gradient: Gradient, by_kernels: bool) -> Applied:
         ids, sums = sum_duplicates(rows, values)
         return Applied(sums, ids)
     if by_kernels:
-        return Applied(
-            values, named=torch.zeros(len(values), dtype=torch.uint8, device=rows.device).index_fill_(0, rows, 1)
-        )
+        return Applied(values, named=_named(rows, len(values)))
     ids = rows.unique()
     return Applied(values[ids], ids)
+
+
+def _named(rows: Tensor, table_rows: int) -> Tensor:
+    """uint8 [V], 1 where a row is named. An id outside the table is left to the step, which says so."""
+    places = rows.where((rows >= 0) & (rows < table_rows), table_rows)
+    named = torch.zeros(table_rows + 1, dtype=torch.uint8, device=rows.device)
+    return named.index_fill_(0, places, 1)[:table_rows]
 
 
 def _scale(param: Tensor, gradient: Gradient, its: Applied, factor: Tensor) -> None:

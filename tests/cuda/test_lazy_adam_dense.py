@@ -91,6 +91,29 @@ def test_unaligned_addresses(module):
     assert_near(ours, theirs)
 
 
+@pytest.mark.skipif(native.module is None, reason="compares with the C++ module")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_bits_of_the_cpu(module, dtype):
+    """Of numbers that no operation has to round: powers of two, whose roots and quotients are exact too.
+
+    g is multiplied by -1/2, m = (m + g) / 2, v = g * g / 4, w = 3/4 w - 1/2 m / |g / 2|; w of bfloat16 is rounded by
+    random numbers where it has too many bits.
+    """
+    n, sign = 2 * CHUNK + 40, torch.randint(0, 2, (2 * CHUNK + 40,)) * 2.0 - 1
+    g, m = 2.0 ** torch.randint(-2, 3, (n,)) * sign, 2.0 ** torch.randint(-2, 3, (n,))
+    w = torch.randint(-8, 9, (n,)).to(dtype)
+    for seed in (None, torch.tensor([11])) if dtype == torch.bfloat16 else (None,):
+        state = (x.view(-1, 8) for x in (w.clone(), m.clone(), torch.zeros(n)))
+        step = Step(
+            *state, None, None, None, g.to(dtype).view(-1, 8), torch.tensor(0.5, dtype=torch.float64),
+            torch.tensor(3.0), seed, beta1=0.5, beta2=0.75, eps=0.0, weight_decay=0.5, flags=2 | 8, padding_idx=2,
+            number=1, grad_factor=torch.tensor(0.5),
+        )  # fmt: skip
+        ours, theirs = run(module, [step])
+        assert all(torch.equal(a, b) for a, b in zip(ours[0].changed, theirs[0].changed, strict=True))
+        assert not torch.equal(ours[0].param, step.param) and torch.equal(ours[0].param[2], step.param[2])
+
+
 def test_the_bits_of_the_row_step(module):
     """The formula is one: a table all of whose rows are named moves as a dense one does."""
     for options in ({}, {"seed": torch.tensor([7]), "dtype": torch.bfloat16}, {"m_dtype": torch.bfloat16}):
