@@ -34,7 +34,7 @@ KINDS = {
     "GELU": ("fastbert::gelu_forward", "fastbert::gelu_backward"),
     "cross entropy": ("fastbert::cross_entropy_forward", "fastbert::cross_entropy_backward"),
     "optimizer": ("Optimizer.step#LazyAdam.step",),
-    "clipping": ("aten::linalg_vector_norm", "aten::mul_"),
+    "gradient norm": ("aten::linalg_vector_norm",),
     "casts and copies": ("aten::copy_", "aten::fill_", "aten::cat"),
 }
 

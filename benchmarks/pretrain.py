@@ -137,8 +137,8 @@ def step(model: nn.Module, run: Callable, inputs: list[dict], dtype: torch.dtype
         if rows:
             touched = torch.cat([batch["input_ids"], batch["labels"]]) if rows == "touched" else None
             named = None if touched is None else {model.word_embeddings: touched}
-            fastbert.clip_grad_norm_(model.parameters(), CLIP, rows=named)
-            optimizer.step(rows=named)
+            _, factor = optimizer.clip_factor(CLIP, rows=named)
+            optimizer.step(rows=named, grad_factor=factor)
         else:
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()

@@ -121,27 +121,24 @@ void use(const std::string& name) {
 FASTBERT_FOR_EACH_KERNEL(FASTBERT_RUN)
 #undef FASTBERT_RUN
 
-// Each step is a tuple of the fields of LazyAdamStep.
 int64_t lazy_adam_steps(const std::vector<py::tuple>& tuples, int64_t launch) {
-  std::vector<LazyAdamStep> steps;
-  for (const py::tuple& tuple : tuples)
-    steps.push_back(from_numbers<LazyAdamStep>("lazy_adam_steps", PySequence_Fast_ITEMS(tuple.ptr()),
-                                               static_cast<Py_ssize_t>(tuple.size())));
+  const std::vector<LazyAdamStep> steps = lazy_adam_steps_of(tuples);
   py::gil_scoped_release no_gil;
   return selected->kernels->lazy_adam_steps(steps.data(), static_cast<int64_t>(steps.size()), launch);
 }
 
 // The planned parameters' next step, counted: the kernels read the number of the step that they are taking,
-// and state has it once they have taken it.
+// and state has it once they have taken it. Where found_inf is set, nobody counts.
 int64_t step_by_plan(const LazyAdamPlan& plan, const py::list& gradients, const py::list& formulas,
                      int64_t launch) {
-  std::vector<LazyAdamStep> steps = plan.next(gradients, formulas), running;
+  const std::vector<LazyAdamStep> steps = plan.next(gradients, formulas);
+  std::vector<LazyAdamStep> running;
   py::gil_scoped_release no_gil;
   std::vector<float> numbers(steps.size());
   for (size_t i = 0; i < steps.size(); ++i) {
-    numbers[i] = *steps[i].step + 1.f;
-    const bool is_empty = steps[i].scratch && steps[i].touched == 0;  // it counts, and no row moves
-    if (!is_empty) running.push_back(steps[i]), running.back().step = &numbers[i];
+    const bool counts = !steps[i].found_inf || *steps[i].found_inf == 0.f;
+    numbers[i] = *steps[i].step + static_cast<float>(counts);
+    if (!is_empty(steps[i])) running.push_back(steps[i]), running.back().step = &numbers[i];
   }
   const auto count = static_cast<int64_t>(running.size());
   const int64_t bad = selected->kernels->lazy_adam_steps(running.data(), count, launch);
@@ -174,7 +171,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "attention_scratch", [](int64_t, int64_t, int64_t) { return 0; },
       "Floats of scratch that attention_backward needs.");
-  m.def("lazy_adam_scratch", lazy_adam_scratch, "Numbers of int32 scratch for so many gradient rows.");
+  m.def(
+      "lazy_adam_scratch", [](int64_t touched, int64_t) { return lazy_adam_scratch(touched); },
+      "Numbers of int32 scratch for so many gradient rows and columns.");
   m.def("philox", philox, "Four words of one counter, through the vectors that dropout uses.");
 #define FASTBERT_DEFINE(Result, name, Arguments) define<fastbert::name>(m, #name);
   FASTBERT_FOR_EACH_KERNEL(FASTBERT_DEFINE)
@@ -184,12 +183,7 @@ PYBIND11_MODULE(_cpu, m) {
       [](int64_t depth, int64_t columns) { return selected->kernels->linear_packed(depth, columns); },
       "Words of a packed right operand of linear_product.");
   m.def("lazy_adam_steps", lazy_adam_steps);
-  py::class_<LazyAdamPlan>(m, "LazyAdamPlan")
-      .def(py::init<const py::capsule&, py::tuple>())
-      .def("set", &LazyAdamPlan::set, "Plans the parameter at a place by the fields of its LazyAdamStep.")
-      .def("look", &LazyAdamPlan::look, "Whether plans hold for the tensors that there are now.")
-      .def("step", step_by_plan,
-           "Takes gradients, formulas and threads; -1, or which of those that step names a row outside.");
+  LazyAdamPlan::define(m, step_by_plan);
   m.def("lazy_adam_replay_scratch", lazy_adam_replay_scratch,
         "Doubles of scratch for so many recorded steps.");
 }

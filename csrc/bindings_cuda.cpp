@@ -9,6 +9,7 @@
 
 #include "bindings.h"
 #include "cuda/kernels.h"
+#include "lazy_adam_plan.h"
 
 namespace py = pybind11;
 
@@ -27,7 +28,9 @@ const Found kFound[cuda::kFaults] = {
      "than "
      "max_seqlen, at sequence ",
      ": its results are undefined"},
-    {"lazy_adam was given a row id outside its table, at place ", " of rows: that row was left out"},
+    {"lazy_adam was given a row id outside its table, at place ", " of rows: that step changed nothing"},
+    {"lazy_adam_replay was given a row that stands before the recorded steps, at place ",
+     " of rows: it brought none"},
 };
 
 // Throws what kernels have reported since it was last called, and forgets it. It waits for no kernel.
@@ -69,6 +72,46 @@ void define_launcher(py::module_& m, const char* name) {
   define<Launcher<run>::call>(m, name);
 }
 
+// ---- lazy_adam --------------------------------------------------------------------------------------
+
+int64_t lazy_adam_steps(const std::vector<py::tuple>& tuples, int64_t launch) {
+  const std::vector<LazyAdamStep> steps = lazy_adam_steps_of(tuples);
+  py::gil_scoped_release no_gil;
+  return checked(
+      [&] { return cuda::lazy_adam_steps(steps.data(), static_cast<int64_t>(steps.size()), launch); });
+}
+
+int64_t step_by_plan(const LazyAdamPlan& plan, const py::list& gradients, const py::list& formulas,
+                     int64_t launch) {
+  const std::vector<LazyAdamStep> steps = plan.next(gradients, formulas);
+  py::gil_scoped_release no_gil;
+  return checked(
+      [&] { return cuda::lazy_adam_next_steps(steps.data(), static_cast<int64_t>(steps.size()), launch); });
+}
+
+// Each gradient is a tuple of the fields of cuda::Gradient.
+std::vector<cuda::Gradient> gradients_of(const std::vector<py::tuple>& tuples) {
+  std::vector<cuda::Gradient> gradients;
+  for (const py::tuple& tuple : tuples)
+    gradients.push_back(from_tuple<cuda::Gradient>("gradient_norm", tuple.ptr()));
+  return gradients;
+}
+
+int64_t gradient_norm(const std::vector<py::tuple>& tuples, double max_norm, uintptr_t scratch,
+                      uintptr_t norm, int64_t launch) {
+  const std::vector<cuda::Gradient> gradients = gradients_of(tuples);
+  py::gil_scoped_release no_gil;
+  return checked([&] {
+    return cuda::gradient_norm(gradients.data(), static_cast<int64_t>(gradients.size()), max_norm,
+                               reinterpret_cast<double*>(scratch), reinterpret_cast<float*>(norm), launch);
+  });
+}
+
+int64_t gradient_norm_scratch(const std::vector<py::tuple>& tuples) {
+  const std::vector<cuda::Gradient> gradients = gradients_of(tuples);
+  return cuda::gradient_norm_scratch(gradients.data(), static_cast<int64_t>(gradients.size()));
+}
+
 }  // namespace
 }  // namespace fastbert
 
@@ -106,4 +149,14 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("attention_scratch", cuda::attention_scratch, "Floats of scratch that attention_backward needs.");
 
   // ---- lazy_adam ----
+  m.def("lazy_adam_steps", lazy_adam_steps);
+  define_launcher<cuda::lazy_adam_replay>(m, "lazy_adam_replay");
+  LazyAdamPlan::define(m, step_by_plan);
+  m.def("gradient_norm", gradient_norm,
+        "Takes the fields of each Gradient, max_norm, and the addresses of scratch and of norm [2].");
+  m.def("gradient_norm_scratch", gradient_norm_scratch, "Doubles of scratch that gradient_norm needs.");
+  m.def("lazy_adam_scratch", cuda::lazy_adam_scratch,
+        "Numbers of int32 scratch for so many gradient rows and columns.");
+  m.def("lazy_adam_replay_scratch", lazy_adam_replay_scratch,
+        "Doubles of scratch for a catch-up over so many recorded steps.");
 }

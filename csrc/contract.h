@@ -162,7 +162,7 @@ enum LazyAdamFlags : int64_t {    // as in fastbert/ops/lazy_adam.py
 constexpr int kLazyAdamDigit = 11;    // bits of a row id sorted at a time, at most
 constexpr int kLazyAdamSorters = 16;  // threads that sort, at most
 
-// Numbers of scratch that a step over so many gradient rows needs.
+// Numbers of scratch that a step over so many gradient rows needs on the CPU.
 static inline int64_t lazy_adam_scratch(int64_t touched) {
   return 2 * (touched + 1) + (kLazyAdamSorters << kLazyAdamDigit);
 }
@@ -182,11 +182,17 @@ struct LazyAdamStep {     // one parameter's; see fastbert/ops/lazy_adam.py for 
   int64_t flags;
   int64_t padding_idx;                   // a row to leave alone; -1 for none
   uint32_t number;                       // tells parameters of one seed apart
-  int32_t* scratch;                      // [lazy_adam_scratch(R)]; null without rows
+  const float* grad_factor;              // [1]: gradients are multiplied by it; null: they are not
+  const float* found_inf;                // [1]: not 0, and the step changes nothing; null: 0
+  void* bf16_copy;                       // [V, D] bf16 of a float32 param: its new rows, rounded; null: none
+  int32_t* scratch;                      // [lazy_adam_scratch(R, D)]; null without rows
   int64_t table_rows, touched, columns;  // V, R < 2^31, D
   DType dtype, exp_avg_dtype, grad_dtype;
   bool row_wise;
 };
+
+// Whether its gradient came with ids, of which there are none: the address of no ids is null.
+static inline bool is_empty(const LazyAdamStep& p) { return p.scratch && p.touched == 0; }
 
 constexpr int kReplayMoments = 9;  // of the missed steps' weights; the last bounds the error
 

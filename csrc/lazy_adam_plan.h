@@ -12,6 +12,20 @@
 
 namespace fastbert {
 
+template <typename Fields>
+Fields from_tuple(const char* name, PyObject* tuple) {
+  if (!PyTuple_Check(tuple)) throw pybind11::type_error(std::string(name) + " must be a tuple of numbers");
+  return from_numbers<Fields>(name, PySequence_Fast_ITEMS(tuple), PyTuple_GET_SIZE(tuple));
+}
+
+// Each step is a tuple of the fields of LazyAdamStep.
+inline std::vector<LazyAdamStep> lazy_adam_steps_of(const std::vector<pybind11::tuple>& tuples) {
+  std::vector<LazyAdamStep> steps;
+  for (const pybind11::tuple& tuple : tuples)
+    steps.push_back(from_tuple<LazyAdamStep>("lazy_adam_steps", tuple.ptr()));
+  return steps;
+}
+
 struct LazyAdamGradient {  // what a step brings for a parameter whose gradient comes with ids
   const void* grad;
   const int64_t* rows;
@@ -23,6 +37,7 @@ struct LazyAdamFormula {  // and for the parameters of a group, which stand one 
   int64_t parameters;
   const double* lr;
   double beta1, beta2, eps, weight_decay;
+  const float *grad_factor, *found_inf;
 };
 
 class __attribute__((visibility("hidden"))) LazyAdamPlan {  // as what it has of pybind11 is
@@ -36,7 +51,7 @@ class __attribute__((visibility("hidden"))) LazyAdamPlan {  // as what it has of
   // each id.
   void set(size_t place, const pybind11::tuple& fields, const pybind11::object& param,
            const pybind11::dict& state, const pybind11::object& grad, int64_t kind) {
-    Planned planned{read<LazyAdamStep>("LazyAdamPlan.set", fields.ptr()), kind, {}, {}};
+    Planned planned{from_tuple<LazyAdamStep>("LazyAdamPlan.set", fields.ptr()), kind, {}, {}};
     planned.tensors.emplace_back(nullptr, layout(param.ptr()));
     for (const pybind11::handle& name : names_)
       if (PyObject* tensor = PyDict_GetItem(state.ptr(), name.ptr()))
@@ -78,7 +93,7 @@ class __attribute__((visibility("hidden"))) LazyAdamPlan {  // as what it has of
     std::vector<LazyAdamStep> steps;
     size_t end = 0, place = 0;
     for (const pybind11::handle& item : formulas) {
-      const LazyAdamFormula formula = read<LazyAdamFormula>("a LazyAdamFormula", item.ptr());
+      const LazyAdamFormula formula = from_tuple<LazyAdamFormula>("a LazyAdamFormula", item.ptr());
       for (end += formula.parameters; place < end; ++place) {
         if (place >= gradients.size())
           throw std::invalid_argument("there are fewer gradients than parameters");
@@ -87,7 +102,7 @@ class __attribute__((visibility("hidden"))) LazyAdamPlan {  // as what it has of
         if (place >= planned_.size()) throw std::invalid_argument("a parameter steps that was never planned");
         LazyAdamStep step = planned_[place].step;
         if (PyTuple_Check(gradient)) {
-          const LazyAdamGradient its = read<LazyAdamGradient>("a LazyAdamGradient", gradient);
+          const LazyAdamGradient its = from_tuple<LazyAdamGradient>("a LazyAdamGradient", gradient);
           step.grad = its.grad, step.rows = its.rows, step.touched = its.touched, step.scratch = its.scratch;
         } else {
           step.grad = Number{gradient};
@@ -95,10 +110,21 @@ class __attribute__((visibility("hidden"))) LazyAdamPlan {  // as what it has of
         }
         step.lr = formula.lr, step.weight_decay = formula.weight_decay;
         step.beta1 = formula.beta1, step.beta2 = formula.beta2, step.eps = formula.eps;
+        step.grad_factor = formula.grad_factor, step.found_inf = formula.found_inf;
         steps.push_back(step);
       }
     }
     return steps;
+  }
+
+  template <typename Step>  // the module's function that takes gradients, formulas and the launch argument
+  static void define(pybind11::module_& m, Step step) {
+    pybind11::class_<LazyAdamPlan>(m, "LazyAdamPlan", pybind11::module_local())
+        .def(pybind11::init<const pybind11::capsule&, pybind11::tuple>())
+        .def("set", &LazyAdamPlan::set, "Plans the parameter at a place by the fields of its LazyAdamStep.")
+        .def("look", &LazyAdamPlan::look, "Whether plans hold for the tensors that there are now.")
+        .def("step", step,
+             "Takes gradients, formulas and the launch argument; -1, or which step names a row outside.");
   }
 
  private:
@@ -108,12 +134,6 @@ class __attribute__((visibility("hidden"))) LazyAdamPlan {  // as what it has of
     std::vector<std::pair<PyObject*, Layout>> tensors;  // param, and state by name
     std::optional<Layout> grad;                         // none where nothing is planned
   };
-
-  template <typename Fields>
-  static Fields read(const char* name, PyObject* tuple) {
-    if (!PyTuple_Check(tuple)) throw pybind11::type_error(std::string(name) + " must be a tuple of numbers");
-    return from_numbers<Fields>(name, PySequence_Fast_ITEMS(tuple), PyTuple_GET_SIZE(tuple));
-  }
 
   Layout layout(PyObject* tensor) const {
     DLTensor x;

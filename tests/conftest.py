@@ -56,11 +56,18 @@ def kernels(request):
         yield name
 
 
-@pytest.fixture(params=fastbert.backends())
+@pytest.fixture(params=[*fastbert.backends(), "cuda:values"])
 def best(request):
     """Every backend once, the cpu backend by its best instruction set: what lies above the kernels."""
-    with fastbert.use_backend(request.param):
-        yield request.param
+    with within(request.param) as name:
+        yield name
+
+
+@pytest.fixture(params=["cpu", "cuda:values"])
+def modules(request):
+    """Each C++ module once: what they have besides kernels."""
+    with within(request.param) as name:
+        yield name
 
 
 @pytest.fixture(autouse=True)

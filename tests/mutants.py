@@ -135,7 +135,7 @@ FAULTS = [
     *python(
         "optim/gradients", "optim/test_gradients.py",
         ("values / len(sizes) if average else values", "values"),
-        ("ids = gradient.rows.unique()", "ids = gradient.rows"),
+        ("ids = rows.unique()", "ids = rows"),
     ),
     *python(
         "optim/replay", "optim/test_replay.py",

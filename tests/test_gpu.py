@@ -163,40 +163,73 @@ def test_lazy_adam_steps_as_on_the_cpu(kind, options):
     assert not torch.equal(ours, start)
 
 
-@pytest.mark.parametrize("capturable", [False, True])
-def test_a_dense_step_never_waits(capturable):
+@pytest.mark.parametrize("named", [False, True])
+def test_a_step_never_waits(named):
+    """Norm, clipping, and steps with a learning rate that changes, the first and those by a plan."""
     params = [nn.Parameter(torch.randn(shape, device=GPU)) for shape in ((30, 8), (8,), ())]
-    optimizer = fastbert.LazyAdam(params, weight_decay=0.1, amsgrad=True, capturable=capturable)
-    for _ in range(2):
+    optimizer = fastbert.LazyAdam(params, weight_decay=0.1, amsgrad=True)
+    rows = {params[0]: torch.tensor([3, 7, 3], device=GPU)} if named else None
+    for k in range(3):
         for param in params:
             param.grad = torch.randn_like(param)
         with never_waits():
-            fastbert.clip_grad_norm_(params, 1.0)
-            optimizer.step()
+            optimizer.param_groups[0]["lr"] = 0.1 / (k + 1)
+            fastbert.clip_grad_norm_(params, 1.0, rows=rows)
+            _, factor = optimizer.clip_factor(0.5, rows=rows)
+            optimizer.step(rows=rows, grad_factor=factor)
 
 
-def test_a_captured_step_equals_eager_ones():
+@pytest.mark.parametrize("with_rows", [False, True], ids=["dense", "rows"])
+def test_a_captured_step_equals_eager_ones(with_rows):
+    """Clipped, and with another learning rate at each step, which a graph reads where it lies."""
+
     def build():
         torch.manual_seed(0)
         params = [nn.Parameter(torch.randn(shape, device=GPU)) for shape in ((30, 8), (8,))]
         for param in params:
             param.grad = torch.randn_like(param)
-        return params, fastbert.LazyAdam(params, lr=0.1, weight_decay=0.1, capturable=True)
+        rate = torch.zeros((), dtype=torch.float64, device=GPU)
+        return params, rate, fastbert.LazyAdam(params, lr=rate, weight_decay=0.1)
 
-    (eager, optimizer), (captured, other) = build(), build()
-    for _ in range(5):
-        optimizer.step()
+    def step(params, optimizer):
+        rows = {params[0]: ids} if with_rows else None
+        optimizer.step(rows=rows, grad_factor=optimizer.clip_factor(1.0, rows=rows)[1])
+
+    ids = torch.tensor([3, 7, 3], device=GPU)
+    (eager, rate, optimizer), (captured, other_rate, other) = build(), build()
+    for k in range(5):
+        rate.fill_(0.1 * k)
+        step(eager, optimizer)
     with torch.cuda.stream(torch.cuda.Stream()):
-        other.step()  # makes the state
+        step(captured, other)  # makes the state
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        other.step()
-    for _ in range(4):  # capturing does nothing
+        step(captured, other)
+    for k in range(1, 5):  # capturing does nothing
+        other_rate.fill_(0.1 * k)
         graph.replay()
     assert other.state[captured[0]]["step"] == 5
     for ours, theirs in zip(captured, eager, strict=True):
-        torch.testing.assert_close(ours, theirs)
+        assert torch.equal(ours, theirs)
+
+
+def test_a_captured_learning_rate_stays():
+    """One that is a number is the graph's own, whatever the optimizer does later."""
+    param = nn.Parameter(torch.zeros(1000, device=GPU))
+    param.grad = torch.ones_like(param)
+    optimizer = fastbert.LazyAdam([param], lr=0.5, betas=(0.0, 0.0), eps=0.0)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        optimizer.step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.25
+    optimizer.step()
+    torch.full((1000,), 7.0, dtype=torch.float64, device=GPU)  # takes memory that is free
+    graph.replay()
+    torch.testing.assert_close(param.detach(), torch.full_like(param, -1.25))
 
 
 def test_steps_on_the_gpu_are_reproducible():

@@ -71,14 +71,14 @@ FASTBERT_INLINE const float* add_up(const G* grad, const int32_t* positions, int
 // ---- update ---------------------------------------------------------------------------------------------
 
 struct Coefficients {
-  float sign, decay, coupled, beta1, rest1, beta2, rest2, root, eps, size;
+  float factor, decay, coupled, beta1, rest1, beta2, rest2, root, eps, size;
 };
 
 FASTBERT_INLINE Coefficients coefficients(const LazyAdamStep& p, double t) {
   const bool corrected = !(p.flags & kLazyAdamNoBiasCorrection), is_coupled = p.flags & kLazyAdamCoupledDecay;
   const double root = corrected ? 1. / ::sqrt(1. - ::pow(p.beta2, t)) : 1.;
   Coefficients c;
-  c.sign = p.flags & kLazyAdamMaximize ? -1.f : 1.f;
+  c.factor = (p.flags & kLazyAdamMaximize ? -1.f : 1.f) * (p.grad_factor ? *p.grad_factor : 1.f);
   c.decay = is_coupled ? 1.f : static_cast<float>(1. - *p.lr * p.weight_decay);
   c.coupled = is_coupled ? static_cast<float>(p.weight_decay) : 0.f;
   c.beta1 = static_cast<float>(p.beta1), c.rest1 = static_cast<float>(1. - p.beta1);
@@ -104,7 +104,7 @@ FASTBERT_INLINE void update(const T* w, O* to, M* m, float* v, float* u, float s
   const bool is_coupled = c.coupled != 0.f;
   sweep<1>(n, [&](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
     const vfloat w0 = lanes.load(w + j), m0 = lanes.load(m + j);
-    vfloat g = lanes.load(grad + j) * c.sign;
+    vfloat g = lanes.load(grad + j) * c.factor;
     if (is_coupled) g += c.coupled * w0;
     // torch's lerp: the form whose factor is below 1/2
     const vfloat m1 = c.rest1 < 0.5f ? m0 + c.rest1 * (g - m0) : g - c.beta1 * (g - m0);
@@ -135,6 +135,11 @@ FASTBERT_INLINE void round_stochastically(const LazyAdamStep& p, int64_t row, in
     const uint32_t quiet = (bits & 0x007FFFFFu) ? bits | 0x00400000u : bits;  // a NaN stays one
     to[j].bits = static_cast<uint16_t>((is_finite ? bits + random[j] : quiet) >> 16);
   }
+}
+
+template <typename T>
+FASTBERT_INLINE void round_to_nearest(const T* from, int64_t n, bf16* to) {
+  sweep<1>(n, [&](int64_t j, int, auto lanes) FASTBERT_LAMBDA { lanes.store(to + j, lanes.load(from + j)); });
 }
 
 // ---- rows -----------------------------------------------------------------------------------------------
@@ -208,7 +213,7 @@ float mean_square(const LazyAdamStep& p, Row r, float* sum, const Coefficients& 
     const T* w = static_cast<const T*>(p.param) + r.at;
     vfloat part[4] = {};
     sweep<4>(n, [&](int64_t j, int i, auto lanes) FASTBERT_LAMBDA {
-      vfloat g = lanes.load(grad + j) * c.sign;
+      vfloat g = lanes.load(grad + j) * c.factor;
       if (is_coupled) g += c.coupled * lanes.load(w + j);
       part[i] += g * g;
     });
@@ -233,6 +238,8 @@ void step(const LazyAdamStep& p, const Row& r, int64_t first, int64_t n, float s
   } else {
     update<kAmsgrad, kShared>(w, w, m, v, u, shared, grad, n, c);
   }
+  if (std::is_same<T, float>::value && p.bf16_copy)
+    round_to_nearest(w, n, static_cast<bf16*>(p.bf16_copy) + r.at);
 }
 
 // One number of v for the whole row: it is done first, and the row is one task.
@@ -314,9 +321,15 @@ void step_table(const LazyAdamStep& p, int threads) {
 
 // ---- dense tensors: one long row each -------------------------------------------------------------------
 
+bool changes_nothing(const LazyAdamStep& p) { return p.found_inf && *p.found_inf != 0.f; }
+
 bool is_dense(const LazyAdamStep& p) {
   return !(p.rows || p.row_steps || p.row_wise || p.seed || p.padding_idx >= 0 ||
            (p.flags & kLazyAdamSkipZero));
+}
+
+int64_t elements_of_dense(const LazyAdamStep& p) {
+  return is_dense(p) && !changes_nothing(p) ? p.table_rows * p.columns : 0;
 }
 
 template <typename T, typename M, bool kAmsgrad>
@@ -360,8 +373,7 @@ Instance instance(const LazyAdamStep& p) {
 // All dense tensors together: the threads take chunk after chunk and do not wait for one another in between.
 void step_dense(const LazyAdamStep* steps, int64_t count, int threads) {
   int64_t elements = 0, next = 0;
-  for (int64_t i = 0; i < count; ++i)
-    elements += is_dense(steps[i]) ? steps[i].table_rows * steps[i].columns : 0;
+  for (int64_t i = 0; i < count; ++i) elements += elements_of_dense(steps[i]);
 #pragma omp parallel num_threads(elements < kChunk ? 1 : threads)
   {
     const auto take = [&]() {
@@ -373,7 +385,7 @@ void step_dense(const LazyAdamStep* steps, int64_t count, int threads) {
     int64_t mine = take(), before = 0;
     for (int64_t i = 0; i < count; ++i) {
       const LazyAdamStep& p = steps[i];
-      const int64_t chunks = is_dense(p) ? ceil_div(p.table_rows * p.columns, kChunk) : 0;
+      const int64_t chunks = ceil_div(elements_of_dense(p), kChunk);
       if (mine < before + chunks) {
         const Coefficients c = coefficients(p, *p.step);
         for (const Instance run = instance(p); mine < before + chunks; mine = take())
@@ -395,7 +407,7 @@ int64_t lazy_adam_steps(const LazyAdamStep* steps, int64_t count, int64_t launch
   for (int64_t i = 0; i < count; ++i) {
     const LazyAdamStep& p = steps[i];
     const int64_t rows = p.rows ? p.touched : p.table_rows;
-    if (!is_dense(p)) instance(p).table(p, rows * p.columns < kChunk ? 1 : threads);
+    if (!is_dense(p) && !changes_nothing(p)) instance(p).table(p, rows * p.columns < kChunk ? 1 : threads);
   }
   step_dense(steps, count, threads);
   return -1;

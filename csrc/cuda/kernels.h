@@ -10,6 +10,7 @@
 #include "attention_scratch.h"
 #include "gelu_scratch.h"
 #include "layer_norm_scratch.h"
+#include "lazy_adam_scratch.h"
 
 namespace fastbert {
 
@@ -43,12 +44,33 @@ int attention_plain_backward(const AttentionBackward& a);
 // ---- lazy_adam ---------------------------------------------------------------------------------------
 
 int lazy_adam_steps(const LazyAdamStep* steps, int64_t count, int64_t launch);
+
+// The same where `step` points to the number of the last step: it is raised, unless nothing is changed.
+int lazy_adam_next_steps(const LazyAdamStep* steps, int64_t count, int64_t launch);
+
 int lazy_adam_replay(const LazyAdamReplay& a);
+
+// ---- norm of gradients -------------------------------------------------------------------------------
+
+struct Gradient {
+  const void* grad;           // [V, D] dtype, or any shape
+  const uint8_t* named;       // [V]: rows where it is 0 do not count; null: all count
+  int64_t elements, columns;  // V * D, D
+  DType dtype;
+};
+
+// Doubles of scratch.
+int64_t gradient_norm_scratch(const Gradient* gradients, int64_t count);
+
+// norm [2]: the L2 norm of all gradients together, and what they are to be multiplied by so that it is at
+// most max_norm.
+int gradient_norm(const Gradient* gradients, int64_t count, double max_norm, double* scratch, float* norm,
+                  int64_t launch);
 
 // ---- what kernels find wrong in ids and bounds, which no host has looked at --------------------------
 
 // A kernel that meets such an id neither reads nor writes by it, calls raise_fault() of faults.h, and goes
-// on: the result that belongs to it is NaN, or a row of a table that is left alone. Nobody waits for the
+// on: the result that belongs to it is NaN, and a step by it changes nothing. Nobody waits for the
 // answer: the words lie in memory of the host that the device can write, so every later call can look at
 // them, also after replays of a captured graph. The next call of any op raises, before it starts anything,
 // and so does fastbert.check_device_errors(), which waits for the device first.
@@ -56,6 +78,7 @@ enum Fault : int {
   kFaultLabel,     // a label of cross_entropy outside [0, V); its row
   kFaultSequence,  // cu_seqlens of attention that decrease, pass T or hold more than max_seqlen; its sequence
   kFaultRow,       // a row id of lazy_adam outside [0, V); its place in `rows`
+  kFaultMissed,    // a row of lazy_adam_replay that stands before the recorded steps; its place in `rows`
   kFaults,
 };
 

@@ -47,7 +47,27 @@ DEVICE void store_relaxed(T* address, T value CALLED_FROM) {
 #endif
 }
 
+// Asks for the sector at an address, to be in L2 when it is read.
+DEVICE void prefetch_l2(const void* address) {
+#if defined(__CUDACC__)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#else
+  (void)address;
+#endif
+}
+
 // ---- numbers ----
+
+// Within 1 ULP or so: the IEEE one calls a slow path, whose registers every caller has to keep free.
+DEVICE float sqrt_approximate(float x) {
+#if defined(__CUDACC__)
+  float y;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return sqrtf(x);
+#endif
+}
 
 // 2^x within 2 ULP; results below 2^-126 are 0.
 DEVICE float exp2_approximate(float x) {

@@ -3,24 +3,26 @@
 Steps come with all of their arguments, or by a `Plan`, which was told before what does not change.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastbert.backends.native import DTYPES, address, launcher, module
+from fastbert.backends.native import DTYPES, address, launcher
 
 
 def lazy_adam_steps(steps: Sequence[Any]) -> None:
-    """Takes `Step`s, checked."""
+    """Takes `Step`s, checked, of parameters on one device."""
     structs, taken = [], []
     for s in steps:
         rows, grad, scratch = readable(s.rows, s.grad)
         if rows is not None and rows.numel() == 0:
             continue  # its address is null, which the kernel reads as every row
-        lr = torch.as_tensor(s.lr, dtype=torch.float64, device=s.param.device)
-        taken.append((s._replace(rows=rows, grad=grad, lr=lr, step=s.step.float()), scratch))
+        factor = None if s.grad_factor is None else s.grad_factor.float()
+        here = number_on(s.lr, s.param.device), s.step.to(s.param.device, torch.float32)
+        taken.append((s._replace(rows=rows, grad=grad, lr=here[0], step=here[1], grad_factor=factor), scratch))
         structs.append(_fields(*taken[-1]))
     if not structs:
         return
@@ -28,6 +30,13 @@ def lazy_adam_steps(steps: Sequence[Any]) -> None:
     bad = kernels.lazy_adam_steps(structs, launch)
     if bad >= 0:
         _raise_outside(taken[bad][0].rows, taken[bad][0].param.shape[0])
+
+
+def number_on(x: float | Tensor, device: torch.device) -> Tensor:
+    """A float64 tensor of one number on the device, which is not waited for unless x lies on another one."""
+    if isinstance(x, Tensor) and (x.device == device or not x.is_cpu):
+        return x.to(device, torch.float64)
+    return torch.full((), float(x), dtype=torch.float64, device=device)  # a kernel's argument: no copy to wait for
 
 
 def readable(rows: Tensor | None, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
@@ -41,7 +50,9 @@ def readable(rows: Tensor | None, grad: Tensor) -> tuple[Tensor | None, Tensor, 
     if rows.numel() >= 2**31:
         raise ValueError(f"a step takes fewer than 2**31 gradient rows, got {rows.numel()}: split the batch")
     kernels, _ = launcher(grad)
-    return rows.contiguous(), grad, grad.new_empty(kernels.lazy_adam_scratch(rows.numel()), dtype=torch.int32)
+    columns = grad.numel() // max(len(grad), 1)
+    scratch = grad.new_empty(kernels.lazy_adam_scratch(rows.numel(), columns), dtype=torch.int32)
+    return rows.contiguous(), grad, scratch
 
 
 def _fields(s: Any, scratch: Tensor | None) -> tuple[int | float, ...]:
@@ -61,21 +72,24 @@ def _raise_outside(rows: Tensor, table_rows: int) -> None:
 
 
 _DLPACK = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-can_plan = module is not None and _DLPACK is not None
+can_plan = _DLPACK is not None
 
 
 class Plan:
-    """Parameters that the module knows from one step to the next, each by its place in the optimizer.
+    """Parameters on one device that its module knows from one step to the next, each by its place in the optimizer.
 
     A step brings gradients, and a group's learning rate, betas, eps and weight decay. It counts itself: it raises the
     number in `Step.step` of all parameters that it moves, and takes the raised number for its own.
 
     Args:
         names: those that a parameter's state has its tensors under.
+        param: a parameter on the device.
     """
 
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self._structs = module.LazyAdamPlan(_DLPACK, names)
+    def __init__(self, names: tuple[str, ...], param: Tensor) -> None:
+        self._like = param.new_empty(0)
+        kernels, _ = launcher(self._like)
+        self._structs = kernels.LazyAdamPlan(_DLPACK, names)
 
     def set(self, place: int, s: Any, param: Tensor, state: dict[str, Any], kind: int) -> None:
         """Plans a parameter's steps, of which `s` is one.
@@ -105,9 +119,12 @@ class Plan:
             gradients: of each place None, the address of a gradient for every row, or the addresses of gradient and
                 ids, the number of ids, and the address of scratch.
             groups: of each group, in the order of places, the number of its parameters, the address of lr, beta1,
-                beta2, eps and weight_decay.
+                beta2, eps and weight_decay, and the addresses of grad_factor and found_inf.
 
         Returns:
-            Whether it was done. It was not, and nothing was changed, where an id lies outside its table.
+            Whether it was done. It was not, and nothing was changed, where an id lies outside its table. On a GPU
+            nobody waits to know that; the next call of an op says it.
         """
-        return self._structs.step(gradients, groups, torch.get_num_threads()) < 0
+        _, launch = launcher(self._like)
+        with torch.cuda.device(self._like.device) if self._like.is_cuda else contextlib.nullcontext():
+            return self._structs.step(gradients, groups, launch) < 0

@@ -15,7 +15,8 @@ def lazy_adam_replay(
     columns = param.numel() // max(table_rows, 1)
     if param.numel() == 0 or (rows is not None and named == 0):
         return -1
-    rows, lr, decay = contiguous(rows), lr.contiguous(), decay.contiguous()
+    rows = contiguous(rows)
+    lr, decay = (x.contiguous().to(param.device, non_blocking=True) for x in (lr, decay))
     module, launch = launcher(param, (named or table_rows) * columns)
     scratch = param.new_empty(module.lazy_adam_replay_scratch(lr.numel()), dtype=torch.float64)
     return module.lazy_adam_replay(

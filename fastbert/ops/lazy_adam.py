@@ -57,15 +57,19 @@ class Step(NamedTuple):
     flags: int
     padding_idx: int
     number: int
+    grad_factor: Tensor | None = None
+    found_inf: Tensor | None = None
+    bf16_copy: Tensor | None = None
 
     @property
     def changed(self) -> list[Tensor]:
         """The tensors that the step changes in place."""
-        return [x for x in self[:5] if x is not None]
+        return [x for x in (*self[:5], self.bf16_copy) if x is not None]
 
 
 @torch.library.custom_op(
-    "fastbert::lazy_adam_step", mutates_args=("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "row_steps")
+    "fastbert::lazy_adam_step",
+    mutates_args=("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "row_steps", "bf16_copy"),
 )
 def lazy_adam_step(
     param: Tensor,
@@ -85,9 +89,12 @@ def lazy_adam_step(
     flags: int,
     padding_idx: int,
     number: int,
+    grad_factor: Tensor | None,
+    found_inf: Tensor | None,
+    bf16_copy: Tensor | None,
     backend: str,
 ) -> None:
-    """Changes the first five arguments in place.
+    """Changes the first five arguments and `bf16_copy` in place.
 
     Args:
         param: [V, ...] float32, bfloat16 or float16 (float64 on the reference backend), contiguous; any shape where
@@ -105,6 +112,10 @@ def lazy_adam_step(
         flags: sum of the flags above.
         padding_idx: this row is left alone; -1 for none.
         number: tells parameters of one seed apart.
+        grad_factor: one float32 number that all gradients are multiplied by first, as clipping does; None for 1. Which
+            rows SKIP_ZERO leaves alone is seen before.
+        found_inf: one float32 number; where it is not 0 the step changes nothing. None for 0.
+        bf16_copy: bfloat16 of param's shape, contiguous: gets the new rows of a float32 param, rounded to nearest.
         backend: runs on this backend or raises; "" chooses by the tensor's device.
 
     Raises:
@@ -141,8 +152,8 @@ def update(steps: Sequence[Step], backend: str) -> None:
         return
     chosen: dict[Any, list[Step]] = {}
     for s in steps:
-        chosen.setdefault(backend_of(s.param, backend), []).append(s)
-    for namespace, its in chosen.items():
+        chosen.setdefault((backend_of(s.param, backend), s.param.device), []).append(s)
+    for (namespace, _), its in chosen.items():
         namespace.lazy_adam_steps(its)
     torch.autograd.graph.increment_version([x for s in steps for x in s.changed])
 
@@ -156,7 +167,8 @@ class reference:  # a namespace, spelled as the backend is
             if s.rows is not None:
                 check_rows(s.rows, s.param.shape[0])
         for s in steps:
-            reference.lazy_adam_step(s)
+            if s.found_inf is None or not s.found_inf:
+                reference.lazy_adam_step(s)
 
     @staticmethod
     def lazy_adam_step(s: Step) -> None:
@@ -186,6 +198,8 @@ class reference:  # a namespace, spelled as the backend is
         # update
         w, m, v, u = (None if x is None else wide(x[places]) for x in tables)
         g, m = g.to(w.dtype), m.to(w.dtype)
+        if s.grad_factor is not None:
+            g = g * s.grad_factor.to(g)
         t = s.step.double() if s.row_steps is None else s.row_steps[places].double().unsqueeze(1) + 1
         if flags & NO_BIAS_CORRECTION:
             t = t * math.inf
@@ -209,6 +223,8 @@ class reference:  # a namespace, spelled as the backend is
         for table, new in zip(tables, (w, m, v, u), strict=True):
             if table is not None:
                 table[places] = new.to(table.dtype)
+        if s.bf16_copy is not None:
+            s.bf16_copy.view(tables[0].shape)[places] = w.bfloat16()
         if s.row_steps is not None:
             s.row_steps[places] += 1
 
@@ -295,7 +311,21 @@ def check(s: Step) -> None:
         raise ValueError(
             f"grad must have shape {list(shape if by_row else (rows.numel(), *shape[1:]))}, got {list(grad.shape)}"
         )
-    for x in (*tables, row_steps, rows, grad):
+    for name, number, allowed in (
+        ("grad_factor", s.grad_factor, (torch.float32, dtype)),
+        ("found_inf", s.found_inf, (torch.float32,)),
+    ):
+        if number is not None and (number.dtype not in allowed or number.numel() != 1):
+            raise ValueError(f"{name} must be a float32 tensor of one number, got {number.dtype} {list(number.shape)}")
+    copy = s.bf16_copy
+    if copy is not None:
+        fits = param.dtype == torch.float32 and copy.dtype == torch.bfloat16 and copy.shape == shape
+        if not fits or not copy.is_contiguous():
+            raise ValueError(
+                f"bf16_copy must be a contiguous bfloat16 tensor of a float32 param's shape, got {copy.dtype} "
+                f"{list(copy.shape)} for {param.dtype} {list(shape)}"
+            )
+    for x in (*tables, row_steps, rows, grad, s.grad_factor, s.found_inf, copy):
         if x is not None and x.device != device:
             raise ValueError(f"param, state, rows and grad must be on one device, param is on {device}")
     if flags & ~FLAGS:

@@ -1,5 +1,6 @@
 """What a gradient touches: its rows, its norm, its clipping, and its exchange between processes."""
 
+import math
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import NamedTuple
@@ -8,6 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastbert.backends import pick, requested
+from fastbert.backends.gradient_norm import gradient_norm
+from fastbert.backends.native import DTYPES
 from fastbert.ops.lazy_adam import check_rows, sum_duplicates
 
 Rows = Mapping[Tensor, Tensor]  # parameter -> ids of its touched rows
@@ -73,8 +77,7 @@ def check_named(rows: Rows, params: set[Tensor], whose: str) -> None:
 
 def total_norm(parameters: Iterable[Tensor], rows: Rows | None = None, error_if_nonfinite: bool = False) -> Tensor:
     """The L2 norm of all gradients together as they will be applied; see `clip_grad_norm_`, which has the arguments."""
-    params = list(dict.fromkeys(parameters))
-    return _total(_read_all(params, rows), error_if_nonfinite)[0]
+    return norm_and_factor(parameters, math.inf, rows, error_if_nonfinite)[0]
 
 
 def clip_grad_norm_(
@@ -109,27 +112,24 @@ def clip_grad_norm_(
         TypeError: max_norm is no number, or as in `LazyAdam.step`.
         RuntimeError: `error_if_nonfinite` and the norm is not finite; gradients are as they were.
     """
-    if not isinstance(max_norm, (Real, Tensor)):
-        raise TypeError(f"max_norm must be a number >= 0, got {max_norm!r}")
-    if not max_norm >= 0:
-        raise ValueError(f"max_norm must be a number >= 0, got {max_norm}")
     params = [parameters] if isinstance(parameters, Tensor) else list(dict.fromkeys(parameters))
     with torch.no_grad():
         gradients = _read_all(params, rows)
-        total, applied = _total(gradients, error_if_nonfinite)
-        factor = (max_norm / (total.double() + 1e-6)).clamp(max=1.0)
-        if factor.device.type == "cpu" and factor == 1:
+        total, factor, applied = _measured(gradients, max_norm, error_if_nonfinite)
+        if factor.is_cpu and factor == 1:
             return total
-        for (param, gradient), (ids, values) in zip(gradients, applied, strict=True):
-            scale = factor.to(param.device)
-            if gradient.rows is None:
-                # not in place where elements share memory, as of an expanded gradient
-                param.grad = param.grad * scale if _shares_memory(param.grad) else param.grad.mul_(scale)
-            elif gradient.by_row:
-                param.grad.index_copy_(0, ids, values * scale)
-            else:
-                param.grad = _sparse(param, param.grad._indices(), gradient.values * scale, param.grad.is_coalesced())
+        for (param, gradient), its in zip(gradients, applied, strict=True):
+            _scale(param, gradient, its, factor.to(param.device))
         return total
+
+
+def norm_and_factor(
+    parameters: Iterable[Tensor], max_norm: float, rows: Rows | None = None, error_if_nonfinite: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The norm of all gradients, and what `clip_grad_norm_`, which has the arguments, would multiply them by."""
+    with torch.no_grad():
+        gradients = _read_all(list(dict.fromkeys(parameters)), rows)
+        return _measured(gradients, max_norm, error_if_nonfinite)[:2]
 
 
 def all_gather_rows(param: Tensor, *, average: bool = True, group: dist.ProcessGroup | None = None) -> None:
@@ -236,32 +236,81 @@ def _read_all(params: list[Tensor], rows: Rows | None) -> list[tuple[Tensor, Gra
     return [(param, gradient) for param in params if (gradient := read(param, rows)) is not None]
 
 
-def _total(
-    gradients: list[tuple[Tensor, Gradient]], error_if_nonfinite: bool
-) -> tuple[Tensor, list[tuple[Tensor | None, Tensor]]]:
-    """The common norm, and of each gradient the ids and values that count."""
+class Applied(NamedTuple):
+    """What counts of a gradient, for its norm."""
+
+    values: Tensor
+    ids: Tensor | None = None  # of the rows in `values`, each once; None: all rows
+    named: Tensor | None = None  # uint8 [V]: rows of `values` where it is 0 do not count; None: all do
+
+
+def _measured(
+    gradients: list[tuple[Tensor, Gradient]], max_norm: float, error_if_nonfinite: bool
+) -> tuple[Tensor, Tensor, list[Applied]]:
+    """The common norm, what gradients are to be multiplied by, and what counts of each."""
+    if not isinstance(max_norm, (Real, Tensor)):
+        raise TypeError(f"max_norm must be a number >= 0, got {max_norm!r}")
+    if not max_norm >= 0:
+        raise ValueError(f"max_norm must be a number >= 0, got {max_norm}")
     if not gradients:
-        return torch.zeros(()), []
-    with torch.no_grad():
-        applied = [_applied(gradient) for _, gradient in gradients]
-        norms = [_norm(values) for _, values in applied]
+        return torch.zeros(()), torch.ones(()), []
+    by_kernels = _run_by_kernels([gradient.values for _, gradient in gradients])
+    applied = [_applied(gradient, by_kernels) for _, gradient in gradients]
+    if by_kernels:
+        total, factor = gradient_norm([(its.values, its.named) for its in applied], float(max_norm))
+    else:
+        norms = [_norm(its.values) for its in applied]
         dtype = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
-        total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]))
-        if error_if_nonfinite and not total.isfinite():
-            raise RuntimeError(
-                f"the norm of the gradients is {total.item()}: skip this step or pass error_if_nonfinite=False"
-            )
-        return total.to(dtype), applied
+        norms = torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms])
+        total = torch.linalg.vector_norm(norms).to(dtype)
+        factor = (max_norm / (total.double() + 1e-6)).clamp(max=1.0)
+    if error_if_nonfinite and not total.isfinite():
+        raise RuntimeError(
+            f"the norm of the gradients is {total.item()}: skip this step or pass error_if_nonfinite=False"
+        )
+    return total, factor, applied
 
 
-def _applied(gradient: Gradient) -> tuple[Tensor | None, Tensor]:
-    """Ids and gradient rows after duplicates have been added up or, by row, dropped; (None, values) for every row."""
+def _run_by_kernels(values: list[Tensor]) -> bool:
+    """Whether the kernels for GPUs take all of them in one call."""
+    device = values[0].device
+    fit = all(x.device == device and x.dtype in DTYPES for x in values)
+    return fit and pick("lazy_adam", requested(), values[0]) == "cuda"
+
+
+def _applied(gradient: Gradient, by_kernels: bool) -> Applied:
+    """After duplicates have been added up or, by row, dropped; where kernels can, without waiting for the device."""
+    rows, values, by_row = gradient
+    if rows is None:
+        return Applied(values)
+    if not by_row:
+        ids, sums = sum_duplicates(rows, values)
+        return Applied(sums, ids)
+    if by_kernels:
+        return Applied(values, named=_named(rows, len(values)))
+    ids = rows.unique()
+    return Applied(values[ids], ids)
+
+
+def _named(rows: Tensor, table_rows: int) -> Tensor:
+    """uint8 [V], 1 where a row is named. An id outside the table is left to the step, which says so."""
+    places = rows.where((rows >= 0) & (rows < table_rows), table_rows)
+    named = torch.zeros(table_rows + 1, dtype=torch.uint8, device=rows.device)
+    return named.index_fill_(0, places, 1)[:table_rows]
+
+
+def _scale(param: Tensor, gradient: Gradient, its: Applied, factor: Tensor) -> None:
+    """Multiplies what counts of `param.grad`."""
     if gradient.rows is None:
-        return None, gradient.values
-    if gradient.by_row:
-        ids = gradient.rows.unique()
-        return ids, gradient.values[ids]
-    return sum_duplicates(gradient.rows, gradient.values)
+        # not in place where elements share memory, as of an expanded gradient
+        param.grad = param.grad * factor if _shares_memory(param.grad) else param.grad.mul_(factor)
+    elif its.named is not None:
+        factors = torch.where(its.named.bool(), factor, 1.0)
+        param.grad.mul_(factors.view(-1, *(1 for _ in param.shape[1:])))
+    elif gradient.by_row:
+        param.grad.index_copy_(0, its.ids, its.values * factor)
+    else:
+        param.grad = _sparse(param, param.grad._indices(), gradient.values * factor, param.grad.is_coalesced())
 
 
 def _norm(x: Tensor) -> Tensor:

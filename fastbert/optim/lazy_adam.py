@@ -31,6 +31,7 @@ from fastbert.optim.options import (
     name_dtype,
 )
 from fastbert.optim.plan import Plans, Taken, arguments_of, step_by_arguments
+from fastbert.optim.scaling import Scaling, scaling_of
 
 
 class LazyAdam(Optimizer):
@@ -83,7 +84,7 @@ class LazyAdam(Optimizer):
         amsgrad: divide by the largest second moment so far.
         maximize: step uphill.
         foreach, fused: accepted, without effect.
-        capturable: keep the step count on the parameter's device.
+        capturable: keep the step count on the parameter's device; on a GPU it always is.
         differentiable: must be False.
         decoupled_weight_decay: False is Adam's L2 penalty, for dense steps alone.
         lazy: "nonzero" as above; "rows": a dense gradient without named rows raises instead of moving every row.
@@ -102,6 +103,8 @@ class LazyAdam(Optimizer):
         TypeError: an option of another type; a parameter that is complex, an integer or sparse itself, or one that
             stands for other tensors, such as FSDP2's DTensor.
     """
+
+    _step_supports_amp_scaling = True  # what GradScaler asks
 
     def __init__(
         self,
@@ -132,6 +135,7 @@ class LazyAdam(Optimizer):
         defaults = {name: value for name, value in options.items() if name not in ("self", "params", "__class__")}
         name_dtype(defaults)
         self._padding: dict[Tensor, int] = {}  # of attached embeddings
+        self._copies: dict[Tensor, Tensor] = {}  # in bfloat16, of some parameters
         self._checked: list[tuple] = []  # of each group, the options that were found to hold
         self._forget_plans()
         self.is_raw = False
@@ -165,7 +169,13 @@ class LazyAdam(Optimizer):
     # ---- the step --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, rows: Rows | None = None) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        rows: Rows | None = None,
+        grad_factor: Tensor | None = None,
+    ) -> Any:
         """One step.
 
         Args:
@@ -174,6 +184,13 @@ class LazyAdam(Optimizer):
                 duplicates count once. A named row with zero gradient takes an ordinary step. Ids on a device other
                 than the CPU are not checked here, which would wait for the device. Of processes that share a gradient
                 each must name the rows of all: `fastbert.all_gather_ids(ids)`.
+            grad_factor: a tensor of one number that every gradient is multiplied by on its way, as
+                `clip_factor` gives it; the gradients stay as they are. On the parameters' device nothing waits for it.
+
+        `torch.amp.GradScaler.step` passes its scale and whether it found an infinite gradient by the attributes
+        `grad_scale` and `found_inf`, as to torch's own fused optimizers: gradients are divided within the step, and
+        with an infinite one it changes nothing, the count of steps included. A GPU is not waited for, unless a group
+        has `missed="replay"`.
 
         Returns:
             What `closure` returned, else None.
@@ -198,6 +215,9 @@ class LazyAdam(Optimizer):
         rows = {} if rows is None else rows
         gradients.check_named(rows, set(self._parameters()) if rows else set(), "this optimizer's")
         self._check_changed_options()
+        scaling = scaling_of(self, grad_factor)
+        if scaling.says_stop():
+            return loss
         taken, number = [], 0
         for group, formula in zip(self.param_groups, self._current_formulas(), strict=True):
             for param in group["params"]:
@@ -209,15 +229,15 @@ class LazyAdam(Optimizer):
             for _, param, _, _, group, _ in taken:
                 self.state[param] = state.complete({}, param, group)
             return loss
-        self._take(taken)
+        self._take(taken, scaling)
         return loss
 
-    def _take(self, taken: list[Taken]) -> None:
+    def _take(self, taken: list[Taken], scaling: Scaling) -> None:
         """The step of all that have a gradient, each by its plan or, where it can have none, by all its arguments."""
         backend = requested()
-        by_module = can_plan and backend in ("", "cpu") and not torch.compiler.is_compiling()
-        for formula in self._formulas:
-            by_module = by_module and formula.lr.is_cpu  # where the module reads it
+        if self._plans.backend != backend:
+            self._plans = Plans(backend, self._copies)
+        by_module = can_plan and not torch.compiler.is_compiling()
         plans, listed, replayed, completed = self._plans, [], [], {}
         plans.begin(len(self._parameters()))
         have_plans = plans.take(taken) if by_module else [False] * len(taken)
@@ -228,7 +248,8 @@ class LazyAdam(Optimizer):
                 check_touched(group, param.shape, gradient.rows is not None)
                 its = completed[param] = state.complete(its, param, group)
                 padding_idx = self._padding_idx(param, group)
-                arguments = arguments_of(number, param, its, gradient, group, formula, padding_idx)
+                copy = self._copies.get(param)
+                arguments = arguments_of(number, param, its, gradient, group, formula, padding_idx, scaling, copy)
                 check(arguments)
                 by_kernels = backend_of(param, backend) is not reference
                 if not (by_module and by_kernels and plans.make(number, arguments, param, its, gradient)):
@@ -239,7 +260,8 @@ class LazyAdam(Optimizer):
         self.state.update(completed)
         for param, gradient, group, formula in replayed:
             self._record(param, gradient, group, formula)
-        plans.finish([(len(g["params"]), f) for g, f in zip(self.param_groups, self._formulas, strict=True)])
+        groups = [(len(g["params"]), f) for g, f in zip(self.param_groups, self._formulas, strict=True)]
+        plans.finish(groups, scaling)
         step_by_arguments(listed, backend)
         for param, gradient, *_ in replayed:
             if "last_step" in (its := self.state[param]):
@@ -262,7 +284,7 @@ class LazyAdam(Optimizer):
 
     def _forget_plans(self) -> None:
         """Options have changed, which every plan was made of."""
-        self._plans = Plans()
+        self._plans = Plans(requested(), self._copies)
         self._formulas: list[Formula] = []  # of each group, in its last step
 
     def _current_formulas(self) -> list[Formula]:
@@ -270,7 +292,7 @@ class LazyAdam(Optimizer):
         self._formulas = [formula_of(group, last) for group, last in zip(self.param_groups, before, strict=False)]
         for last, now in zip(before, self._formulas, strict=False):
             if last and bool(last.weight_decay) != bool(now.weight_decay):
-                self._plans = Plans()  # `check_touched` goes by whether there is decay
+                self._plans = Plans(self._plans.backend, self._copies)  # `check_touched` goes by whether there is decay
         return self._formulas
 
     def _record(self, param: Tensor, gradient: Gradient, group: dict[str, Any], formula: Formula) -> None:
@@ -280,11 +302,48 @@ class LazyAdam(Optimizer):
             replay.end(param, its, padding_idx)
         elif gradient.rows is not None:
             options = (formula.beta1, formula.beta2, formula.eps, formula.flags & replay.FLAGS)
-            replay.record(param, its, float(formula.lr), formula.weight_decay, options, padding_idx)
+            replay.record(param, its, float(group["lr"]), formula.weight_decay, options, padding_idx)
+
+    def clip_factor(
+        self, max_norm: float, *, rows: Rows | None = None, error_if_nonfinite: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The norm of all gradients, and the factor by which `step` clips it to `max_norm`.
+
+            norm, factor = optimizer.clip_factor(1.0)
+            optimizer.step(grad_factor=factor)
+
+        does what `fastbert.clip_grad_norm_` and a step do, with one pass over the gradients less; they stay as they
+        are. Arguments and errors are that function's.
+
+        Returns:
+            Two scalars on the gradients' device, which is not waited for.
+        """
+        return gradients.norm_and_factor(self._parameters(), max_norm, rows, error_if_nonfinite)
 
     def grad_norm(self, *, rows: Rows | None = None, error_if_nonfinite: bool = False) -> Tensor:
         """The L2 norm over what the gradients of all groups will apply, a scalar; see `fastbert.clip_grad_norm_`."""
         return gradients.total_norm(self._parameters(), rows, error_if_nonfinite)
+
+    def keep_copy(self, param: Tensor) -> Tensor:
+        """A bfloat16 copy of a float32 parameter, which steps from now on write together with it.
+
+        That saves casting the weight for the next forward pass. Whoever changes the parameter by other means also
+        changes the copy: `copy.copy_(param)`. The copy is not part of `state_dict`, nor of copies of the optimizer.
+
+        Raises:
+            ValueError: the parameter is not this optimizer's, not contiguous float32, or has `missed="replay"`, which
+                moves rows between steps.
+        """
+        group = self._group_of(param)
+        if param.dtype != torch.float32 or not param.is_contiguous() or group["missed"] == "replay":
+            raise ValueError(
+                f'a copy is kept of contiguous float32 parameters with missed="leave", got {param.dtype}, strides '
+                f"{list(param.stride())} and missed={group['missed']!r}"
+            )
+        if param not in self._copies:
+            self._copies[param] = param.detach().bfloat16()
+            self._forget_plans()
+        return self._copies[param]
 
     # ---- missed steps ----------------------------------------------------------------------------------------------
 
@@ -366,7 +425,7 @@ class LazyAdam(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.setdefault("is_raw", False)
-        self._checked = []
+        self._checked, self._copies = [], {}
         self._forget_plans()
         super().__setstate__(state)
         for group in self.param_groups:

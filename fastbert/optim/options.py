@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastbert.backends.lazy_adam import number_on
 from fastbert.ops.lazy_adam import COUPLED_DECAY, EPS_UNCORRECTED, MAXIMIZE, NO_BIAS_CORRECTION
 from fastbert.ops.lazy_adam_replay import check_betas
 
@@ -185,7 +186,7 @@ def check_touched(options: dict[str, Any], shape: torch.Size, has_rows: bool) ->
 class Formula(NamedTuple):
     """What a group's parameters have in common in one step, as the op takes it."""
 
-    lr: Tensor  # float64, one number; on the CPU but for a learning rate on another device
+    lr: Tensor  # float64, one number, on the device of the group's first parameter
     beta1: float
     beta2: float
     eps: float
@@ -197,21 +198,25 @@ class Formula(NamedTuple):
 def formula_of(group: dict[str, Any], last: Formula | None = None) -> Formula:
     """The group's formula: `last`, that of the step before, where a schedule has replaced no number since.
 
+    A captured CUDA graph has one of its own, so that its learning rate stays in memory whatever comes later.
+
     Raises as `check_numbers` does.
     """
     lr, betas, eps, weight_decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
-    if last is not None and last.given:
+    device = group["params"][0].device if group["params"] else torch.device("cpu")
+    is_captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if last is not None and last.given and last.lr.device == device and not is_captured:
         lr0, betas0, eps0, weight_decay0 = last.given
         if lr is lr0 and betas is betas0 and eps is eps0 and weight_decay is weight_decay0:
             return last
     check_numbers(group, waits=False)
-    is_fixed = isinstance(betas, tuple) and not any(isinstance(x, Tensor) for x in (lr, *betas))
+    is_fixed = isinstance(betas, tuple) and not is_captured and not any(isinstance(x, Tensor) for x in (lr, *betas))
     flags = (group["eps_mode"] == "sparse_adam") * EPS_UNCORRECTED
     flags += (group["bias_correction"] is None) * NO_BIAS_CORRECTION
     flags += bool(group["maximize"]) * MAXIMIZE
     flags += (not group["decoupled_weight_decay"]) * COUPLED_DECAY
     return Formula(
-        lr.double() if isinstance(lr, Tensor) else torch.tensor(float(lr), dtype=torch.float64, device="cpu"),
+        number_on(lr, device),
         float(betas[0]), float(betas[1]), float(eps), float(weight_decay), flags,
         (lr, betas, eps, weight_decay) if is_fixed else (),
     )  # fmt: skip

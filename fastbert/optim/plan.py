@@ -15,6 +15,7 @@ from fastbert.backends.lazy_adam import Plan, readable
 from fastbert.ops.lazy_adam import GRAD_BY_ROW, SKIP_ZERO, Step, check_rows, update
 from fastbert.optim.gradients import Gradient
 from fastbert.optim.options import Formula, check_memory
+from fastbert.optim.scaling import Scaling
 from fastbert.optim.state import TABLES, State
 
 # A parameter that has a gradient: its number, itself, its state, the gradient, its group and the group's formula.
@@ -29,6 +30,8 @@ def arguments_of(
     group: dict[str, Any],
     formula: Formula,
     padding_idx: int,
+    scaling: Scaling,
+    bf16_copy: Tensor | None,
 ) -> Step:
     """All that a step of one parameter takes; its state's count is yet to be raised."""
     flags, seed = formula.flags, None
@@ -37,7 +40,7 @@ def arguments_of(
     elif gradient.rows is None and group["lazy"] == "nonzero":
         flags += SKIP_ZERO
     if group["stochastic_rounding"] and param.dtype == torch.bfloat16:
-        seed = torch.tensor([group["seed"]], device=param.device)
+        seed = torch.full((1,), group["seed"], dtype=torch.int64, device=param.device)  # no copy to wait for
     if not param.is_contiguous():
         check_memory(param)
     return Step(
@@ -48,7 +51,7 @@ def arguments_of(
         row_steps=state["row_steps"] if group["bias_correction"] == "row" and param.dim() else None,
         rows=gradient.rows,
         grad=gradient.values,
-        lr=formula.lr if formula.lr.is_cpu else formula.lr.to(param.device),
+        lr=formula.lr.to(param.device),
         step=state["step"],
         seed=seed,
         beta1=formula.beta1,
@@ -58,16 +61,22 @@ def arguments_of(
         flags=flags,
         padding_idx=padding_idx,
         number=number,
+        grad_factor=scaling.on(param).grad_factor,
+        found_inf=scaling.on(param).found_inf,
+        bf16_copy=bf16_copy,
     )
 
 
 def step_by_arguments(listed: list[tuple[Tensor, Step]], backend: str) -> None:
     """The steps of parameters that have no plan, each with its arguments."""
-    counts: dict[torch.device, list[Tensor]] = {}
+    counts: dict[torch.device, list[Step]] = {}
     for _, s in listed:
-        counts.setdefault(s.step.device, []).append(s.step)
+        counts.setdefault(s.step.device, []).append(s)
     for device, its in counts.items():  # a number in place of the tensor takes three times as long
-        torch._foreach_add_(its, torch.ones((), device=device), alpha=1.0)
+        one, found_inf = torch.ones((), device=device), its[0].found_inf
+        if found_inf is not None:
+            one = (found_inf == 0).to(one).reshape(())
+        torch._foreach_add_([s.step for s in its], one, alpha=1.0)
     update([s for _, s in listed], backend)
     for param, s in listed:
         if s.param is not param:
@@ -75,14 +84,18 @@ def step_by_arguments(listed: list[tuple[Tensor, Step]], backend: str) -> None:
 
 
 class Plans:
-    """Of one optimizer's parameters, by their number in it.
+    """Of one optimizer's parameters, by their number in it: of those on the device of the first that is planned.
 
-    A step begins by `begin`, takes along parameters that have a gradient, by `take` those with a plan and by `make` the
-    others, and is done by `finish`. Only that changes anything.
+    They are for the backend that was asked for when they were made. A step begins by `begin`, takes along parameters
+    that have a gradient, by `take` those with a plan and by `make` the others, and is done by `finish`. Only that
+    changes anything.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str, copies: dict[Tensor, Tensor]) -> None:
+        self.backend = backend
+        self._copies = copies  # in bfloat16, of some parameters
         self._module: Plan | None = None  # made with the first plan
+        self._device: torch.device | None = None  # of all planned parameters
         self._seeds: dict[int, Tensor | None] = {}  # the module has their addresses
         self.begin(0)
 
@@ -98,12 +111,18 @@ class Plans:
             return [False] * len(taken)
         seen: list[Any] = []
         for number, param, state, gradient, *_ in taken:
+            if self._copies:
+                state = self._with_copy(param, state)
             seen += (number, param, state, gradient.values, _kind(gradient))
         looked = self._module.look(seen, self._gradients, self._changed)
         return [
             bool(found) or (found is False and self._bring(number, param, gradient))
             for (number, param, _, gradient, *_), found in zip(taken, looked, strict=True)
         ]
+
+    def _with_copy(self, param: Tensor, state: State) -> State:
+        """All that a step changes besides the parameter."""
+        return {**state, "bf16_copy": self._copies[param]} if param in self._copies else state
 
     def _bring(self, number: int, param: Tensor, gradient: Gradient) -> bool:
         rows, grad, by_row = gradient
@@ -119,27 +138,37 @@ class Plans:
     def make(self, number: int, s: Step, param: Tensor, state: State, gradient: Gradient) -> bool:
         """Plans the parameter's steps, of which `s` is the next, and takes it along.
 
-        False where it can have no plan, because a tensor has to be copied for the module at every step.
+        False where it can have no plan, because a tensor has to be copied for the module at every step, or because it
+        lies on another device than those that have one.
         """
-        if s.param is not param or s.grad.dtype not in native.DTYPES or not s.lr.is_cpu:
+        if s.param is not param or s.grad.dtype not in native.DTYPES:
             return False
-        if s.step.dtype != torch.float32 or not s.step.is_cpu or s.step.numel() != 1:
+        if s.step.dtype != torch.float32 or s.step.device != param.device or s.step.numel() != 1:
             return False
         if self._module is None:
-            self._module = Plan(("step", *TABLES))
+            self._module, self._device = Plan(("step", *TABLES, "bf16_copy"), param), param.device
+        if param.device != self._device:
+            return False
+        state = self._with_copy(param, state)
         self._module.set(number, s, param, state, _kind(gradient))
         self._seeds[number] = s.seed
         self._changed += [x for x in (param, *state.values()) if isinstance(x, Tensor)]
         return self._bring(number, param, gradient)
 
-    def finish(self, groups: list[tuple[int, Formula]]) -> None:
+    def finish(self, groups: list[tuple[int, Formula]], scaling: Scaling) -> None:
         """Does the step. `groups` are all of the optimizer's: the number of their parameters, and their formulas.
 
         Raises ValueError where an id lies outside its table; then nothing was changed.
         """
         if not self._changed:
             return
-        formulas = [(count, f.lr.data_ptr(), f.beta1, f.beta2, f.eps, f.weight_decay) for count, f in groups]
+        scaling = scaling.on(self._changed[0])  # the module's structs have its addresses
+        learning_rates = [f.lr.to(self._device) for _, f in groups]  # the very tensors, but for a group elsewhere
+        shared = native.address(scaling.grad_factor), native.address(scaling.found_inf)
+        formulas = [
+            (count, lr.data_ptr(), f.beta1, f.beta2, f.eps, f.weight_decay, *shared)
+            for (count, f), lr in zip(groups, learning_rates, strict=True)
+        ]
         if not self._module.step(self._gradients, formulas):
             for param, rows, *_ in self._brought:
                 if rows is not None:

@@ -35,16 +35,21 @@ def complete(state: State, param: Tensor, group: Group) -> State:
         return state
     state = dict(state)
     if "step" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if group["capturable"] else "cpu")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=_device_of_step(param, group))
     for name in missing:
         if name in MOMENTS:
             shape, dtype = shape_and_dtype(name, param, group)
             state[name] = torch.zeros(shape, dtype=dtype, device=param.device)
         elif name == "row_steps":  # rows that stepped before stand at the parameter's count
-            state[name] = torch.full(param.shape[:1], int(state["step"]), dtype=torch.int32, device=param.device)
+            state[name] = state["step"].to(param.device, torch.int32).expand(param.shape[:1]).contiguous()
         elif name == "last_step":
             state.update(replay.begin(param, int(state["step"])))
     return state
+
+
+def _device_of_step(param: Tensor, group: Group) -> torch.device | str:
+    """On a GPU kernels count steps themselves, so that a captured graph counts too."""
+    return param.device if group["capturable"] or param.is_cuda else "cpu"
 
 
 def _needed(param: Tensor, group: Group) -> list[str]:
@@ -216,7 +221,7 @@ def restored(state: State, param: Tensor, group: Group) -> State:
 
 def _restored(name: str, value: Any, param: Tensor, group: Group) -> Any:
     if name == "step":
-        return torch.tensor(float(value), dtype=torch.float32, device=param.device if group["capturable"] else "cpu")
+        return torch.tensor(float(value), dtype=torch.float32, device=_device_of_step(param, group))
     if name in TABLES:
         dtype = shape_and_dtype(name, param, group)[1]
         return value.to(param.device, dtype, copy=True, memory_format=torch.contiguous_format)

@@ -25,7 +25,6 @@ from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import continuations, special_ids, vocab_size
 from fastbert.models.auto import PRETRAINING
 from fastbert.models.pretraining import PreTrainingModel
-from fastbert.optim.gradients import clip_grad_norm_
 from fastbert.optim.lazy_adam import LazyAdam, decay_groups
 from fastbert.pretrain import lock, snapshot
 from fastbert.pretrain.divergence import Watch
@@ -238,12 +237,12 @@ def train_step(
         loss.backward()
         touched += [batch.input_ids, batch.labels]
     rows = {model.word_embeddings: torch.cat(touched)} if config.embedding_update == "touched" else None
-    norm = clip_grad_norm_(model.parameters(), config.clip, rows=rows)
+    norm, factor = optimizer.clip_factor(config.clip, rows=rows)
     if watch is not None:
         watch.see(number, mlm_loss + sentence_loss, norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step(rows=rows)
+    optimizer.step(rows=rows, grad_factor=factor)
     optimizer.zero_grad()
     record = {"loss": mlm_loss + sentence_loss, "mlm_loss": mlm_loss, "lr": lr, "gradient_norm": norm}
     return record | ({f"{pair(config)}_loss": sentence_loss} if config.objective != "mlm" else {})

@@ -29,11 +29,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastbert import ops
-from fastbert.backends import OPS, gpu, native
+from fastbert.backends import OPS, gpu, gradient_norm, native
+from fastbert.backends import lazy_adam as lazy_adam_kernels
+from fastbert.optim import gradients, plan
 
 BACKENDS = import_module("fastbert.backends")  # `fastbert.backends` is the function of that name
 ARCHS = "75,80,90"
-IN_PLACE = {"param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "row_steps", "last_step"}
+IN_PLACE = {"param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "row_steps", "last_step", "bf16_copy"}
 EVERY_ORDER = 1 << 15  # numbers that a call may have to be run in all orders
 MOST = {False: 1 << 21, True: 1 << 18}  # numbers that a call may have; larger cases are left to a real GPU
 
@@ -97,6 +99,8 @@ class Module:
                 lambda: function(steps, launch),
                 {f"{key}[{i}]": it for i, step in enumerate(steps) for key, it in self._tensors(name[:-1], step)},
             )
+        if name == "gradient_norm":
+            return lambda *given: self._call(lambda: function(*given), dict(self._tensors_of_norm(*given)))
         if name in contract():
             return lambda *numbers: self._call(lambda: function(*numbers), dict(self._tensors(name, numbers)))
         return function
@@ -117,6 +121,13 @@ class Module:
             if field.is_pointer and number:
                 assert number in self._asked, f"{name}: no tensor was asked for the address of {field.name}"
                 yield field.name, (self._asked[number], field.use)
+
+    def _tensors_of_norm(self, gradients: list[tuple], max_norm: float, scratch: int, norm: int, launch: int):
+        for i, (grad, named, *_) in enumerate(gradients):
+            for key, number in ((f"grad[{i}]", grad), (f"named[{i}]", named)):
+                if number:
+                    yield key, (self._asked[number], None)
+        yield from (("scratch", (self._asked[scratch], Output)), ("norm", (self._asked[norm], Output)))
 
     def _call(self, run: Callable[[], Any], tensors: dict[str, tuple[Tensor, type | None]]) -> Any:
         size = sum(x.numel() for x, _ in tensors.values())
@@ -172,6 +183,22 @@ class Functions:
         return call
 
 
+class EmulatedPlan(lazy_adam_kernels.Plan):
+    """Steps by a plan run once, and no access is watched: the module alone knows their addresses."""
+
+    def __init__(self, emulated: Module, *given: Any) -> None:
+        self._emulated = emulated
+        with emulated.running():
+            super().__init__(*given)
+
+    def step(self, *given: Any) -> bool:
+        if self._emulated.library.trace:
+            pytest.skip("steps by a plan are for the values build")
+        self._emulated.library.start()
+        with self._emulated.running():
+            return super().step(*given)
+
+
 @contextlib.contextmanager
 def taking_cpu_tensors() -> Iterator[None]:
     """Within the block the backend "cuda" takes tensors of the CPU."""
@@ -202,5 +229,9 @@ def installed(emulated: Module) -> Iterator[Module]:
         mock.patch.object(gpu, "module", emulated),
         taking_cpu_tensors(),
         functions_of(lambda kernels: Functions(kernels, emulated)),
+        # what LazyAdam calls beside the op
+        mock.patch.object(gradients, "gradient_norm", Functions(gradient_norm, emulated).gradient_norm),
+        mock.patch.object(plan, "readable", Functions(lazy_adam_kernels, emulated).readable),
+        mock.patch.object(plan, "Plan", lambda *given: EmulatedPlan(emulated, *given)),
     ):
         yield emulated

@@ -57,7 +57,7 @@ def test_float16_is_read_and_rounded_exactly(backend):
 
     def step(w, m, rate, beta1):  # w - rate * m, as nothing decays, v is 0, eps is 1 and the gradient too is 0
         v, zero = torch.zeros(w.shape, dtype=torch.float32), torch.zeros(w.shape, dtype=torch.float32)
-        options = None, beta1, 0.5, 1.0, 0.0, NO_BIAS_CORRECTION, -1, 0, requested()
+        options = None, beta1, 0.5, 1.0, 0.0, NO_BIAS_CORRECTION, -1, 0, None, None, None, requested()
         lazy_adam_step(w, m, v, None, None, None, zero, torch.tensor(rate), torch.tensor(1.0), *options)
         return w
 

@@ -109,7 +109,7 @@ def test_lazy_adam(backend, rows, columns, touched, dtype, kind, amsgrad):
     def step(wide):
         tables = [x if x is None else x.double() if wide else x.clone() for x in state]
         rate, number = torch.tensor(0.01, dtype=torch.float64), torch.tensor(3.0)
-        options = None, 0.9, 0.999, 1e-8, 0.1, flags, -1, 0, requested()
+        options = None, 0.9, 0.999, 1e-8, 0.1, flags, -1, 0, None, None, None, requested()
         lazy_adam_step(*tables, ids, grad.double() if wide else grad, rate, number, *options)
         return tables[:4]
 

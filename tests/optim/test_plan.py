@@ -12,7 +12,10 @@ import fastbert
 from fastbert import LazyAdam
 from fastbert.backends import native
 
-pytestmark = pytest.mark.skipif(native.module is None, reason="plans are the C++ module's")
+pytestmark = [
+    pytest.mark.skipif(native.module is None, reason="plans are the C++ modules'"),
+    pytest.mark.usefixtures("modules"),
+]
 
 
 def build(**options):
@@ -309,3 +312,22 @@ def test_a_lazily_negated_parameter_steps_downhill():
         param.grad = torch.ones(2)
         fastbert.LazyAdam([param], lr=0.1).step()
     assert torch.equal(negated, plain) and negated[0] < 1
+
+
+def test_a_copy_in_bfloat16_is_kept_by_steps():
+    """By all arguments, by a plan, of named rows, and where the copy itself has moved."""
+    params, optimizer = build()
+    copies = [optimizer.keep_copy(param) for param in params]
+    assert optimizer.keep_copy(params[0]) is copies[0]
+    for step in range(4):
+        give_gradients(params)
+        versions = [copies[0]._version]
+        optimizer.step(rows={params[0]: torch.tensor([1, 4])} if step == 2 else None)
+        assert copies[0]._version > versions[0]
+        for param, kept in zip(params, copies, strict=True):
+            assert torch.equal(param.bfloat16(), kept)
+        copies[1].data = copies[1].clone()
+    assert "bf16_copy" not in optimizer.state[params[0]]
+    params[2].data = params[2].double()
+    with pytest.raises(ValueError, match="contiguous float32"):
+        optimizer.keep_copy(params[2])
