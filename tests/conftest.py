@@ -21,6 +21,7 @@ def within(chosen):
         if reason := emulated.why_not():
             pytest.skip(reason)
         module = emulated_backend.module(trace=chosen == "cuda:trace")
+        module.fault_words.zero_()  # of a test that was to leave some
         with emulated_backend.installed(module), fastbert.use_backend("cuda"):
             yield "cuda"
         return

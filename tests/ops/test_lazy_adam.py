@@ -413,6 +413,8 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_changes_nothing(best, what):
     error, message, given = BAD[what]
+    if best == "cuda" and message.startswith("row ids"):
+        pytest.skip("a kernel finds it, and the next call says so: tests/cuda/test_lazy_adam.py")
     state = tables(6, 4)
     state[1], state[2], state[4] = given.get("m", state[1]), given.get("v", state[2]), given.get("row_steps")
     before = copies(state)
