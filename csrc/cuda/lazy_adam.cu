@@ -34,7 +34,8 @@ unsigned place_blocks(int64_t n) { return static_cast<unsigned>(ceil_div(n, kPla
 
 // Kernels take four columns a lane where every row begins at a multiple of an access.
 bool takes_four(const LazyAdamStep& p) {
-  return p.columns % 4 == 0 && are_aligned(16, p.param, p.exp_avg, p.exp_avg_sq, p.max_exp_avg_sq, p.grad);
+  return p.columns % 4 == 0 &&
+         are_aligned(16, p.param, p.exp_avg, p.exp_avg_sq, p.max_exp_avg_sq, p.grad, p.bf16_copy);
 }
 
 // Whether something is asked of a row as a whole.
@@ -80,7 +81,7 @@ AdamRows rows_of(const LazyAdamStep& p, const int32_t* is_bad) {
   r.grad = p.grad, r.grad_dtype = p.grad_dtype;
   r.is_by_row = p.flags & kLazyAdamGradByRow, r.skips_zero = p.flags & kLazyAdamSkipZero;
   r.row_steps = p.row_steps, r.padding = p.padding_idx < 0 ? kNoRow : static_cast<uint32_t>(p.padding_idx);
-  r.is_bad = is_bad;
+  r.is_bad = is_bad, r.per_column = 1.f / static_cast<float>(p.columns);
   r.sums =
       p.rows ? reinterpret_cast<float*>(p.scratch + lazy_adam_layout(p.touched, p.columns).sums) : nullptr;
   return r;
@@ -171,9 +172,9 @@ int update_table(const LazyAdamStep& p, const AdamRows& r, void* stream) {
 }
 
 int update(const LazyAdamStep& p, const int32_t* is_bad, void* stream) {
+  if (p.table_rows == 0) return 0;  // any id is outside
   const AdamRows r = rows_of(p, is_bad);
   if (p.rows) return takes_four(p) ? update_named_rows<4>(p, r, stream) : update_named_rows<1>(p, r, stream);
-  if (p.table_rows == 0) return 0;
   return takes_four(p) ? update_table<4>(p, r, stream) : update_table<1>(p, r, stream);
 }
 

@@ -1,13 +1,12 @@
 // The rows of a table that take a LazyAdam step, each with the float32 sum of its gradients.
 //
-// Sums:  a row of up to kPiece gradients is summed by whoever updates it. Of a longer one each piece is
-// summed
-//        by another worker, which leaves the sum in memory and tells the node above, of up to kFan pieces;
-//        the last to arrive there adds its children up, in order, and goes on upwards. Who is last depends on
-//        the run, what it adds up and in which order does not.
-// Work:  update_slices_kernel cuts rows into slices of columns, one for each worker (1 to 32 lanes). Where
-//        something is asked of a row as a whole (one v for all its columns, whether its gradient is zero),
-//        and where every row steps, a warp takes a row: update_rows_kernel.
+// Sums  A row of up to kPiece gradients is summed by whoever updates it. Of a longer one each piece is
+//       summed by another worker, which leaves the sum in memory and tells the node above, of up to kFan
+//       pieces; the last to arrive there adds its children up, in order, and goes on upwards. Who is last
+//       depends on the run; what it adds up, and in which order, does not.
+// Work  update_slices_kernel cuts rows into slices of columns, one for each worker (1 to 32 lanes). Where
+//       something is asked of a row as a whole (one v for all its columns, whether its gradient is zero), a
+//       warp takes a row, in update_rows_kernel, and where every row steps, in update_table_kernel.
 #pragma once
 #include "launch.h"
 //
@@ -29,6 +28,7 @@ struct AdamRows {
   int32_t* row_steps;     // [V]; null: all rows count as the parameter does
   uint32_t padding;       // this row is left alone; kNoRow: none
   const int32_t* is_bad;  // [1]: nothing may be stored; null: no id was looked at
+  float per_column;       // 1 / D
   float* sums;            // [most_pieces(n), D] of pieces, and of the nodes that begin with them
 };
 
@@ -80,9 +80,9 @@ DEVICE void add_up(const Source& from, int columns, int column, float (&sum)[kWi
 
 // ---- workers ---------------------------------------------------------------------------------------------
 
-struct Geometry {  // of a block: `places` * `slices` workers of `lanes` lanes; a power of two, 32 if slices >
-                   // 1
-  int lanes, slices, places;
+struct Geometry {  // of a block: `places` times `slices` workers
+  int lanes;       // of a worker: a power of two, and 32 where there are several slices
+  int slices, places;
 };
 
 struct Worker {
@@ -139,12 +139,8 @@ DEVICE bool climb(const AdamRows& r, const Groups& g, const Worker& worker, int 
   const Piece piece = g.pieces[number];
   const int j = number - piece.base, pieces = (piece.count + kPiece - 1) / kPiece;
   const int columns = r.table.columns;
-  Source from = {r.grad,
-                 r.grad_dtype,
-                 g.position + piece.start + j * kPiece,
-                 0,
-                 0,
-                 min(kPiece, piece.count - j * kPiece)};
+  const int32_t* position = g.position + piece.start + j * kPiece;
+  Source from = {r.grad, r.grad_dtype, position, 0, 0, min(kPiece, piece.count - j * kPiece)};
   int to = number, stride = 1, level = 0;
   while (true) {
     for (int column = first; column < end; column += step) {
@@ -245,7 +241,7 @@ DEVICE float shared_divisor(const AdamRows& r, uint32_t id, const Source& from, 
       square = fmaf(mine, mine, square);
     }
   }
-  v = adam_second_moment(v, warp_sum(square) / static_cast<float>(t.columns), c);
+  v = adam_second_moment(v, warp_sum(square) * r.per_column, c);
   if (t.max_exp_avg_sq) u = adam_maximum(u, v);
   if (lane == 0) {
     t.exp_avg_sq[id] = v;

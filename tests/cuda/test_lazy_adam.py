@@ -82,6 +82,7 @@ def skewed(V, n, generator):
 # V, D, n: a sort each, by block or by tiles, of one digit or more; rows of one, two and three levels of the tree
 SUMS = {
     "one gradient": (5, 3, 1),
+    "two levels in every order of threads": (3, 2, 1500),
     "one item a thread": (9, 8, 1024),
     "four items a thread": (600, 4, 1025),
     "the last of four": (40, 4, 4096),
@@ -158,6 +159,13 @@ def test_an_id_outside_changes_nothing(module, n):
         assert torch.equal(steps[0].param, before[0][0])
         take(steps[0])
         assert not torch.equal(steps[0].param, before[0][0])
+
+
+def test_every_id_is_outside_an_empty_table(module):
+    s = step_of(torch.ones(0, 4), torch.tensor([0]), torch.ones(1, 4))
+    take(s)
+    with pytest.raises(ValueError, match="row id outside its table, at place 0 of rows"):
+        take(s)
 
 
 @pytest.mark.parametrize("kind", ["sparse", "by row"])
