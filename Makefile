@@ -61,14 +61,22 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	for stem in gelu layer_norm dropout cross_entropy attention linear lazy_adam pretrain inference neighbours overhead optimizer_overhead; do $(BIN)/python benchmarks/$$stem.py || exit 1; done
 
-# The Python that is there: a GPU's torch fits its driver, and takes gigabytes to install.
+# The Python that is there: a GPU's torch fits its driver, and takes gigabytes to install. Compiled for this GPU alone.
+GPU_ARCH = $$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
+ON_GPU = PYTHONPATH=$(CURDIR) $(PYTHON)
 gpu-check:
-	$(PYTHON) setup.py --quiet build_ext --inplace
+	FASTBERT_CUDA_ARCHS=$(GPU_ARCH) $(PYTHON) setup.py --quiet build_ext --inplace
+	$(ON_GPU) -m fastbert info
 	$(PYTHON) -m pytest -q tests/test_gpu.py
+	$(PYTHON) -m pytest -q -k cuda:gpu tests/ops
+	if command -v compute-sanitizer; then for tool in memcheck racecheck; do compute-sanitizer --tool $$tool --error-exitcode 1 \
+		$(PYTHON) -m pytest -q -k "cuda:gpu and (tail or alone or row)" tests/ops || exit 1; done; \
+		else echo "compute-sanitizer is not here, so memory and races were not checked"; fi
 	if grep -q amx_bf16 /proc/cpuinfo; then $(PYTHON) -m pytest -q -k amx_bf16 tests/ops/test_attention.py tests/ops/test_shapes.py; \
 		else echo "this host's processor has no AMX, so its kernels were not tested"; fi
-	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/lazy_adam.py --device cuda --allocator default
-	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/pretrain.py --device cuda --layers 12 --batch 64 --shortest 32 \
+	$(ON_GPU) benchmarks/gpu.py
+	$(ON_GPU) benchmarks/lazy_adam.py --device cuda --allocator default
+	$(ON_GPU) benchmarks/pretrain.py --device cuda --layers 12 --batch 64 --shortest 32 \
 		--variants fastbert "fastbert touched rows" "transformers eager"
 
 clean:

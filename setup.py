@@ -55,7 +55,7 @@ if os.environ.get("FASTBERT_EMULATE") == "1":
 
 CUDA_STEMS = sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu"))
 CUDA_ARCHS = (75, 80, 90, 100, 120)  # GPUs of the same generation and later run them: 80 serves 86 and 89
-CUDA_FLAGS = "-O3 -std=c++17 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
+CUDA_FLAGS = "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
 
 
 class BuildKernels(build_ext):
@@ -168,8 +168,8 @@ def cuda_wanted() -> bool:
 
 
 @cache
-def cuda_archs() -> list[int]:
-    """The GPUs to compile for, ascending: FASTBERT_CUDA_ARCHS, or those of CUDA_ARCHS that this nvcc knows."""
+def known_archs() -> list[int]:
+    """All GPUs that nvcc compiles for, ascending."""
     nvcc = find_nvcc()
     said = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
     known = sorted({int(word) for word in re.findall(r"compute_(\d+)\b", said.stdout)})
@@ -177,6 +177,12 @@ def cuda_archs() -> list[int]:
         sys.exit(
             f"{nvcc} --list-gpu-arch names no GPU and says {said.stdout + said.stderr!r}: nvcc 12 or later is needed."
         )
+    return known
+
+
+def cuda_archs() -> list[int]:
+    """The GPUs to compile for, ascending: FASTBERT_CUDA_ARCHS, or those of CUDA_ARCHS that nvcc knows."""
+    known = known_archs()
     asked = os.environ.get("FASTBERT_CUDA_ARCHS", "").replace(",", " ").split()
     try:
         archs = sorted({int(each) for each in asked})
@@ -186,7 +192,7 @@ def cuda_archs() -> list[int]:
         usable = [arch for arch in known if arch >= CUDA_ARCHS[0]]
         sys.exit(
             f"FASTBERT_CUDA_ARCHS={' '.join(asked)}: expected numbers such as '80 90', for sm_80 and sm_90, out of "
-            f"those that {nvcc} compiles for and the kernels run on: {', '.join(map(str, usable))}."
+            f"those that {find_nvcc()} compiles for and the kernels run on: {', '.join(map(str, usable))}."
         )
     return archs or [arch for arch in CUDA_ARCHS if arch in known]
 
@@ -196,6 +202,8 @@ def cuda_plan(compiler: str, target: Path) -> list[str]:
     nvcc, archs = find_nvcc(), cuda_archs()
     generate = " ".join(f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs)
     generate += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"  # for GPUs to come
+    if known_archs()[-1] >= 120:  # CUDA 12.8: a third of the size
+        generate += " --compress-mode=size"
     at_once = min(len(archs) + 1, max(1, (os.cpu_count() or 1) // len(CUDA_STEMS)))  # beside ninja's own
     plan = [
         f"nvcc = {nvcc} -ccbin {compiler}",

@@ -9,12 +9,16 @@ takes; its shapes never change, so torch.compile specialises it fully. We get th
 the same weights, data, labels (15 % of the real tokens, and a label of every pair) and memory allocator setting, and
 their losses without dropout are compared before anything is timed. Variants run in turn in one process. Our optimizer
 is LazyAdam, on all rows of the word embeddings (as `fastbert pretrain`) or on the touched ones; transformers' is
-torch's fused AdamW. With --model albert there is "fastbert BERT" besides, our BERT with the same layers.
+torch's fused AdamW. With --model albert there is "fastbert BERT" besides, our BERT with the same layers. --memory adds
+the most memory that a process of each variant alone had, and the size of its optimizer's state.
 """
 
 import argparse
 import dataclasses
 import os
+import resource
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -141,7 +145,23 @@ def step(model: nn.Module, run: Callable, inputs: list[dict], dtype: torch.dtype
         optimizer.zero_grad()
         taken += 1
 
+    call.optimizer = optimizer
     return call
+
+
+def memory(variant: str, dtype: str) -> dict[str, float]:
+    """Megabytes of a process that takes steps of this variant alone: the most it had, and its optimizer's state."""
+    command = [sys.executable, *sys.argv, "--variants", variant, "--dtype", dtype, "--alone"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return dict(zip(("peak_mb", "optimizer_mb"), map(float, printed.split()[-2:]), strict=True))
+
+
+def alone(call: Callable[[], None]) -> None:
+    """Two steps, of which the first makes the optimizer's state, and a line of what `memory` reads."""
+    call()
+    call()
+    state = sum(x.nbytes for slots in call.optimizer.state.values() for x in slots.values() if isinstance(x, Tensor))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, state / 1e6)  # Linux counts kilobytes
 
 
 def variants(batches: dict[str, list[Batch]], dtype: torch.dtype, options: argparse.Namespace) -> dict:
@@ -194,6 +214,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="of transformers")
     parser.add_argument("--compile-mode", default="default", help="of torch.compile")
     parser.add_argument("--no-keep-memory", action="store_true", help="leave the allocator as glibc has it")
+    parser.add_argument("--memory", action="store_true", help="measure that too, on Linux")
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # the process that `memory` starts
     parser.add_argument("--quick", action="store_true", help="tiny model, three repeats, no CSV: does it run?")
     options = parser.parse_args()
     if options.variants is None:
@@ -226,16 +248,21 @@ def main() -> None:
     backend = "reference" if options.device != "cpu" else fastbert.backends()[-1]
     rows = []
     for name in options.dtype:
-        stats: dict[str, Stats] = interleaved(variants(batches, DTYPES[name], options), options.repeats)
+        calls = variants(batches, DTYPES[name], options)
+        if options.alone:
+            return alone(calls[options.variants[0]])
+        stats: dict[str, Stats] = interleaved(calls, options.repeats)
         slowest = stats.get("transformers eager", next(iter(stats.values())))
         print(f"\n{name:<24}{'p20':>9}{'median':>9}{'p80':>9} ms{'tokens/s':>12}{'x eager':>9}")
         for variant, s in stats.items():
             speed, ratio = tokens / s.median, slowest.median / s.median
             times = "".join(f"{1e3 * x:>9.1f}" for x in (s.p20, s.median, s.p80))
-            print(f"{variant:<24}{times}   {speed:>12,.0f}{ratio:>9.2f}")
+            had = memory(variant, name) if options.memory else {}
+            shown = "".join(f"   {title.removesuffix('_mb')} {x:,.0f} MB" for title, x in had.items())
+            print(f"{variant:<24}{times}   {speed:>12,.0f}{ratio:>9.2f}{shown}")
             rows.append({
                 "variant": variant, "dtype": name, "p20_s": s.p20, "median_s": s.median, "p80_s": s.p80,
-                "tokens": tokens, "tokens_per_s": speed, "times_transformers_eager": ratio,
+                "tokens": tokens, "tokens_per_s": speed, "times_transformers_eager": ratio, **had,
                 "model": options.model, "preset": options.preset,
                 "layers": options.layers, "batch": options.batch, "seq_len": options.seq_len,
                 "shortest": options.shortest, "vocab_size": options.vocab_size, "dropout": options.dropout,

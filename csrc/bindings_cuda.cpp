@@ -144,6 +144,9 @@ PYBIND11_MODULE(_cuda, m) {
   define_launcher<cuda::cross_entropy_backward>(m, "cross_entropy_backward");
 
   // ---- attention ----
+  define_launcher<cuda::attention_forward>(m, "attention_forward");
+  define_launcher<cuda::attention_backward>(m, "attention_backward");
+  m.def("attention_scratch", cuda::attention_scratch, "Floats of scratch that attention_backward needs.");
 
   // ---- lazy_adam ----
   m.def("lazy_adam_steps", lazy_adam_steps);

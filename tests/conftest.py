@@ -4,6 +4,7 @@ import contextlib
 
 import emulated
 import emulated_backend
+import gpu_backend
 import pytest
 import torch
 
@@ -12,12 +13,19 @@ from fastbert.backends import linear, native
 
 native.check_isa()  # a name that cannot be had would leave the tests of kernels out
 KERNELS = [f"cpu:{isa}" for isa in (native.module.instruction_sets() if native.module else [])]
-CUDA = ["cuda:values", "cuda:trace"]  # emulated: see tests/cuda/emulated_backend.py
+EMULATED = ["cuda:values", "cuda:trace"]  # see tests/cuda/emulated_backend.py
+GPU = ["cuda:gpu"] if torch.cuda.is_available() else []  # see tests/cuda/gpu_backend.py
+CUDA = [*GPU, *EMULATED]
 
 
 @contextlib.contextmanager
 def within(chosen):
-    if chosen in CUDA:
+    if chosen in GPU:
+        with gpu_backend.installed("cuda"), fastbert.use_backend("cuda"):
+            yield "cuda"
+        fastbert.check_device_errors()
+        return
+    if chosen in EMULATED:
         if reason := emulated.why_not():
             pytest.skip(reason)
         module = emulated_backend.module(trace=chosen == "cuda:trace")
@@ -49,7 +57,7 @@ def kernels(request):
         yield name
 
 
-@pytest.fixture(params=[*fastbert.backends(), "cuda:values"])
+@pytest.fixture(params=[*(name for name in fastbert.backends() if name != "cuda"), *GPU, "cuda:values"])
 def best(request):
     """Every backend once, the cpu backend by its best instruction set: what lies above the kernels."""
     with within(request.param) as name:

@@ -7,6 +7,7 @@
 // nothing, and returns launch()'s number: 0, or an error that launch_error() describes.
 #pragma once
 #include "../contract.h"
+#include "attention_scratch.h"
 #include "gelu_scratch.h"
 #include "layer_norm_scratch.h"
 #include "lazy_adam_scratch.h"

@@ -81,6 +81,26 @@ DEVICE float exp2_approximate(float x) {
 #endif
 }
 
+// All ones in each half of a word where the fp16 in that half of x is at least that of bound, else 0.
+DEVICE uint32_t halves_at_least(uint32_t x, uint32_t bound) {
+#if defined(__CUDACC__)
+  uint32_t mask;
+  asm("set.ge.u32.f16x2 %0, %1, %2;" : "=r"(mask) : "r"(x), "r"(bound));
+  return mask;
+#else
+  return emulator::halves_at_least(x, bound);
+#endif
+}
+
+// Keeps the compiler from moving what computes x past this place, out of a loop or into a later branch.
+DEVICE void keep_in_place(uint32_t& x) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+r"(x));
+#else
+  (void)x;
+#endif
+}
+
 // 1 / x within 1 ULP; results below 2^-126, and of x below it, are 0 and infinite.
 DEVICE float reciprocal_approximate(float x) {
 #if defined(__CUDACC__)

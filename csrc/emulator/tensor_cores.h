@@ -19,6 +19,14 @@ float half_of(uint32_t word, int half) {  // 0: the low one
   return static_cast<float>(value);
 }
 
+// set.ge.u32.f16x2
+inline uint32_t halves_at_least(uint32_t x, uint32_t bound) {
+  uint32_t mask = 0;
+  for (int half = 0; half < 2; ++half)
+    if (half_of<__half>(x, half) >= half_of<__half>(bound, half)) mask |= 0xffffu << 16 * half;
+  return mask;
+}
+
 inline float tf32(uint32_t word) {  // the hardware reads the upper 19 bits
   const uint32_t bits = word & 0xffffe000u;
   float value;

@@ -200,23 +200,38 @@ class EmulatedPlan(lazy_adam_kernels.Plan):
 
 
 @contextlib.contextmanager
-def installed(emulated: Module) -> Iterator[Module]:
-    """Within the block the backend "cuda" runs, takes tensors of the CPU, and is `emulated`."""
+def taking_cpu_tensors() -> Iterator[None]:
+    """Within the block the backend "cuda" takes tensors of the CPU."""
     refusal = BACKENDS._refusal
 
     def without_cpu(name: str, x: Tensor) -> str | None:
         return None if name == "cuda" and x.is_cpu and x.dtype in native.DTYPES else refusal(name, x)
 
+    with mock.patch.object(BACKENDS, "_refusal", without_cpu):
+        yield
+
+
+@contextlib.contextmanager
+def functions_of(make: Callable[[ModuleType], Any]) -> Iterator[None]:
+    """Within the block the backend "cuda" of each op is what `make` makes of its file of fastbert/backends."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(gpu, "why_not", lambda: None))
-        stack.enter_context(mock.patch.object(gpu, "module", emulated))
-        stack.enter_context(mock.patch.object(BACKENDS, "_refusal", without_cpu))
         for stem in (*OPS, "lazy_adam_replay"):
             op = getattr(ops, stem)
-            stack.enter_context(mock.patch.dict(op.functions, cuda=Functions(op.kernels, emulated)))
+            stack.enter_context(mock.patch.dict(op.functions, cuda=make(op.kernels)))
+        yield
+
+
+@contextlib.contextmanager
+def installed(emulated: Module) -> Iterator[Module]:
+    """Within the block the backend "cuda" runs, takes tensors of the CPU, and is `emulated`."""
+    with (
+        mock.patch.object(gpu, "why_not", lambda: None),
+        mock.patch.object(gpu, "module", emulated),
+        taking_cpu_tensors(),
+        functions_of(lambda kernels: Functions(kernels, emulated)),
         # what LazyAdam calls beside the op
-        norm = Functions(gradient_norm, emulated).gradient_norm
-        stack.enter_context(mock.patch.object(gradients, "gradient_norm", norm))
-        stack.enter_context(mock.patch.object(plan, "readable", Functions(lazy_adam_kernels, emulated).readable))
-        stack.enter_context(mock.patch.object(plan, "Plan", lambda *given: EmulatedPlan(emulated, *given)))
+        mock.patch.object(gradients, "gradient_norm", Functions(gradient_norm, emulated).gradient_norm),
+        mock.patch.object(plan, "readable", Functions(lazy_adam_kernels, emulated).readable),
+        mock.patch.object(plan, "Plan", lambda *given: EmulatedPlan(emulated, *given)),
+    ):
         yield emulated

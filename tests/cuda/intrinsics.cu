@@ -31,6 +31,7 @@ __global__ void warp_kernel(const int* x, int* y) {
   put(__syncthreads_and(value >= 0));
   put(static_cast<int>(__byte_perm(0x33221100u, 0x77665544u, 0x6530u)));
   put(static_cast<int>(__umulhi(0xdeadbeefu, 0x12345678u)));
+  put(static_cast<int>(halves_at_least(0x64056404u, 0x64056405u)));  // 1029 and 1028 against 1029, in fp16
 }
 
 // Atomics on y, all lanes on one place each.

@@ -7,7 +7,7 @@ from emulated import InOut, Output
 
 def test_warp_intrinsics(emulate, trace, order):
     x = torch.tensor([lane * 7 % 5 for lane in range(32)], dtype=torch.int32)
-    y = torch.full((18, 32), -1, dtype=torch.int32)
+    y = torch.full((19, 32), -1, dtype=torch.int32)
     emulate("intrinsics.cu", trace).run("warp_intrinsics", order=order, x=x, y=Output(y))
     v, lanes = x.tolist(), range(32)
     xor = 0
@@ -32,6 +32,7 @@ def test_warp_intrinsics(emulate, trace, order):
         [1] * 32,
         [0x66553300] * 32,
         [(0xDEADBEEF * 0x12345678) >> 32] * 32,
+        [0xFFFF0000] * 32,
     ]
     assert [[value & 0xFFFFFFFF for value in row] for row in y.tolist()] == expected
 
