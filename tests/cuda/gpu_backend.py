@@ -11,11 +11,15 @@ import contextlib
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from emulated_backend import functions_of, taking_cpu_tensors
 from torch import Tensor
 from torch.utils._pytree import tree_map
+
+from fastbert.backends import gradient_norm
+from fastbert.optim import gradients, lazy_adam
 
 
 class Carried:
@@ -50,5 +54,12 @@ class Carried:
 @contextlib.contextmanager
 def installed(device: str) -> Iterator[None]:
     """Within the block the backend "cuda" takes tensors of the CPU and computes on `device`."""
-    with taking_cpu_tensors(), functions_of(lambda kernels: Carried(kernels, device)):
+    with (
+        taking_cpu_tensors(),
+        functions_of(lambda kernels: Carried(kernels, device)),
+        mock.patch.object(gradients, "gradient_norm", Carried(gradient_norm, device).gradient_norm),
+        mock.patch.object(
+            lazy_adam, "can_plan", False
+        ),  # plans keep addresses, and what is carried has others each time
+    ):
         yield

@@ -118,11 +118,10 @@ def test_kernels_look_at_what_was_found_themselves(modules, kind):
                 assert torch.equal(param, was) == (found == 1)
 
 
-def test_a_bad_id_that_a_kernel_finds_counts_nothing():
+@pytest.mark.parametrize("modules", ["cuda:values"], indirect=True)
+def test_a_bad_id_that_a_kernel_finds_counts_nothing(modules):
     """On a GPU ids are not looked at before: the step changes nothing, and the next call says why."""
-    from conftest import within
-
-    with within("cuda:values"), mock.patch.object(gradients, "check_rows"):
+    with mock.patch.object(gradients, "check_rows"):
         params = parameters("sparse")
         optimizer = LazyAdam(params, lr=0.1)
         optimizer.step()
