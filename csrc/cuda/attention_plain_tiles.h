@@ -42,7 +42,8 @@ struct Rows {
 
 // Whether a tile of so many rows has any for this warp; if not, it computes nothing.
 DEVICE bool has_rows(int count) {
-  return __shfl_sync(kAllLanes, warp_of_block(), 0) * kWarpRows < count;  // known to be the whole warp's answer
+  return __shfl_sync(kAllLanes, warp_of_block(), 0) * kWarpRows <
+         count;  // known to be the whole warp's answer
 }
 
 template <int kVector, class T>
