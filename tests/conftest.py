@@ -16,6 +16,8 @@ KERNELS = [f"cpu:{isa}" for isa in (native.module.instruction_sets() if native.m
 EMULATED = ["cuda:values", "cuda:trace"]  # see tests/cuda/emulated_backend.py
 GPU = ["cuda:gpu"] if torch.cuda.is_available() else []  # see tests/cuda/gpu_backend.py
 CUDA = [*GPU, *EMULATED]
+# Numbers of a call, without and with a trace: all emulated op tests together take a minute of one core.
+MOST_EMULATED = {False: 200_000, True: 1 << 15}
 
 
 @contextlib.contextmanager
@@ -28,9 +30,10 @@ def within(chosen):
     if chosen in EMULATED:
         if reason := emulated.why_not():
             pytest.skip(reason)
-        module = emulated_backend.module(trace=chosen == "cuda:trace")
+        trace = chosen == "cuda:trace"
+        module = emulated_backend.module(trace)
         module.fault_words.zero_()  # of a test that was to leave some
-        with emulated_backend.installed(module), fastbert.use_backend("cuda"):
+        with emulated_backend.installed(module, MOST_EMULATED[trace]), fastbert.use_backend("cuda"):
             yield "cuda"
         return
     name, _, isa = chosen.partition(":")

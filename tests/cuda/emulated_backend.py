@@ -37,7 +37,6 @@ BACKENDS = import_module("fastbert.backends")  # `fastbert.backends` is the func
 ARCHS = "75,80,90"
 IN_PLACE = {"param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "row_steps", "last_step", "bf16_copy"}
 EVERY_ORDER = 1 << 15  # numbers that a call may have to be run in all orders
-MOST = {False: 1 << 21, True: 1 << 18}  # numbers that a call may have; larger cases are left to a real GPU
 
 
 class Field(NamedTuple):
@@ -88,6 +87,7 @@ class Module:
         self.fault_words = torch.zeros(self.compiled.faults, dtype=torch.int32)
         self.compiled.report_faults_to(self.fault_words.data_ptr())
         self.sample = 4
+        self.most: int | None = None  # numbers that a call may have
         self._asked: dict[int, Tensor] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -131,7 +131,7 @@ class Module:
 
     def _call(self, run: Callable[[], Any], tensors: dict[str, tuple[Tensor, type | None]]) -> Any:
         size = sum(x.numel() for x, _ in tensors.values())
-        if size > MOST[self.library.trace]:
+        if self.most is not None and size > self.most:
             pytest.skip(f"a call of {size} numbers is left to a real GPU")
         if self.library.trace:
             return self._run(run, tensors, "forward")
@@ -222,11 +222,15 @@ def functions_of(make: Callable[[ModuleType], Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def installed(emulated: Module) -> Iterator[Module]:
-    """Within the block the backend "cuda" runs, takes tensors of the CPU, and is `emulated`."""
+def installed(emulated: Module, most: int | None = None) -> Iterator[Module]:
+    """Within the block the backend "cuda" runs, takes tensors of the CPU, and is `emulated`.
+
+    A call of more than `most` numbers skips its test.
+    """
     with (
         mock.patch.object(gpu, "why_not", lambda: None),
         mock.patch.object(gpu, "module", emulated),
+        mock.patch.object(emulated, "most", most),
         taking_cpu_tensors(),
         functions_of(lambda kernels: Functions(kernels, emulated)),
         # what LazyAdam calls beside the op
