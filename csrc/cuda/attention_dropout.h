@@ -88,7 +88,7 @@ DEVICE uint32_t pair_mask(uint32_t word, int first, uint32_t threshold) {
 DEVICE float factor(uint32_t word, int byte, float bias) {
   return __saturatef(__uint_as_float(__byte_perm(word, kFloat2To23, 0x7540 + byte)) - bias);
 }
-DEVICE float factor_bias(uint32_t threshold) {
+FASTBERT_HOST_DEVICE float factor_bias(uint32_t threshold) {
   return 8388607.f + static_cast<float>(threshold);
 }  // 2^23 - 1 + t
 
