@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fastbert import allocator
+from fastbert.backends.gpu import check_device_errors
 from fastbert.backends.linear import use_linear
 from fastbert.data.batches import Batch, PretrainBatches
 from fastbert.data.store import TokenStore
@@ -137,6 +138,7 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
             "environment": environment(config), "data": data,
         }  # fmt: skip
         watch.look()
+        check_device_errors()
         watch.state(step, state)
         snapshot.save(folder / "snapshots", step, state, config.keep)
 

@@ -164,8 +164,13 @@ def bits(x: Tensor) -> Tensor:
     return x.reshape(-1).view(torch.uint8)
 
 
-@cache
 def module(trace: bool) -> Module:
+    """Built once, and with it the place for its faults."""
+    return _module(trace)
+
+
+@cache
+def _module(trace: bool) -> Module:
     return Module(trace)
 
 
