@@ -17,7 +17,6 @@ import shutil
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import ExtensionFileLoader
