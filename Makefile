@@ -1,7 +1,7 @@
 # make demo    virtual environment, install, film reviews, a small BERT trained on them: four minutes, fifteen at most
 # make build   virtual environment, torch, the kernels; those for NVIDIA GPUs where there is an nvcc (FASTBERT_CUDA=0: without)
 # make test    virtual environment, install, all tests but those of the next line
-# make test-nested  tests that run the tests or compile the kernels anew: lower and emulated instruction sets, compilers
+# make test-nested  tests that run the tests, or compile or trace the kernels: lower and emulated instruction sets, GPUs
 # make sanitize  the kernels' tests, the kernels watched by AddressSanitizer and UndefinedBehaviorSanitizer
 # make emulate  the kernels' tests for AVX-512, in AVX2's instructions; needs a processor with those
 # make lint    style of Python and C++

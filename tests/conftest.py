@@ -15,7 +15,8 @@ native.check_isa()  # a name that cannot be had would leave the tests of kernels
 KERNELS = [f"cpu:{isa}" for isa in (native.module.instruction_sets() if native.module else [])]
 EMULATED = ["cuda:values", "cuda:trace"]  # see tests/cuda/emulated_backend.py
 GPU = ["cuda:gpu"] if torch.cuda.is_available() else []  # see tests/cuda/gpu_backend.py
-CUDA = [*GPU, *EMULATED]
+# Traced, the emulated kernels take a minute to compile and more to run than all else: `make test-nested` does it.
+CUDA = [*GPU, "cuda:values", pytest.param("cuda:trace", marks=pytest.mark.nested)]
 # Numbers of a call, without and with a trace: all emulated op tests together take a minute of one core.
 MOST_EMULATED = {False: 200_000, True: 1 << 15}
 

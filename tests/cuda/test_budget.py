@@ -43,7 +43,9 @@ def exceeded(kernel, line, arch):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    "source", [pytest.param(path, marks=pytest.mark.nested) if path.startswith("csrc") else path for path in SOURCES]
+)
 @pytest.mark.parametrize("arch", sass.ARCHS, ids="sm_{}".format)
 def test_kernels_keep_to_the_budget(source, arch):
     kernels = sass.report(ROOT / source, arch)
