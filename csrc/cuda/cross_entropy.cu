@@ -233,28 +233,12 @@ int backward(const CrossEntropyBackward& p) {
 
 int cross_entropy_forward(const CrossEntropyForward& p) {
   if (p.rows == 0) return 0;
-  switch (p.dtype) {
-    case DType::f32:
-      return forward<float>(p);
-    case DType::bf16:
-      return forward<__nv_bfloat16>(p);
-    case DType::f16:
-      return forward<__half>(p);
-  }
-  return 0;
+  return with_type(p.dtype, [&](auto x) { return forward<decltype(x)>(p); });
 }
 
 int cross_entropy_backward(const CrossEntropyBackward& p) {
   if (p.rows == 0) return 0;
-  switch (p.dtype) {
-    case DType::f32:
-      return backward<float>(p);
-    case DType::bf16:
-      return backward<__nv_bfloat16>(p);
-    case DType::f16:
-      return backward<__half>(p);
-  }
-  return 0;
+  return with_type(p.dtype, [&](auto x) { return backward<decltype(x)>(p); });
 }
 
 }  // namespace fastbert::cuda

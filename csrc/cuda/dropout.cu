@@ -66,14 +66,7 @@ int rows(const Dropout& a) {
 
 int dropout(const Dropout& a) {
   if (a.rows == 0 || a.columns == 0) return 0;
-  switch (a.dtype) {
-    case DType::f32:
-      return rows<float>(a);
-    case DType::bf16:
-      return rows<__nv_bfloat16>(a);
-    default:
-      return rows<__half>(a);
-  }
+  return with_type(a.dtype, [&](auto x) { return rows<decltype(x)>(a); });
 }
 
 }  // namespace fastbert::cuda

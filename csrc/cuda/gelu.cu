@@ -311,15 +311,10 @@ int start_widest(const Arguments& a) {
 
 template <class Arguments>
 int start_typed(const Arguments& a) {
-  switch (a.dtype) {
-    case DType::f32:
-      return a.tanh_form ? start_widest<float, true>(a) : start_widest<float, false>(a);
-    case DType::bf16:
-      return a.tanh_form ? start_widest<__nv_bfloat16, true>(a) : start_widest<__nv_bfloat16, false>(a);
-    case DType::f16:
-      return a.tanh_form ? start_widest<__half, true>(a) : start_widest<__half, false>(a);
-  }
-  return 0;
+  return with_type(a.dtype, [&](auto x) {
+    using T = decltype(x);
+    return a.tanh_form ? start_widest<T, true>(a) : start_widest<T, false>(a);
+  });
 }
 
 }  // namespace
@@ -331,15 +326,9 @@ int gelu_backward(const GeluBackward& a) {
   if (error || !a.bias) return error;
   const int parts = static_cast<int>(gelu_parts(a.rows, a.columns));
   void* stream = reinterpret_cast<void*>(a.launch);
-  switch (a.bias_dtype) {
-    case DType::f32:
-      return sum_parts<float>("gelu_backward", a.scratch, parts, a.columns, a.dbias, nullptr, stream);
-    case DType::bf16:
-      return sum_parts<__nv_bfloat16>("gelu_backward", a.scratch, parts, a.columns, a.dbias, nullptr, stream);
-    case DType::f16:
-      return sum_parts<__half>("gelu_backward", a.scratch, parts, a.columns, a.dbias, nullptr, stream);
-  }
-  return 0;
+  return with_type(a.bias_dtype, [&](auto bias) {
+    return sum_parts<decltype(bias)>("gelu_backward", a.scratch, parts, a.columns, a.dbias, nullptr, stream);
+  });
 }
 
 }  // namespace fastbert::cuda

@@ -247,19 +247,6 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls run(T{}) with the type of rows.
-template <class Run>
-int with_type(DType dtype, Run run) {
-  switch (dtype) {
-    case DType::f32:
-      return run(float{});
-    case DType::bf16:
-      return run(__nv_bfloat16{});
-    default:
-      return run(__half{});
-  }
-}
-
 // Whether there are more rows or columns than can be counted; that is an error.
 bool too_large(const char* name, int64_t rows, int64_t columns) {
   if (rows <= kMostRows && columns <= kMostColumns) return false;

@@ -13,6 +13,8 @@
 #include <type_traits>
 
 #include "launch.h"
+//
+#include "../contract.h"
 
 namespace fastbert {
 
@@ -171,6 +173,21 @@ DEVICE void store(T* address, const float* values) {
 template <class... Pointers>
 bool are_aligned(int bytes, const Pointers*... addresses) {
   return ((reinterpret_cast<uintptr_t>(addresses) | ...) & static_cast<uintptr_t>(bytes - 1)) == 0;
+}
+
+// ---- from a type's number to the type ----------------------------------------------------------------
+
+// call(a value of the type), on the host.
+template <class Call>
+int with_type(DType dtype, Call call) {
+  switch (dtype) {
+    case DType::f32:
+      return call(float{});
+    case DType::bf16:
+      return call(__nv_bfloat16{});
+    default:
+      return call(__half{});
+  }
 }
 
 }  // namespace fastbert

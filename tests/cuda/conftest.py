@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import emulated
+import emulated_backend
 import pytest
 
 FOLDER = Path(__file__).resolve().parent
@@ -25,3 +26,24 @@ def emulate():
     if reason := emulated.why_not():
         pytest.skip(reason)
     return lambda source, trace: emulated.Library.build(FOLDER / source, trace=trace)
+
+
+@pytest.fixture(params=[False, True], ids=["values", "trace"])
+def module(request):
+    """The module of csrc/cuda in both builds."""
+    with emulated_backend.chosen(request.param) as module:
+        yield module
+
+
+@pytest.fixture
+def values():
+    """Its value build."""
+    with emulated_backend.chosen(trace=False) as module:
+        yield module
+
+
+@pytest.fixture
+def traced():
+    """Its trace of all blocks."""
+    with emulated_backend.chosen(trace=True, sample=1 << 30) as module:
+        yield module

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
+import emulated
 import pybind11
 import pytest
 import torch
@@ -28,6 +29,7 @@ from emulated import ORDERS, InOut, Library, Output, extension
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+import fastbert
 from fastbert import ops
 from fastbert.backends import OPS, gpu, gradient_norm, native
 from fastbert.backends import lazy_adam as lazy_adam_kernels
@@ -244,3 +246,20 @@ def installed(emulated: Module, most: int | None = None) -> Iterator[Module]:
         mock.patch.object(plan, "Plan", lambda *given: EmulatedPlan(emulated, *given)),
     ):
         yield emulated
+
+
+@contextlib.contextmanager
+def chosen(trace: bool, sample: int = 4, make: Callable[[bool], Module] = module) -> Iterator[Module]:
+    """Within the block ops run on an emulated module; of a traced launch `sample` blocks are counted.
+
+    Skips the test where nothing can be emulated.
+    """
+    if reason := emulated.why_not():
+        pytest.skip(reason)
+    chosen = make(trace)
+    before, chosen.sample = chosen.sample, sample
+    try:
+        with installed(chosen), fastbert.use_backend("cuda"):
+            yield chosen
+    finally:
+        chosen.sample = before

@@ -1,7 +1,5 @@
 """Attention on tensor cores: what tests/ops/test_attention.py, whose small cases it also runs, does not reach."""
 
-import emulated
-import emulated_backend
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,30 +10,6 @@ from fastbert.testing import assert_close
 
 SEED = torch.tensor([0x123456789ABCDEF])
 WHOLE = 128  # tokens that backward takes in one kernel
-
-
-@pytest.fixture(params=[False, True], ids=["values", "trace"])
-def module(request):
-    yield from installed(request.param)
-
-
-@pytest.fixture
-def traced():
-    yield from installed(trace=True)
-
-
-@pytest.fixture
-def values():
-    yield from installed(trace=False)
-
-
-def installed(trace):
-    if reason := emulated.why_not():
-        pytest.skip(reason)
-    module = emulated_backend.module(trace)
-    with emulated_backend.installed(module):
-        yield module
-    module.sample = 4
 
 
 def boundaries(lengths):
@@ -53,6 +27,16 @@ def packed(lengths, heads, head_size, dtype):
 def run(functions, qkv, dout, *options):
     out, lse = functions.attention_forward(*qkv, *options)
     return out, lse, functions.attention_backward(dout, *qkv, out, lse, *options)
+
+
+def assert_right(qkv, dout, *options):
+    """Results and gradients are the truth's in float64, the twin in the same dtype being the baseline."""
+    wide = [x.double() for x in (*qkv, dout)]
+    truth = run(op.reference, wide[:3], wide[3], *options)
+    baseline = run(op.reference, qkv, dout, *options)
+    ours = run(op.functions["cuda"], qkv, dout, *options)
+    for name, *each in zip(("out", "lse", "dqkv"), ours, baseline, truth, strict=True):
+        assert_close(*each, what=name)
 
 
 # (lengths, max_seqlen, heads, head size, scale, window, t)
@@ -78,12 +62,7 @@ def test_close_to_truth(module, nan_filled, case, dtype):
     lengths, longest, heads, head_size, scale, window, t = CASES[case]
     qkv, cu_seqlens, dout = packed(lengths, heads, head_size, dtype)
     options = cu_seqlens, longest, scale, t, SEED, False, window
-    wide = [x.double() for x in (*qkv, dout)]
-    truth = run(op.reference, wide[:3], wide[3], *options)
-    baseline = run(op.reference, qkv, dout, *options)
-    ours = run(op.functions["cuda"], qkv, dout, *options)
-    for name, *each in zip(("out", "lse", "dqkv"), ours, baseline, truth, strict=True):
-        assert_close(*each, what=name)
+    assert_right(qkv, dout, *options)
 
 
 @pytest.mark.parametrize("longest", [WHOLE, WHOLE + 1], ids=["whole", "tiles"])
@@ -122,7 +101,6 @@ def test_mask_is_the_contracts(values, longest):
 @pytest.mark.parametrize("head_size", [32, 64, 128])
 @pytest.mark.parametrize("longest", [WHOLE, WHOLE + 64], ids=["whole", "tiles"])
 def test_whole_sectors_and_no_bank_conflicts(traced, longest, head_size):
-    traced.sample = 1 << 20  # all blocks
     qkv, cu_seqlens, dout = packed([longest], 128 // head_size, head_size, torch.bfloat16)
     options = cu_seqlens, longest, 0.125, 26, SEED, False, None
     out, lse = op.functions["cuda"].attention_forward(*qkv, *options)
@@ -152,12 +130,7 @@ def test_many_sequences(values):
     lengths = [1] * 127 + [3, 0, 2] + [1] * 900 + [5]
     qkv, cu_seqlens, dout = packed(lengths, 1, 8, torch.bfloat16)
     options = cu_seqlens, 5, 0.125, 26, SEED, True, None
-    wide = [x.double() for x in (*qkv, dout)]
-    truth = run(op.reference, wide[:3], wide[3], *options)
-    baseline = run(op.reference, qkv, dout, *options)
-    ours = run(op.functions["cuda"], qkv, dout, *options)
-    for name, *each in zip(("out", "lse", "dqkv"), ours, baseline, truth, strict=True):
-        assert_close(*each, what=name)
+    assert_right(qkv, dout, *options)
 
 
 @pytest.mark.parametrize(

@@ -35,12 +35,8 @@ plain = cache(Plain)
 
 @pytest.fixture(params=[False, True], ids=["values", "trace"])
 def module(request):
-    if reason := emulated.why_not():
-        pytest.skip(reason)
-    module = plain(request.param)
-    with emulated_backend.installed(module):
+    with emulated_backend.chosen(request.param, make=plain) as module:
         yield module
-    module.sample = 4
 
 
 def packed(lengths, heads, head_size, dtype):

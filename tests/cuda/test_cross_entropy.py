@@ -1,22 +1,10 @@
 """What cross entropy's kernels move, by the trace of the emulator, and labels that nobody can look at on a GPU."""
 
-import emulated
-import emulated_backend
 import pytest
 import torch
 
 import fastbert
 from fastbert.ops import cross_entropy as op
-
-
-@pytest.fixture(params=[False, True], ids=["values", "trace"])
-def module(request):
-    if reason := emulated.why_not():
-        pytest.skip(reason)
-    module = emulated_backend.module(trace=request.param)
-    with emulated_backend.installed(module):
-        yield module
-    module.sample = 4
 
 
 def calls(logits, labels, dlosses):
@@ -30,16 +18,14 @@ def calls(logits, labels, dlosses):
 WIDTHS = {"bert's, padded": (30_522, 30_528), "bert's as it is": (30_522, 30_522), "of a warp": (2_999, 2_999)}
 
 
-@pytest.mark.parametrize("module", [True], indirect=True, ids=["trace"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_logits_move_once_in_whole_sectors(module, width, dtype):
+def test_logits_move_once_in_whole_sectors(traced, width, dtype):
     """Read once by each direction and the gradient written once, but for the sectors that two warps or rows share."""
     columns, stride = WIDTHS[width]
-    module.sample = 1 << 20  # all blocks
     logits = torch.randn(3, stride).to(dtype)[:, :columns]
     labels, dlosses = torch.tensor([0, columns - 1, 7]), torch.ones(3)
-    functions, library, each = op.functions["cuda"], module.library, 3 * columns * dtype.itemsize
+    functions, library, each = op.functions["cuda"], traced.library, 3 * columns * dtype.itemsize
 
     _, maximum, total = functions.cross_entropy_forward(logits, labels, -100)
     forward = library.accesses(), library.traffic()

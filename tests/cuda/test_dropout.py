@@ -1,7 +1,5 @@
 """Dropout's kernels for NVIDIA GPUs, emulated: what they ask of memory."""
 
-import emulated
-import emulated_backend
 import pytest
 import torch
 
@@ -21,15 +19,10 @@ SEED = torch.tensor([5])
     ],
     ids=["bf16", "float32", "half of a call's eight at the end", "rows off 16 bytes"],
 )
-def test_memory_moves_once_in_whole_sectors(monkeypatch, shape, dtype):
-    if reason := emulated.why_not():
-        pytest.skip(reason)
-    module = emulated_backend.module(trace=True)
-    monkeypatch.setattr(module, "sample", 1 << 30)
+def test_memory_moves_once_in_whole_sectors(traced, shape, dtype):
     x, t = torch.randn(shape).to(dtype), philox.threshold(0.3)
-    with emulated_backend.installed(module):
-        y = op.functions["cuda"].dropout(x, t, SEED)
+    y = op.functions["cuda"].dropout(x, t, SEED)
     torch.testing.assert_close(y, op.reference.dropout(x, t, SEED))
-    assert all(row.cost == row.ideal for row in module.library.accesses()), module.library.table()
-    traffic = module.library.traffic()
+    assert all(row.cost == row.ideal for row in traced.library.accesses()), traced.library.table()
+    traffic = traced.library.traffic()
     assert traffic["x", "read"] == traffic["y", "write"] == -(-y.numel() * y.element_size() // 32) * 32

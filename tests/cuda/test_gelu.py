@@ -1,7 +1,5 @@
 """GELU's kernels for GPUs: paths that the other backends do not have, and what they move."""
 
-import emulated
-import emulated_backend
 import pytest
 import torch
 from op_cases import assert_solves, problem
@@ -13,20 +11,12 @@ from fastbert.ops.gelu import functions
 ROWS, COLUMNS = 256, 256  # 16-bit types: the columns of one warp
 
 
-@pytest.fixture(params=[False, True], ids=["values", "trace"])
-def cuda(request):
-    if reason := emulated.why_not():
-        pytest.skip(reason)
-    with emulated_backend.installed(emulated_backend.module(request.param)), fastbert.use_backend("cuda"):
-        yield
-
-
 @pytest.mark.parametrize(
     "dtype, bias_dtype",
     [(torch.float32, torch.float32), (torch.float16, torch.float32), (torch.float16, torch.float16)],
     ids=str,
 )
-def test_several_parts_and_blocks_of_columns(cuda, dtype, bias_dtype):
+def test_several_parts_and_blocks_of_columns(module, dtype, bias_dtype):
     """150 rows are three parts; 264 columns are a block in float16, and an access of the next."""
     x, dy, bias = torch.randn(150, 264).to(dtype), torch.randn(150, 264).to(dtype), torch.randn(264).to(bias_dtype)
     theirs = problem((x, bias), dy, fastbert.gelu, lambda x, bias: F.gelu(x + bias.to(x.dtype)))
@@ -34,7 +24,7 @@ def test_several_parts_and_blocks_of_columns(cuda, dtype, bias_dtype):
 
 
 @pytest.mark.parametrize("rows", [10, 150])
-def test_an_address_between_accesses_gives_the_same_bits(cuda, rows):
+def test_an_address_between_accesses_gives_the_same_bits(module, rows):
     """Then elements are read one by one, in the same order of sums."""
     x, dy, bias = (torch.randn(rows * 24 + 1).half() for _ in range(3))
     bias, (x, dy) = bias[:24], (each[1:].view(rows, 24) for each in (x, dy))
@@ -43,17 +33,6 @@ def test_an_address_between_accesses_gives_the_same_bits(cuda, rows):
         assert all(map(torch.equal, functions["cuda"].gelu_backward(*given, bias, "none"), expected))
     assert torch.equal(fastbert.gelu(x, bias), fastbert.gelu(x.clone(), bias))
     assert torch.equal(fastbert.gelu(x), fastbert.gelu(x.clone()))
-
-
-@pytest.fixture
-def traced():
-    if reason := emulated.why_not():
-        pytest.skip(reason)
-    module = emulated_backend.module(trace=True)
-    module.sample = 1 << 20  # all blocks
-    with emulated_backend.installed(module), fastbert.use_backend("cuda"):
-        yield module
-    module.sample = 4
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])

@@ -2,7 +2,6 @@
 
 import functools
 
-import emulated
 import emulated_backend
 import pytest
 import torch
@@ -29,26 +28,6 @@ PATHS = {
     "longer than registers hold": (2, 8200, BF16),
     "rows off 16 bytes": (2, 4100, BF16),
 }
-
-
-@pytest.fixture(params=[False, True], ids=["values", "trace"])
-def module(request):
-    if reason := emulated.why_not():
-        pytest.skip(reason)
-    module = emulated_backend.module(request.param)
-    with emulated_backend.installed(module), fastbert.use_backend("cuda"):
-        yield module
-
-
-@pytest.fixture
-def traced(monkeypatch):
-    """The trace of all blocks, by the contract's functions."""
-    if reason := emulated.why_not():
-        pytest.skip(reason)
-    module = emulated_backend.module(trace=True)
-    monkeypatch.setattr(module, "sample", 1 << 30)
-    with emulated_backend.installed(module):
-        yield module
 
 
 @functools.cache

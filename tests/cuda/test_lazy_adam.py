@@ -1,37 +1,14 @@
 """LazyAdam's row step for NVIDIA GPUs, emulated: every sort, the order of sums, ids outside, and what it moves."""
 
-import emulated
-import emulated_backend
 import pytest
 import torch
 from op_cases import drawn
 
-import fastbert
 from fastbert.ops import lazy_adam as op
 from fastbert.ops.lazy_adam import GRAD_BY_ROW, Step
 from fastbert.ops.lazy_adam_replay import lazy_adam_replay
 
 PIECE, FAN = 16, 32  # of csrc/cuda/lazy_adam_scratch.h
-
-
-@pytest.fixture(params=[False, True], ids=["values", "trace"])
-def module(request):
-    if reason := emulated.why_not():
-        pytest.skip(reason)
-    module = emulated_backend.module(trace=request.param)
-    with emulated_backend.installed(module), fastbert.use_backend("cuda"):
-        yield module
-
-
-@pytest.fixture
-def traced(monkeypatch):
-    """The trace of all blocks."""
-    if reason := emulated.why_not():
-        pytest.skip(reason)
-    module = emulated_backend.module(trace=True)
-    monkeypatch.setattr(module, "sample", 1 << 30)
-    with emulated_backend.installed(module), fastbert.use_backend("cuda"):
-        yield module
 
 
 def step_of(param, rows, grad, **changed):

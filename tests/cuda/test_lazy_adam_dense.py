@@ -2,10 +2,11 @@
 reads on the device, and traffic. That they are right in all cases is tests/ops/test_lazy_adam.py's.
 """
 
-import emulated_backend
+from collections.abc import Callable
+
 import pytest
 import torch
-from emulated import Library
+from emulated_backend import Module
 
 from fastbert.backends import gradient_norm as norms
 from fastbert.backends import lazy_adam as kernels
@@ -14,11 +15,6 @@ from fastbert.ops.lazy_adam import Step
 
 CHUNK, NORM_CHUNK = 4096, 16384
 DTYPES = torch.float32, torch.bfloat16, torch.float16
-
-
-@pytest.fixture
-def module(trace):
-    return emulated_backend.module(trace)
 
 
 def step_of(shape, dtype=torch.float32, m_dtype=torch.float32, amsgrad=False, lr=0.01, **options):
@@ -224,18 +220,10 @@ def test_factors(module):
 # ---- traffic ---------------------------------------------------------------------------------------------
 
 
-def traced(call, sample=1 << 20):
-    module = emulated_backend.module(True)
-    module.sample, before = sample, module.sample
-    try:
-        with module.running():
-            call()
-    finally:
-        module.sample = before
-    return module.library
-
-
-def assert_moves_little_more_than(library: Library, floor: int):
+def assert_moves_little_more_than(traced: Module, call: Callable[[], object], floor: int):
+    with traced.running():
+        call()
+    library = traced.library
     bytes_of = {key: n for key, n in library.traffic().items() if not key[0].startswith(("lr", "step", "faults"))}
     total = sum(bytes_of.values())
     assert floor <= total <= 1.1 * floor, library.table()
@@ -253,16 +241,16 @@ def assert_moves_little_more_than(library: Library, floor: int):
     ],
     ids=["float32", "bfloat16 gradient and copy", "bfloat16"],
 )
-def test_a_dense_step_moves_each_byte_once(dtype, grad_dtype, with_copy, bytes_of_element):
+def test_a_dense_step_moves_each_byte_once(traced, dtype, grad_dtype, with_copy, bytes_of_element):
     n = 4 * CHUNK
     step = step_of((n,), dtype, grad=torch.randn(n).to(grad_dtype))
     if with_copy:
         step = step._replace(bf16_copy=torch.empty(n, dtype=torch.bfloat16))
-    assert_moves_little_more_than(traced(lambda: kernels.lazy_adam_steps([step])), n * bytes_of_element)
+    assert_moves_little_more_than(traced, lambda: kernels.lazy_adam_steps([step]), n * bytes_of_element)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_a_norm_reads_each_byte_once(dtype):
+def test_a_norm_reads_each_byte_once(traced, dtype):
     grad = torch.randn(2 * NORM_CHUNK).to(dtype)
-    library = traced(lambda: norms.gradient_norm([(grad, None)], 1.0))
-    assert_moves_little_more_than(library, grad.numel() * grad.element_size())
+    size = grad.numel() * grad.element_size()
+    assert_moves_little_more_than(traced, lambda: norms.gradient_norm([(grad, None)], 1.0), size)

@@ -1,0 +1,103 @@
+// What a block of attention_plain.cu works on: its rows, which of the others they see, and what dropout
+// keeps.
+#pragma once
+#include "launch.h"
+//
+#include "attention_plain_tiles.h"
+#include "dropout.h"
+#include "faults.h"
+
+namespace fastbert::cuda {
+namespace {
+
+// What a launch decides for all blocks.
+struct Plan {
+  int tiles;              // of the longest sequence
+  int slices;             // of kTile columns that a head has
+  float scale_log2;       // scores times this are exponents of 2
+  float keep;             // what is kept is multiplied by this
+  int left, right;        // key j is visible to query i where i - left <= j <= i + right
+  bool vectors, results;  // whether 16 bytes of inputs, and a thread's four results, are aligned
+  int32_t* faults;
+};
+
+// What a block works on.
+struct Work {
+  int begin, length;  // of the sequence, in tokens
+  int head, row, slice;
+};
+
+// Nothing, row >= length, where a tile lies behind its sequence or cu_seqlens cannot be used.
+DEVICE Work work_of_block(const Attention& p, const Plan& plan) {
+  const int x = blockIdx.x, sequence = x / (plan.slices * plan.tiles), head = blockIdx.y;
+  const int begin = p.cu_seqlens[sequence], end = p.cu_seqlens[sequence + 1];
+  const Work work = {begin, end - begin, head, x / plan.slices % plan.tiles * kTile, x % plan.slices};
+  if (begin >= 0 && begin <= end && end <= p.tokens && end - begin <= p.max_seqlen) return work;
+  if (work.row == 0 && head == 0 && threadIdx.x == 0) raise_fault(plan.faults, kFaultSequence, sequence);
+  return {};
+}
+
+template <class T>
+DEVICE Rows<T> rows_of(const void* tensor, int64_t stride, const Attention& p, const Work& work, int row) {
+  const T* head = static_cast<const T*>(tensor) + work.head * p.head_size;
+  return {head + (work.begin + row) * stride, stride, min(kTile, work.length - row)};
+}
+
+DEVICE uint64_t seed_of(const Attention& p) { return p.t != 0 ? static_cast<uint64_t>(*p.seed) : 0; }
+
+// ---- what is seen and what is kept -------------------------------------------------------------------
+
+struct Visible {  // keys first to last
+  int first, last;
+
+  DEVICE bool has(int key) const { return key >= first && key <= last; }
+};
+
+DEVICE Visible visible_to(int query, const Plan& plan, const Work& work) {
+  return {query - plan.left, min(query + plan.right, work.length - 1)};
+}
+
+// One word of bits for a thread's products: bit kHalfWarp * (j % 2) + lane of the word that lane 2 * i + j /
+// 2 holds says whether row i, column j is kept, where rows are queries and columns are keys. A lane draws for
+// one query and twice 16 keys.
+DEVICE uint32_t kept_keys(const Attention& p, const Work& work, uint64_t seed, int key) {
+  const int lane = column();
+  const uint32_t token = work.begin + work.row + first_row() + 2 * (lane / 2),
+                 group = key / 16 + lane % 2 * 2;
+  uint32_t kept = 0;
+#pragma unroll
+  for (int n = 0; n < 2; ++n)
+    kept |= kept_bits<kAttentionLaneBits>(seed, group + n, token, work.head, 1, p.t) << 16 * n;
+  return kept;
+}
+
+DEVICE bool is_kept(uint32_t drawn, int i, int j) {
+  const uint32_t word = __shfl_sync(kAllLanes, drawn, 2 * i + j / 2, kHalfWarp);
+  return word >> (j % 2 * 16 + column()) & 1;
+}
+
+// The same where rows are keys and columns are queries: a warp's rows are the 16 keys of one call. Bit
+// 16 * (j % 2) + row of word j / 2 belongs to column j.
+struct KeptQueries {
+  uint32_t words[2];
+
+  DEVICE bool has(int i, int j) const {
+    return words[j / 2] >> (j % 2 * 16 + 2 * i + lane_of_warp() / kHalfWarp) & 1;
+  }
+};
+
+DEVICE KeptQueries kept_queries(const Attention& p, const Work& work, uint64_t seed, int query) {
+  const int half = lane_of_warp() / kHalfWarp;
+  const uint32_t group = work.row / 16 + warp_of_block();
+  uint32_t drawn = 0;
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const uint32_t token = work.begin + query + column() + (2 * half + n) * kHalfWarp;
+    drawn |= kept_bits<kAttentionLaneBits>(seed, group, token, work.head, 1, p.t) << 16 * n;
+  }
+  const uint32_t others = __shfl_xor_sync(kAllLanes, drawn, kHalfWarp);
+  return {{half == 0 ? drawn : others, half == 0 ? others : drawn}};
+}
+
+}  // namespace
+}  // namespace fastbert::cuda
