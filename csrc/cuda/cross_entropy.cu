@@ -69,7 +69,8 @@ DEVICE Packed<T, kGroup<T>> load_group(const Row<const T>& row, uint32_t place, 
 template <class T>
 DEVICE void store_group(const Row<T>& row, uint32_t place, const float* values) {
   if (place >= row.first && place + kGroup<T> <= row.last) {
-    store<kGroup<T>>(row.base + place, values);
+    // Else nvcc makes single stores of both branches for sm_75 to sm_90.
+    store<kGroup<T>, Cache::whole>(row.base + place, values);
     return;
   }
 #pragma unroll

@@ -24,6 +24,7 @@ enum class Cache {
   read_only,  // nobody writes it while the kernel runs
   plain,      // shared memory, or what the kernel writes as well
   streaming,  // read or written once, and the first to leave the caches; a load's as read_only
+  whole,      // a store to global memory that stays one instruction, whatever stands beside it
 };
 
 template <class To, class From>
@@ -102,6 +103,8 @@ DEVICE void store_packed(T* address, Packed<T, kCount> packed) {
   auto* target = reinterpret_cast<Packed<T, kCount>*>(address);
   if constexpr (kCache == Cache::streaming)
     __stcs(target, packed);
+  else if constexpr (kCache == Cache::whole)
+    __stwb(target, packed);
   else
     *target = packed;
 }
