@@ -236,7 +236,7 @@ def extensions() -> list[Extension]:
 
 
 setup(
-    packages=[*find_packages(include=["fastbert", "fastbert.*"]), "fastbert.kernels"],
+    packages=find_packages(include=["fastbert", "fastbert.*"]),  # fastbert/kernels is a link, for checkouts
     py_modules=["fastbert_main"],
     package_dir={"fastbert.kernels": "kernels"},
     package_data={"fastbert": ["py.typed"]},
