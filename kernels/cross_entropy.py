@@ -166,11 +166,11 @@ def cross_entropy_backward_kernel(
     dx = gradient(x, place, label, maximum, scale, dloss)
     tl.store(dlogits_ptr + place, dx.to(dlogits_ptr.dtype.element_ty), mask=mask)
     if tl.program_id(1) == 0:
-        place, mask = ends_of(shift, shift + stride, first, last, ALIGN, ENDS)
-        read = mask & (place < tl.where(counts, shift + columns, 0))
-        x = tl.load(logits_ptr + place, mask=read, other=-float("inf"))
-        dx = tl.where(read, gradient(x, place, label, maximum, scale, dloss), 0.0)
-        tl.store(dlogits_ptr + place, dx.to(dlogits_ptr.dtype.element_ty), mask=mask)
+        ends, of_ends = ends_of(shift, shift + stride, first, last, ALIGN, ENDS)
+        read_ends = of_ends & (ends < tl.where(counts, shift + columns, 0))
+        x_ends = tl.load(logits_ptr + ends, mask=read_ends, other=-float("inf"))
+        dx_ends = tl.where(read_ends, gradient(x_ends, ends, label, maximum, scale, dloss), 0.0)
+        tl.store(dlogits_ptr + ends, dx_ends.to(dlogits_ptr.dtype.element_ty), mask=of_ends)
 
 
 # ---- launchers -----------------------------------------------------------------------------------------------------

@@ -4,12 +4,12 @@
     y = u * sigmoid(2w),               w = sqrt(2/pi) * (u + 0.044715 u^3)  tanh form
 
 Both are relu(u) - tail(|u|) with tail(a) = a * Phi(-a), or a * sigmoid(-2w): neither subtracts nearly equal numbers,
-and tail goes to 0 where u is infinite. The derivative is 1 - tail'(|u|) right of 0 and tail'(|u|) left of it, so forward
-and backward share one exp2. Hendrycks and Gimpel, "Gaussian error linear units" (2016).
+and tail goes to 0 where u is infinite. The derivative is 1 - tail'(|u|) right of 0 and tail'(|u|) left of it, so
+forward and backward share one exp2. Hendrycks and Gimpel, "Gaussian error linear units" (2016).
 
 Arithmetic is float32 for every dtype. Backward reads x again rather than saving anything; dbias, the column sums of
-dx before it is rounded, is taken in the same pass: programs leave parts of it in scratch, and a second kernel adds those
-in order. The 16-bit types take a shorter polynomial: with the long one arithmetic is the limit, not memory.
+dx before it is rounded, is taken in the same pass: programs leave parts of it in scratch, and a second kernel adds
+those in order. The 16-bit types take a shorter polynomial: with the long one arithmetic is the limit, not memory.
 """
 
 from typing import NamedTuple

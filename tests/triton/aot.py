@@ -3,9 +3,9 @@
     python tests/triton/aot.py [gelu cross_entropy ...] [--targets sm_90 gfx942] [--kernel gelu_backward*] [--all]
 
 Launchers are called with tensors of the CPU; instead of being launched each kernel is compiled, for just the arguments
-and the options that it would be launched with. test_budget.py holds the results to budget.csv. Compiled kernels are kept
-in build/triton as long as Triton and their sources stay the same. It needs no driver, and a process of its own, without
-TRITON_INTERPRET. What is called for each kernel is in aot_cases.py.
+and the options that it would be launched with. test_budget.py holds the results to budget.csv. Compiled kernels are
+kept in build/triton as long as Triton and their sources stay the same. It needs no driver, and a process of its own,
+without TRITON_INTERPRET. What is called for each kernel is in aot_cases.py.
 """
 
 import argparse
@@ -34,9 +34,8 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)} | {
-    "gfx942": GPUTarget("hip", "gfx942", 64)
-}
+TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
+TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -113,10 +112,9 @@ def of_nvidia(form: Any) -> tuple[int, int, int, dict[str, int]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(form.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
-        registers, local = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups()
+        command = [TOOLS / "cuobjdump", "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        registers, local = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
         (instructions,) = sass.instructions(Path(file.name)).values()
     return int(registers), int(local), form.metadata.shared, dict(instructions)
 
@@ -141,7 +139,7 @@ def amd_name(instruction: str) -> str:
     return f"{'scratch.' if space == 'scratch' else ''}{what}.{bits}"
 
 
-def compiled(stems: list[str], targets: list[str], every: bool = True) -> Iterator[Compiled]:
+def compiled(stems: list[str], targets: list[str]) -> Iterator[Compiled]:
     """Every kernel that the launchers of these stems start, for every case."""
     compiler = Compiler(targets)
     sys.modules["fastbert.kernels.launch"] = ModuleType("launch")
