@@ -9,6 +9,7 @@ without TRITON_INTERPRET. What is called for each kernel is in aot_cases.py.
 """
 
 import argparse
+import functools
 import importlib
 import json
 import os
@@ -89,6 +90,7 @@ class Compiler:
 
     def __init__(self, targets: list[str]) -> None:
         self.targets = targets
+        self.is_complete = False  # every form is there, and no other is to be asked for
         self.stem = self.case = ""
         self.found: dict[tuple[str, str], Compiled] = {}  # by target and by what Triton calls the compiled form
 
@@ -97,6 +99,10 @@ class Compiler:
             triton.runtime.driver.set_active(Driver(target))
             form = kernel.warmup(*arguments, grid=grid, enable_fp_fusion=True, **constants)
             if (target, form.hash) not in self.found:
+                if self.is_complete:
+                    raise AssertionError(
+                        f"{kernel.fn.__name__} is compiled anew for other numbers of rows: {self.case}"
+                    )
                 read = of_amd if target.startswith("gfx") else of_nvidia
                 threads = form.metadata.num_warps * TARGETS[target].warp_size
                 named = self.stem, self.case, kernel.fn.__name__, target, threads
@@ -148,7 +154,9 @@ def compiled(stems: list[str], targets: list[str]) -> Iterator[Compiled]:
         compiler.stem, before = stem, set(compiler.found)
         functions = importlib.import_module(f"fastbert.kernels.{stem}")
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            aot_cases.CASES[stem](functions, dtype, lambda *case, dtype=dtype: compiler.name(dtype, *case))
+            for compiler.is_complete, rows in enumerate(aot_cases.ROWS):
+                name = functools.partial(compiler.name, dtype)
+                aot_cases.CASES[stem](functions, dtype, rows, name)
         yield from (it for key, it in compiler.found.items() if key not in before)
 
 

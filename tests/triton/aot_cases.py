@@ -1,6 +1,6 @@
 """What aot.py compiles: for each stem a function that calls its launchers once for every width class and option that
-changes the code, on tensors of any contents, after naming the case. A new kernel is one function here and its lines in
-budget.csv.
+changes the code, on tensors of any contents, after naming the case. It is called for each of ROWS, and the second must
+not compile anything anew. A new kernel is one function here and its lines in budget.csv.
 """
 
 from collections.abc import Callable
@@ -9,16 +9,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-ROWS = 4096
+ROWS = 4096, 4001  # that are 0 and 1 in many remainders
 
 
 def empty(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
-def gelu(kernels: ModuleType, dtype: torch.dtype, name: Callable) -> None:
+def gelu(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> None:
     for columns in (81, 3072):
-        x, bias = empty(dtype, ROWS, columns), empty(dtype, columns)
+        x, bias = empty(dtype, rows, columns), empty(dtype, columns)
         for form in ("none", "tanh") if columns == 3072 else ("none",):
             name(columns, form)
             kernels.gelu_forward(x, bias, form)
@@ -28,11 +28,11 @@ def gelu(kernels: ModuleType, dtype: torch.dtype, name: Callable) -> None:
     kernels.gelu_backward(x, x, None, "none")
 
 
-def cross_entropy(kernels: ModuleType, dtype: torch.dtype, name: Callable) -> None:
-    labels, each = empty(torch.int64, 8), empty(torch.float32, 8)
+def cross_entropy(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> None:
+    labels, each = empty(torch.int64, rows), empty(torch.float32, rows)
     for columns, stride in ((81, 81), (30_522, 30_522), (30_522, 30_528)):
         name(columns, "of", stride)
-        logits = empty(dtype, 8, stride)[:, :columns]
+        logits = empty(dtype, rows, stride)[:, :columns]
         kernels.cross_entropy_forward(logits, labels, -100)
         kernels.cross_entropy_backward(each, logits, labels, each, each, -100)
 
