@@ -1,5 +1,5 @@
-"""The ops on a GPU, by each backend that has kernels there, against torch eager and compiled, FlashAttention-2 and Liger,
-with dropout 0.1, in bfloat16.
+"""The ops on a GPU, by each backend that has kernels there, against torch eager and compiled, FlashAttention-2 and
+Liger, with dropout 0.1, in bfloat16.
 
     python benchmarks/gpu.py [--only attention layer_norm ...] [--backends cuda triton] [--no-compile] [--quick]
 
