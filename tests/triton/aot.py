@@ -86,31 +86,37 @@ class Driver:
 
 
 class Compiler:
-    """In place of `fastbert.kernels.launch.launch`: compiles for `targets`."""
+    """In place of `fastbert.kernels.launch.launch`."""
 
-    def __init__(self, targets: list[str]) -> None:
-        self.targets = targets
+    def __init__(self) -> None:
+        self.stem = self.target = self.case = ""
         self.is_complete = False  # every form is there, and no other is to be asked for
-        self.stem = self.case = ""
         self.found: dict[tuple[str, str], Compiled] = {}  # by target and by what Triton calls the compiled form
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        for target in self.targets:
-            triton.runtime.driver.set_active(Driver(target))
-            form = kernel.warmup(*arguments, grid=grid, enable_fp_fusion=True, **constants)
-            if (target, form.hash) not in self.found:
-                if self.is_complete:
-                    raise AssertionError(
-                        f"{kernel.fn.__name__} is compiled anew for other numbers of rows: {self.case}"
-                    )
-                read = of_amd if target.startswith("gfx") else of_nvidia
-                threads = form.metadata.num_warps * TARGETS[target].warp_size
-                named = self.stem, self.case, kernel.fn.__name__, target, threads
-                self.found[target, form.hash] = Compiled(*named, *read(form))
+        form = kernel.warmup(*arguments, grid=grid, enable_fp_fusion=True, **constants)
+        if (self.target, form.hash) in self.found:
+            return
+        name = kernel.fn.__name__
+        if self.is_complete:
+            raise AssertionError(f"{name} of {self.case} is compiled anew for another number of rows")
+        read = of_amd if self.target.startswith("gfx") else of_nvidia
+        threads = form.metadata.num_warps * TARGETS[self.target].warp_size
+        self.found[self.target, form.hash] = Compiled(self.stem, self.case, name, self.target, threads, *read(form))
 
     def name(self, *case: object) -> None:
         """What follows is launched for this case."""
         self.case = " ".join(str(each).removeprefix("torch.") for each in case)
+
+    def call(self, functions: ModuleType, target: str) -> None:
+        """Compiles what a stem's launchers start."""
+        self.target = target
+        triton.runtime.driver.set_active(Driver(target))
+        if hasattr(functions, "target_of"):  # by which attention chooses its plans
+            functions.target_of = lambda device: "amd" if target.startswith("gfx") else target
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for self.is_complete, rows in enumerate(aot_cases.ROWS):
+                aot_cases.CASES[self.stem](functions, dtype, rows, functools.partial(self.name, dtype))
 
 
 def of_nvidia(form: Any) -> tuple[int, int, int, dict[str, int]]:
@@ -147,17 +153,15 @@ def amd_name(instruction: str) -> str:
 
 def compiled(stems: list[str], targets: list[str]) -> Iterator[Compiled]:
     """Every kernel that the launchers of these stems start, for every case."""
-    compiler = Compiler(targets)
+    compiler = Compiler()
     sys.modules["fastbert.kernels.launch"] = ModuleType("launch")
     sys.modules["fastbert.kernels.launch"].launch = compiler.launch
-    for stem in stems:
-        compiler.stem, before = stem, set(compiler.found)
-        functions = importlib.import_module(f"fastbert.kernels.{stem}")
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for compiler.is_complete, rows in enumerate(aot_cases.ROWS):
-                name = functools.partial(compiler.name, dtype)
-                aot_cases.CASES[stem](functions, dtype, rows, name)
-        yield from (it for key, it in compiler.found.items() if key not in before)
+    for compiler.stem in stems:
+        functions = importlib.import_module(f"fastbert.kernels.{compiler.stem}")
+        for target in targets:
+            compiler.found.clear()
+            compiler.call(functions, target)
+            yield from compiler.found.values()
 
 
 def main() -> None:
