@@ -10,6 +10,7 @@ without TRITON_INTERPRET. What is called for each kernel is in aot_cases.py.
 
 import argparse
 import functools
+import hashlib
 import importlib
 import json
 import os
@@ -27,7 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests/cuda"))
-os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build/triton"))
+CACHE = Path(os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build/triton")))
 
 import aot_cases  # noqa: E402
 import sass  # noqa: E402
@@ -37,6 +38,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
+READERS = hashlib.sha256(Path(__file__).read_bytes() + Path(sass.__file__).read_bytes()).hexdigest()[:8]
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -100,9 +102,9 @@ class Compiler:
         name = kernel.fn.__name__
         if self.is_complete:
             raise AssertionError(f"{name} of {self.case} is compiled anew for another number of rows")
-        read = of_amd if self.target.startswith("gfx") else of_nvidia
         threads = form.metadata.num_warps * TARGETS[self.target].warp_size
-        self.found[self.target, form.hash] = Compiled(self.stem, self.case, name, self.target, threads, *read(form))
+        its = read(form, self.target)
+        self.found[self.target, form.hash] = Compiled(self.stem, self.case, name, self.target, threads, *its)
 
     def name(self, *case: object) -> None:
         """What follows is launched for this case."""
@@ -119,8 +121,18 @@ class Compiler:
                 aot_cases.CASES[self.stem](functions, dtype, rows, functools.partial(self.name, dtype))
 
 
+def read(form: Any, target: str) -> tuple[int, int, int, dict[str, int]]:
+    """Registers, local memory, shared memory and instructions; kept beside what was compiled."""
+    kept = CACHE / f"{form.hash}.{READERS}.json"
+    if not kept.exists():
+        unfinished = kept.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps((of_amd if target.startswith("gfx") else of_nvidia)(form)))
+        unfinished.replace(kept)
+    return tuple(json.loads(kept.read_text()))
+
+
 def of_nvidia(form: Any) -> tuple[int, int, int, dict[str, int]]:
-    """Registers, local memory, shared memory and instructions, by the tools in Triton's wheel."""
+    """By the tools in Triton's wheel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(form.asm["cubin"])
         file.flush()
