@@ -74,8 +74,8 @@ def compiled_equals_eager(case, backend, dtype, compiler, **options):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
 @pytest.mark.parametrize("case", CASES)
-def test_kernels_compile_once_and_for_any_other_shape(case):
-    assert compiled_equals_eager(case, fastbert.backends()[-1], torch.float32, "aot_eager") <= 2
+def test_kernels_compile_once_and_for_any_other_shape(best, case):
+    assert compiled_equals_eager(case, best, torch.float32, "aot_eager") <= 2
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
