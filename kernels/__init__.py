@@ -1,1 +1,4 @@
-"""Triton kernels, installed as `fastbert.kernels`. There are none yet."""
+"""Triton kernels: a file for each op, with the functions of its reference twin, for GPUs of NVIDIA and of AMD.
+
+They import torch, Triton and each other; nothing is imported here, so that Triton is loaded where a kernel is asked for.
+"""
