@@ -2,8 +2,9 @@
 fastbert/ops/lazy_adam.py has the formula and its variants.
 
     group    torch.sort, and 1 launch before it that checks the ids
-    update   lazy_adam_rows.py    1 launch; where there may be rows of more than 16 gradients 1 for their pieces, and 1 for
-                                  each level of the tree above: 1 up to 512 gradient rows, 2 up to 16,384, 3 up to 524,288
+    update   lazy_adam_rows.py    1 launch; where there are more than 16 gradient rows, of which more than 16 may belong to
+                                  one row, 1 for pieces of these, and 1 for each level of the tree above: 1 up to 512
+                                  gradient rows, 2 up to 16,384, 3 up to 524,288
              lazy_adam_dense.py   1 launch for all dense tensors of the same dtypes and the same formula
 
 Arithmetic is float32 for every dtype; w is rounded once, to nearest or stochastically. A gradient's rows are read where
@@ -11,7 +12,8 @@ they lie, once; those of one row are added up in float32, in an order that follo
 in order of occurrence, and so in the CPU's bits, a longer one as a tree of such pieces, in CUDA's. Learning rate, step
 count and seed are read on the device, and the host waits for nothing.
 
-All parameters of a call are grouped before any is updated: where an id lies outside its table nothing at all is changed.
+All parameters of a call are grouped before any is updated: where an id lies outside its table nothing at all is
+changed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,13 +26,14 @@ from torch import Tensor
 
 from fastbert.kernels import faults
 from fastbert.kernels import lazy_adam_rows as rows
+from fastbert.kernels.launch import launch
 from fastbert.kernels.lazy_adam_dense import CHUNK, update_tensors_kernel
 from fastbert.kernels.lazy_adam_update import FORMULA_FLAGS, GRAD_BY_ROW, SKIP_ZERO, formula
-from fastbert.kernels.tensor_table import MOST, make_tables
+from fastbert.kernels.tensor_table import MOST, TYPES, make_tables
 
 PIECE, PIECE_BITS, FAN_BITS = rows.PIECE.value, rows.PIECE_BITS.value, rows.FAN_BITS.value
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 WARPS, TILE = 4, 1024  # of a program of rows, and elements that it works on at a time: eight a thread
+BLOCK = 256  # of them in a row, at most: what a warp has
 IDS = 1024  # that a program checks
 DENSE_WARPS = 8
 
@@ -45,8 +48,9 @@ class Plan(NamedTuple):
 
 
 def plan(columns: int, takes_whole_rows: bool) -> Plan:
-    """256 columns a warp, or 128 where that leaves fewer threads without any; narrow rows share a warp."""
-    block = 256 if triton.cdiv(columns, 256) * 256 <= triton.cdiv(columns, 128) * 128 else 128
+    """BLOCK columns, or half of them where that leaves fewer threads without any; narrow rows share a warp."""
+    half = BLOCK // 2
+    block = BLOCK if triton.cdiv(columns, BLOCK) * 2 <= triton.cdiv(columns, half) else half
     block = min(block, max(8, triton.next_power_of_2(columns)))
     blocks = max(1, triton.cdiv(columns, block))
     return Plan(TILE // block, block, *((blocks, 1) if takes_whole_rows else (1, blocks)))
@@ -59,7 +63,7 @@ def group(s: Any, is_bad: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
     """The ids of a step, sorted, and where each stood; `is_bad` and `words` get those that lie outside the table."""
     n, table_rows = s.rows.numel(), s.param.shape[0]
     keys = s.rows.new_empty(n, dtype=torch.int32 if table_rows < 2**31 else torch.int64)
-    rows.check_ids_kernel[(triton.cdiv(n, IDS),)](s.rows, keys, is_bad, words, n, table_rows, BLOCK=IDS)
+    launch(rows.check_ids_kernel, (triton.cdiv(n, IDS),), s.rows, keys, is_bad, words, n, table_rows, BLOCK=IDS)
     return keys.sort(stable=True)
 
 
@@ -77,20 +81,22 @@ def update_rows(s: Any, keys: Tensor | None, position: Tensor | None, is_bad: Te
     has_pieces = source == rows.SHORT and n > PIECE
     sums = s.param.new_empty(triton.cdiv(n, 8), columns, dtype=torch.float32) if has_pieces else None
 
-    def update(source: tl.constexpr, candidates: int, window_bits: int = 0, period_bits: int = 0) -> None:
-        rows.update_rows_kernel[(triton.cdiv(candidates, its.places), its.slices)](
+    def update(source: tl.constexpr, places: int, window_bits: int = 0, period_bits: int = 0) -> None:
+        launch(
+            rows.update_rows_kernel, (triton.cdiv(places, its.places), its.slices),
             s.param, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, s.row_steps, s.bf16_copy, keys, position, s.grad, sums,
-            s.lr, s.step, s.seed, s.grad_factor, s.found_inf, is_bad, counter=2 + 4 * s.number,
-            padding_idx=s.padding_idx, places=n, halvings=n.bit_length(), window_bits=window_bits, period_bits=period_bits,
-            **formula(s), FROM=source.value, FLAGS=s.flags & FORMULA_FLAGS, ROW_WISE=is_row_wise, D=columns,
-            PLACES=its.places, BLOCK=its.block, BLOCKS=its.blocks, num_warps=WARPS,
+            s.lr, s.step, s.seed, s.grad_factor, s.found_inf, is_bad, *formula(s),
+            2 + 4 * s.number, s.padding_idx, n, n.bit_length(), window_bits, period_bits,
+            FROM=source.value, FLAGS=s.flags & FORMULA_FLAGS, ROW_WISE=is_row_wise, D=columns, PLACES=its.places,
+            BLOCK=its.block, BLOCKS=its.blocks, num_warps=WARPS,
         )  # fmt: skip
 
     update(source, n)
     if not has_pieces:
         return
     pieces = plan(columns, False)
-    rows.sum_pieces_kernel[(triton.cdiv(2 * triton.cdiv(n, PIECE), pieces.places), pieces.slices)](
+    launch(
+        rows.sum_pieces_kernel, (triton.cdiv(2 * triton.cdiv(n, PIECE), pieces.places), pieces.slices),
         keys, position, s.grad, sums, n, n.bit_length(), D=columns, PLACES=pieces.places, BLOCK=pieces.block,
         num_warps=WARPS,
     )  # fmt: skip
@@ -122,11 +128,11 @@ def update_tensors(steps: Sequence[Any], is_bad: Tensor | None) -> None:
         return
     tables = make_tables([[_fields(s) for s in its] for its in launches], CHUNK, steps[0].param.device)
     for (s, *_), (table, chunks) in zip(launches, tables, strict=True):
-        update_tensors_kernel[(chunks,)](
-            table, s.lr, s.grad_factor, s.found_inf, is_bad, **formula(s), PARAM=TYPES[s.param.dtype],
-            EXP_AVG=TYPES[s.exp_avg.dtype], GRAD=TYPES[s.grad.dtype], AMSGRAD=s.max_exp_avg_sq is not None,
-            COPY=s.bf16_copy is not None, ALIGNED=_are_aligned(s), FLAGS=s.flags & FORMULA_FLAGS, CHUNK=CHUNK,
-            MOST=MOST, num_warps=DENSE_WARPS,
+        launch(
+            update_tensors_kernel, (chunks,), table, s.lr, s.grad_factor, s.found_inf, is_bad, *formula(s),
+            PARAM=TYPES[s.param.dtype], EXP_AVG=TYPES[s.exp_avg.dtype], GRAD=TYPES[s.grad.dtype],
+            AMSGRAD=s.max_exp_avg_sq is not None, COPY=s.bf16_copy is not None, ALIGNED=_are_aligned(s),
+            FLAGS=s.flags & FORMULA_FLAGS, CHUNK=CHUNK, MOST=MOST, num_warps=DENSE_WARPS,
         )  # fmt: skip
 
 
@@ -155,10 +161,8 @@ def _kind(s: Any) -> tuple:
 
 
 def lazy_adam_steps(steps: Sequence[Any]) -> None:
-    """Takes `fastbert.ops.lazy_adam.Step`s, checked, of parameters on one device: ids and gradients contiguous, lr
-    float64 and step float32 on the device.
-    """
-    steps = [s for s in steps if s.rows is None or s.rows.numel()]
+    """Takes `fastbert.ops.lazy_adam.Step`s, checked, of parameters on one device."""
+    steps = [readable(s) for s in steps if s.rows is None or s.rows.numel()]
     named = [s for s in steps if s.rows is not None]
     is_bad, groups = None, {}
     if named:
@@ -170,3 +174,16 @@ def lazy_adam_steps(steps: Sequence[Any]) -> None:
         if not is_dense(s):
             update_rows(s, *groups.get(id(s), (None, None)), is_bad)
     update_tensors([s for s in steps if is_dense(s)], is_bad)
+
+
+def readable(s: Any) -> Any:
+    """The step as kernels read it; where nothing has to be converted its tensors are the same."""
+    device, lr = s.param.device, s.lr
+    if not isinstance(lr, Tensor) or (lr.is_cpu and device.type != "cpu"):
+        lr = torch.full((), float(lr), dtype=torch.float64, device=device)  # a kernel's argument: no copy to wait for
+    return s._replace(
+        rows=None if s.rows is None else s.rows.contiguous(),
+        grad=(s.grad if s.grad.dtype in TYPES else s.grad.float()).resolve_neg().contiguous(),
+        lr=lr.to(device, torch.float64),
+        step=s.step.to(device, torch.float32),
+    )

@@ -1,8 +1,8 @@
 """One Adam step with decoupled weight decay of many dense tensors in one launch.
 
-Each program takes CHUNK elements of one tensor; tensors of a launch share dtypes and formula. An address that is no
-multiple of 16 bytes, or the last seven elements or less, go without vectors. What reads w, m, v and u also writes them, so results do
-not depend on the order of programs.
+Each program takes CHUNK elements of one tensor; tensors of a launch share dtypes and formula. Tensors with an address
+that is no multiple of 16 bytes go without vectors, and so do the last seven elements or less of all others. What reads
+w, m, v and u also writes them, so results do not depend on the order of programs.
 """
 
 import triton
@@ -82,10 +82,9 @@ def update_tensors_kernel(
         param, exp_avg, exp_avg_sq, max_exp_avg_sq, bf16_copy, grad, at, at < whole, factor, decay, root, eps, size,
         weight_decay, beta1, rest1, beta2, rest2, FLAGS,
     )  # fmt: skip
-    if ALIGNED:
+    if (whole < elements) & (elements <= begin + CHUNK):  # this chunk is the last, and some elements are left
         at += whole - begin
-        if (whole < elements) & (elements <= begin + CHUNK):  # this chunk is the last, and some elements are left
-            update_elements(
-                param, exp_avg, exp_avg_sq, max_exp_avg_sq, bf16_copy, grad, at, at < elements, factor, decay, root,
-                eps, size, weight_decay, beta1, rest1, beta2, rest2, FLAGS,
-            )  # fmt: skip
+        update_elements(
+            param, exp_avg, exp_avg_sq, max_exp_avg_sq, bf16_copy, grad, at, at < elements, factor, decay, root, eps,
+            size, weight_decay, beta1, rest1, beta2, rest2, FLAGS,
+        )  # fmt: skip

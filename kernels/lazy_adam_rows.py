@@ -5,9 +5,9 @@ Grouped  Row ids are checked and sorted: those of one row stand side by side, in
 Sums     A row of up to PIECE gradients is summed by whoever updates it. Of a longer one each piece is summed by another
          program, which leaves the sum in memory, where further launches add up FAN at a time, in order, until one is
          left: the row's, which is updated at once. What is added up, and in which order, depends on the ids alone.
-Work     A program takes PLACES places of the sorted ids, or rows of the table, and BLOCKS blocks of BLOCK columns. Where
-         something is asked of a row as a whole (one v for all its columns, whether its gradient is zero, its own count
-         of steps) these are all columns.
+Work     A program takes PLACES places of the sorted ids, or rows of the table, and BLOCKS blocks of BLOCK columns.
+         Where something is asked of a row as a whole (one v for all its columns, whether its gradient is zero, its own
+         count of steps) these are all columns.
 
 The places of a long row's pieces are its first one, `start`, and every PIECE behind it. Piece j leaves its sum in row
 ceil(start / 8) + j of `sums`: a row of n > PIECE gradients has at most n // 8 pieces, so no two rows meet there. A node

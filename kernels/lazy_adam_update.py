@@ -6,7 +6,6 @@ Square root and quotient are approximate, within 1 and 2 ULP.
 """
 
 import math
-import os
 from typing import Any
 
 import triton
@@ -14,6 +13,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from fastbert.kernels import philox
+from fastbert.kernels.fast import INTERPRETED
 
 # Flags, as in csrc/contract.h and fastbert/ops/lazy_adam.py.
 GRAD_BY_ROW = 1
@@ -24,21 +24,11 @@ NO_BIAS_CORRECTION = tl.constexpr(8)
 COUPLED_DECAY = tl.constexpr(16)
 SKIP_ZERO = tl.constexpr(32)
 
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # where there is no libdevice
 
-
-def formula(s: Any) -> dict[str, float]:
-    """The numbers of a step that kernels take by these names: differences and logarithms would lose bits in float32."""
-    return {
-        "weight_decay": s.weight_decay,
-        "beta1": s.beta1,
-        "rest1": 1.0 - s.beta1,
-        "beta2": s.beta2,
-        "rest2": 1.0 - s.beta2,
-        "log_beta1": math.log(s.beta1) if s.beta1 > 0.0 else -math.inf,
-        "log_beta2": math.log(s.beta2) if s.beta2 > 0.0 else -math.inf,
-        "eps": s.eps,
-    }
+def formula(s: Any) -> tuple[float, ...]:
+    """The numbers of a step that kernels take, in this order: differences and logarithms would lose bits in float32."""
+    log_beta1, log_beta2 = (math.log(beta) if beta > 0.0 else -math.inf for beta in (s.beta1, s.beta2))
+    return s.weight_decay, s.beta1, 1.0 - s.beta1, s.beta2, 1.0 - s.beta2, log_beta1, log_beta2, s.eps
 
 
 @triton.jit
@@ -59,7 +49,7 @@ def verdict(is_bad_ptr, found_inf_ptr):
 def one_minus_power(log_base, t):
     """1 - base^t, of which a power near 1 would leave few bits."""
     x = log_base * t
-    if _INTERPRETED:
+    if INTERPRETED:  # which knows no libdevice
         return (1.0 - tl.exp(x.to(tl.float64))).to(tl.float32)
     else:
         return -libdevice.expm1(x)

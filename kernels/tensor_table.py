@@ -10,13 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 MOST = 256  # tensors of one launch: what a program looks through at once
 _captured: list[Tensor] = []  # what replays of a captured graph copy from
 
 
 @triton.jit
 def find_tensor(table_ptr, CHUNK: tl.constexpr, MOST: tl.constexpr):
-    """Of this program: the address of its tensor's column of the table, the tensor's elements, where its chunk begins."""
+    """Of this program: where the table has its tensor's column, the tensor's elements, and where its chunk begins."""
     chunk = tl.program_id(0)
     first = tl.load(table_ptr + tl.arange(0, MOST))
     column_ptr = table_ptr + tl.sum((first <= chunk).to(tl.int32)) - 1
