@@ -98,7 +98,7 @@ def attention_forward_kernel(
             q, top, total, out, k_ptr, v_ptr, key, row, token, length, head, k_stride, v_stride, left, right, exponent,
             seed, bound, nought, BK, HEAD, DROPOUT, WINDOW, True,
         )  # fmt: skip
-    for n in tl.range(0, edges(first, full_first, full_last, last, BK), num_stages=1):
+    for n in tl.range(0, edges(first, full_first, full_last, last, BK), num_stages=1, disable_licm=True):
         key = edge(n, first, full_first, full_last, BK)
         top, total, out = _attend(
             q, top, total, out, k_ptr, v_ptr, key, row, token, length, head, k_stride, v_stride, left, right, exponent,

@@ -101,7 +101,7 @@ def attention_dq_kernel(
             dq, q, dout, lse, delta, k_ptr, v_ptr, key, row, token, length, head, k_stride, v_stride, left, right,
             exponent, seed, bound, nought, BK, HEAD, DROPOUT, WINDOW, True,
         )  # fmt: skip
-    for n in tl.range(0, edges(first, full_first, full_last, last, BK), num_stages=1):
+    for n in tl.range(0, edges(first, full_first, full_last, last, BK), num_stages=1, disable_licm=True):
         key = edge(n, first, full_first, full_last, BK)
         dq = _add_keys(
             dq, q, dout, lse, delta, k_ptr, v_ptr, key, row, token, length, head, k_stride, v_stride, left, right,
@@ -195,12 +195,12 @@ def attention_dk_dv_kernel(
     dk = tl.zeros([BK, D], tl.float32)
     dv = tl.zeros([BK, D], tl.float32)
     first, full_first, full_last, last = spans(key, length, right, left, BK, BQ, WINDOW)
-    for query in range(full_first, full_last, BQ):
+    for query in tl.range(full_first, full_last, BQ, disable_licm=WHOLE or D > 64):
         dk, dv = _add_queries(
             dk, dv, k, v, q_ptr, dout_ptr, out_ptr, statistics_ptr, dqkv_ptr, query, key, token, length, head, heads,
             q_stride, left, right, scale, keep_scale, seed, bound, nought, BQ, HEAD, DROPOUT, WINDOW, WHOLE, True,
         )  # fmt: skip
-    for n in tl.range(0, edges(first, full_first, full_last, last, BQ), num_stages=1):
+    for n in tl.range(0, edges(first, full_first, full_last, last, BQ), num_stages=1, disable_licm=True):
         query = edge(n, first, full_first, full_last, BQ)
         dk, dv = _add_queries(
             dk, dv, k, v, q_ptr, dout_ptr, out_ptr, statistics_ptr, dqkv_ptr, query, key, token, length, head, heads,
