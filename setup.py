@@ -236,7 +236,8 @@ def extensions() -> list[Extension]:
 
 
 setup(
-    packages=find_packages(include=["fastbert", "fastbert.*"]),  # fastbert/kernels is a link, for checkouts
+    # fastbert/kernels is a link to kernels/, for checkouts that are not installed.
+    packages=[*find_packages(include=["fastbert", "fastbert.*"], exclude=["fastbert.kernels"]), "fastbert.kernels"],
     py_modules=["fastbert_main"],
     package_dir={"fastbert.kernels": "kernels"},
     package_data={"fastbert": ["py.typed"]},

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastbert.kernels.launch import launch
+
 WARPS = 8
 # Parts and columns that a program adds up at a time. 16 columns are 64 bytes of each part, two sectors.
 FEW, MANY = (32, 128), (512, 16)
@@ -32,6 +34,7 @@ def sum_parts(scratch: Tensor, first: Tensor, second: Tensor | None = None) -> N
     """scratch [1 or 2, parts, columns] -> first [columns], and second where it is not None."""
     outputs, parts, columns = scratch.shape
     P, C = FEW if parts <= FEW[0] else MANY
-    sum_parts_kernel[(triton.cdiv(columns, C), outputs)](
-        scratch, first, first if second is None else second, parts, columns, P=P, C=C, num_warps=WARPS
-    )
+    launch(
+        sum_parts_kernel, (triton.cdiv(columns, C), outputs),
+        scratch, first, first if second is None else second, parts, columns, P=P, C=C, num_warps=WARPS,
+    )  # fmt: skip

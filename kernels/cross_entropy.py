@@ -11,9 +11,9 @@ Each direction moves its bytes once. Forward gives a row to a program; a thread'
 elements, so that an element costs one exp (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
 Backward gives a block of a row to a program.
 
-A row of 30,522 16-bit logits begins at any multiple of 4 bytes, and a compiler that knows no more than that loads single
-elements. So its elements are counted from the last multiple of 16 bytes before it: the groups of 16 bytes that lie
-within the row, its body, are read and written at once, and what stands over at its two ends element by element.
+A row of 30,522 16-bit logits begins at any multiple of 4 bytes, and a compiler that knows no more than that loads
+single elements. So its elements are counted from the last multiple of 16 bytes before it: the groups of 16 bytes that
+lie within the row, its body, are read and written at once, and what stands over at its two ends element by element.
 """
 
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastbert.kernels import faults
 from fastbert.kernels.fast import exp2
+from fastbert.kernels.launch import launch
 
 GROUP = tl.constexpr(8)  # elements that share a thread's running maximum: one or two accesses
 PADDING = 128  # a vocabulary is padded by fewer columns, as fastbert/backends/cross_entropy.py has it
@@ -165,11 +166,11 @@ def cross_entropy_backward_kernel(
     dx = gradient(x, place, label, maximum, scale, dloss)
     tl.store(dlogits_ptr + place, dx.to(dlogits_ptr.dtype.element_ty), mask=mask)
     if tl.program_id(1) == 0:
-        place, mask = ends_of(shift, shift + stride, first, last, ALIGN, ENDS)
-        read = mask & (place < tl.where(counts, shift + columns, 0))
-        x = tl.load(logits_ptr + place, mask=read, other=-float("inf"))
-        dx = tl.where(read, gradient(x, place, label, maximum, scale, dloss), 0.0)
-        tl.store(dlogits_ptr + place, dx.to(dlogits_ptr.dtype.element_ty), mask=mask)
+        ends, of_ends = ends_of(shift, shift + stride, first, last, ALIGN, ENDS)
+        read_ends = of_ends & (ends < tl.where(counts, shift + columns, 0))
+        x_ends = tl.load(logits_ptr + ends, mask=read_ends, other=-float("inf"))
+        dx_ends = tl.where(read_ends, gradient(x_ends, ends, label, maximum, scale, dloss), 0.0)
+        tl.store(dlogits_ptr + ends, dx_ends.to(dlogits_ptr.dtype.element_ty), mask=of_ends)
 
 
 # ---- launchers -----------------------------------------------------------------------------------------------------
@@ -193,7 +194,8 @@ def cross_entropy_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> 
     if rows == 0:
         return losses, maximum, total
     plan = forward_plan(columns)
-    cross_entropy_forward_kernel[(rows,)](
+    launch(
+        cross_entropy_forward_kernel, (rows,),
         logits, labels, ignore_index, losses, maximum, total, faults.words(logits), columns, stride,
         ALIGN=16 // logits.element_size(), BLOCK=plan.block, num_warps=plan.warps,
     )  # fmt: skip
@@ -209,7 +211,8 @@ def cross_entropy_backward(
     dlogits = logits.new_empty(rows, stride)
     if rows > 0:
         align = 16 // logits.element_size()
-        cross_entropy_backward_kernel[(rows, triton.cdiv(align - 1 + columns, BACKWARD_BLOCK))](
+        launch(
+            cross_entropy_backward_kernel, (rows, triton.cdiv(align - 1 + columns, BACKWARD_BLOCK)),
             dlosses, logits, labels, maximum, total, ignore_index, dlogits, columns, stride,
             ALIGN=align, BLOCK=BACKWARD_BLOCK, ENDS=ENDS, num_warps=BACKWARD_WARPS,
         )  # fmt: skip

@@ -76,7 +76,8 @@ def check() -> None:
         for fault, number in enumerate(numbers):
             if number:
                 what, consequence = _FOUND[fault]
-                found.append(f"{'' if on_cpu else 'found by a GPU in an earlier call: '}{what}{number - 1}{consequence}")
+                when = "" if on_cpu else "found by a GPU in an earlier call: "
+                found.append(f"{when}{what}{number - 1}{consequence}")
                 numbers[fault] = 0
     if found:
         raise ValueError("; ".join(found))

@@ -3,13 +3,13 @@
     y = u * Phi(u),                    u = x + bias                       exact form
     y = u * sigmoid(2w),               w = sqrt(2/pi) * (u + 0.044715 u^3)  tanh form
 
-Both are relu(u) - tail(|u|) with tail(a) = a * Phi(-a), or a * sigmoid(-2w): neither subtracts nearly equal numbers, and
-tail goes to 0 where u is infinite. The derivative is 1 - tail'(|u|) right of 0 and tail'(|u|) left of it, so forward and
-backward share one exp2. Hendrycks and Gimpel, "Gaussian error linear units" (2016).
+Both are relu(u) - tail(|u|) with tail(a) = a * Phi(-a), or a * sigmoid(-2w): neither subtracts nearly equal numbers,
+and tail goes to 0 where u is infinite. The derivative is 1 - tail'(|u|) right of 0 and tail'(|u|) left of it, so
+forward and backward share one exp2. Hendrycks and Gimpel, "Gaussian error linear units" (2016).
 
-Arithmetic is float32 for every dtype. Backward reads x again rather than saving anything; dbias, the column sums of dx
-before it is rounded, is taken in the same pass: programs leave parts of it in scratch, and a second kernel adds those in
-order. The 16-bit types take a shorter polynomial: with the long one arithmetic is the limit, not memory.
+Arithmetic is float32 for every dtype. Backward reads x again rather than saving anything; dbias, the column sums of
+dx before it is rounded, is taken in the same pass: programs leave parts of it in scratch, and a second kernel adds
+those in order. The 16-bit types take a shorter polynomial: with the long one arithmetic is the limit, not memory.
 """
 
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastbert.kernels.column_sums import sum_parts
 from fastbert.kernels.fast import exp2, reciprocal
+from fastbert.kernels.launch import launch
 
 # From here on tail and its derivative are 0 by the exponential, whose argument stays finite.
 EXACT_END = tl.constexpr(30.0)
@@ -64,8 +65,8 @@ def gauss(a):
 def tail_exact(a, SHORT: tl.constexpr):
     """tail(a) and tail'(a).
 
-    Phi(-a) = exp(-a*a/2) * s * Q(s), s = 1 / (a + k). Q is the minimax fit of exp(a*a/2) * Phi(-a) / s in relative error
-    over 0 <= a <= 13.3: 8.8e-8 with degree 7 and k = 3.3, 4.5e-5 with degree 4 and k = 2.6.
+    Phi(-a) = exp(-a*a/2) * s * Q(s), s = 1 / (a + k). Q is the minimax fit of exp(a*a/2) * Phi(-a) / s in relative
+    error over 0 <= a <= 13.3: 8.8e-8 with degree 7 and k = 3.3, 4.5e-5 with degree 4 and k = 2.6.
     """
     if SHORT:  # the density without its factor 1 / sqrt(2 pi)
         density = exp2(a * a * -0.72134752)
@@ -198,7 +199,8 @@ def gelu_forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     if x.numel() == 0:
         return y
     rows, columns, R, C = tile_of(x, bias, TILE, MOST_COLUMNS)
-    gelu_forward_kernel[(triton.cdiv(rows, R) * triton.cdiv(columns, C),)](
+    launch(
+        gelu_forward_kernel, (triton.cdiv(rows, R) * triton.cdiv(columns, C),),
         x, x if bias is None else bias, y, x.numel(), columns, BIAS=bias is not None, TANH=approximate == "tanh",
         SHORT=x.element_size() == 2, R=R, C=C, num_warps=4,
     )  # fmt: skip
@@ -217,7 +219,8 @@ def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) 
     rows_of_part = triton.cdiv(triton.cdiv(rows, triton.cdiv(plan.programs, column_blocks)), R) * R
     parts = triton.cdiv(rows, rows_of_part)
     scratch = dx if bias is None else x.new_empty(1, parts, columns, dtype=torch.float32)
-    gelu_backward_kernel[(parts * column_blocks,)](
+    launch(
+        gelu_backward_kernel, (parts * column_blocks,),
         dy, x, x if bias is None else bias, dx, scratch, x.numel(), rows, columns, rows_of_part, BIAS=bias is not None,
         TANH=approximate == "tanh", SHORT=x.element_size() == 2, R=R, C=C, STAGES=plan.stages, num_warps=plan.warps,
     )  # fmt: skip

@@ -1,32 +1,50 @@
 """Fixtures shared by the op tests."""
 
 import contextlib
+import os
+
+import pytest
+import torch
+
+# Before anything imports Triton. Without a GPU its kernels are interpreted: see tests/triton/interpreter.py.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import emulated
 import emulated_backend
 import gpu_backend
-import pytest
-import torch
 
 import fastbert
-from fastbert.backends import linear, native
+from fastbert.backends import linear, native, why_not
 
 native.check_isa()  # a name that cannot be had would leave the tests of kernels out
 KERNELS = [f"cpu:{isa}" for isa in (native.module.instruction_sets() if native.module else [])]
 EMULATED = ["cuda:values", "cuda:trace"]  # see tests/cuda/emulated_backend.py
-GPU = ["cuda:gpu"] if torch.cuda.is_available() else []  # see tests/cuda/gpu_backend.py
+GPU = ["cuda:gpu", "triton:gpu"] if torch.cuda.is_available() else []  # see tests/cuda/gpu_backend.py
+# Without Triton the tests are there and skipped, so that this is said.
+INTERPRETED = [] if torch.cuda.is_available() else ["triton"]  # see tests/triton/interpreter.py
 # Traced, the emulated kernels take a minute to compile and more to run than all else: `make test-nested` does it.
 CUDA = [*GPU, "cuda:values", pytest.param("cuda:trace", marks=pytest.mark.nested)]
 # Numbers of a call, without and with a trace: all emulated op tests together take a minute of one core.
 MOST_EMULATED = {False: 200_000, True: 1 << 15}
+MOST_PROGRAMS = 100  # of an interpreted launch: all such op tests together take less than two minutes
 
 
 @contextlib.contextmanager
 def within(chosen):
     if chosen in GPU:
-        with gpu_backend.installed("cuda"), fastbert.use_backend("cuda"):
-            yield "cuda"
+        backend = chosen.partition(":")[0]
+        with gpu_backend.installed("cuda", backend), fastbert.use_backend(backend):
+            yield backend
         fastbert.check_device_errors()
+        return
+    if chosen in INTERPRETED:
+        if reason := why_not("triton"):
+            pytest.skip(reason)
+        import interpreter
+
+        with interpreter.installed(MOST_PROGRAMS), fastbert.use_backend("triton"):
+            yield "triton"
         return
     if chosen in EMULATED:
         if reason := emulated.why_not():
@@ -47,9 +65,9 @@ def within(chosen):
         native.module.use(before)
 
 
-@pytest.fixture(params=["reference", *KERNELS, *CUDA])
+@pytest.fixture(params=["reference", *KERNELS, *CUDA, *INTERPRETED])
 def backend(request):
-    """Every backend, the cpu backend once per instruction set, cuda emulated; ops run on it within the test."""
+    """Every backend, cpu once per instruction set, cuda emulated, triton interpreted; ops run on it within the test."""
     with within(request.param) as name:
         yield name
 
@@ -61,7 +79,7 @@ def kernels(request):
         yield name
 
 
-@pytest.fixture(params=[*(name for name in fastbert.backends() if name != "cuda"), *GPU, "cuda:values"])
+@pytest.fixture(params=["reference", *KERNELS[-1:], *GPU, "cuda:values"])
 def best(request):
     """Every backend once, the cpu backend by its best instruction set: what lies above the kernels."""
     with within(request.param) as name:

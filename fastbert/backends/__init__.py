@@ -1,8 +1,9 @@
-"""Which implementation of an op runs: `reference` (plain PyTorch), `cpu` (C++), `cuda` (NVIDIA GPUs), later `triton`.
+"""Which implementation of an op runs: `reference` (plain PyTorch), `cpu` (C++), `cuda` (NVIDIA GPUs) or `triton`
+(NVIDIA's and AMD's).
 
-The automatic choice goes by the tensor's device and may fall back to the reference, remembering why. An explicit
-choice, by `use_backend`, a `backend=` argument or the environment variable FASTBERT_BACKEND, that cannot run raises
-with the reason.
+The automatic choice goes by the tensor's device, on a GPU to `cuda` or, where that cannot run, to `triton`, and may fall
+back to the reference, remembering why. An explicit choice, by `use_backend`, a `backend=` argument or the environment
+variable FASTBERT_BACKEND, that cannot run raises with the reason.
 """
 
 import contextlib
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor
 
 from fastbert import allocator
-from fastbert.backends import gpu, native
+from fastbert.backends import gpu, native, triton
 
 NAMES = ("reference", "cpu", "cuda", "triton")
 OPS = ("gelu", "layer_norm", "dropout", "cross_entropy", "attention", "lazy_adam")
-_AUTOMATIC = {"cpu": "cpu", "cuda": "cuda"}  # device type -> preferred backend
+# Device type -> the backends that are tried in turn; AMD's GPUs are "cuda" to torch too.
+_AUTOMATIC = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 class Choice:
@@ -58,6 +60,7 @@ class _Block(Choice):
 _block = _Block()
 _requested = os.environ.get("FASTBERT_BACKEND", "")  # outside of blocks, in the whole process
 fallbacks: dict[tuple[str, str], str] = {}  # (op, preferred backend) -> why the reference ran instead
+_on_gpu: dict[tuple[int, torch.dtype], str] = {}  # what the automatic choice has found for tensors of GPUs
 
 
 def why_not(name: str) -> str | None:
@@ -65,6 +68,7 @@ def why_not(name: str) -> str | None:
 
     Raises:
         ValueError: there is no such name, or FASTBERT_CPU_ISA asks for an instruction set that cannot be had.
+        RuntimeError: Triton is installed and broken.
     """
     _check_name(name)
     if name == "reference":
@@ -72,9 +76,7 @@ def why_not(name: str) -> str | None:
     if name == "cpu":
         native.check_isa()
         return native.cpu_missing
-    if name == "cuda":
-        return gpu.why_not()
-    return f"version {_version()} has no {name} kernels yet"
+    return gpu.why_not() if name == "cuda" else triton.why_not()
 
 
 def _check_name(name: str) -> None:
@@ -82,14 +84,8 @@ def _check_name(name: str) -> None:
         raise ValueError(f"no backend is called {name!r}: expected one of {', '.join(NAMES)}")
 
 
-def _version() -> str:
-    from fastbert.version import __version__
-
-    return __version__
-
-
 def backends() -> list[str]:
-    """Names of the backends that run in this process, best last."""
+    """Names of the backends that run in this process."""
     return [name for name in NAMES if why_not(name) is None]
 
 
@@ -159,39 +155,46 @@ def pick(op: str, name: str, x: Tensor) -> str:
     """
     if not name and x.is_cpu and x.dtype in native.DTYPES and native.module is not None:
         return "cpu"  # nearly always: no time for questions
-    if not name and x.is_cuda and not torch.compiler.is_compiling() and (x.get_device(), x.dtype) in gpu.accepted:
-        return "cuda"  # nor here; what a compiler has read must not change
+    if not name and x.is_cuda and not torch.compiler.is_compiling() and (x.get_device(), x.dtype) in _on_gpu:
+        return _on_gpu[x.get_device(), x.dtype]  # nor here; what a compiler has read must not change
     if name == "reference":
         return name
     if name:
         _check(name)
-    preferred = name or _AUTOMATIC.get(x.device.type, "reference")
-    reason = why_not(preferred) or _refusal(preferred, x)
-    if reason is None:
-        if preferred == "cuda" and not torch.compiler.is_compiling():
-            gpu.accepted.add((x.get_device(), x.dtype))
-        return preferred
-    if name:
-        raise RuntimeError(f"backend {name!r} was asked for and cannot run {op} here: {reason}")
-    if (op, preferred) not in fallbacks:
-        fallbacks[op, preferred] = reason
+        reason = _refusal(name, x)
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} was asked for and cannot run {op} here: {reason}")
+        return name
+    reasons = {}
+    for preferred in _AUTOMATIC.get(x.device.type, ()):
+        reason = why_not(preferred) or _refusal(preferred, x)
+        if reason is None:
+            if x.is_cuda and not torch.compiler.is_compiling():
+                _on_gpu[x.get_device(), x.dtype] = preferred
+            return preferred
+        reasons[preferred] = reason
+    if any((op, preferred) not in fallbacks for preferred in reasons):
+        fallbacks.update({(op, preferred): reason for preferred, reason in reasons.items()})
         if x.dtype != torch.float64 and not torch.compiler.is_compiling():
             warnings.warn(
-                f"{op} runs in plain PyTorch on {x.device}, slower than a kernel would: {reason}. This is said once; "
-                'use_backend("reference") asks for it',
+                f"{op} runs in plain PyTorch on {x.device}, slower than a kernel would. This is said once; "
+                'use_backend("reference") asks for it. '
+                + "; ".join(f"{preferred}: {reason}" for preferred, reason in reasons.items()),
                 stacklevel=4,
             )
     return "reference"
 
 
 def _refusal(name: str, x: Tensor) -> str | None:
-    """Why a compiled backend does not take x."""
+    """Why a backend of kernels does not take x."""
     if name == "reference":
         return None
-    if x.device.type != name:
+    if name != "triton" and x.device.type != name:
         return f"it takes tensors on {'the cpu' if name == 'cpu' else 'an NVIDIA GPU'}, got one on {x.device}"
     if x.dtype not in native.DTYPES:
         return f"it takes float32, bfloat16 and float16, got {x.dtype}"
+    if name == "triton":
+        return triton.refusal(x)
     return gpu.refusal(x.get_device(), x.dtype) if name == "cuda" else None
 
 
@@ -216,12 +219,21 @@ def info() -> str:
         + (" forced by FASTBERT_CPU_ISA" if native.forced_isa else "")
         + (f" (this machine runs {_instruction_sets(module)})" if module else ""),
         f"GPU              {gpu.state()}",
+        f"Triton           {triton.state()}",
         f"allocator        {allocator.state()}",
         f"FASTBERT_BACKEND {os.environ.get('FASTBERT_BACKEND') or 'not set: chosen by device'}",
         "",
         f"{'op':<16}" + "".join(f"{name:<12}" for name in NAMES),
     ]
-    for op in OPS:
-        lines.append(f"{op:<16}" + "".join(f"{'ok' if why_not(name) is None else 'no':<12}" for name in NAMES))
-    lines += [f"{name}: {why_not(name)}" for name in NAMES if why_not(name) is not None]
+    reasons = {name: _reason(name) for name in NAMES}
+    lines += [f"{op:<16}" + "".join(f"{'no' if reasons[name] else 'ok':<12}" for name in NAMES) for op in OPS]
+    lines += [f"{name}: {reason}" for name, reason in reasons.items() if reason]
     return "\n".join(lines)
+
+
+def _reason(name: str) -> str | None:
+    """`why_not` for those who only tell: what is broken is a reason too."""
+    try:
+        return why_not(name)
+    except RuntimeError as error:
+        return str(error)

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastbert.backends import triton
+
 try:
     from fastbert import _cuda as module
 
@@ -17,7 +19,6 @@ except ImportError as error:
         "nvidia-cuda-nvcc nvidia-cuda-cccl, and then fastbert-kernels from its sources anew"
     )
 
-accepted: set[tuple[int, torch.dtype]] = set()  # devices and dtypes that `refusal` has been asked about and takes
 _words: Tensor | None = None  # where kernels report ids that they could not use; memory of the host
 
 
@@ -73,7 +74,7 @@ why_not._dynamo_marked_constant = refusal._dynamo_marked_constant = True
 def state() -> str:
     """What `fastbert info` says of GPUs."""
     if why_not() is not None:
-        return "none is used: see cuda below"
+        return "none is used by the kernels in CUDA: see cuda below"
     devices = range(torch.cuda.device_count())
     names = [f"{torch.cuda.get_device_name(i)}: {refusal(i, torch.bfloat16) or 'ok'}" for i in devices]
     archs = ", ".join(f"sm_{arch}" for arch in module.architectures())
@@ -131,3 +132,4 @@ def check_device_errors(device: torch.device | str | int | None = None) -> None:
         torch.cuda.synchronize(device)
     if module is not None:
         module.check_faults()
+    triton.check_faults()

@@ -10,7 +10,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-_library = torch.library.Library("fastbert", "FRAGMENT")
+from fastbert.backends import OPS, triton
+
+# A tensor's device decides between the C++ modules, so a graph need not say which; Triton's are ops of their own.
+_LIBRARIES = {name: torch.library.Library(name, "FRAGMENT") for name in ("fastbert", "fastbert_triton")}
 
 # Who looks at every op of this thread: modes (their number; 1 where torch does not tell), a tracer, the profiler, the
 # transforms of torch.func.
@@ -23,7 +26,8 @@ _has_storage = getattr(torch._C, "_has_storage", lambda x: False)  # a batched t
 
 
 def register(twins: type, kernels: ModuleType, **fakes: Callable) -> dict[str, type]:
-    """Opaque ops `fastbert::<name>` that change none of their inputs, one for each of `fakes`.
+    """Opaque ops `fastbert::<name>` that change none of their inputs, one for each of `fakes`, and for the ops that are
+    written in Triton too `fastbert_triton::<name>`.
 
     What `torch.library.custom_op` makes, less its look for aliases at every call, which takes longer than the rest of
     a call (12 microseconds of 17); `torch.library.opcheck` looks for them in the tests.
@@ -31,6 +35,7 @@ def register(twins: type, kernels: ModuleType, **fakes: Callable) -> dict[str, t
     Args:
         twins: the reference, whose functions' names and signatures are the ops'.
         kernels: a file of `fastbert.backends` with functions of the same names, which run on the CPU and on GPUs.
+            `fastbert.kernels` has one of that name for Triton, which is imported when it is first called.
         fakes: by name, what gives empty results of the right shapes and dtypes, for torch.compile. The twins would do,
             but take 2 to 60 times as long under fake tensors, most where dropout draws its mask, and a compiler asks
             some ten times for each call in a model. tests/ops/test_fakes.py holds both to be the same.
@@ -38,12 +43,20 @@ def register(twins: type, kernels: ModuleType, **fakes: Callable) -> dict[str, t
     Returns:
         By the name of a backend, the functions that run there.
     """
-    ops = {name: opaque(getattr(twins, name), getattr(kernels, name), fake) for name, fake in fakes.items()}
-    compiled = type("compiled", (), {name: staticmethod(f) for name, f in ops.items()})  # a tensor's device decides
-    return {"reference": twins, "cpu": compiled, "cuda": compiled}
+    compiled = _namespace(twins, fakes, lambda name: getattr(kernels, name), "fastbert")  # a tensor's device decides
+    functions = {"reference": twins, "cpu": compiled, "cuda": compiled}
+    stem = kernels.__name__.rpartition(".")[2]
+    if stem in OPS:
+        functions["triton"] = _namespace(twins, fakes, functools.partial(triton.function, stem), "fastbert_triton")
+    return functions
 
 
-def opaque(twin: Callable, kernel: Callable, fake: Callable) -> Callable:
+def _namespace(twins: type, fakes: dict[str, Callable], kernel: Callable[[str], Callable], library: str) -> type:
+    ops = {name: opaque(getattr(twins, name), kernel(name), fake, library) for name, fake in fakes.items()}
+    return type(library, (), {name: staticmethod(op) for name, op in ops.items()})
+
+
+def opaque(twin: Callable, kernel: Callable, fake: Callable, library: str = "fastbert") -> Callable:
     """One op of the twin's name and signature, as a function that goes around torch's dispatcher unnoticed.
 
     Once a kernel has pushed the dispatcher's code out of the caches, the way through it takes 0.1 ms, a fifth of a
@@ -51,11 +64,12 @@ def opaque(twin: Callable, kernel: Callable, fake: Callable) -> Callable:
     operations), subclasses of Tensor, the transforms of torch.func and the profiler. It also resolves lazy negatives.
     """
     name = twin.__name__
-    _library.define(name + torch.library.infer_schema(twin, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, kernel, "CPU")
-    _library.impl(name, kernel, "CUDA")
-    torch.library.register_fake(f"fastbert::{name}", fake, lib=_library)
-    op = getattr(torch.ops.fastbert, name).default
+    ops = _LIBRARIES[library]
+    ops.define(name + torch.library.infer_schema(twin, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
+    ops.impl(name, kernel, "CPU")
+    ops.impl(name, kernel, "CUDA")
+    torch.library.register_fake(f"{library}::{name}", fake, lib=ops)
+    op = getattr(getattr(torch.ops, library), name).default
 
     @functools.wraps(twin)
     def call(*arguments: Any) -> Any:

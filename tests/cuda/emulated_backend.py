@@ -207,24 +207,24 @@ class EmulatedPlan(lazy_adam_kernels.Plan):
 
 
 @contextlib.contextmanager
-def taking_cpu_tensors() -> Iterator[None]:
-    """Within the block the backend "cuda" takes tensors of the CPU."""
+def taking_cpu_tensors(backend: str = "cuda") -> Iterator[None]:
+    """Within the block the backend takes tensors of the CPU."""
     refusal = BACKENDS._refusal
 
     def without_cpu(name: str, x: Tensor) -> str | None:
-        return None if name == "cuda" and x.is_cpu and x.dtype in native.DTYPES else refusal(name, x)
+        return None if name == backend and x.is_cpu and x.dtype in native.DTYPES else refusal(name, x)
 
     with mock.patch.object(BACKENDS, "_refusal", without_cpu):
         yield
 
 
 @contextlib.contextmanager
-def functions_of(make: Callable[[ModuleType], Any]) -> Iterator[None]:
-    """Within the block the backend "cuda" of each op is what `make` makes of its file of fastbert/backends."""
+def functions_of(make: Callable[[ModuleType], Any], backend: str = "cuda") -> Iterator[None]:
+    """Within the block the backend has of each op what `make` makes of its file of fastbert/backends."""
     with contextlib.ExitStack() as stack:
         for stem in (*OPS, "lazy_adam_replay"):
             op = getattr(ops, stem)
-            stack.enter_context(mock.patch.dict(op.functions, cuda=make(op.kernels)))
+            stack.enter_context(mock.patch.dict(op.functions, {backend: make(op.kernels)}))
         yield
 
 

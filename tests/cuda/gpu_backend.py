@@ -1,14 +1,15 @@
-"""The backend "cuda" on a real GPU for the tests of ops, which make their tensors on the CPU.
+"""The backends "cuda" and "triton" on a real GPU for the tests of ops, which make their tensors on the CPU.
 
-    with gpu_backend.installed("cuda"):
-        fastbert.gelu(x, backend="cuda")
+    with gpu_backend.installed("cuda", "triton"):
+        fastbert.gelu(x, backend="triton")
 
-Every call of a function of fastbert/backends takes its tensors to the GPU and its results back; what lies above, the
+Every call of a function of fastbert/backends or fastbert/kernels takes its tensors to the GPU and its results back; what lies above, the
 checks and autograd, sees the CPU. Memory is carried whole: a strided view is one there too.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -52,8 +53,12 @@ class Carried:
 
 
 @contextlib.contextmanager
-def installed(device: str) -> Iterator[None]:
-    """Within the block the backend "cuda" takes tensors of the CPU and computes on `device`."""
+def installed(device: str, backend: str = "cuda") -> Iterator[None]:
+    """Within the block the backend takes tensors of the CPU and computes on `device`."""
+    if backend == "triton":
+        with taking_cpu_tensors(backend), functions_of(lambda kernels: Carried(_in_triton(kernels), device), backend):
+            yield
+        return
     with (
         taking_cpu_tensors(),
         functions_of(lambda kernels: Carried(kernels, device)),
@@ -63,3 +68,8 @@ def installed(device: str) -> Iterator[None]:
         ),  # plans keep addresses, and what is carried has others each time
     ):
         yield
+
+
+def _in_triton(kernels: ModuleType) -> ModuleType:
+    """The file of fastbert/kernels that has the functions of this one of fastbert/backends."""
+    return import_module(f"fastbert.kernels.{kernels.__name__.rpartition('.')[2]}")

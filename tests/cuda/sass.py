@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sysconfig
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,6 +114,27 @@ def blocks_per_sm(kernel: Kernel, arch: int, threads: int, dynamic_shared: int) 
         warps_by_registers // warps,
         limits.shared // shared if shared else limits.blocks,
     )
+
+
+def exceeded(kernel: Kernel, line: dict[str, str], arch: int) -> Iterator[str]:
+    """What of a line of the budget a kernel does not keep, one text each."""
+    least = dict(part.split(":") for part in line["blocks_per_sm"].split())
+    blocks = blocks_per_sm(kernel, arch, int(line["threads"]), int(line["dynamic_shared"]))
+    if kernel.spills or kernel.stack:
+        yield f"{kernel.spills} bytes spilled, {kernel.stack} bytes of local memory"
+    if kernel.registers > int(line["registers"]):
+        yield f"{kernel.registers} registers, at most {line['registers']}"
+    if blocks < int(least[str(arch)]):
+        yield f"{blocks} blocks per SM, at least {least[str(arch)]}"
+    yield from missing(kernel.instructions, line["instructions"], arch)
+
+
+def missing(instructions: Counter | None, wanted: str, arch: int) -> Iterator[str]:
+    """Which of the instructions "LDG.128 HMMA@80 !CALL" are not there, or are though they must not be."""
+    for each in wanted.split() if instructions is not None else []:
+        name, _, since = each.partition("@")
+        if arch >= int(since or 0) and (name.lstrip("!") in instructions) == name.startswith("!"):
+            yield f"{name.lstrip('!')} {'is there' if name.startswith('!') else 'is missing'}"
 
 
 def main() -> None:

@@ -26,22 +26,6 @@ SOURCES = sorted({line["source"] for line in BUDGET})
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
 
-def exceeded(kernel, line, arch):
-    """What of a line of the budget a kernel does not keep, one text each."""
-    least = dict(part.split(":") for part in line["blocks_per_sm"].split())
-    blocks = sass.blocks_per_sm(kernel, arch, int(line["threads"]), int(line["dynamic_shared"]))
-    if kernel.spills or kernel.stack:
-        yield f"{kernel.spills} bytes spilled, {kernel.stack} bytes of local memory"
-    if kernel.registers > int(line["registers"]):
-        yield f"{kernel.registers} registers, at most {line['registers']}"
-    if blocks < int(least[str(arch)]):
-        yield f"{blocks} blocks per SM, at least {least[str(arch)]}"
-    for wanted in line["instructions"].split() if kernel.instructions is not None else []:
-        name, _, since = wanted.partition("@")
-        if arch >= int(since or 0) and (name.lstrip("!") in kernel.instructions) == name.startswith("!"):
-            yield f"{name.lstrip('!')} {'is there' if name.startswith('!') else 'is missing'}"
-
-
 @needs_nvcc
 @pytest.mark.parametrize(
     "source", [pytest.param(path, marks=pytest.mark.nested) if path.startswith("csrc") else path for path in SOURCES]
@@ -53,7 +37,7 @@ def test_kernels_keep_to_the_budget(source, arch):
     for kernel in kernels:
         lines = [line for line in BUDGET if line["source"] == source and fnmatchcase(kernel.name, line["kernel"])]
         assert len(lines) == 1, f"budget.csv has {len(lines)} lines for {source} {kernel.name}; it needs one"
-        unkept += [f"sm_{arch} {kernel.name}: {text}" for text in exceeded(kernel, lines[0], arch)]
+        unkept += [f"sm_{arch} {kernel.name}: {text}" for text in sass.exceeded(kernel, lines[0], arch)]
         unused = [name for name in unused if name != lines[0]["kernel"]]
     assert not unkept, "\n".join(unkept)
     assert not unused, f"budget.csv has lines for {source} without a kernel: {unused}"
@@ -77,9 +61,9 @@ def test_the_budget_notices():
     line = {"threads": "256", "dynamic_shared": "8192", "registers": "64", "blocks_per_sm": "80:5"}
     line["instructions"] = "LDG.128 HMMA@90 !CALL"
     kept = sass.Kernel("k", registers=48, stack=0, spills=0, shared=1024, instructions=Counter({"LDG.128": 2}))
-    assert list(exceeded(kept, line, 80)) == []
+    assert list(sass.exceeded(kept, line, 80)) == []
     grown = sass.Kernel("k", registers=72, stack=8, spills=8, shared=40960, instructions=Counter({"CALL": 1}))
-    assert list(exceeded(grown, line, 80)) == [
+    assert list(sass.exceeded(grown, line, 80)) == [
         "8 bytes spilled, 8 bytes of local memory",
         "72 registers, at most 64",
         "3 blocks per SM, at least 5",
