@@ -123,15 +123,49 @@ class Plan(NamedTuple):
     BK: int  # keys of a tile
     warps: int
     stages: int
-    registers: int | None = None  # of a thread, at most
+    registers: int | None = None  # of a thread, at most; a window needs more
+
+
+# By target, kernel and head size. What sm_90 has up to a size of 64 was fastest on an H200; the rest is what leaves
+# no register in memory; a head of 256 leaves some. With 16-bit types a tile of keys, and for dk and dv one of queries,
+# is of 64 where dropout is to draw each call in one thread (philox.py).
+_SQUARE = Plan(64, 64, 4, 3)
+PLANS = {
+    "sm_80": {
+        "forward": {32: _SQUARE, 64: _SQUARE, 128: Plan(64, 64, 8, 2), 256: Plan(64, 32, 8, 1)},
+        "dq": {32: _SQUARE, 64: Plan(64, 64, 8, 3), 128: Plan(64, 64, 8, 2), 256: Plan(32, 32, 8, 1)},
+        "dk_dv": {32: Plan(64, 64, 8, 3), 64: Plan(64, 64, 8, 2), 128: Plan(64, 64, 8, 1), 256: Plan(32, 32, 8, 1)},
+        "whole": {32: Plan(64, 128, 8, 1)},
+    },
+    "sm_90": {
+        "forward": {32: _SQUARE, 64: _SQUARE, 128: Plan(128, 64, 8, 2), 256: Plan(64, 64, 8, 2)},
+        "dq": {32: _SQUARE, 64: Plan(64, 64, 4, 3, 168), 128: Plan(128, 64, 8, 2), 256: Plan(64, 32, 8, 1)},
+        "dk_dv": {32: _SQUARE, 64: _SQUARE, 128: Plan(64, 64, 8, 2), 256: Plan(32, 32, 8, 1)},
+        "whole": {32: Plan(64, 128, 8, 1), 64: Plan(64, 128, 8, 1)},
+    },
+    "sm_100": {
+        "forward": {32: _SQUARE, 64: _SQUARE, 128: Plan(64, 64, 4, 2), 256: Plan(64, 32, 8, 1)},
+        "dq": {32: _SQUARE, 64: _SQUARE, 128: Plan(64, 64, 4, 2), 256: Plan(32, 32, 8, 1)},
+        "dk_dv": {32: Plan(64, 64, 8, 3), 64: Plan(64, 64, 8, 3), 128: Plan(64, 64, 8, 2), 256: Plan(32, 32, 8, 1)},
+        "whole": {},
+    },
+    "amd": {
+        "forward": {32: _SQUARE, 64: _SQUARE, 128: Plan(64, 64, 4, 2), 256: Plan(32, 32, 4, 1)},
+        "dq": {32: _SQUARE, 64: _SQUARE, 128: Plan(64, 64, 4, 1), 256: Plan(32, 32, 4, 1)},
+        "dk_dv": {32: _SQUARE, 64: _SQUARE, 128: Plan(64, 64, 4, 1), 256: Plan(32, 32, 4, 1)},
+        "whole": {},
+    },
+}
+# float32, which has no matrix instructions on NVIDIA's GPUs, and heads above 256.
+FLOAT32 = {32: Plan(32, 32, 8, 1), 64: Plan(32, 32, 8, 1), 128: Plan(16, 32, 8, 1)}
+LARGE = Plan(16, 16, 4, 1)
 
 
 def plan(kernel: str, D: int, dtype: torch.dtype, target: str) -> Plan | None:
+    """Of attention_<kernel>_kernel, or of "whole", which is attention_dk_dv_kernel where it gives dq too, or None."""
     if dtype == torch.float32:
-        return None if kernel == "whole" else Plan(32, 32, 4, 1)
-    if kernel == "whole":
-        return Plan(64, 128, 8, 1) if D <= 64 else None
-    return Plan(64, 64, 4, 3)
+        return None if kernel == "whole" else FLOAT32.get(max(D, 32), LARGE)
+    return PLANS[target][kernel].get(max(D, 32), None if kernel == "whole" else LARGE)
 
 
 @functools.cache
@@ -142,10 +176,6 @@ def target_of(device: torch.device) -> str:
         return "amd"
     major, _ = torch.cuda.get_device_capability(device)
     return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
-
-
-def plan_of(kernel: str, q: Tensor) -> Plan | None:
-    return plan(kernel, max(16, triton.next_power_of_2(q.shape[2])), q.dtype, target_of(q.device))
 
 
 class _Call:
@@ -170,10 +200,14 @@ class _Call:
             "WINDOW": min(left, right) < self.longest - 1,
         }  # fmt: skip
 
-    def launch(self, kernel, plan: Plan, rows: int, *pointers: Tensor, **constants) -> None:
+    def plan(self, kernel: str) -> Plan | None:
+        q = self.inputs[0]
+        return plan(kernel, self.constants["D"], q.dtype, target_of(q.device))
+
+    def launch(self, kernel, plan: Plan, rows: int, *pointers: Tensor | None, **constants) -> None:
         """Programs for tiles of `rows`."""
         options = {"num_warps": plan.warps, "num_stages": plan.stages}
-        if plan.registers:
+        if plan.registers and not self.constants["WINDOW"]:
             options["maxnreg"] = plan.registers
         grid = (triton.cdiv(self.longest, rows) * self.heads * self.sequences,)
         launch(
@@ -195,7 +229,7 @@ def attention_forward(
     call = _Call(q, k, v, cu_seqlens, max_seqlen, scale, t, seed, causal, window)
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-    plan = plan_of("forward", q)
+    plan = call.plan("forward")
     call.launch(attention_forward_kernel, plan, plan.BQ, out, lse)
     faults.raise_interpreted(q)
     return out, lse
@@ -209,14 +243,14 @@ def attention_backward(
     tokens, heads, head_size = q.shape
     dqkv = q.new_empty(tokens, 3, heads, head_size)
     given = dout.contiguous(), out.contiguous(), lse
-    whole = plan_of("whole", q)
-    if whole and call.longest <= whole.BK:
+    whole = call.plan("whole")
+    if whole and call.longest <= whole.BK and not call.constants["WINDOW"]:
         call.launch(attention_dk_dv_kernel, whole, whole.BK, *given, None, dqkv, WHOLE=True)
     else:
         rows = q.new_empty(heads, tokens, 2, dtype=torch.float32)
-        plan = plan_of("dq", q)
+        plan = call.plan("dq")
         call.launch(attention_dq_kernel, plan, plan.BQ, *given, rows, dqkv)
-        plan = plan_of("dk_dv", q)
+        plan = call.plan("dk_dv")
         call.launch(attention_dk_dv_kernel, plan, plan.BK, *given, rows, dqkv, WHOLE=False)
     faults.raise_interpreted(q)
     return dqkv

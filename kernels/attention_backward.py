@@ -9,8 +9,8 @@ P_ij (m_ij dout_i . v_j - delta_i / f), and f is multiplied into them at their e
 Two kernels, each with one order of its sums, so that nothing is added atomically: tiles of queries walk through the
 keys for dq, and write what the second needs of each query, lse to base 2 and delta / f, side by side [N, T, 2]; then
 tiles of keys walk through the queries for dk and dv, with keys as the rows of all products. Where all sequences fit
-into one tile of keys, each tile of queries sees all its keys in the second, which gives dq as well (WHOLE): P, dP and
-the mask are computed once.
+into one tile of keys and there is no window, each block of queries sees all its keys in the second kernel, which then
+gives dq as well (WHOLE), so that P, dP and the mask are computed once.
 """
 
 import triton
@@ -146,10 +146,10 @@ def _add_queries(
     # softmax
     p = exp2(s * (scale * LOG2_E) - lse[None, :])
     keys = (key + tl.arange(0, k.shape[0]))[:, None]
-    if WINDOW and not ALL:
-        p = tl.where(sees(keys, queries[None, :], length, right, left, WINDOW), p, 0.0)
     if WHOLE:
-        p = tl.where(keys < length, p, 0.0)  # else their rows of dk and dv are stored by nobody
+        p = tl.where(keys < length, p, 0.0)  # in dq they would count; their rows of dk and dv are not stored
+    elif WINDOW and not ALL:
+        p = tl.where(sees(keys, queries[None, :], length, right, left, WINDOW), p, 0.0)
     dropped = p
     if DROPOUT:
         dropped = tl.where(philox.keep_scores_transposed(s, key, token + query, head, seed, bound), p, nought)
@@ -170,7 +170,7 @@ def attention_dk_dv_kernel(
     HEAD: tl.constexpr, DROPOUT: tl.constexpr, WINDOW: tl.constexpr, WHOLE: tl.constexpr, BQ: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv, from what attention_dq_kernel left in rows; WHOLE: dq too, from lse."""
+    """dk and dv, from what attention_dq_kernel left in rows; WHOLE: dq too, from lse, where there is no window."""
     head, key, start, length = work_of_program(cu_seqlens_ptr, faults_ptr, tokens, max_seqlen, heads, BK)
     if length == 0:
         return
