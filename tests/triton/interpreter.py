@@ -169,7 +169,8 @@ def _launched(method: Callable) -> Callable:
         before = _arguments[:]
         _arguments[:] = [_span(name, x) for name, x in given if isinstance(x, Tensor)]
         try:
-            method(self, *arguments, **constants)
+            with np.errstate(all="ignore"):  # a NaN is a result like others
+                method(self, *arguments, **constants)
         except its.InterpreterError as error:
             raise _origin(error) from None
         finally:
