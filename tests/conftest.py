@@ -27,7 +27,7 @@ INTERPRETED = [] if torch.cuda.is_available() else ["triton"]  # see tests/trito
 CUDA = [*GPU, "cuda:values", pytest.param("cuda:trace", marks=pytest.mark.nested)]
 # Numbers of a call, without and with a trace: all emulated op tests together take a minute of one core.
 MOST_EMULATED = {False: 200_000, True: 1 << 15}
-MOST_PROGRAMS = 100  # of an interpreted launch: all such op tests together take less than two minutes
+MOST_PROGRAMS = 24  # of an interpreted launch: all such op tests together take less than two minutes
 
 
 @contextlib.contextmanager

@@ -3,8 +3,8 @@
     with gpu_backend.installed("cuda", "triton"):
         fastbert.gelu(x, backend="triton")
 
-Every call of a function of fastbert/backends or fastbert/kernels takes its tensors to the GPU and its results back; what lies above, the
-checks and autograd, sees the CPU. Memory is carried whole: a strided view is one there too.
+Every call of a function of fastbert/backends or fastbert/kernels takes its tensors to the GPU and its results back;
+what lies above, the checks and autograd, sees the CPU. Memory is carried whole: a strided view is one there too.
 """
 
 import contextlib
