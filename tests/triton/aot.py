@@ -85,22 +85,19 @@ class Driver:
 
 
 class Compiler:
-    """In place of `fastbert.kernels.launch.launch`: compiles for `targets`."""
+    """In place of `fastbert.kernels.launch.launch`: compiles for one target after another."""
 
-    def __init__(self, targets: list[str]) -> None:
-        self.targets = targets
-        self.stem = self.case = ""
+    def __init__(self) -> None:
+        self.stem = self.case = self.target = ""
         self.found: dict[tuple[str, str], Compiled] = {}  # by target and by what Triton calls the compiled form
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        for target in self.targets:
-            triton.runtime.driver.set_active(Driver(target))
-            form = kernel.warmup(*arguments, grid=grid, enable_fp_fusion=True, **constants)
-            if (target, form.hash) not in self.found:
-                read = of_amd if target.startswith("gfx") else of_nvidia
-                threads = form.metadata.num_warps * TARGETS[target].warp_size
-                named = self.stem, self.case, kernel.fn.__name__, target, threads
-                self.found[target, form.hash] = Compiled(*named, *read(form))
+        form = kernel.warmup(*arguments, grid=grid, enable_fp_fusion=True, **constants)
+        if (self.target, form.hash) not in self.found:
+            read = of_amd if self.target.startswith("gfx") else of_nvidia
+            threads = form.metadata.num_warps * TARGETS[self.target].warp_size
+            named = self.stem, self.case, kernel.fn.__name__, self.target, threads
+            self.found[self.target, form.hash] = Compiled(*named, *read(form))
 
     def name(self, *case: object) -> None:
         """What follows is launched for this case."""
@@ -141,14 +138,16 @@ def amd_name(instruction: str) -> str:
 
 def compiled(stems: list[str], targets: list[str]) -> Iterator[Compiled]:
     """Every kernel that the launchers of these stems start, for every case."""
-    compiler = Compiler(targets)
+    compiler = Compiler()
     sys.modules["fastbert.kernels.launch"] = ModuleType("launch")
     sys.modules["fastbert.kernels.launch"].launch = compiler.launch
     for stem in stems:
         compiler.stem, before = stem, set(compiler.found)
         functions = importlib.import_module(f"fastbert.kernels.{stem}")
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            aot_cases.CASES[stem](functions, dtype, lambda *case, dtype=dtype: compiler.name(dtype, *case))
+        for compiler.target in targets:
+            triton.runtime.driver.set_active(Driver(compiler.target))
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                aot_cases.CASES[stem](functions, dtype, lambda *case, dtype=dtype: compiler.name(dtype, *case))
         yield from (it for key, it in compiler.found.items() if key not in before)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 import torch
+import triton
 from torch import Tensor
 
 ROWS = 4096
@@ -37,4 +38,32 @@ def cross_entropy(kernels: ModuleType, dtype: torch.dtype, name: Callable) -> No
         kernels.cross_entropy_backward(each, logits, labels, each, each, -100)
 
 
-CASES = {function.__name__: function for function in (gelu, cross_entropy)}
+def attention(kernels: ModuleType, dtype: torch.dtype, name: Callable) -> None:
+    target = triton.runtime.driver.active.get_current_target()
+    kernels.target_of = lambda device: "amd" if target.backend == "hip" else f"sm_{target.arch}"
+    cu_seqlens, seed = empty(torch.int32, 9), empty(torch.int64, 1)
+    window = [64, 64]
+
+    def both(size: int, longest: int, t: int, window: list[int] | None) -> None:
+        qkv = empty(dtype, ROWS, 3, 12, size)
+        out, lse = empty(dtype, ROWS, 12, size), empty(torch.float32, ROWS, 12)
+        given = *qkv.unbind(1), cu_seqlens, longest, 0.125, t, seed if t else None, False, window
+        kernels.attention_forward(*given)
+        kernels.attention_backward(out, *given[:3], out, lse, *given[3:])
+
+    for size in (32, 64, 128):
+        name(size, "dropout window")
+        if dtype != torch.float16:
+            both(size, 512, 26, window)
+    if dtype != torch.float32:
+        name(64, "dropout")
+        both(64, 512, 26, None)
+        name(32, "short dropout")
+        both(32, 128, 26, None)
+        name(64, "short dropout")
+        both(64, 128, 26, None)
+        name(64)
+        both(64, 512, 0, None)
+
+
+CASES = {function.__name__: function for function in (gelu, cross_entropy, attention)}
