@@ -96,7 +96,7 @@ def layer_norm_forward_kernel(
         z = add_dropped(xs[i], residuals[i], row, i * C, seed_ptr, bound, scale, residual_ptr is not None, C)
         if z_ptr is not None:
             store_chunk(z_ptr, z, row, rows, i * C, H, C)
-        zs = (*zs, z)
+        zs = zs + (z,)
         total += z
     # statistics
     mean = tl.sum(total, 1, keep_dims=True) * (1.0 / H)
@@ -143,9 +143,9 @@ def layer_norm_backward_kernel(
     lane = tl.arange(0, R)[:, None]
     weights, dweights, dbiases = (), (), ()
     for i in tl.static_range(K):
-        weights = (*weights, load_parameter(weight_ptr, lane, i * C, H, C))
-        dweights = (*dweights, tl.zeros([R, C], tl.float32))
-        dbiases = (*dbiases, tl.zeros([R, C], tl.float32))
+        weights = weights + (load_parameter(weight_ptr, lane, i * C, H, C),)
+        dweights = dweights + (tl.zeros([R, C], tl.float32),)
+        dbiases = dbiases + (tl.zeros([R, C], tl.float32),)
     if PREFETCH:
         dys, zs, mean, rstd = load_tile(dy_ptr, z_ptr, mean_ptr, rstd_ptr, program * R + lane, rows, H, C, K)
     for first in tl.range(program * R, rows, programs * R, num_stages=STAGES):
@@ -167,9 +167,9 @@ def layer_norm_backward_kernel(
             g = dy * weights[i]
             sum_g += g
             sum_gh += g * h
-            new_dweights = (*new_dweights, dweights[i] + dy * h)
-            new_dbiases = (*new_dbiases, dbiases[i] + dy)
-            gs, hs = (*gs, g), (*hs, h)
+            new_dweights = new_dweights + (dweights[i] + dy * h,)
+            new_dbiases = new_dbiases + (dbiases[i] + dy,)
+            gs, hs = gs + (g,), hs + (h,)
         dweights, dbiases = new_dweights, new_dbiases
         mean_g = tl.sum(sum_g, 1, keep_dims=True) * (1.0 / H)
         mean_gh = tl.sum(sum_gh, 1, keep_dims=True) * (1.0 / H)

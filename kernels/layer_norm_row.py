@@ -29,7 +29,7 @@ def load_chunks(ptr, row, rows, H: tl.constexpr, C: tl.constexpr, K: tl.constexp
     """Whole rows, as K chunks."""
     chunks = ()
     for i in tl.static_range(K):
-        chunks = (*chunks, load_chunk(ptr, row, rows, i * C, H, C))
+        chunks = chunks + (load_chunk(ptr, row, rows, i * C, H, C),)
     return chunks
 
 

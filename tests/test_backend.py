@@ -18,7 +18,7 @@ from fastbert.backends import NAMES, OPS, fallbacks, info, linear, native, reque
 CHOICES = pytest.mark.parametrize(
     ("use", "requested", "names"),
     [
-        (fastbert.use_backend, requested, ("reference", fastbert.backends()[-1])),
+        (fastbert.use_backend, requested, ("reference", fastbert.backends()[1])),
         (fastbert.use_linear, linear.requested, ("torch", "widened")),
     ],
     ids=["use_backend", "use_linear"],
@@ -32,13 +32,8 @@ def python(code, **environment):
 
 
 def test_an_explicit_choice_that_cannot_run_raises_with_the_reason():
-    with (
-        pytest.raises(
-            RuntimeError, match=r"backend 'triton' was asked for and cannot run here: version .* has no triton"
-        ),
-        fastbert.use_backend("triton"),
-    ):
-        pass
+    failed = python("import fastbert; fastbert.use_backend('triton').__enter__()", TRITON_INTERPRET="", CUDA_VISIBLE_DEVICES="")
+    assert "RuntimeError: backend 'triton' was asked for and cannot run here: torch sees no GPU" in failed.stderr
     with pytest.raises(ValueError, match="expected one of reference, cpu"), fastbert.use_backend("gpu"):
         pass
     with pytest.raises(RuntimeError, match="'cuda' was asked for and cannot run"):  # nor would a GPU take this tensor
@@ -177,7 +172,7 @@ for use in {use}:
 
 def test_an_instruction_set_without_the_module_is_refused(monkeypatch):
     code = (
-        "import sys; sys.modules['fastbert._cpu'] = None; import fastbert; assert fastbert.backends() == ['reference']"
+        "import sys; sys.modules['fastbert._cpu'] = None; import fastbert; assert 'cpu' not in fastbert.backends()"
     )
     imported = python(code, FASTBERT_CPU_ISA="")
     assert imported.returncode == 0, imported.stderr

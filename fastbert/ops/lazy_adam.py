@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.backends import lazy_adam as kernels
-from fastbert.backends import pick
+from fastbert.backends import pick, triton
 from fastbert.ops.checks import wide
 from fastbert.ops.philox import lanes
 
@@ -140,6 +140,13 @@ def backend_of(param: Tensor, backend: str) -> Any:
     return functions[pick("lazy_adam", backend, param)]
 
 
+def has_plans(param: Tensor, backend: str) -> bool:
+    """Whether steps of `param` can go by a plan: the C++ modules have them. In Triton dense tensors share one launch for
+    each kind, and what a plan would save is little beside the launches of rows.
+    """
+    return pick("lazy_adam", backend, param) in ("cpu", "cuda")
+
+
 def update(steps: Sequence[Step], backend: str) -> None:
     """Many `lazy_adam_step`s as the optimizer takes them, each checked by `check`.
 
@@ -229,7 +236,11 @@ class reference:  # a namespace, spelled as the backend is
             s.row_steps[places] += 1
 
 
-functions = {"reference": reference, "cpu": kernels, "cuda": kernels}
+class in_triton:
+    lazy_adam_steps = staticmethod(triton.function("lazy_adam", "lazy_adam_steps"))
+
+
+functions = {"reference": reference, "cpu": kernels, "cuda": kernels, "triton": in_triton}
 
 
 def _round_stochastically(w: Tensor, rows: Tensor, step: Tensor, number: int, seed: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastbert.backends import lazy_adam_replay as kernels
-from fastbert.backends import pick
+from fastbert.backends import pick, triton
 from fastbert.ops.lazy_adam import EPS_UNCORRECTED, NO_BIAS_CORRECTION
 
 _END = 1e-20  # the twin's walk ends when momentum has become so small a part
@@ -89,7 +89,11 @@ class reference:  # a namespace, spelled as the backend is
         return -1
 
 
-functions = {"reference": reference, "cpu": kernels, "cuda": kernels}
+class in_triton:
+    lazy_adam_replay = staticmethod(triton.function("lazy_adam_replay", "lazy_adam_replay"))
+
+
+functions = {"reference": reference, "cpu": kernels, "cuda": kernels, "triton": in_triton}
 
 
 def _run(*arguments: Any) -> None:

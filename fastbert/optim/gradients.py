@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastbert.backends import pick, requested
+from fastbert.backends import pick, requested, triton
 from fastbert.backends.gradient_norm import gradient_norm
 from fastbert.backends.native import DTYPES
 from fastbert.ops.lazy_adam import check_rows, sum_duplicates
+
+norm_in_triton = triton.function("gradient_norm", "gradient_norm")
 
 Rows = Mapping[Tensor, Tensor]  # parameter -> ids of its touched rows
 
@@ -254,10 +256,12 @@ def _measured(
         raise ValueError(f"max_norm must be a number >= 0, got {max_norm}")
     if not gradients:
         return torch.zeros(()), torch.ones(()), []
-    by_kernels = _run_by_kernels([gradient.values for _, gradient in gradients])
+    backend = _backend_of_norm([gradient.values for _, gradient in gradients])
+    by_kernels = backend in ("cuda", "triton")
     applied = [_applied(gradient, by_kernels) for _, gradient in gradients]
     if by_kernels:
-        total, factor = gradient_norm([(its.values, its.named) for its in applied], float(max_norm))
+        norm = gradient_norm if backend == "cuda" else norm_in_triton
+        total, factor = norm([(its.values, its.named) for its in applied], float(max_norm))
     else:
         norms = [_norm(its.values) for its in applied]
         dtype = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
@@ -271,11 +275,11 @@ def _measured(
     return total, factor, applied
 
 
-def _run_by_kernels(values: list[Tensor]) -> bool:
-    """Whether the kernels for GPUs take all of them in one call."""
+def _backend_of_norm(values: list[Tensor]) -> str:
+    """The backend that computes their norm; those for GPUs take all of them in one call."""
     device = values[0].device
     fit = all(x.device == device and x.dtype in DTYPES for x in values)
-    return fit and pick("lazy_adam", requested(), values[0]) == "cuda"
+    return pick("lazy_adam", requested(), values[0]) if fit else "reference"
 
 
 def _applied(gradient: Gradient, by_kernels: bool) -> Applied:

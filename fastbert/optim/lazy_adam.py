@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from fastbert.backends import requested
 from fastbert.backends.lazy_adam import can_plan
-from fastbert.ops.lazy_adam import backend_of, check, reference
+from fastbert.ops.lazy_adam import check, has_plans
 from fastbert.optim import gradients, replay, state
 from fastbert.optim.gradients import Gradient, Rows
 from fastbert.optim.options import (
@@ -239,7 +239,7 @@ class LazyAdam(Optimizer):
         if self._plans.backend != backend:
             self._plans = Plans(backend, self._copies)
         by_module = can_plan and not torch.compiler.is_compiling()
-        plans, listed, replayed, completed = self._plans, [], [], {}
+        plans, listed, replayed, completed, scalings = self._plans, [], [], {}, {}
         plans.begin(len(self._parameters()))
         have_plans = plans.take(taken) if by_module else [False] * len(taken)
         for (number, param, its, gradient, group, formula), has_plan in zip(taken, have_plans, strict=True):
@@ -250,10 +250,13 @@ class LazyAdam(Optimizer):
                 its = completed[param] = state.complete(its, param, group)
                 padding_idx = self._padding_idx(param, group)
                 copy = self._copies.get(param)
-                arguments = arguments_of(number, param, its, gradient, group, formula, padding_idx, scaling, copy)
+                kind = param.device, param.dtype == torch.float64
+                scalings[kind] = scalings.get(kind) or scaling.on(param)  # the very tensors for all of a kind
+                on_it = scalings[kind]
+                arguments = arguments_of(number, param, its, gradient, group, formula, padding_idx, on_it, copy)
                 check(arguments)
-                by_kernels = backend_of(param, backend) is not reference
-                if not (by_module and by_kernels and plans.make(number, arguments, param, its, gradient)):
+                planned = by_module and has_plans(param, backend)
+                if not (planned and plans.make(number, arguments, param, its, gradient)):
                     listed.append((param, arguments))
             if "last_step" in its:
                 replayed.append((param, gradient, group, formula))

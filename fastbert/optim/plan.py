@@ -33,7 +33,7 @@ def arguments_of(
     scaling: Scaling,
     bf16_copy: Tensor | None,
 ) -> Step:
-    """All that a step of one parameter takes; its state's count is yet to be raised."""
+    """All that a step of one parameter takes, `scaling` as the op does; its state's count is yet to be raised."""
     flags, seed = formula.flags, None
     if gradient.by_row:
         flags += GRAD_BY_ROW
@@ -61,8 +61,8 @@ def arguments_of(
         flags=flags,
         padding_idx=padding_idx,
         number=number,
-        grad_factor=scaling.on(param).grad_factor,
-        found_inf=scaling.on(param).found_inf,
+        grad_factor=scaling.grad_factor,
+        found_inf=scaling.found_inf,
         bf16_copy=bf16_copy,
     )
 

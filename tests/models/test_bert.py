@@ -15,7 +15,7 @@ from fastbert.models.layers import LinearGELU
 from fastbert.models.parameter_names import BERT, to_hugging_face
 from fastbert.testing import assert_close
 
-BACKENDS = fastbert.backends()
+BACKENDS = [name for name in fastbert.backends() if name != "triton"]  # which takes no tensors here, or interprets
 
 
 # --- forms of input --------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import fastbert
 from fastbert.models.layers import Dropout, DropoutAddLayerNorm, LayerNorm, LinearGELU, MultiHeadAttention
 from fastbert.testing import assert_close
 
-BACKENDS = fastbert.backends()
+BACKENDS = [name for name in fastbert.backends() if name != "triton"]  # which takes no tensors here, or interprets
 
 
 def randomized(module: nn.Module) -> nn.Module:

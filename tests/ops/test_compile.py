@@ -9,6 +9,7 @@ import fastbert
 from fastbert.testing import run
 
 SEED = torch.tensor([99])
+BEST = next(name for name in reversed(fastbert.backends()) if name != "triton")  # tests/triton/test_compile.py has that
 
 
 def case_gelu(n):
@@ -75,7 +76,7 @@ def compiled_equals_eager(case, backend, dtype, compiler, **options):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_compile_once_and_for_any_other_shape(case):
-    assert compiled_equals_eager(case, fastbert.backends()[-1], torch.float32, "aot_eager") <= 2
+    assert compiled_equals_eager(case, BEST, torch.float32, "aot_eager") <= 2
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own

@@ -132,7 +132,8 @@ def judged_small(name, m_dtype, row_wise, kind):
 @pytest.mark.parametrize("m_dtype", [torch.float32, torch.bfloat16], ids=["float32 m", "bfloat16 m"])
 @pytest.mark.parametrize("name", FLAGS)
 def test_flags_and_small_state_are_close_to_truth(backend, name, m_dtype, row_wise, kind):
-    for state, rows, grad, flags, truth in judged_small(name, m_dtype, row_wise, kind):
+    made = judged_small(name, m_dtype, row_wise, kind)
+    for state, rows, grad, flags, truth in made[:2] if backend == "triton" else made:  # interpreted: the narrow table
         ours = step(copies(state), rows, grad, flags, padding_idx=0, eps=1e-3)
         for what, a, b, before in zip(NAMES, ours, truth, state, strict=True):
             if what == "row_steps":

@@ -38,6 +38,25 @@ def cross_entropy(kernels: ModuleType, dtype: torch.dtype, name: Callable) -> No
         kernels.cross_entropy_backward(each, logits, labels, each, each, -100)
 
 
+def layer_norm(kernels: ModuleType, dtype: torch.dtype, name: Callable) -> None:
+    seed = empty(torch.int64, 1)
+    for columns in (24, 81, 312, 768, 1024, 2048, 4096, 8192, 20_000):
+        x, weight, each = empty(dtype, ROWS, columns), empty(torch.float32, columns), empty(torch.float32, ROWS)
+        name(columns)
+        kernels.layer_norm_forward(x, x, weight, weight, 1e-5, 6554, seed)
+        kernels.layer_norm_backward(x, x, weight, each, each, 6554, seed)
+        if columns == 768:
+            name(columns, "without dropout")
+            kernels.layer_norm(x, None, weight, weight, 1e-5, 0, None)
+            kernels.layer_norm_backward(x, x, weight, each, each, 0, None)
+
+
+def dropout(kernels: ModuleType, dtype: torch.dtype, name: Callable) -> None:
+    for columns in (81, 768):
+        name(columns)
+        kernels.dropout(empty(dtype, ROWS, columns), 6554, empty(torch.int64, 1))
+
+
 def attention(kernels: ModuleType, dtype: torch.dtype, name: Callable) -> None:
     target = triton.runtime.driver.active.get_current_target()
     kernels.target_of = lambda device: "amd" if target.backend == "hip" else f"sm_{target.arch}"
@@ -66,4 +85,4 @@ def attention(kernels: ModuleType, dtype: torch.dtype, name: Callable) -> None:
         both(64, 512, 0, None)
 
 
-CASES = {function.__name__: function for function in (gelu, cross_entropy, attention)}
+CASES = {function.__name__: function for function in (gelu, layer_norm, dropout, cross_entropy, attention)}

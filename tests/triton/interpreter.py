@@ -169,7 +169,7 @@ def _launched(method: Callable) -> Callable:
         before = _arguments[:]
         _arguments[:] = [_span(name, x) for name, x in given if isinstance(x, Tensor)]
         try:
-            with np.errstate(all="ignore"):  # a NaN is a result like others
+            with np.errstate(all="ignore"):  # a GPU says nothing of 0 / 0 either
                 method(self, *arguments, **constants)
         except its.InterpreterError as error:
             raise _origin(error) from None

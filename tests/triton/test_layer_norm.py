@@ -1,0 +1,96 @@
+"""LayerNorm's Triton kernels: what few rows of short tests do not reach. The rest is tests/ops/test_layer_norm.py."""
+
+import interpreter
+import pytest
+import torch
+
+import fastbert
+from fastbert.backends import why_not
+from fastbert.ops.layer_norm import reference
+from fastbert.testing import assert_close
+
+if torch.cuda.is_available() or why_not("triton"):
+    pytest.skip("kernels are not interpreted here", allow_module_level=True)
+
+from fastbert.kernels import layer_norm as kernels
+from fastbert.kernels import layer_norm_long as long
+
+SEED, T, EPS = torch.tensor([77]), 20_000, 1e-5
+
+
+@pytest.fixture(autouse=True)
+def installed():
+    with interpreter.installed():
+        yield
+
+
+def assert_forward_and_backward(shape, dtype):
+    """All results with dropout and residual against the twin in float64; backward gives the same bits twice."""
+    x, residual, dy = (torch.randn(shape).to(dtype) for _ in range(3))
+    weight, bias = torch.randn(2, shape[-1])
+    forward = kernels.layer_norm_forward(x, residual, weight, bias, EPS, T, SEED)
+    given = x.double(), residual.double(), weight.double(), bias.double(), EPS, T, SEED
+    twin = reference.layer_norm_forward(x, residual, weight, bias, EPS, T, SEED)
+    for name, *each in zip(
+        ("y", "z", "mean", "rstd"), forward, twin, reference.layer_norm_forward(*given), strict=True
+    ):
+        assert_close(*each, what=name)
+    assert torch.equal(kernels.layer_norm(x, residual, weight, bias, EPS, T, SEED), forward[0])
+    _, z, mean, rstd = forward
+    backward = kernels.layer_norm_backward(dy, z, weight, mean, rstd, T, SEED)
+    wide = (each.double() for each in (dy, z, weight, mean, rstd))
+    truth = reference.layer_norm_backward(*wide, T, SEED)
+    theirs = reference.layer_norm_backward(dy, z, weight, mean, rstd, T, SEED)
+    for name, *each in zip(("dz", "dx", "dweight", "dbias"), backward, theirs, truth, strict=True):
+        assert_close(*each, what=name)
+    for a, b in zip(backward, kernels.layer_norm_backward(dy, z, weight, mean, rstd, T, SEED), strict=True):
+        assert torch.equal(a, b)
+
+
+PLANS = {
+    "rows a warp each": {"warps": 1, "rows": 4, "prefetch": False, "stages": 3},
+    "rows a warp each, fetched ahead": {"warps": 1, "rows": 4, "prefetch": True, "stages": 1},
+    "two warps a row, fetched ahead": {"warps": 2, "rows": 1, "prefetch": True, "stages": 1},
+}
+
+
+@pytest.mark.parametrize("options", PLANS.values(), ids=PLANS)
+def test_programs_walk_over_rows_and_end_within_a_tile(monkeypatch, options):
+    plan = kernels.BackwardPlan(**options, programs=2, registers=None)
+    monkeypatch.setattr(kernels, "backward_plan", lambda columns, itemsize: plan)
+    assert_forward_and_backward((11, 300), torch.float32)
+
+
+def test_narrow_rows_are_added_up_within_a_tile(monkeypatch):
+    monkeypatch.setattr(kernels, "NARROW_TILE", 64)
+    plan = kernels.backward_plan(24, 2)._replace(programs=2)
+    monkeypatch.setattr(kernels, "backward_plan", lambda columns, itemsize: plan)
+    assert kernels.tile_of(24, plan.rows, plan.warps) == kernels.Tile(rows=2, warps=4, C=32, K=1)
+    assert_forward_and_backward((9, 24), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_rows(monkeypatch, dtype):
+    """Chunks one after another; several blocks of columns and parts of the rows, none of them whole."""
+    monkeypatch.setattr(kernels, "IN_REGISTERS", 128)
+    monkeypatch.setattr(long, "CHUNK", 128)
+    monkeypatch.setattr(long, "COLUMNS", 256)
+    monkeypatch.setattr(long, "COLUMN_ROWS", 2)
+    monkeypatch.setattr(long, "MOST_PARTS", 2)
+    assert_forward_and_backward((5, 300), dtype)
+
+
+def test_a_row_of_65536():
+    x, weight, bias = torch.randn(2, 65_536), torch.randn(65_536), torch.randn(65_536)
+    y = fastbert.layer_norm(x, weight, bias, EPS, backend="triton")
+    truth = fastbert.layer_norm(x.double(), weight.double(), bias.double(), EPS)
+    assert_close(y, fastbert.layer_norm(x, weight, bias, EPS, backend="reference"), truth)
+
+
+def test_tiles_of_models():
+    """Widths of BERT and ALBERT: a warp a row up to 768 columns backward, eight columns a lane, no lane idle."""
+    assert kernels.tile_of(768, 4, 1) == kernels.Tile(rows=4, warps=4, C=256, K=3)
+    assert kernels.tile_of(1024, 1, 2) == kernels.Tile(rows=1, warps=2, C=512, K=2)
+    assert kernels.tile_of(4096, 1, 4) == kernels.Tile(rows=1, warps=4, C=1024, K=4)
+    assert kernels.tile_of(128, 4, 1) == kernels.Tile(rows=8, warps=4, C=128, K=1)
+    assert kernels.tile_of(1, 4, 1) == kernels.Tile(rows=128, warps=4, C=8, K=1)
