@@ -39,7 +39,7 @@ def cross_entropy(kernels: ModuleType, dtype: torch.dtype, name: Callable) -> No
 
 def layer_norm(kernels: ModuleType, dtype: torch.dtype, name: Callable) -> None:
     seed = empty(torch.int64, 1)
-    for columns in (24, 81, 312, 768, 1024, 2048, 4096, 8192, 20_000):
+    for columns in (24, 768, 1024, 4096, 8192, 20_000):
         x, weight, each = empty(dtype, ROWS, columns), empty(torch.float32, columns), empty(torch.float32, ROWS)
         name(columns)
         kernels.layer_norm_forward(x, x, weight, weight, 1e-5, 6554, seed)
