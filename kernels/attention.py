@@ -133,8 +133,8 @@ _SQUARE = Plan(64, 64, 4, 3)
 PLANS = {
     "sm_80": {
         "forward": {32: _SQUARE, 64: _SQUARE, 128: Plan(64, 64, 8, 2), 256: Plan(64, 32, 8, 1)},
-        "dq": {32: _SQUARE, 64: Plan(64, 64, 8, 3), 128: Plan(64, 64, 8, 2), 256: Plan(32, 32, 8, 1)},
-        "dk_dv": {32: Plan(64, 64, 8, 3), 64: Plan(64, 64, 8, 2), 128: Plan(64, 64, 8, 1), 256: Plan(32, 32, 8, 1)},
+        "dq": {32: _SQUARE, 64: Plan(64, 64, 8, 3), 128: Plan(64, 64, 8, 1), 256: Plan(32, 32, 8, 1)},
+        "dk_dv": {32: Plan(64, 64, 8, 3), 64: Plan(32, 64, 4, 2), 128: Plan(32, 64, 8, 1), 256: Plan(32, 32, 8, 1)},
         "whole": {32: Plan(64, 128, 8, 1)},
     },
     "sm_90": {
@@ -157,7 +157,7 @@ PLANS = {
     },
 }
 # float32, which has no matrix instructions on NVIDIA's GPUs, and heads above 256.
-FLOAT32 = {32: Plan(32, 32, 8, 1), 64: Plan(32, 32, 8, 1), 128: Plan(16, 32, 8, 1)}
+FLOAT32 = {32: Plan(32, 32, 8, 1), 64: Plan(32, 32, 8, 1)}
 LARGE = Plan(16, 16, 4, 1)
 
 

@@ -81,6 +81,8 @@ def attention_dq_kernel(
     if DROPOUT:
         seed = tl.load(seed_ptr)
 
+    q = load_tile(q_ptr, row, length, q_stride, BQ, D, HEAD, False)
+
     # statistics
     rows = row + tl.arange(0, BQ)
     there = rows < length
@@ -92,11 +94,10 @@ def attention_dq_kernel(
     rows_ptr += (tl.cast(head, tl.int64) * tokens + start) * 2
     tl.store(rows_ptr + rows[:, None] * 2 + pair, tl.join(lse, delta), mask=there[:, None])
 
-    q = load_tile(q_ptr, row, length, q_stride, BQ, D, HEAD, False)
     exponent = scale * LOG2_E
     dq = tl.zeros([BQ, D], tl.float32)
     first, full_first, full_last, last = spans(row, length, left, right, BQ, BK, WINDOW)
-    for key in range(full_first, full_last, BK):
+    for key in tl.range(full_first, full_last, BK, disable_licm=D > 64):
         dq = _add_keys(
             dq, q, dout, lse, delta, k_ptr, v_ptr, key, row, token, length, head, k_stride, v_stride, left, right,
             exponent, seed, bound, nought, BK, HEAD, DROPOUT, WINDOW, True,

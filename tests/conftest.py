@@ -79,6 +79,13 @@ def kernels(request):
         yield name
 
 
+@pytest.fixture(params=[*GPU[1:], *INTERPRETED])
+def triton(request):
+    """The Triton kernels alone."""
+    with within(request.param) as name:
+        yield name
+
+
 @pytest.fixture(params=["reference", *KERNELS[-1:], *GPU, "cuda:values"])
 def best(request):
     """Every backend once, the cpu backend by its best instruction set: what lies above the kernels."""

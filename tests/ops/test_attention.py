@@ -71,11 +71,30 @@ def judged(case, dtype, mask):
 
 # float16 differs from float32 in how it is read and written alone.
 WAYS = [(d, m) for d in DTYPES for m in MASKS if d != torch.float16 or m in ("all", "causal window")]
+# What Triton's interpreter has time for: each way through its kernels once.
+INTERPRETED = {
+    ("nothing", torch.bfloat16, "all"),
+    ("empty sequences alone", torch.bfloat16, "all"),
+    ("one token", torch.bfloat16, "all"),
+    ("tails of tokens and of the head", torch.float32, "all"),
+    ("tails of tokens and of the head", torch.float16, "causal window"),
+    ("tails of tokens and of the head", torch.bfloat16, "no limit to the left"),
+    ("bert: a block of queries and more", torch.bfloat16, "all"),
+    ("bert: a block of queries and more", torch.bfloat16, "window"),
+    ("a backward block of keys and more", torch.bfloat16, "all"),
+    ("a backward block of keys and more", torch.bfloat16, "causal window"),
+    ("a wide head", torch.bfloat16, "causal"),
+    ("a wide head", torch.float32, "window"),
+    ("the widest head", torch.bfloat16, "all"),
+    ("two forward blocks of keys, a long run of queries", torch.bfloat16, "window"),
+}
 
 
 @pytest.mark.parametrize(("dtype", "mask"), WAYS, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_close_to_truth(backend, nan_filled, case, dtype, mask):
+    if backend == "triton" and not torch.cuda.is_available() and (case, dtype, mask) not in INTERPRETED:
+        pytest.skip("left to a real GPU")
     for p, function, given in judged(case, dtype, mask):
         assert_solves(function, given, (f"out p={p}", f"dqkv p={p}"))
 

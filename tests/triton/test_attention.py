@@ -1,0 +1,75 @@
+"""What attention's Triton kernels do in ways of their own; tests/ops/test_attention.py runs on them too."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastbert
+from fastbert.ops import philox
+from fastbert.testing import run
+
+SEED = torch.tensor([0x123456789ABCDEF])
+
+
+def packed(lengths):
+    """cu_seqlens and each token's place in its sequence."""
+    ends = torch.tensor(lengths).cumsum(0)
+    return F.pad(ends, (1, 0)).int(), torch.cat([torch.arange(n) for n in lengths])
+
+
+def both(function, *inputs):
+    """out and dqkv by Triton, and by the twin in float64."""
+    with fastbert.use_backend("reference"):
+        truth = run(function, [x.double() for x in inputs[:-1]], inputs[-1].double())
+    return run(function, inputs[:-1], inputs[-1]), truth
+
+
+@pytest.mark.parametrize(("lengths", "head_size"), [([64, 40], 64), ([70], 128)], ids=["one kernel", "two kernels"])
+def test_every_kernel_draws_the_contracts_mask(triton, lengths, head_size):
+    """With scores of 0 and one-hot rows the mask can be read off out, dq and dv."""
+    cu_seqlens, place = packed(lengths)
+    tokens, heads = sum(lengths), 2
+    one_hot = F.one_hot(place, head_size).bfloat16().unsqueeze(1).expand(-1, heads, -1).contiguous()
+    q = torch.zeros_like(one_hot)
+    ones = torch.ones_like(one_hot)
+
+    def attention(q, k, v):
+        return fastbert.attention(q, k, v, cu_seqlens, max(lengths), dropout_p=0.3, seed=SEED)
+
+    query, head = torch.arange(tokens).view(-1, 1, 1), torch.arange(heads).view(1, -1, 1)
+    keep = philox.lanes(head_size, query, head, 1, SEED, bits=8) >= philox.threshold(0.3, bits=8)
+    keep &= torch.arange(head_size) < torch.tensor(lengths).repeat_interleave(torch.tensor(lengths)).view(-1, 1, 1)
+    out, dq, _, _ = run(attention, (q, one_hot, one_hot), ones)  # each dout . v is 1: dS > 0 where a weight is kept
+    assert torch.equal(out != 0, keep) and torch.equal(dq > 0, keep)
+    *_, dv = run(attention, (q, one_hot, one_hot), one_hot)  # [key, query]
+    for begin, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        kept, length = keep[begin:end].permute(2, 1, 0), end - begin
+        assert torch.equal(dv[begin:end, :, :length] != 0, kept[:length])
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_a_scale_below_0(triton, scale):
+    cu_seqlens, _ = packed([20, 45])
+    qkv, dout = torch.randn(65, 3, 1, 32).bfloat16(), torch.randn(65, 1, 32).bfloat16()
+    ours, truth = both(lambda x: fastbert.attention_qkv(x, cu_seqlens, 45, scale=scale), qkv, dout)
+    for result, expected in zip(ours, truth, strict=True):
+        torch.testing.assert_close(result.double(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_keys_behind_the_end_of_a_short_sequence_do_not_count(triton):
+    """Scores of -400: exp of a score of 0, which keys that are not there have, less lse is infinite."""
+    cu_seqlens, _ = packed([5, 3])
+    q = torch.full((8, 1, 16), 5.0).bfloat16()
+    k, v, dout = -q, torch.randn(8, 1, 16).bfloat16(), torch.randn(8, 1, 16).bfloat16()
+    ours, truth = both(lambda *qkv: fastbert.attention(*qkv, cu_seqlens, 5, scale=1.0), q, k, v, dout)
+    for result, expected in zip(ours, truth, strict=True):
+        torch.testing.assert_close(result.double(), expected, rtol=2e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("wrong", [[0, 6, 4], [0, 3, 7], [-1, 3, 6], [0, 5, 6]], ids=str)
+def test_sequences_that_do_not_hold_are_reported(triton, wrong):
+    """They neither read nor write; one that decreases, too many tokens, too few, one longer than max_seqlen."""
+    qkv = torch.randn(6, 3, 1, 16)
+    with pytest.raises(ValueError, match=r"attention was given cu_seqlens .* at sequence [01]"):
+        fastbert.attention_qkv(qkv, torch.tensor(wrong, dtype=torch.int32), 4)
+        fastbert.check_device_errors()
