@@ -32,7 +32,9 @@ def python(code, **environment):
 
 
 def test_an_explicit_choice_that_cannot_run_raises_with_the_reason():
-    failed = python("import fastbert; fastbert.use_backend('triton').__enter__()", TRITON_INTERPRET="", CUDA_VISIBLE_DEVICES="")
+    failed = python(
+        "import fastbert; fastbert.use_backend('triton').__enter__()", TRITON_INTERPRET="", CUDA_VISIBLE_DEVICES=""
+    )
     assert "RuntimeError: backend 'triton' was asked for and cannot run here: torch sees no GPU" in failed.stderr
     with pytest.raises(ValueError, match="expected one of reference, cpu"), fastbert.use_backend("gpu"):
         pass
@@ -171,9 +173,7 @@ for use in {use}:
 
 
 def test_an_instruction_set_without_the_module_is_refused(monkeypatch):
-    code = (
-        "import sys; sys.modules['fastbert._cpu'] = None; import fastbert; assert 'cpu' not in fastbert.backends()"
-    )
+    code = "import sys; sys.modules['fastbert._cpu'] = None; import fastbert; assert 'cpu' not in fastbert.backends()"
     imported = python(code, FASTBERT_CPU_ISA="")
     assert imported.returncode == 0, imported.stderr
     monkeypatch.setattr(native, "module", None)
