@@ -68,9 +68,9 @@ gpu-check:
 	FASTBERT_CUDA_ARCHS=$(GPU_ARCH) $(PYTHON) setup.py --quiet build_ext --inplace
 	$(ON_GPU) -m fastbert info
 	$(PYTHON) -m pytest -q tests/test_gpu.py
-	$(PYTHON) -m pytest -q -k cuda:gpu tests/ops
+	$(PYTHON) -m pytest -q -k "cuda:gpu or triton:gpu" tests/ops
 	if command -v compute-sanitizer; then for tool in memcheck racecheck; do compute-sanitizer --tool $$tool --error-exitcode 1 \
-		$(PYTHON) -m pytest -q -k "cuda:gpu and (tail or alone or row)" tests/ops || exit 1; done; \
+		$(PYTHON) -m pytest -q -k "(cuda:gpu or triton:gpu) and (tail or alone or row)" tests/ops || exit 1; done; \
 		else echo "compute-sanitizer is not here, so memory and races were not checked"; fi
 	if grep -q amx_bf16 /proc/cpuinfo; then $(PYTHON) -m pytest -q -k amx_bf16 tests/ops/test_attention.py tests/ops/test_shapes.py; \
 		else echo "this host's processor has no AMX, so its kernels were not tested"; fi

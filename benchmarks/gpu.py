@@ -1,4 +1,5 @@
-"""The ops on an NVIDIA GPU against torch eager and compiled, FlashAttention-2 and Liger, with dropout 0.1, in bfloat16.
+"""The ops on a GPU, by each backend that has kernels there, against torch eager and compiled, FlashAttention-2 and
+Liger, with dropout 0.1, in bfloat16.
 
     python benchmarks/gpu.py [--only attention layer_norm ...] [--backends cuda triton] [--no-compile] [--quick]
 
@@ -125,6 +126,22 @@ def directions(op: str, shape: str, sizes: tuple[float, float], ops: dict, input
 
 def ours(options: argparse.Namespace, function: Callable, **named) -> dict[str, Callable]:
     return {f"fastbert {name}": (lambda *a, n=name: function(*a, **named, backend=n)) for name in options.backends}
+
+
+def each(options: argparse.Namespace, make: Callable[[], Call]) -> dict[str, Callable[[], Call]]:
+    """What `make` makes, and calls of it, on each backend: of what is given no `backend=`."""
+
+    def made(name: str) -> Call:
+        with fastbert.use_backend(name):
+            call = make()
+
+        def on_backend() -> object:
+            with fastbert.use_backend(name):
+                return call()
+
+        return on_backend
+
+    return {f"fastbert {name}": lambda name=name: made(name) for name in options.backends}
 
 
 def compiled(options: argparse.Namespace, eager: Callable) -> dict[str, Callable]:
@@ -312,7 +329,7 @@ def lazy_adam(options: argparse.Namespace) -> list[Case]:
             param.grad = torch.zeros_like(param)
             return optimizer.step
 
-        made = {"fastbert": lazy, "SparseAdam": sparse, "AdamW fused": dense}
+        made = each(options, lazy) | {"SparseAdam": sparse, "AdamW fused": dense}
         cases.append(Case("lazy_adam", f"{table} x {columns}, {tokens} tokens", "step", size, 8, made))
     return [*cases, bert_step(options)]
 
@@ -358,7 +375,7 @@ def bert_step(options: argparse.Namespace) -> Case:
         return call
 
     size = 32.0 * sum(shape.numel() for shape in shapes)  # gradients are read twice
-    made = {"fastbert": lazy, "AdamW fused": fused}
+    made = each(options, lazy) | {"AdamW fused": fused}
     return Case("clip_and_step", f"{len(shapes)} tensors", "step", size, copies(size), made)
 
 

@@ -60,7 +60,7 @@ def words(x: Tensor) -> Tensor:
     """
     check()
     if x.is_cpu not in _words:
-        made = torch.zeros(len(_FOUND), dtype=torch.int32, pin_memory=not x.is_cpu)
+        made = torch.zeros(len(_FOUND), dtype=torch.int32, device="cpu", pin_memory=not x.is_cpu)
         _words[x.is_cpu] = _Words(made, (ctypes.c_int32 * len(_FOUND)).from_address(made.data_ptr()))
     return _words[x.is_cpu].tensor
 

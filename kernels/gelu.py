@@ -130,17 +130,17 @@ def load_bias(bias_ptr, row, column, columns):
     return tl.load(bias_ptr + column + row * 0, mask=column < columns, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def gelu_forward_kernel(
-    x_ptr, bias_ptr, y_ptr, elements, columns, BIAS: tl.constexpr, TANH: tl.constexpr, SHORT: tl.constexpr,
+    x_ptr, bias_ptr, y_ptr, rows, columns, BIAS: tl.constexpr, TANH: tl.constexpr, SHORT: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """A program has R rows of C columns. The last row may be shorter: it ends with `elements`."""
+    """A program has R rows of C columns."""
     column_blocks = tl.cdiv(columns, C)
     row = tl.program_id(0) // column_blocks * R + tl.arange(0, R)[:, None]
     column = tl.program_id(0) % column_blocks * C + tl.arange(0, C)[None, :]
     place = row.to(tl.int64) * columns + column
-    mask = (column < columns) & (place < elements)
+    mask = (row < rows) & (column < columns)
     u = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
     if BIAS:
         u += load_bias(bias_ptr, row, column, columns)
@@ -153,7 +153,7 @@ def gelu_forward_kernel(
 
 @triton.jit(do_not_specialize=["rows", "rows_of_part"])
 def gelu_backward_kernel(
-    dy_ptr, x_ptr, bias_ptr, dx_ptr, scratch_ptr, elements, rows, columns, rows_of_part,
+    dy_ptr, x_ptr, bias_ptr, dx_ptr, scratch_ptr, rows, columns, rows_of_part,
     BIAS: tl.constexpr, TANH: tl.constexpr, SHORT: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program has a part of the rows, R at a time, and C columns, whose dbias stays in registers until the end."""
@@ -169,7 +169,7 @@ def gelu_backward_kernel(
     for first in tl.range(part * rows_of_part, end, R, num_stages=STAGES):
         row = first + lanes
         place = row.to(tl.int64) * columns + column
-        mask = (row < end) & (column < columns) & (place < elements)
+        mask = (row < end) & (column < columns)
         u = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + place, mask=mask, other=0.0).to(tl.float32)
         if BIAS:
@@ -187,10 +187,12 @@ def gelu_backward_kernel(
 
 
 def tile_of(x: Tensor, bias: Tensor | None, tile: int, most_columns: int) -> tuple[int, int, int, int]:
-    """Rows and columns of x, and R and C of a tile. Without a bias columns do not matter, and rows are a tile's."""
-    columns = most_columns if bias is None else x.shape[-1]
+    """Rows and columns of x, and R and C of a tile. Without a bias any rows will do, and are of whole accesses."""
+    columns = x.shape[-1]
+    if bias is None:
+        columns = next((many for many in (256, 16) if x.numel() % many == 0), columns)
     block = min(most_columns, triton.next_power_of_2(columns))
-    return triton.cdiv(x.numel(), columns), columns, tile // block, block
+    return x.numel() // columns, columns, tile // block, block
 
 
 def gelu_forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
@@ -201,7 +203,7 @@ def gelu_forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     rows, columns, R, C = tile_of(x, bias, TILE, MOST_COLUMNS)
     launch(
         gelu_forward_kernel, (triton.cdiv(rows, R) * triton.cdiv(columns, C),),
-        x, x if bias is None else bias, y, x.numel(), columns, BIAS=bias is not None, TANH=approximate == "tanh",
+        x, x if bias is None else bias, y, rows, columns, BIAS=bias is not None, TANH=approximate == "tanh",
         SHORT=x.element_size() == 2, R=R, C=C, num_warps=4,
     )  # fmt: skip
     return y
@@ -221,7 +223,7 @@ def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) 
     scratch = dx if bias is None else x.new_empty(1, parts, columns, dtype=torch.float32)
     launch(
         gelu_backward_kernel, (parts * column_blocks,),
-        dy, x, x if bias is None else bias, dx, scratch, x.numel(), rows, columns, rows_of_part, BIAS=bias is not None,
+        dy, x, x if bias is None else bias, dx, scratch, rows, columns, rows_of_part, BIAS=bias is not None,
         TANH=approximate == "tanh", SHORT=x.element_size() == 2, R=R, C=C, STAGES=plan.stages, num_warps=plan.warps,
     )  # fmt: skip
     if bias is not None:

@@ -29,7 +29,7 @@ END = 1e-10  # and a walk: it ends when momentum has become so small a part
 FIELDS = tl.constexpr(16)  # of a walk: what w, m and v keep, whether it is expanded, the center, MOMENTS - 1 moments
 KEEP_W, KEEP_M, KEEP_V, IS_EXPANDED, CENTER, CENTRAL = (tl.constexpr(i) for i in range(6))
 
-PLAN_PLACES, PLAN_STEPS = 8, 128  # of a program, and those of its steps that it adds up at a time
+PLAN_PLACES, PLAN_STEPS = 16, 128  # of a program, and those of its steps that it adds up at a time
 IDS = 1024  # that a program checks
 TILE, WARPS = 1024, 4  # elements of rows that a program works on at a time: eight a thread
 
@@ -93,21 +93,22 @@ def plan_walks_kernel(history_ptr, walks_ptr, steps, longest, PLACES: tl.constex
         products += tl.sum(weight * by, 1)
     center = tl.where(weights > 0.0, products / tl.where(weights > 0.0, weights, 1.0), 1.0)
     # moments about it
+    field = tl.arange(0, FIELDS)[None, :]
+    moments = tl.zeros([PLACES, FIELDS], tl.float32)
+    for first in range(1, most + 1, STEPS):
+        weight, by = missed_steps(history_ptr, place, first, steps, longest, STEPS)
+        term, away = weight.to(tl.float32), (by - center[:, None]).to(tl.float32)
+        for k in tl.static_range(MOMENTS):
+            moments += tl.where(field == k, tl.sum(term, 1)[:, None], 0.0)
+            term *= away
+    bound = weights * REST
+    for _ in tl.static_range(MOMENTS - 1):
+        bound *= center
+    rest = tl.sum(tl.where(field == MOMENTS - 1, moments, 0.0), 1)
     its_ptr = walks_ptr + place * FIELDS
-    bound = (REST * weights).to(tl.float32)
-    for k in tl.static_range(MOMENTS):
-        moment = tl.zeros([PLACES], tl.float32)
-        for first in range(1, most + 1, STEPS):
-            weight, by = missed_steps(history_ptr, place, first, steps, longest, STEPS)
-            term, away = weight.to(tl.float32), (by - center[:, None]).to(tl.float32)
-            for _ in tl.static_range(k):
-                term *= away
-            moment += tl.sum(term, 1)
-        if k < MOMENTS - 1:
-            tl.store(its_ptr + CENTRAL + k, moment, mask=is_in)
-            bound *= center.to(tl.float32)
-        else:
-            tl.store(its_ptr + IS_EXPANDED, (moment <= bound).to(tl.float32), mask=is_in)
+    is_moment = is_in[:, None] & (field < MOMENTS - 1)
+    tl.store(its_ptr[:, None] + (CENTRAL + field), moments, mask=is_moment)
+    tl.store(its_ptr + IS_EXPANDED, (rest <= bound.to(tl.float32)).to(tl.float32), mask=is_in)
     tl.store(its_ptr + CENTER, center.to(tl.float32), mask=is_in)
     missed = steps - place
     shrunk = tl.load(history_ptr + 4 * (steps + 1) + missed, mask=is_in, other=0.0)

@@ -40,7 +40,8 @@ def make_tables(launches: list[list[tuple[int, ...]]], chunk: int, device: torch
         launches: of each the tensors, at most MOST: elements and further fields of the table.
     """
     made, fields = [], 1 + len(launches[0][0])
-    host = torch.full((len(launches), fields, MOST), 1 << 62, dtype=torch.int64, pin_memory=device.type == "cuda")
+    shape, pinned = (len(launches), fields, MOST), device.type == "cuda"
+    host = torch.full(shape, 1 << 62, dtype=torch.int64, device="cpu", pin_memory=pinned)
     for table, tensors in zip(host, launches, strict=True):
         chunks, columns = 0, []
         for elements, *others in tensors:

@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU, by the kernels of `_cuda` where it is built: what the CPU gives, and no waiting for the device.
+"""On a GPU, by the kernels in CUDA and by those in Triton: what the CPU gives, and no waiting for the device.
 
 `make gpu-check` runs these, and measures. Elsewhere they are skipped.
 """
@@ -8,6 +8,8 @@ import dataclasses
 import pydoc_data.topics
 import shutil
 import warnings
+from importlib import import_module
+from unittest import mock
 
 import pytest
 import torch
@@ -25,12 +27,25 @@ from fastbert.pretrain.run import PretrainConfig
 from fastbert.testing import assert_close, run
 
 GPU = "cuda"
+BACKENDS = import_module("fastbert.backends")  # `fastbert.backends` is the function of that name
 pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     # torch 2.11 says so of sparse tensors made with check_invariants=False too
     pytest.mark.filterwarnings("ignore:Sparse invariant checks"),
 ]
 DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True, params=["cuda", "triton"])
+def chosen(request):
+    """The backend that tensors on a GPU run on unasked."""
+    if reason := why_not(request.param):
+        pytest.skip(reason)
+    with (
+        mock.patch.dict(BACKENDS._AUTOMATIC, cuda=(request.param,)),
+        mock.patch.dict(BACKENDS._on_gpu, clear=True),
+    ):
+        yield request.param
 
 
 @contextlib.contextmanager
@@ -301,13 +316,10 @@ def test_the_packed_form_compiles_whole():
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-3)
 
 
-def test_kernels_run_or_it_is_said_why_not():
+def test_kernels_run_and_the_cpus_are_refused(chosen):
     fallbacks.clear()
     x = torch.randn(3, device=GPU)
-    if why_not("cuda") is None:
-        fastbert.gelu(x, backend="cuda")
-    fastbert.gelu(x)
-    assert fallbacks.get(("gelu", "cuda")) == why_not("cuda")
+    assert torch.equal(fastbert.gelu(x), fastbert.gelu(x, backend=chosen)) and not fallbacks
     with pytest.raises(RuntimeError, match="takes tensors on the cpu"):
         fastbert.gelu(x, backend="cpu")
 

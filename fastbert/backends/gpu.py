@@ -111,7 +111,7 @@ class _On:
 def _report_faults() -> None:
     """Gives kernels memory of the host that every GPU can write, so that looking at it waits for none."""
     global _words
-    _words = torch.zeros(module.faults, dtype=torch.int32, pin_memory=True)
+    _words = torch.zeros(module.faults, dtype=torch.int32, device="cpu", pin_memory=True)
     module.report_faults_to(_words.data_ptr())
 
 

@@ -9,6 +9,8 @@ without TRITON_INTERPRET. What is called for each kernel is in aot_cases.py.
 """
 
 import argparse
+import functools
+import hashlib
 import importlib
 import json
 import os
@@ -26,7 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests/cuda"))
-os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build/triton"))
+CACHE = Path(os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build/triton")))
 
 import aot_cases  # noqa: E402
 import sass  # noqa: E402
@@ -36,6 +38,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
+READERS = hashlib.sha256(Path(__file__).read_bytes() + Path(sass.__file__).read_bytes()).hexdigest()[:8]
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -85,27 +88,51 @@ class Driver:
 
 
 class Compiler:
-    """In place of `fastbert.kernels.launch.launch`: compiles for one target after another."""
+    """In place of `fastbert.kernels.launch.launch`."""
 
     def __init__(self) -> None:
-        self.stem = self.case = self.target = ""
+        self.stem = self.target = self.case = ""
+        self.is_complete = False  # every form is there, and no other is to be asked for
         self.found: dict[tuple[str, str], Compiled] = {}  # by target and by what Triton calls the compiled form
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         form = kernel.warmup(*arguments, grid=grid, enable_fp_fusion=True, **constants)
-        if (self.target, form.hash) not in self.found:
-            read = of_amd if self.target.startswith("gfx") else of_nvidia
-            threads = form.metadata.num_warps * TARGETS[self.target].warp_size
-            named = self.stem, self.case, kernel.fn.__name__, self.target, threads
-            self.found[self.target, form.hash] = Compiled(*named, *read(form))
+        if (self.target, form.hash) in self.found:
+            return
+        name = kernel.fn.__name__
+        if self.is_complete:
+            raise AssertionError(f"{name} of {self.case} is compiled anew for another number of rows")
+        threads = form.metadata.num_warps * TARGETS[self.target].warp_size
+        its = read(form, self.target)
+        self.found[self.target, form.hash] = Compiled(self.stem, self.case, name, self.target, threads, *its)
 
     def name(self, *case: object) -> None:
         """What follows is launched for this case."""
         self.case = " ".join(str(each).removeprefix("torch.") for each in case)
 
+    def call(self, functions: ModuleType, target: str) -> None:
+        """Compiles what a stem's launchers start."""
+        self.target = target
+        triton.runtime.driver.set_active(Driver(target))
+        if hasattr(functions, "target_of"):  # by which attention chooses its plans
+            functions.target_of = lambda device: "amd" if target.startswith("gfx") else target
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for self.is_complete, rows in enumerate(aot_cases.ROWS):
+                aot_cases.CASES[self.stem](functions, dtype, rows, functools.partial(self.name, dtype))
+
+
+def read(form: Any, target: str) -> tuple[int, int, int, dict[str, int]]:
+    """Registers, local memory, shared memory and instructions; kept beside what was compiled."""
+    kept = CACHE / f"{form.hash}.{READERS}.json"
+    if not kept.exists():
+        unfinished = kept.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps((of_amd if target.startswith("gfx") else of_nvidia)(form)))
+        unfinished.replace(kept)
+    return tuple(json.loads(kept.read_text()))
+
 
 def of_nvidia(form: Any) -> tuple[int, int, int, dict[str, int]]:
-    """Registers, local memory, shared memory and instructions, by the tools in Triton's wheel."""
+    """By the tools in Triton's wheel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(form.asm["cubin"])
         file.flush()
@@ -141,14 +168,12 @@ def compiled(stems: list[str], targets: list[str]) -> Iterator[Compiled]:
     compiler = Compiler()
     sys.modules["fastbert.kernels.launch"] = ModuleType("launch")
     sys.modules["fastbert.kernels.launch"].launch = compiler.launch
-    for stem in stems:
-        compiler.stem, before = stem, set(compiler.found)
-        functions = importlib.import_module(f"fastbert.kernels.{stem}")
-        for compiler.target in targets:
-            triton.runtime.driver.set_active(Driver(compiler.target))
-            for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                aot_cases.CASES[stem](functions, dtype, lambda *case, dtype=dtype: compiler.name(dtype, *case))
-        yield from (it for key, it in compiler.found.items() if key not in before)
+    for compiler.stem in stems:
+        functions = importlib.import_module(f"fastbert.kernels.{compiler.stem}")
+        for target in targets:
+            compiler.found.clear()
+            compiler.call(functions, target)
+            yield from compiler.found.values()
 
 
 def main() -> None:

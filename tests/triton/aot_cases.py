@@ -1,25 +1,26 @@
 """What aot.py compiles: for each stem a function that calls its launchers once for every width class and option that
-changes the code, on tensors of any contents, after naming the case. A new kernel is one function here and its lines in
-budget.csv.
+changes the code, on tensors of any contents, after naming the case. It is called for each of ROWS, and the second must
+not compile anything anew. A new kernel is one function here and its lines in budget.csv.
 """
 
 from collections.abc import Callable
 from types import ModuleType
 
 import torch
-import triton
 from torch import Tensor
 
-ROWS = 4096
+from fastbert.ops.lazy_adam import Step
+
+ROWS = 4096, 4001  # that are 0 and 1 in many remainders
 
 
 def empty(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
-def gelu(kernels: ModuleType, dtype: torch.dtype, name: Callable) -> None:
+def gelu(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> None:
     for columns in (81, 3072):
-        x, bias = empty(dtype, ROWS, columns), empty(dtype, columns)
+        x, bias = empty(dtype, rows, columns), empty(dtype, columns)
         for form in ("none", "tanh") if columns == 3072 else ("none",):
             name(columns, form)
             kernels.gelu_forward(x, bias, form)
@@ -29,19 +30,19 @@ def gelu(kernels: ModuleType, dtype: torch.dtype, name: Callable) -> None:
     kernels.gelu_backward(x, x, None, "none")
 
 
-def cross_entropy(kernels: ModuleType, dtype: torch.dtype, name: Callable) -> None:
-    labels, each = empty(torch.int64, 8), empty(torch.float32, 8)
+def cross_entropy(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> None:
+    labels, each = empty(torch.int64, rows), empty(torch.float32, rows)
     for columns, stride in ((81, 81), (30_522, 30_522), (30_522, 30_528)):
         name(columns, "of", stride)
-        logits = empty(dtype, 8, stride)[:, :columns]
+        logits = empty(dtype, rows, stride)[:, :columns]
         kernels.cross_entropy_forward(logits, labels, -100)
         kernels.cross_entropy_backward(each, logits, labels, each, each, -100)
 
 
-def layer_norm(kernels: ModuleType, dtype: torch.dtype, name: Callable) -> None:
+def layer_norm(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> None:
     seed = empty(torch.int64, 1)
-    for columns in (24, 81, 312, 768, 1024, 2048, 4096, 8192, 20_000):
-        x, weight, each = empty(dtype, ROWS, columns), empty(torch.float32, columns), empty(torch.float32, ROWS)
+    for columns in (24, 768, 1024, 4096, 8192, 20_000) if dtype != torch.float16 else (768,):
+        x, weight, each = empty(dtype, rows, columns), empty(torch.float32, columns), empty(torch.float32, rows)
         name(columns)
         kernels.layer_norm_forward(x, x, weight, weight, 1e-5, 6554, seed)
         kernels.layer_norm_backward(x, x, weight, each, each, 6554, seed)
@@ -51,38 +52,58 @@ def layer_norm(kernels: ModuleType, dtype: torch.dtype, name: Callable) -> None:
             kernels.layer_norm_backward(x, x, weight, each, each, 0, None)
 
 
-def dropout(kernels: ModuleType, dtype: torch.dtype, name: Callable) -> None:
+def dropout(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> None:
     for columns in (81, 768):
         name(columns)
-        kernels.dropout(empty(dtype, ROWS, columns), 6554, empty(torch.int64, 1))
+        kernels.dropout(empty(dtype, rows, columns), 6554, empty(torch.int64, 1))
 
 
-def attention(kernels: ModuleType, dtype: torch.dtype, name: Callable) -> None:
-    target = triton.runtime.driver.active.get_current_target()
-    kernels.target_of = lambda device: "amd" if target.backend == "hip" else f"sm_{target.arch}"
-    cu_seqlens, seed = empty(torch.int32, 9), empty(torch.int64, 1)
-    window = [64, 64]
+def attention(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> None:
+    cu_seqlens, seed, window = empty(torch.int32, 9 + rows % 2), empty(torch.int64, 1), [64, 64]
 
     def both(size: int, longest: int, t: int, window: list[int] | None) -> None:
-        qkv = empty(dtype, ROWS, 3, 12, size)
-        out, lse = empty(dtype, ROWS, 12, size), empty(torch.float32, ROWS, 12)
-        given = *qkv.unbind(1), cu_seqlens, longest, 0.125, t, seed if t else None, False, window
+        qkv, out, lse = empty(dtype, rows, 3, 12, size), empty(dtype, rows, 12, size), empty(torch.float32, rows, 12)
+        given = *qkv.unbind(1), cu_seqlens, longest - rows % 2, 0.125, t, seed if t else None, False, window
         kernels.attention_forward(*given)
         kernels.attention_backward(out, *given[:3], out, lse, *given[3:])
 
-    for size in (32, 64, 128):
+    for size in (32, 64, 128) if dtype != torch.float16 else ():
         name(size, "dropout window")
-        if dtype != torch.float16:
-            both(size, 512, 26, window)
+        both(size, 512, 26, window)
     if dtype != torch.float32:
         name(64, "dropout")
         both(64, 512, 26, None)
-        name(32, "short dropout")
-        both(32, 128, 26, None)
-        name(64, "short dropout")
-        both(64, 128, 26, None)
+        for size in (32, 64):
+            name(size, "short dropout")
+            both(size, 128, 26, None)
         name(64)
         both(64, 512, 0, None)
 
 
-CASES = {function.__name__: function for function in (gelu, layer_norm, dropout, cross_entropy, attention)}
+def lazy_adam(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> None:
+    """A parameter of each dtype, with state in float32; what a row's gradient, step and rounding come from varies."""
+    number, one, rate = empty(torch.int64, 1), empty(torch.float32, 1), empty(torch.float64, 1)
+    ids = torch.zeros(rows, dtype=torch.int64)
+
+    def step(columns: int, ids: Tensor | None, **other: object) -> None:
+        table = empty(dtype, 1000, columns)
+        m, v = empty(torch.float32, 1000, columns), empty(torch.float32, 1000, columns)
+        grad = table if ids is None else empty(dtype, len(ids), columns)
+        none = dict.fromkeys(("max_exp_avg_sq", "row_steps", "seed", "grad_factor", "found_inf", "bf16_copy"))
+        numbers = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "flags": 0, "padding_idx": -1}
+        given = none | numbers | {"number": 0, "lr": rate, "step": one} | other
+        kernels.lazy_adam_steps([Step(param=table, exp_avg=m, exp_avg_sq=v, rows=ids, grad=grad, **given)])
+
+    for columns in (3, 128, 768):
+        name(columns, "rows")
+        step(columns, ids)
+    name(128, "every row, its own steps")
+    step(128, None, row_steps=empty(torch.int32, 1000))
+    name(128, "dense")
+    step(128, None)
+    if dtype == torch.bfloat16:
+        name(128, "rows rounded stochastically")
+        step(128, ids, seed=number)
+
+
+CASES = {function.__name__: function for function in (gelu, layer_norm, dropout, cross_entropy, attention, lazy_adam)}

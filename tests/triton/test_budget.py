@@ -1,7 +1,8 @@
 """Compiled for GPUs that are not here, Triton's kernels keep to budget.csv. A new kernel is a line there, and a call in
 aot_cases.py:
 
-kernel, case       its name, and dtype and shapes for which it is launched as aot_cases.py names them; `*` for any
+stem, kernel       whose launchers start it, and its name
+case               dtype and shapes for which it is launched, as aot_cases.py names them; `*` stands for any
 registers          of a thread at most, on any NVIDIA GPU
 blocks_per_sm      programs at least, by architecture
 instructions       as in tests/cuda/budget.csv: must be there, `!` before one that must not, `@90` from sm_90 on
@@ -19,13 +20,13 @@ from collections import Counter
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import aot_cases
 import pytest
 import sass
 
 pytest.importorskip("triton")
 FOLDER = Path(__file__).resolve().parent
 BUDGET = list(csv.DictReader((FOLDER / "budget.csv").read_text().splitlines()))
-STEMS = ["gelu", "cross_entropy"]
 
 
 def exceeded(found, line):
@@ -45,7 +46,7 @@ def exceeded(found, line):
 
 
 @pytest.mark.nested
-@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("stem", aot_cases.CASES)
 def test_kernels_keep_to_the_budget(stem, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     results = tmp_path / "aot.json"
@@ -53,19 +54,15 @@ def test_kernels_keep_to_the_budget(stem, tmp_path):
         [sys.executable, FOLDER / "aot.py", stem, "--json", results], env=environment, capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stderr
-    unkept, used = [], set()
+    budget = [line for line in BUDGET if line["stem"] == stem]
+    unkept, unused = [], list(budget)
     for found in json.loads(results.read_text()):
         name = f"{found['target']} {found['kernel']} {found['case']}"
-        lines = [
-            i
-            for i, line in enumerate(BUDGET)
-            if fnmatchcase(found["kernel"], line["kernel"]) and fnmatchcase(found["case"], line["case"])
-        ]
+        lines = [x for x in budget if all(fnmatchcase(found[what], x[what]) for what in ("kernel", "case"))]
         assert len(lines) == 1, f"budget.csv has {len(lines)} lines for {name}; it needs one"
-        unkept += [f"{name}: {text}" for text in exceeded(found, BUDGET[lines[0]])]
-        used |= set(lines)
+        unkept += [f"{name}: {text}" for text in exceeded(found, lines[0])]
+        unused = [x for x in unused if x is not lines[0]]
     assert not unkept, "\n".join(unkept)
-    unused = [line for i, line in enumerate(BUDGET) if line["kernel"].startswith(stem) and i not in used]
     assert not unused, f"budget.csv has lines without a kernel: {unused}"
 
 
