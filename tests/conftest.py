@@ -31,7 +31,7 @@ MOST_PROGRAMS = 24  # of an interpreted launch: all such op tests together take 
 
 
 @contextlib.contextmanager
-def within(chosen):
+def within(chosen, most_programs=MOST_PROGRAMS):
     if chosen in GPU:
         backend = chosen.partition(":")[0]
         with gpu_backend.installed("cuda", backend), fastbert.use_backend(backend):
@@ -43,7 +43,7 @@ def within(chosen):
             pytest.skip(reason)
         import interpreter
 
-        with interpreter.installed(MOST_PROGRAMS), fastbert.use_backend("triton"):
+        with interpreter.installed(most_programs), fastbert.use_backend("triton"):
             yield "triton"
         return
     if chosen in EMULATED:
@@ -81,8 +81,8 @@ def kernels(request):
 
 @pytest.fixture(params=[*GPU[1:], *INTERPRETED])
 def triton(request):
-    """The Triton kernels alone."""
-    with within(request.param) as name:
+    """The Triton kernels alone, however many programs they take."""
+    with within(request.param, most_programs=0) as name:
         yield name
 
 
