@@ -1,4 +1,4 @@
-"""Packed batches for pretraining: random access by (epoch, batch), no padding, no state.
+"""Packed batches for pretraining: random access by (epoch, batch), no state, and no padding unless shapes are fixed.
 
 Iterate with `DataLoader(batches, batch_size=None, sampler=range(first, len(batches)), num_workers=w)`: batch i of
 an epoch is the same with any number of workers and wherever the iteration starts.
@@ -14,12 +14,15 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from fastbert.data.draws import Purpose, draw
-from fastbert.data.masking import mask_tokens
+from fastbert.data.masking import budget, mask_tokens
+from fastbert.data.packing import WINDOW, Shape, choose_shape, pack_samples
 from fastbert.data.samples import cut_greedily, draw_next_pairs, draw_ordered_pairs, find_spans
 from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import SpecialIds
 
 LONGEST = 1 << 16
+_DRAWN = 1 << 20  # samples whose pairs are drawn together
+_DRAWN_FOR_SHAPE = 2 * WINDOW  # samples that decide the shape of static batches
 # What is trained: masked words alone, or beside them next-sentence or sentence-order prediction.
 Objective = Literal["mlm", "mlm+nsp", "mlm+sop"]
 
@@ -37,6 +40,7 @@ class Batch(NamedTuple):
         labels: int64 [M], the original ids there.
         sentence_label: int64 [B], of next-sentence prediction 0 next and 1 random, of sentence-order prediction 0 in
             order and 1 swapped, -100 to ignore; None without either.
+        filled_tokens: how many of the tokens are the samples'; those behind them are padding.
     """
 
     input_ids: Tensor
@@ -47,6 +51,7 @@ class Batch(NamedTuple):
     masked_positions: Tensor
     labels: Tensor
     sentence_label: Tensor | None
+    filled_tokens: int
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch with its tensors on `device`."""
@@ -66,24 +71,36 @@ class Batch(NamedTuple):
             tokens, masked, samples: T, M and B become multiples of these.
             longest: the model's longest sample, its position table's rows; None for no limit.
         """
-        total, padding = len(self.input_ids), -len(self.input_ids) % tokens
-        longest = tokens if longest is None else longest
+        padding, longest = -len(self.input_ids) % tokens, longest or tokens
         pieces = -(-padding // longest)
-        bounds = self.cu_seqlens
-        more = pieces + -(len(bounds) - 1 + pieces) % samples  # samples
+        sequences, labels = len(self.cu_seqlens) - 1 + pieces, len(self.labels)
+        shape = Shape(len(self.input_ids) + padding, sequences + -sequences % samples, labels + -labels % masked)
+        return self.padded(pad_id, shape, longest)
+
+    def padded(self, pad_id: int, shape: Shape, longest: int) -> "Batch":
+        """The same batch with the T, B and M of `shape`, which must hold it and its padding.
+
+        Padding stands behind the samples, as samples of at most `longest` tokens, so that attention computes little for
+        it, and empty samples behind these. Labels there are -100, so that losses and gradients stay what they are.
+        """
+        total, bounds, label = len(self.input_ids), self.cu_seqlens, self.sentence_label
+        padding, more, ignored = (
+            wanted - there for wanted, there in zip(shape, (total, len(bounds) - 1, len(self.labels)), strict=True)
+        )
+        if not (padding or more or ignored):
+            return self
         ends = total + longest * torch.arange(1, more + 1, dtype=bounds.dtype, device=bounds.device)
         places = torch.arange(padding, device=bounds.device) % longest
-        ignored = -len(self.labels) % masked
-        label = self.sentence_label
         return Batch(
             input_ids=F.pad(self.input_ids, (0, padding), value=pad_id),
             token_type_ids=F.pad(self.token_type_ids, (0, padding)),
             position_ids=torch.cat([self.position_ids, places]),
-            cu_seqlens=torch.cat([bounds, ends.clamp(max=total + padding)]),
+            cu_seqlens=torch.cat([bounds, ends.clamp(max=shape.tokens)]),
             max_seqlen=max(self.max_seqlen, min(padding, longest)),
             masked_positions=F.pad(self.masked_positions, (0, ignored)),
             labels=F.pad(self.labels, (0, ignored), value=-100),
             sentence_label=None if label is None else F.pad(label, (0, more), value=-100),
+            filled_tokens=self.filled_tokens,
         )
 
 
@@ -95,6 +112,12 @@ class PretrainBatches(Dataset[Batch]):
     by (seed, epoch); a batch takes the next ones until `batch_tokens` would be exceeded. All other choices depend on
     (seed, epoch, sample) only.
 
+    With `static` all batches of all epochs have one `shape`, as `choose_shape` says, with T at most batch_tokens, and
+    max_seqlen is seq_len. Samples are taken from the same order in such a way that next to nothing stays empty, see
+    `pack_samples`; a sample counts with as many predictions as `budget` allows it, so that M always holds. What stays
+    empty is padding as of `Batch.padded`, with labels of -100; the last batch of an epoch may be nearly all padding.
+    Packing takes some microseconds a sample when an epoch begins.
+
     Args:
         store: the tokens. special: the special ids of the tokenizer that wrote it.
         seq_len: longest sample, special tokens included; at least 8. The model's position table must be as long.
@@ -102,6 +125,7 @@ class PretrainBatches(Dataset[Batch]):
         seed: 64-bit; epoch: 0, 1, ...; for evaluation fix it.
         objective: "mlm", "mlm+nsp" (pairs by `draw_next_pairs`) or "mlm+sop" (`draw_ordered_pairs`).
         mask_prob, mask_share, random_share, continues: see `mask_tokens`; `continuations` makes the last.
+        static: batches of one shape, for CUDA graphs and torch.compile.
 
     Raises:
         ValueError: numbers outside these ranges, another objective, special ids outside the vocabulary, "mlm+nsp" with
@@ -122,6 +146,7 @@ class PretrainBatches(Dataset[Batch]):
         mask_share: float = 0.8,
         random_share: float = 0.1,
         continues: np.ndarray | None = None,
+        static: bool = False,
     ):
         if not 8 <= seq_len <= LONGEST:
             raise ValueError(
@@ -156,7 +181,7 @@ class PretrainBatches(Dataset[Batch]):
                 f"{continues.dtype} {list(continues.shape)}: make it of the tokenizer that wrote the store"
             )
         self.store, self.special, self.objective = store, special, objective
-        self.seed, self.batch_tokens = seed, batch_tokens
+        self.seed, self.seq_len, self.batch_tokens = seed, seq_len, batch_tokens
         self.masking = {
             "mask_prob": mask_prob, "mask_share": mask_share, "random_share": random_share, "continues": continues,
         }  # fmt: skip
@@ -167,6 +192,11 @@ class PretrainBatches(Dataset[Batch]):
             raise ValueError(
                 "no document has the two tokens that a pair needs: train on masked words alone (--objective mlm)"
             )
+        self.shape: Shape | None = None
+        if static:
+            self.predictions = budget((np.arange(seq_len + 1) - self.extra).clip(min=0), mask_prob)  # by length
+            some = self._lengths(self._order(0)[:_DRAWN_FOR_SHAPE], 0)
+            self.shape = choose_shape(some, self.predictions, batch_tokens, seq_len)
         self._shuffle(epoch)
 
     def at_epoch(self, epoch: int) -> "PretrainBatches":
@@ -178,11 +208,27 @@ class PretrainBatches(Dataset[Batch]):
     def _shuffle(self, epoch: int) -> None:
         if not 0 <= epoch < 1 << 32:
             raise ValueError(f"epochs are counted from 0 to 2**32 - 1, got {epoch}")
-        self.epoch = epoch
+        self.epoch, self.order = epoch, self._order(epoch)
+        if self.shape is None:
+            lengths = (self.spans.ends - self.spans.starts + self.extra)[self.order]
+            self.cuts = cut_greedily(np.append(0, np.cumsum(lengths)), self.batch_tokens)
+        else:
+            lengths = self._lengths(self.order, epoch)
+            packed, self.cuts = pack_samples(lengths, self.predictions, self.shape, self.seq_len)
+            self.order = self.order[packed]
+            self.empty_share = 1.0 - lengths.sum() / (self.shape.tokens * len(self))  # of the epoch's places
+
+    def _order(self, epoch: int) -> np.ndarray:
         high, low, *_ = draw(Purpose.ORDER, self.seed, epoch, np.arange(len(self.spans.starts)))
-        self.order = np.argsort((high << 31) | (low >> 1), kind="stable")
-        lengths = (self.spans.ends - self.spans.starts + self.extra)[self.order]
-        self.cuts = cut_greedily(np.append(0, np.cumsum(lengths)), self.batch_tokens)
+        return np.argsort((high << 31) | (low >> 1), kind="stable")
+
+    def _lengths(self, samples: np.ndarray, epoch: int) -> np.ndarray:
+        """Tokens of samples with the special ones; a random second text may be shorter than the one it replaces."""
+        if self.objective != "mlm+nsp":
+            return self.spans.ends[samples] - self.spans.starts[samples] + self.extra
+        parts = (samples[first : first + _DRAWN] for first in range(0, len(samples), _DRAWN))
+        pairs = (draw_next_pairs(self.store, self.spans, part, self.seed, epoch) for part in parts)
+        return np.concatenate([pair.lengths.sum(1) for pair in pairs]) + self.extra
 
     def __len__(self) -> int:
         """Batches in the epoch."""
@@ -223,7 +269,7 @@ class PretrainBatches(Dataset[Batch]):
             epoch=self.epoch,
             **self.masking,
         )
-        return Batch(
+        batch = Batch(
             input_ids=torch.from_numpy(masked),
             token_type_ids=torch.from_numpy(token_types),
             position_ids=torch.from_numpy(_ranges(seqlens)),
@@ -232,7 +278,11 @@ class PretrainBatches(Dataset[Batch]):
             masked_positions=torch.from_numpy(positions),
             labels=torch.from_numpy(originals),
             sentence_label=None if labels is None else torch.from_numpy(labels),
+            filled_tokens=len(masked),
         )
+        if self.shape is None:
+            return batch
+        return batch.padded(self.special.pad, self.shape, self.seq_len)._replace(max_seqlen=self.seq_len)
 
 
 def _ranges(lengths: np.ndarray) -> np.ndarray:

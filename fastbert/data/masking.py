@@ -60,7 +60,7 @@ def mask_tokens(
     is_special[list(special)] = True
     fixed = is_special[input_ids]
     n = lengths - np.add.reduceat(fixed, cu_seqlens[:-1], dtype=np.int64)
-    wanted = np.minimum(n, np.maximum(1, np.rint(n * mask_prob))).astype(np.int64)  # of each sample
+    wanted = budget(n, mask_prob)  # of each sample
     if continues is None:
         # Within each sample the free tokens come first, in random order; the first few are chosen.
         order = np.argsort((sample << 33) | (fixed.astype(np.int64) << 32) | keys, kind="stable")
@@ -78,6 +78,11 @@ def mask_tokens(
         [action < mask_share, action < mask_share + random_share], [special.mask, random_ids], labels
     )
     return masked, positions, labels
+
+
+def budget(n: np.ndarray, mask_prob: float = 0.15) -> np.ndarray:
+    """How many of n tokens that are not special are chosen, at most: max(1, round(mask_prob * n)), 0 of none."""
+    return np.minimum(n, np.maximum(1, np.rint(n * mask_prob))).astype(np.int64)
 
 
 def _choose_ngrams(

@@ -25,6 +25,7 @@ from fastbert.data.batches import Batch, PretrainBatches
 from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import continuations, special_ids, vocab_size
 from fastbert.models.auto import PRETRAINING
+from fastbert.models.inputs import IGNORED
 from fastbert.models.pretraining import PreTrainingModel
 from fastbert.optim.lazy_adam import LazyAdam, decay_groups
 from fastbert.pretrain import lock, snapshot
@@ -81,13 +82,19 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
         refuse_a_second_run(folder)  # again: another process may have ended one since
     tokenizer, train_store, held_out_store = prepare(config, resume)
 
-    def batches(store: TokenStore) -> PretrainBatches:
+    def batches(store: TokenStore, static: bool = False) -> PretrainBatches:
         return PretrainBatches(
             store, special_ids(tokenizer), seq_len=config.seq_len, batch_tokens=config.batch_tokens, seed=config.seed,
             objective=config.objective, continues=continuations(tokenizer) if config.masking == "ngram" else None,
+            static=static,
         )  # fmt: skip
 
-    train, held_out = batches(train_store), batches(held_out_store)
+    train, held_out = batches(train_store, config.static_shapes), batches(held_out_store)
+    if train.shape is not None:
+        print(
+            f"static shapes: {train.shape.tokens:,} tokens, {train.shape.samples} sequences and {train.shape.masked} "
+            f"predictions in every batch; {train.empty_share:.1%} of the tokens is padding"
+        )
     frequencies = Frequencies(train_store.token_counts())
     data = fingerprints(tokenizer, train_store, held_out_store)
     if not resume:
@@ -157,7 +164,7 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
             lr = learning_rate(step, config.steps, config.lr, config.warmup)
             record = train_step(model, optimizer, micro, lr, config, watch, step + 1)
             step += 1
-            tokens += sum(len(each.input_ids) for each in micro)
+            tokens += sum(each.filled_tokens for each in micro)
             bar.update()
             if step % config.log_every == 0 or step == config.steps:
                 watch.look()
@@ -222,23 +229,24 @@ def train_step(
     predict. `watch` sees the losses as step `number` before the optimizer does.
     """
     model.train()
-    masked = max(1, sum(len(batch.labels) for batch in micro))  # 1: a mean over nothing is 0
-    pairs = max(1, sum(len(batch.cu_seqlens) - 1 for batch in micro))
+    micro = [batch.to(config.device) for batch in micro]
+    word_shares, pair_shares = shares([batch.labels for batch in micro], config.static_shapes), [0.0] * len(micro)
+    if config.objective != "mlm":
+        pair_shares = shares([batch.sentence_label for batch in micro], config.static_shapes)
     mlm_loss = sentence_loss = torch.zeros((), device=config.device)
-    touched = []
-    for batch in micro:
-        batch = batch.to(config.device)
+    for batch, words, pairs in zip(micro, word_shares, pair_shares, strict=True):
         with products(config):
             out = forward(model, batch)
-        loss = out.mlm_loss * (len(batch.labels) / masked)
+        loss = out.mlm_loss * words
         mlm_loss = mlm_loss + loss.detach()
         if config.objective != "mlm":
-            part = out.sentence_loss * ((len(batch.cu_seqlens) - 1) / pairs)
+            part = out.sentence_loss * pairs
             sentence_loss = sentence_loss + part.detach()
             loss = loss + part
         loss.backward()
-        touched += [batch.input_ids, batch.labels]
-    rows = {model.word_embeddings: torch.cat(touched)} if config.embedding_update == "touched" else None
+    rows = None
+    if config.embedding_update == "touched":
+        rows = {model.word_embeddings: words_of(micro, model.config.pad_token_id, config.static_shapes)}
     norm, factor = optimizer.clip_factor(config.clip, rows=rows)
     if watch is not None:
         watch.see(number, mlm_loss + sentence_loss, norm)
@@ -248,6 +256,21 @@ def train_step(
     optimizer.zero_grad()
     record = {"loss": mlm_loss + sentence_loss, "mlm_loss": mlm_loss, "lr": lr, "gradient_norm": norm}
     return record | ({f"{pair(config)}_loss": sentence_loss} if config.objective != "mlm" else {})
+
+
+def shares(labels: list[Tensor], static: bool) -> list[float] | list[Tensor]:
+    """Of each micro-batch in the step's labels; with static shapes of those that count, which the device counts."""
+    if static:
+        counts = torch.stack([(each != IGNORED).sum() for each in labels])
+        return list(counts / counts.sum().clamp(min=1))
+    total = max(1, sum(len(each) for each in labels))
+    return [len(each) / total for each in labels]
+
+
+def words_of(micro: list[Batch], pad_id: int, static: bool) -> Tensor:
+    """Ids of the input and the labels, any number of times each; with static shapes without those of empty places."""
+    ids = torch.cat([ids for batch in micro for ids in (batch.input_ids, batch.labels)])
+    return torch.where((ids == IGNORED) | (ids == pad_id), micro[0].input_ids[0], ids) if static else ids
 
 
 def pair(config: PretrainConfig) -> str:

@@ -60,6 +60,8 @@ class PretrainConfig:
     """Longest sequence in tokens, [CLS] and [SEP] included."""
     batch_tokens: int = 4096
     """Tokens of a batch; sequences are packed without padding."""
+    static_shapes: bool = False
+    """Give every batch the same shape, as CUDA graphs and compilers want it; less than a fiftieth of it is padding."""
     accumulate: int = 1
     """Batches whose gradients are added up for one step."""
     objective: Objective | None = None
@@ -262,7 +264,7 @@ def choose_linear(config: PretrainConfig) -> str:
 # Settings that runs did not have once, and what they did then.
 _ADDED_LATER = {
     "linear": "torch", "separator": None, "quoting": "auto", "model": "bert", "tokenizer": "wordpiece",
-    "masking": "token",
+    "masking": "token", "static_shapes": False,
 }  # fmt: skip
 _NSP = {True: "mlm+nsp", False: "mlm"}  # the setting that was there before the objective
 

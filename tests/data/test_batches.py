@@ -225,15 +225,53 @@ def test_a_sample_is_the_same_in_any_batch(store, tokenizer):
     assert all(torch.equal(a, b) and m == n for (a, m), (b, n) in zip(alone, together, strict=True))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_and_starting_point_change_nothing(store, tokenizer, workers):
-    batches = make(store, tokenizer)
+@pytest.mark.parametrize(("workers", "static"), [(1, False), (2, True)])
+def test_workers_and_starting_point_change_nothing(store, tokenizer, workers, static):
+    batches = make(store, tokenizer, static=static)
     loader = DataLoader(batches, batch_size=None, sampler=range(3, 12), num_workers=workers)
     loaded = list(loader)
     assert len(loaded) == 9
     for i, batch in enumerate(loaded, 3):
         assert type(batch) is type(batches[i])
         assert same(batch, batches[i])
+
+
+@pytest.mark.parametrize("objective", ["mlm", "mlm+nsp", "mlm+sop"])
+def test_static_batches_have_one_shape_and_the_same_samples(store, tokenizer, objective):
+    """Each sample once, with the masks that it has in any other batch; what is empty counts nowhere."""
+    options = {"objective": objective, "batch_tokens": 1000}
+    static, usual = make(store, tokenizer, static=True, **options), make(store, tokenizer, **options)
+
+    def samples(batch):
+        cu, where = batch.cu_seqlens.tolist(), batch.masked_positions
+        for b, (start, end) in enumerate(pairwise(cu)):
+            if start < end <= batch.filled_tokens:
+                own = batch.masked_positions[(where >= start) & (where < end) & (batch.labels >= 0)] - start
+                label = None if batch.sentence_label is None else int(batch.sentence_label[b])
+                fields = batch.input_ids, batch.token_type_ids, batch.position_ids
+                yield *(tuple(x[start:end].tolist()) for x in fields), tuple(own.tolist()), label
+
+    batches, others = static.at_epoch(3), usual.at_epoch(3)
+    assert len(static[0].input_ids) == static.shape.tokens == batches.shape.tokens
+    found, empty = [], 0
+    for batch in map(batches.__getitem__, range(len(batches))):
+        tokens, sequences, predictions = batches.shape
+        assert 936 < tokens == len(batch.input_ids) == len(batch.token_type_ids) == len(batch.position_ids)
+        assert len(batch.cu_seqlens) == sequences + 1 and len(batch.labels) == predictions
+        lengths, count = batch.cu_seqlens.diff(), int((batch.labels != -100).sum())
+        assert batch.cu_seqlens[0] == 0 and batch.cu_seqlens[-1] == tokens
+        assert lengths.min() >= 0 and lengths.max() <= batch.max_seqlen == 64
+        assert (batch.labels[count:] == -100).all() and (batch.masked_positions[count:] == 0).all()
+        assert (batch.masked_positions[:count] < batch.filled_tokens).all()
+        assert (batch.input_ids[batch.filled_tokens :] == 0).all()
+        if batch.sentence_label is not None:
+            real = (batch.cu_seqlens[1:] <= batch.filled_tokens) & (lengths > 0)
+            assert torch.equal(batch.sentence_label != -100, real)
+        found += samples(batch)
+        empty += tokens - batch.filled_tokens
+    assert empty / (tokens * len(batches)) == pytest.approx(batches.empty_share) and batches.empty_share < 0.02
+    expected = [sample for i in range(len(others)) for sample in samples(others[i])]
+    assert len(found) == len(expected) and set(found) == set(expected)
 
 
 def test_to_device(store, tokenizer):
