@@ -60,7 +60,7 @@ def _around(lengths: np.ndarray, predictions: np.ndarray, tokens: int, longest: 
     """The shape with this T."""
     total = lengths.sum()
     samples = max(1 - -tokens // longest, 1.25 * tokens * len(lengths) / total)
-    masked = max(predictions[longest], tokens * predictions[lengths].sum() / total * 33 / 32)
+    masked = max(predictions[longest], min(tokens, tokens * predictions[lengths].sum() / total * 33 / 32))
     return Shape(tokens, int(-(-samples // 8) * 8), int(-(-masked // 32) * 32))
 
 

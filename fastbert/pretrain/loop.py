@@ -85,8 +85,9 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
     def batches(store: TokenStore, static: bool = False) -> PretrainBatches:
         return PretrainBatches(
             store, special_ids(tokenizer), seq_len=config.seq_len, batch_tokens=config.batch_tokens, seed=config.seed,
-            objective=config.objective, continues=continuations(tokenizer) if config.masking == "ngram" else None,
-            static=static,
+            objective=config.objective, inputs=config.inputs, static=static,
+            unit="word" if config.masking == "token" else config.masking,
+            continues=None if config.masking == "token" else continuations(tokenizer),
         )  # fmt: skip
 
     train, held_out = batches(train_store, config.static_shapes), batches(held_out_store)
@@ -107,7 +108,7 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
         kind.config_class.preset(
             config.preset, vocab_size=vocab_size(tokenizer), hidden_dropout_prob=config.dropout,
             attention_probs_dropout_prob=config.dropout, max_position_embeddings=config.max_position_embeddings,
-            pad_token_id=special_ids(tokenizer).pad,
+            pad_token_id=special_ids(tokenizer).pad, is_decoder=config.objective == "clm",
         )
     ).to(config.device)  # fmt: skip
     with torch.no_grad():  # what the first steps would spend on learning
@@ -224,14 +225,14 @@ def train_step(
 ) -> dict[str, Tensor | float]:
     """Forward and backward over the micro-batches, one step of the optimizer; losses as device scalars.
 
-    The MLM loss is the mean over all masked tokens of the step, the NSP or SOP loss over all its sequences, however
-    they are spread over micro-batches. A mean over nothing is 0: [UNK] is never masked, so a step may have nothing to
-    predict. `watch` sees the losses as step `number` before the optimizer does.
+    The MLM loss is the mean over all tokens of the step that are predicted, the NSP or SOP loss over all its sequences,
+    however they are spread over micro-batches. A mean over nothing is 0: [UNK] is never predicted, so a step may have
+    nothing to predict. `watch` sees the losses as step `number` before the optimizer does.
     """
     model.train()
     micro = [batch.to(config.device) for batch in micro]
     word_shares, pair_shares = shares([batch.labels for batch in micro], config.static_shapes), [0.0] * len(micro)
-    if config.objective != "mlm":
+    if pair(config):
         pair_shares = shares([batch.sentence_label for batch in micro], config.static_shapes)
     mlm_loss = sentence_loss = torch.zeros((), device=config.device)
     for batch, words, pairs in zip(micro, word_shares, pair_shares, strict=True):
@@ -239,7 +240,7 @@ def train_step(
             out = forward(model, batch)
         loss = out.mlm_loss * words
         mlm_loss = mlm_loss + loss.detach()
-        if config.objective != "mlm":
+        if pair(config):
             part = out.sentence_loss * pairs
             sentence_loss = sentence_loss + part.detach()
             loss = loss + part
@@ -255,7 +256,7 @@ def train_step(
     optimizer.step(rows=rows, grad_factor=factor)
     optimizer.zero_grad()
     record = {"loss": mlm_loss + sentence_loss, "mlm_loss": mlm_loss, "lr": lr, "gradient_norm": norm}
-    return record | ({f"{pair(config)}_loss": sentence_loss} if config.objective != "mlm" else {})
+    return record | ({f"{pair(config)}_loss": sentence_loss} if pair(config) else {})
 
 
 def shares(labels: list[Tensor], static: bool) -> list[float] | list[Tensor]:
@@ -275,7 +276,7 @@ def words_of(micro: list[Batch], pad_id: int, static: bool) -> Tensor:
 
 def pair(config: PretrainConfig) -> str:
     """What the run predicts of a pair, "nsp" or "sop"; "" for nothing."""
-    return config.objective.removeprefix("mlm").removeprefix("+")
+    return config.objective.partition("+")[2]
 
 
 def make_optimizer(model: PreTrainingModel, config: PretrainConfig) -> LazyAdam:

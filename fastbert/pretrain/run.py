@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastbert import files
 from fastbert.backends import check_environment, linear, native, requested
-from fastbert.data.batches import LONGEST, Objective
+from fastbert.data.batches import LONGEST, Inputs, Objective
 from fastbert.data.corpus import check_corpus
 from fastbert.data.tables import Quoting
 from fastbert.data.tokenizer import LARGEST_VOCABULARY
@@ -66,9 +66,14 @@ class PretrainConfig:
     """Batches whose gradients are added up for one step."""
     objective: Objective | None = None
     """What to train beside the masked language model (mlm): nothing, next-sentence prediction (nsp), sentence-order
-    prediction (sop); if not given mlm+nsp for BERT and mlm+sop for ALBERT."""
-    masking: Literal["token", "ngram"] = "token"
-    """What is masked: tokens, each for itself, or one to three whole words in a row, as ALBERT's."""
+    prediction (sop); if not given mlm+nsp for BERT and mlm+sop for ALBERT. clm instead predicts every next token from
+    those before it, and masks nothing."""
+    masking: Literal["token", "word", "ngram", "span"] = "token"
+    """What is masked: tokens, each for itself, whole words, one to three words in a row, as ALBERT's, or one to ten, as
+    SpanBERT's."""
+    inputs: Inputs = "doc-sentences"
+    """Sequences of one document's sentences, as many as fit; or, for mlm and clm, of rows that go on into the next
+    documents, each a sequence of its own (RoBERTa's names)."""
     held_out: float = 0.02
     """Share of the documents kept for evaluation."""
 
@@ -138,6 +143,14 @@ class PretrainConfig:
         _expect(self.preset in presets, "preset", f"for model {self.model} one of {', '.join(presets)}", self.preset)
         if self.steps is None and self.minutes is None:
             raise ValueError("a run ends after so many steps or minutes: give --steps, --minutes or both")
+        objective = self.objective or OWN[self.model]["objective"]
+        if objective == "clm":
+            _expect(self.model != "albert", "objective", "one with mlm for model albert, which sees all words", "clm")
+            _expect(
+                self.masking == "token", "masking", "left out with objective clm, which masks nothing", self.masking
+            )
+        elif self.inputs == "full-sentences":
+            _expect(objective == "mlm", "objective", "mlm or clm with inputs full-sentences, no pairs", objective)
         rule = f"at most the rows of the position table, max_position_embeddings={self.max_position_embeddings}"
         _expect(self.seq_len <= self.max_position_embeddings, "seq_len", rule, self.seq_len)
         rule = f"at least one sample's, seq_len={self.seq_len}"
@@ -264,7 +277,7 @@ def choose_linear(config: PretrainConfig) -> str:
 # Settings that runs did not have once, and what they did then.
 _ADDED_LATER = {
     "linear": "torch", "separator": None, "quoting": "auto", "model": "bert", "tokenizer": "wordpiece",
-    "masking": "token", "static_shapes": False,
+    "masking": "token", "static_shapes": False, "inputs": "doc-sentences",
 }  # fmt: skip
 _NSP = {True: "mlm+nsp", False: "mlm"}  # the setting that was there before the objective
 

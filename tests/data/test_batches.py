@@ -7,6 +7,8 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from fastbert.data import (
@@ -18,7 +20,7 @@ from fastbert.data import (
     train_tokenizer,
     write_store,
 )
-from fastbert.data.samples import Spans, cut_greedily, draw_next_pairs, find_spans
+from fastbert.data.samples import Spans, cut_greedily, draw_next_pairs, find_rows, find_spans
 
 SPECIAL = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
 V = 60_000
@@ -66,6 +68,32 @@ def test_spans_by_hand():
     ]  # fmt: skip
     assert spans(store, 10, shortest=2) == spans(store, 10)[:-1]
     assert spans(store, 100) == [[0, 12], [12, 14], [14, 42], [42, 43]]
+
+
+def test_rows_by_hand():
+    """Rows of 10 tokens, 2 of them special for every document: 4 + 4, then 3 and 2 + 1 of the next document."""
+    sequences, rows = find_rows(make_store([[4, 4, 3], [2, 1], [1], [9]]), 10, extra=2)
+    assert [x.tolist() for x in sequences] == [[0, 8, 11, 14, 15, 23], [8, 11, 14, 15, 23, 24]]
+    assert rows.tolist() == [0, 1, 3, 4, 5, 6]  # 3 + 2 and 3 + 2 are full; 1 is alone, for 9 is cut in 8 and 1
+    assert find_rows(make_store([[3], [1], [2]]), 12, extra=2)[1].tolist() == [0, 3]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=6), min_size=1, max_size=12), st.integers(8, 40))
+def test_rows_hold_all_text_and_are_full(documents, seq_len):
+    store = make_store(documents)
+    sequences, rows = find_rows(store, seq_len, extra=2)
+    assert sequences.starts[0] == 0 and sequences.ends[-1] == store.sentences[-1]
+    assert (sequences.starts[1:] == sequences.ends[:-1]).all()
+    ends = store.sentences[store.documents[1:]]
+    assert set(ends) <= set(sequences.ends), "a sequence goes on into another document"
+    full = np.add.reduceat(sequences.ends - sequences.starts + 2, rows[:-1])
+    assert full.max() <= seq_len and rows[-1] == len(sequences.starts)
+    for row, end in zip(full[:-1], sequences.ends[rows[1:-1] - 1], strict=True):
+        sentence = np.searchsorted(store.sentences, end, "right")  # the end of the one that comes next
+        following = store.sentences[sentence] - end
+        special = 2 * (end in ends)
+        assert row + min(following, seq_len - 2) + special > seq_len, "the next sentence would have fitted"
 
 
 def pairs(store, a_spans, seeds):
@@ -189,6 +217,28 @@ def test_an_epoch_without_pairs_is_the_corpus(store, tokenizer):
     assert all(size + following > 1024 for size, following in zip(sizes, firsts[1:], strict=False))
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_rows_and_next_tokens_in_batches(store, tokenizer, static):
+    """A batch of rows: every sequence is text of one document; of the language model every next token is a label."""
+    batches = make(store, tokenizer, objective="clm", inputs="full-sentences", static=static)
+    counts = torch.zeros(store.vocab_size, dtype=torch.int64)
+    documents, text = store.sentences[store.documents], store.tokens.astype(np.int64)
+    found = torch.zeros(len(text), dtype=torch.int64)
+    where = {tuple(text[a:b]): a for a, b in zip(batches.spans.starts, batches.spans.ends, strict=True)}
+    for batch in map(batches.__getitem__, range(len(batches))):
+        ids, real = batch.input_ids, batch.labels != -100
+        assert torch.equal(ids[batch.masked_positions[real] + 1], batch.labels[real]) and batch.sentence_label is None
+        counts += torch.bincount(batch.labels[real], minlength=store.vocab_size)
+        bounds = batch.cu_seqlens[batch.cu_seqlens <= batch.filled_tokens].tolist()
+        for a, b in pairwise(dict.fromkeys(bounds)):
+            assert ids[a] == 2 and ids[b - 1] == 3 and batch.position_ids[a:b].tolist() == list(range(b - a))
+            start = where[tuple(ids[a + 1 : b - 1].tolist())]
+            assert np.searchsorted(documents, start, "right") == np.searchsorted(documents, start + b - a - 2, "left")
+            found[start] += 1
+    assert torch.equal(counts, store.token_counts().index_fill(0, torch.arange(5), 0)), "every token is predicted once"
+    assert found.sum() == len(batches.spans.starts)
+
+
 def test_pairs_in_batches_are_text(store, tokenizer):
     """Without [CLS] and [SEP] a kept pair stands in the store as it is, a replaced one does not."""
     text = store.tokens.astype(np.uint16).tobytes()
@@ -225,9 +275,13 @@ def test_a_sample_is_the_same_in_any_batch(store, tokenizer):
     assert all(torch.equal(a, b) and m == n for (a, m), (b, n) in zip(alone, together, strict=True))
 
 
-@pytest.mark.parametrize(("workers", "static"), [(1, False), (2, True)])
-def test_workers_and_starting_point_change_nothing(store, tokenizer, workers, static):
-    batches = make(store, tokenizer, static=static)
+ROWS = {"objective": "mlm", "inputs": "full-sentences", "unit": "span"}
+
+
+@pytest.mark.parametrize(("workers", "options"), [(1, {}), (2, {"static": True}), (7, ROWS)])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 7 worker")
+def test_workers_and_starting_point_change_nothing(store, tokenizer, workers, options):
+    batches = make(store, tokenizer, **options)
     loader = DataLoader(batches, batch_size=None, sampler=range(3, 12), num_workers=workers)
     loaded = list(loader)
     assert len(loaded) == 9
@@ -306,7 +360,10 @@ def test_one_sentence_documents():
         ({"mask_prob": float("nan")}, "got nan"),
         ({"mask_share": 0.95}, "sum <= 1, got 0.95 and 0.1"),
         ({"random_share": -0.1}, "got 0.8 and -0.1"),
-        ({"objective": "sop"}, r"one of mlm, mlm\+nsp, mlm\+sop, got 'sop'"),
+        ({"objective": "sop"}, r"one of mlm, mlm\+nsp, mlm\+sop, clm, got 'sop'"),
+        ({"inputs": "sentences"}, "one of doc-sentences, full-sentences, got 'sentences'"),
+        ({"inputs": "full-sentences"}, r"no pairs of texts: expected objective mlm or clm, got 'mlm\+nsp'"),
+        ({"unit": "token"}, "one of word, ngram, span, got 'token'"),
         ({"continues": np.zeros(3, bool)}, r"bool \[\d+\], a flag for every id .* got bool \[3\]"),
         ({"epoch": -1}, "counted from 0 .* got -1"),
     ],
