@@ -106,6 +106,15 @@ def test_a_step_of_static_batches_is_that_of_their_samples(settings, finished, r
     assert untouched[0] == (rows == "touched"), "[PAD] stands in no text"
 
 
+def test_counts_of_static_batches_never_wait_for_the_device(settings, finished):
+    """On meta tensors, which have no values, whatever needs one raises."""
+    static = batches(finished, settings, static=True)
+    micro = [static[i].to("meta").filled(0) for i in (0, 1)]
+    assert [share.shape for share in loop.shares([batch.labels for batch in micro], True)] == [(), ()]
+    tokens, _, masked = static.shape
+    assert loop.words_of(micro, 0, True).shape == (2 * (tokens + masked),), "T and M are multiples of 64 and 32 already"
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
 def test_a_model_compiles_once_for_static_batches(settings, finished):
     torch.compiler.reset()
