@@ -155,6 +155,8 @@ FAULTS = [
     *python("data/masking", "data/test_units.py",
             ("actions[heads if _KINDS[unit].together else positions]", "actions[positions]"),
             ("if end - start <= left[b]), start)", "), start)")),
+    *python("data/dictionary", "data/test_dictionary.py",
+            ("            if start >= free:\n", "            if True:\n")),
     *python("data/packing", "data/test_packing.py",
             ("masked >= 0 and samples >= padding", "masked >= 0 and samples >= 0"),
             ("[(first,)] if left is shape else waiting.candidates", "waiting.candidates")),

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from fastbert.data.dictionary import Dictionary
 from fastbert.data.draws import Purpose, draw
 from fastbert.data.masking import Unit, budget, mask_tokens
 from fastbert.data.packing import WINDOW, Shape, choose_shape, pack_samples
@@ -132,7 +133,8 @@ class PretrainBatches(Dataset[Batch]):
         objective: "mlm", "mlm+nsp" (pairs by `draw_next_pairs`), "mlm+sop" (`draw_ordered_pairs`), or "clm": the next
             token is predicted wherever it is not special, and nothing is masked.
         inputs: "doc-sentences", or for "mlm" and "clm" also "full-sentences".
-        mask_prob, mask_share, random_share, unit, continues: see `mask_tokens`; `continuations` makes the last.
+        mask_prob, mask_share, random_share, unit, continues, dictionary: see `mask_tokens`; `continuations` makes the
+            last but one.
         static: batches of one shape, for CUDA graphs and torch.compile.
 
     Raises:
@@ -156,6 +158,7 @@ class PretrainBatches(Dataset[Batch]):
         random_share: float = 0.1,
         unit: Unit = "word",
         continues: np.ndarray | None = None,
+        dictionary: Dictionary | None = None,
         static: bool = False,
     ):
         if not 8 <= seq_len <= LONGEST:
@@ -198,7 +201,7 @@ class PretrainBatches(Dataset[Batch]):
         self.seed, self.seq_len, self.batch_tokens = seed, seq_len, batch_tokens
         self.masking = {
             "mask_prob": mask_prob, "mask_share": mask_share, "random_share": random_share, "unit": unit,
-            "continues": continues,
+            "continues": continues, "dictionary": dictionary,
         }  # fmt: skip
         self.pairs = {"mlm+nsp": draw_next_pairs, "mlm+sop": draw_ordered_pairs}.get(objective)
         self.extra = 3 if self.pairs else 2  # [CLS] and [SEP]s

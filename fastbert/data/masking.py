@@ -1,10 +1,10 @@
 """Dynamic masking for masked-language modelling, a pure function of (seed, epoch, sample, place).
 
 Of the n tokens of a sample that are not special at most max(1, round(0.15 n)) are chosen, in units; of these 80 %
-become [MASK], 10 % random tokens, 10 % stay. A unit is one word or several in a row, and a word is a token, or what a
-vocabulary says (`continuations`). Sources: Devlin et al., "BERT" (2019), its `create_pretraining_data.py` and its whole
-word masking; drawn anew every epoch as in Liu et al., "RoBERTa" (2019); n-grams as in Lan et al., "ALBERT" (2020), and
-its program of that name; spans as in Joshi et al., "SpanBERT" (2020).
+become [MASK], 10 % random tokens, 10 % stay. A unit is one word or several in a row, and a word is a token, or what the
+vocabulary (`continuations`) and a `Dictionary` say. Sources: Devlin et al., "BERT" (2019), its
+`create_pretraining_data.py` and its whole word masking; drawn anew every epoch as in Liu et al., "RoBERTa" (2019);
+n-grams as in Lan et al., "ALBERT" (2020), and its program of that name; spans as in Joshi et al., "SpanBERT" (2020).
 
 Those programs count [CLS] and [SEP] among the n, choose at most 20 tokens of a sample by default, may choose [UNK], and
 draw the random token from the whole vocabulary. Here the share is one of the tokens that can be predicted, the same for
@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from fastbert.data.dictionary import Dictionary
 from fastbert.data.draws import Purpose, below, draw
 from fastbert.data.tokenizer import SpecialIds
 
@@ -61,6 +62,7 @@ def mask_tokens(
     random_share: float = 0.1,
     unit: Unit = "word",
     continues: np.ndarray | None = None,
+    dictionary: Dictionary | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Masks a packed batch of B samples with T tokens, all samples at once.
 
@@ -77,6 +79,7 @@ def mask_tokens(
             token of which is masked, replaced or kept for itself; "span", one to ten with weights 0.8**n. Of words and
             spans all tokens are masked, all are replaced (each by a random one of its own), or all are kept.
         continues: bool [V], whether an id continues the word before it. None for none: every token is a word.
+        dictionary: words of several tokens beside these.
 
     Returns:
         New ids int64 [T]; the chosen positions int64 [M], ascending; the original ids there, int64 [M].
@@ -91,12 +94,14 @@ def mask_tokens(
     fixed = is_special[input_ids]
     n = lengths - np.add.reduceat(fixed, cu_seqlens[:-1], dtype=np.int64)
     wanted = budget(n, mask_prob)  # of each sample
-    if unit == "word" and continues is None:
+    if unit == "word" and continues is None and dictionary is None:
         # Within each sample the free tokens come first, in random order; the first few are chosen.
         order = np.argsort((sample << 33) | (fixed.astype(np.int64) << 32) | keys, kind="stable")
         positions = heads = np.sort(order[place < wanted[sample]])
     else:
         continued = np.zeros(len(input_ids), bool) if continues is None else continues[input_ids]
+        if dictionary is not None:
+            continued = continued | dictionary.continues(input_ids)
         longer = np.searchsorted(_KINDS[unit].lengths, lengths_drawn / 2.0**32, "right")
         positions, heads = _choose_units(sample, fixed, continued, keys, longer, wanted)
 

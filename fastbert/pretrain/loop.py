@@ -1,8 +1,8 @@
 """From raw text to a model that `transformers` loads: what `fastbert pretrain` runs, in the order it happens.
 
-A run's folder holds everything: `tokenizer/`, `data/{train,held_out}/`, `config.json`, `snapshots/`, `metrics.jsonl`,
-`tensorboard/`, `loss.png` and, at the end, `model/` in Hugging Face's format. `config.json` makes it a run, which can
-be resumed from then on; it is written when the data is there and holds.
+A run's folder holds everything: `tokenizer/`, `data/{train,held_out}/`, `dictionary.txt` where the run has one,
+`config.json`, `snapshots/`, `metrics.jsonl`, `tensorboard/`, `loss.png` and, at the end, `model/` in Hugging Face's
+format. `config.json` makes it a run, which can be resumed from then on; it is written when the data is there and holds.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from fastbert.optim.lazy_adam import LazyAdam, decay_groups
 from fastbert.pretrain import lock, snapshot
 from fastbert.pretrain.divergence import Watch
 from fastbert.pretrain.evaluate import Frequencies, evaluate, forward, guesses
-from fastbert.pretrain.prepare import check_fingerprints, fingerprints, prepare
+from fastbert.pretrain.prepare import check_fingerprints, fingerprints, prepare, prepare_dictionary
 from fastbert.pretrain.report import Metrics, last_scores, plot_loss, read_metrics, shown, summary
 from fastbert.pretrain.run import (
     PretrainConfig,
@@ -81,13 +81,14 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
     if not resume:
         refuse_a_second_run(folder)  # again: another process may have ended one since
     tokenizer, train_store, held_out_store = prepare(config, resume)
+    dictionary = prepare_dictionary(config, resume, tokenizer)
 
     def batches(store: TokenStore, static: bool = False) -> PretrainBatches:
         return PretrainBatches(
             store, special_ids(tokenizer), seq_len=config.seq_len, batch_tokens=config.batch_tokens, seed=config.seed,
             objective=config.objective, inputs=config.inputs, static=static,
             unit="word" if config.masking == "token" else config.masking,
-            continues=None if config.masking == "token" else continuations(tokenizer),
+            continues=None if config.masking == "token" else continuations(tokenizer), dictionary=dictionary,
         )  # fmt: skip
 
     train, held_out = batches(train_store, config.static_shapes), batches(held_out_store)
@@ -97,7 +98,7 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
             f"predictions in every batch; {train.empty_share:.1%} of the tokens is padding"
         )
     frequencies = Frequencies(train_store.token_counts())
-    data = fingerprints(tokenizer, train_store, held_out_store)
+    data = fingerprints(tokenizer, train_store, held_out_store, dictionary)
     if not resume:
         write_config(config)  # from here on it is a run
 

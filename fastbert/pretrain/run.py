@@ -16,6 +16,7 @@ from fastbert import files
 from fastbert.backends import check_environment, linear, native, requested
 from fastbert.data.batches import LONGEST, Inputs, Objective
 from fastbert.data.corpus import check_corpus
+from fastbert.data.dictionary import read_words
 from fastbert.data.tables import Quoting
 from fastbert.data.tokenizer import LARGEST_VOCABULARY
 from fastbert.models.auto import PRETRAINING
@@ -71,6 +72,9 @@ class PretrainConfig:
     masking: Literal["token", "word", "ngram", "span"] = "token"
     """What is masked: tokens, each for itself, whole words, one to three words in a row, as ALBERT's, or one to ten, as
     SpanBERT's."""
+    dictionary: Path | None = None
+    """A file of words or names, one a line, that count as one word each where they have several tokens, for maskings of
+    words: Chinese words, or ERNIE's entities."""
     inputs: Inputs = "doc-sentences"
     """Sequences of one document's sentences, as many as fit; or, for mlm and clm, of rows that go on into the next
     documents, each a sequence of its own (RoBERTa's names)."""
@@ -149,7 +153,9 @@ class PretrainConfig:
             _expect(
                 self.masking == "token", "masking", "left out with objective clm, which masks nothing", self.masking
             )
-        elif self.inputs == "full-sentences":
+        if self.dictionary is not None:
+            _expect(self.masking != "token", "masking", "word, ngram or span with a dictionary", self.masking)
+        if objective != "clm" and self.inputs == "full-sentences":
             _expect(objective == "mlm", "objective", "mlm or clm with inputs full-sentences, no pairs", objective)
         rule = f"at most the rows of the position table, max_position_embeddings={self.max_position_embeddings}"
         _expect(self.seq_len <= self.max_position_embeddings, "seq_len", rule, self.seq_len)
@@ -214,6 +220,8 @@ def new_run(config: PretrainConfig) -> PretrainConfig:
     if config.corpus is None:
         raise ValueError("a new run needs a corpus: a text file, a table with --column, or a folder of such")
     refuse_a_second_run(config.output)
+    if config.dictionary is not None:
+        read_words(config.dictionary)
     print(check_corpus(config.corpus, config.column, separator=config.separator, quoting=config.quoting))
     return with_choices(config)
 
@@ -278,6 +286,7 @@ def choose_linear(config: PretrainConfig) -> str:
 _ADDED_LATER = {
     "linear": "torch", "separator": None, "quoting": "auto", "model": "bert", "tokenizer": "wordpiece",
     "masking": "token", "static_shapes": False, "inputs": "doc-sentences",
+    "dictionary": None,
 }  # fmt: skip
 _NSP = {True: "mlm+nsp", False: "mlm"}  # the setting that was there before the objective
 
@@ -307,7 +316,8 @@ def read_config(folder: Path) -> PretrainConfig:
         names = [field.name for field in dataclasses.fields(PretrainConfig)]
         if missing := [name for name in names if name not in stored]:
             raise ValueError(f"it lacks {', '.join(missing)}")
-        config = PretrainConfig(**stored | {"corpus": None if stored["corpus"] is None else Path(stored["corpus"])})
+        paths = {name: Path(stored[name]) for name in ("corpus", "dictionary") if stored[name] is not None}
+        config = PretrainConfig(**stored | paths)
         config.check()
     except (ValueError, TypeError) as error:
         raise ValueError(
