@@ -98,7 +98,7 @@ def prepare_dictionary(config: PretrainConfig, resume: bool, tokenizer: Tokenize
 
 
 def fingerprints(
-    tokenizer: Tokenizer, train: TokenStore, held_out: TokenStore, dictionary: Dictionary | None
+    tokenizer: Tokenizer, train: TokenStore, held_out: TokenStore, dictionary: Dictionary | None = None
 ) -> dict[str, str]:
     """What a snapshot was trained on, for `check_fingerprints`."""
     texts = {"tokenizer": fingerprint(tokenizer), "training text": train.fingerprint}

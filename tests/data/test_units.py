@@ -19,7 +19,7 @@ def pack(contents):
     return np.concatenate(samples), np.cumsum([0] + [len(s) for s in samples])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     contents=st.lists(CONTENTS, min_size=1, max_size=4), unit=st.sampled_from(["word", "ngram", "span"]),
     words=st.booleans(), seed=st.integers(0, 2**64 - 1), share=st.sampled_from([0.15, 0.5, 0.9]),
@@ -36,7 +36,8 @@ def test_budget_special_tokens_and_whole_words(contents, unit, words, seed, shar
     chosen[positions] = True
     wanted = budget(np.add.reduceat(free, cu[:-1]), share)
     taken = np.add.reduceat(chosen, cu[:-1])
-    assert (taken <= wanted).all() and (words or (taken == wanted).all()), "words of a token fill the budget"
+    assert (taken <= wanted).all()
+    assert words or unit != "word" or (taken == wanted).all(), "words of one token fill the budget"
     # A word's pieces are chosen together, and but for n-grams all of them are [MASK] or none is.
     inside = np.append(False, free[1:] & free[:-1] & PIECES[ids[1:]]) if words else np.zeros(len(ids), bool)
     assert (chosen[inside] == chosen[np.flatnonzero(inside) - 1]).all()
