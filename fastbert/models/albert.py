@@ -65,6 +65,10 @@ class AlbertConfig(ModelConfig):
                 "num_hidden_layers must be a multiple of num_hidden_groups, so that every group has as many layers; "
                 f"got {self.num_hidden_layers} and {self.num_hidden_groups}"
             )
+        if self.is_decoder:
+            raise ValueError(
+                "this ALBERT has is_decoder = False only, as that of transformers has, which takes no notice of it"
+            )
 
 
 class AlbertForPreTrainingOutput(NamedTuple):

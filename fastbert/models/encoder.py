@@ -78,7 +78,9 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
-        heads = MultiHeadAttention(hidden, config.num_attention_heads, config.attention_probs_dropout_prob)
+        heads = MultiHeadAttention(
+            hidden, config.num_attention_heads, config.attention_probs_dropout_prob, config.is_decoder
+        )
         self.attention = nn.ModuleDict({"self": heads, "output": DenseAddLayerNorm(hidden, config)})
         self.intermediate = nn.ModuleDict({"dense": LinearGELU(hidden, inner, config.approximate)})
         self.output = DenseAddLayerNorm(inner, config)

@@ -111,20 +111,22 @@ class MultiHeadAttention(nn.Module):
         hidden_size: H, a multiple of heads.
         heads: N.
         dropout_p: probability that an attention weight is dropped, in training mode only.
+        causal: whether a token sees none of those behind it.
 
     Shapes: x [T, H], cu_seqlens int32 [B + 1], max_seqlen -> [T, H].
     """
 
-    def __init__(self, hidden_size: int, heads: int, dropout_p: float = 0.0):
+    def __init__(self, hidden_size: int, heads: int, dropout_p: float = 0.0, causal: bool = False):
         super().__init__()
         self.heads = heads
         self.dropout_p = dropout_p
+        self.causal = causal
         self.qkv = Linear(hidden_size, 3 * hidden_size)  # rows: all of query, then key, then value
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         qkv = self.qkv(x).view(x.shape[0], 3, self.heads, x.shape[1] // self.heads)  # [T, 3, N, D]
         dropout_p = self.dropout_p if self.training else 0.0
-        return attention_qkv(qkv, cu_seqlens, max_seqlen, dropout_p=dropout_p).flatten(1)
+        return attention_qkv(qkv, cu_seqlens, max_seqlen, dropout_p=dropout_p, causal=self.causal).flatten(1)
 
 
 class Dropout(nn.Module):

@@ -1,8 +1,8 @@
 """From raw text to a model that `transformers` loads: what `fastbert pretrain` runs, in the order it happens.
 
-A run's folder holds everything: `tokenizer/`, `data/{train,held_out}/`, `config.json`, `snapshots/`, `metrics.jsonl`,
-`tensorboard/`, `loss.png` and, at the end, `model/` in Hugging Face's format. `config.json` makes it a run, which can
-be resumed from then on; it is written when the data is there and holds.
+A run's folder holds everything: `tokenizer/`, `data/{train,held_out}/`, `dictionary.txt` where the run has one,
+`config.json`, `snapshots/`, `metrics.jsonl`, `tensorboard/`, `loss.png` and, at the end, `model/` in Hugging Face's
+format. `config.json` makes it a run, which can be resumed from then on; it is written when the data is there and holds.
 """
 
 import contextlib
@@ -25,12 +25,13 @@ from fastbert.data.batches import Batch, PretrainBatches
 from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import continuations, special_ids, vocab_size
 from fastbert.models.auto import PRETRAINING
+from fastbert.models.inputs import IGNORED
 from fastbert.models.pretraining import PreTrainingModel
 from fastbert.optim.lazy_adam import LazyAdam, decay_groups
 from fastbert.pretrain import lock, snapshot
 from fastbert.pretrain.divergence import Watch
 from fastbert.pretrain.evaluate import Frequencies, evaluate, forward, guesses
-from fastbert.pretrain.prepare import check_fingerprints, fingerprints, prepare
+from fastbert.pretrain.prepare import check_fingerprints, fingerprints, prepare, prepare_dictionary
 from fastbert.pretrain.report import Metrics, last_scores, plot_loss, read_metrics, shown, summary
 from fastbert.pretrain.run import (
     PretrainConfig,
@@ -80,16 +81,24 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
     if not resume:
         refuse_a_second_run(folder)  # again: another process may have ended one since
     tokenizer, train_store, held_out_store = prepare(config, resume)
+    dictionary = prepare_dictionary(config, resume, tokenizer)
 
-    def batches(store: TokenStore) -> PretrainBatches:
+    def batches(store: TokenStore, static: bool = False) -> PretrainBatches:
         return PretrainBatches(
             store, special_ids(tokenizer), seq_len=config.seq_len, batch_tokens=config.batch_tokens, seed=config.seed,
-            objective=config.objective, continues=continuations(tokenizer) if config.masking == "ngram" else None,
+            objective=config.objective, inputs=config.inputs, static=static,
+            unit="word" if config.masking == "token" else config.masking,
+            continues=None if config.masking == "token" else continuations(tokenizer), dictionary=dictionary,
         )  # fmt: skip
 
-    train, held_out = batches(train_store), batches(held_out_store)
+    train, held_out = batches(train_store, config.static_shapes), batches(held_out_store)
+    if train.shape is not None:
+        print(
+            f"static shapes: {train.shape.tokens:,} tokens, {train.shape.samples} sequences and {train.shape.masked} "
+            f"predictions in every batch; {train.empty_share:.1%} of the tokens is padding"
+        )
     frequencies = Frequencies(train_store.token_counts())
-    data = fingerprints(tokenizer, train_store, held_out_store)
+    data = fingerprints(tokenizer, train_store, held_out_store, dictionary)
     if not resume:
         write_config(config)  # from here on it is a run
 
@@ -100,7 +109,7 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
         kind.config_class.preset(
             config.preset, vocab_size=vocab_size(tokenizer), hidden_dropout_prob=config.dropout,
             attention_probs_dropout_prob=config.dropout, max_position_embeddings=config.max_position_embeddings,
-            pad_token_id=special_ids(tokenizer).pad,
+            pad_token_id=special_ids(tokenizer).pad, is_decoder=config.objective == "clm",
         )
     ).to(config.device)  # fmt: skip
     with torch.no_grad():  # what the first steps would spend on learning
@@ -157,7 +166,7 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
             lr = learning_rate(step, config.steps, config.lr, config.warmup)
             record = train_step(model, optimizer, micro, lr, config, watch, step + 1)
             step += 1
-            tokens += sum(len(each.input_ids) for each in micro)
+            tokens += sum(each.filled_tokens for each in micro)
             bar.update()
             if step % config.log_every == 0 or step == config.steps:
                 watch.look()
@@ -217,28 +226,29 @@ def train_step(
 ) -> dict[str, Tensor | float]:
     """Forward and backward over the micro-batches, one step of the optimizer; losses as device scalars.
 
-    The MLM loss is the mean over all masked tokens of the step, the NSP or SOP loss over all its sequences, however
-    they are spread over micro-batches. A mean over nothing is 0: [UNK] is never masked, so a step may have nothing to
-    predict. `watch` sees the losses as step `number` before the optimizer does.
+    The MLM loss is the mean over all tokens of the step that are predicted, the NSP or SOP loss over all its sequences,
+    however they are spread over micro-batches. A mean over nothing is 0: [UNK] is never predicted, so a step may have
+    nothing to predict. `watch` sees the losses as step `number` before the optimizer does.
     """
     model.train()
-    masked = max(1, sum(len(batch.labels) for batch in micro))  # 1: a mean over nothing is 0
-    pairs = max(1, sum(len(batch.cu_seqlens) - 1 for batch in micro))
+    micro = [batch.to(config.device) for batch in micro]
+    word_shares, pair_shares = shares([batch.labels for batch in micro], config.static_shapes), [0.0] * len(micro)
+    if pair(config):
+        pair_shares = shares([batch.sentence_label for batch in micro], config.static_shapes)
     mlm_loss = sentence_loss = torch.zeros((), device=config.device)
-    touched = []
-    for batch in micro:
-        batch = batch.to(config.device)
+    for batch, words, pairs in zip(micro, word_shares, pair_shares, strict=True):
         with products(config):
             out = forward(model, batch)
-        loss = out.mlm_loss * (len(batch.labels) / masked)
+        loss = out.mlm_loss * words
         mlm_loss = mlm_loss + loss.detach()
-        if config.objective != "mlm":
-            part = out.sentence_loss * ((len(batch.cu_seqlens) - 1) / pairs)
+        if pair(config):
+            part = out.sentence_loss * pairs
             sentence_loss = sentence_loss + part.detach()
             loss = loss + part
         loss.backward()
-        touched += [batch.input_ids, batch.labels]
-    rows = {model.word_embeddings: torch.cat(touched)} if config.embedding_update == "touched" else None
+    rows = None
+    if config.embedding_update == "touched":
+        rows = {model.word_embeddings: words_of(micro, model.config.pad_token_id, config.static_shapes)}
     norm, factor = optimizer.clip_factor(config.clip, rows=rows)
     if watch is not None:
         watch.see(number, mlm_loss + sentence_loss, norm)
@@ -247,12 +257,27 @@ def train_step(
     optimizer.step(rows=rows, grad_factor=factor)
     optimizer.zero_grad()
     record = {"loss": mlm_loss + sentence_loss, "mlm_loss": mlm_loss, "lr": lr, "gradient_norm": norm}
-    return record | ({f"{pair(config)}_loss": sentence_loss} if config.objective != "mlm" else {})
+    return record | ({f"{pair(config)}_loss": sentence_loss} if pair(config) else {})
+
+
+def shares(labels: list[Tensor], static: bool) -> list[float] | list[Tensor]:
+    """Of each micro-batch in the step's labels; with static shapes of those that count, which the device counts."""
+    if static:
+        counts = torch.stack([(each != IGNORED).sum() for each in labels])
+        return list(counts / counts.sum().clamp(min=1))
+    total = max(1, sum(len(each) for each in labels))
+    return [len(each) / total for each in labels]
+
+
+def words_of(micro: list[Batch], pad_id: int, static: bool) -> Tensor:
+    """Ids of the input and the labels, any number of times each; with static shapes without those of empty places."""
+    ids = torch.cat([ids for batch in micro for ids in (batch.input_ids, batch.labels)])
+    return torch.where((ids == IGNORED) | (ids == pad_id), micro[0].input_ids[0], ids) if static else ids
 
 
 def pair(config: PretrainConfig) -> str:
     """What the run predicts of a pair, "nsp" or "sop"; "" for nothing."""
-    return config.objective.removeprefix("mlm").removeprefix("+")
+    return config.objective.partition("+")[2]
 
 
 def make_optimizer(model: PreTrainingModel, config: PretrainConfig) -> LazyAdam:
