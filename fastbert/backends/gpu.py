@@ -18,12 +18,7 @@ except ImportError as error:
         "nvidia-cuda-nvcc nvidia-cuda-cccl, and then fastbert-kernels from its sources anew"
     )
 
-<<<<<<< HEAD
-_words: Tensor | None = None  # where kernels report ids that they could not use; memory of the host
-=======
-accepted: set[tuple[int, torch.dtype]] = set()  # devices and dtypes that `refusal` has been asked about and takes
 _reports = False  # whether kernels have been told where to report ids that they could not use
->>>>>>> cutest
 
 
 def why_not() -> str | None:
@@ -114,16 +109,10 @@ class _On:
 
 def _report_faults(device: int) -> None:
     """Gives kernels memory of the host that every GPU can write, so that looking at it waits for none."""
-<<<<<<< HEAD
-    global _words
-    _words = torch.zeros(module.faults, dtype=torch.int32, device="cpu", pin_memory=True)
-    module.report_faults_to(_words.data_ptr())
-=======
     global _reports
     with torch.cuda.device(device):  # not on one that nobody uses, where it would begin to take memory
         module.report_faults()
     _reports = True
->>>>>>> cutest
 
 
 def check_device_errors(device: torch.device | str | int | None = None) -> None:
