@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastbert.models.bert import BertConfig
+from fastbert.models.working import WorkingCopy
 from fastbert.optim.lazy_adam import LazyAdam
 
 B, S, V = 4, 12, 50
@@ -64,14 +65,25 @@ def unsettled(model):
 
 
 def training_step(model, inputs, dtype=torch.float32, seed: int = 7):
-    """Loss and norm of the gradients of one step, with clipping and with dropout drawn from `seed`."""
+    """Loss and norm of the gradients of one step, with clipping and with dropout drawn from `seed`.
+
+    `dtype` is autocast's, or "working copy" for a bfloat16 copy of the model beside it.
+    """
     optimizer = LazyAdam(model.parameters(), lr=1e-3)
     torch.manual_seed(seed)
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        loss = model(**inputs).loss
-    loss.backward()
+    if dtype == "working copy":
+        working = WorkingCopy(model, optimizer)
+        loss = working.model(**inputs).loss
+        loss.backward()
+        working.hand_over_gradients()
+    else:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = model(**inputs).loss
+        loss.backward()
     norm, factor = optimizer.clip_factor(1.0)
     optimizer.step(grad_factor=factor)
+    if dtype == "working copy":
+        assert torch.equal(working.model.word_embeddings, model.word_embeddings.bfloat16())
     return loss.detach(), norm.detach()
 
 

@@ -12,9 +12,9 @@ import fastbert
 
 
 @pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "working copy"], ids=str)
 def test_a_step_of_bert_tiny(dtype):
-    """Dropout draws the same masks; clipping and the step lie on the kernels too."""
+    """Dropout draws the same masks; clipping and the step lie on the kernels too. "working copy" is bfloat16 beside."""
     inputs = packed(batch())
     sizes = {"vocab_size": 50, "max_position_embeddings": 16}
     model = fastbert.BertForPreTraining(fastbert.BertConfig.preset("tiny", **sizes)).train()
