@@ -82,7 +82,9 @@ gpu-test: gpu-build
 gpu-bench: gpu-build
 	$(ON_GPU) benchmarks/gpu.py
 	$(ON_GPU) benchmarks/lazy_adam.py --device cuda --allocator default
-	$(ON_GPU) benchmarks/pretrain.py --device cuda --layers 12 --batch 64 --shortest 32 \
+	$(ON_GPU) benchmarks/pretrain.py --device cuda --layers 12 --batch 64 --shortest 32 --dtype bfloat16 --variants \
+		"fastbert captured" "fastbert launched" fastbert "plain torch captured" "transformers eager" "transformers compiled"
+	$(ON_GPU) benchmarks/pretrain.py --device cuda --layers 12 --batch 64 --shortest 32 --dtype float32 \
 		--variants fastbert "fastbert touched rows" "transformers eager"
 
 # Without torch's cache each tensor is an allocation of its own: what lies past its end belongs to nobody, and is found.

@@ -33,7 +33,9 @@ class Frequencies:
 
 def forward(model: PreTrainingModel, batch: Batch) -> Predictions:
     """The model's output for a packed batch, logits and losses; logits are for the batch's own places first."""
-    filled = batch.filled(model.config.pad_token_id, longest=model.config.max_position_embeddings)
+    filled = batch
+    if batch.input_ids.is_cpu:
+        filled = batch.filled(model.config.pad_token_id, longest=model.config.max_position_embeddings)
     return model(
         filled.input_ids, token_type_ids=filled.token_type_ids, position_ids=filled.position_ids,
         cu_seqlens=filled.cu_seqlens, max_seqlen=filled.max_seqlen, masked_positions=filled.masked_positions,

@@ -14,23 +14,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fastbert import allocator
 from fastbert.backends.gpu import check_device_errors
-from fastbert.backends.linear import use_linear
 from fastbert.data.batches import Batch, PretrainBatches
 from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import continuations, special_ids, vocab_size
 from fastbert.models.auto import PRETRAINING
-from fastbert.models.inputs import IGNORED
 from fastbert.models.pretraining import PreTrainingModel
-from fastbert.optim.lazy_adam import LazyAdam, decay_groups
 from fastbert.pretrain import lock, snapshot
 from fastbert.pretrain.divergence import Watch
-from fastbert.pretrain.evaluate import Frequencies, evaluate, forward, guesses
+from fastbert.pretrain.evaluate import Frequencies, evaluate, guesses
 from fastbert.pretrain.prepare import check_fingerprints, fingerprints, prepare, prepare_dictionary
 from fastbert.pretrain.report import Metrics, last_scores, plot_loss, read_metrics, shown, summary
 from fastbert.pretrain.run import (
@@ -47,6 +43,7 @@ from fastbert.pretrain.run import (
 )
 from fastbert.pretrain.schedule import evaluation_steps, learning_rate, steps_in_time, steps_that_fit
 from fastbert.pretrain.signals import obey_the_parent_alone, stop_signals
+from fastbert.pretrain.step import make_optimizer, make_step, pair, products
 
 STATE = "model", "optimizer", "epoch", "index", "step", "tokens", "random", "environment", "data"  # of a snapshot
 
@@ -114,6 +111,7 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
     ).to(config.device)  # fmt: skip
     with torch.no_grad():  # what the first steps would spend on learning
         model.predictions.bias.copy_(frequencies.log_probability)
+    model.base_model.checkpoint_layers = config.checkpoint_layers
     optimizer = make_optimizer(model, config)
     stream = Stream(train, config.workers)
 
@@ -153,6 +151,7 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
 
     # the loop
     watch = Watch(config)
+    take_step = make_step(model, optimizer, config, watch)
     metrics = Metrics(folder, step)
     bar = tqdm(total=config.steps, initial=step, unit="step", desc="training", dynamic_ncols=True)
     scores: dict[str, float] = {}
@@ -164,7 +163,7 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
         while step < config.steps and not stopped:
             micro = [next(batch) for _ in range(config.accumulate)]
             lr = learning_rate(step, config.steps, config.lr, config.warmup)
-            record = train_step(model, optimizer, micro, lr, config, watch, step + 1)
+            record = take_step(micro, lr, step + 1)
             step += 1
             tokens += sum(each.filled_tokens for each in micro)
             bar.update()
@@ -212,87 +211,6 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
     return folder / "model"
 
 
-# ---- one step ------------------------------------------------------------------------------------------------------
-
-
-def train_step(
-    model: PreTrainingModel,
-    optimizer: LazyAdam,
-    micro: list[Batch],
-    lr: float,
-    config: PretrainConfig,
-    watch: Watch | None = None,
-    number: int = 0,
-) -> dict[str, Tensor | float]:
-    """Forward and backward over the micro-batches, one step of the optimizer; losses as device scalars.
-
-    The MLM loss is the mean over all tokens of the step that are predicted, the NSP or SOP loss over all its sequences,
-    however they are spread over micro-batches. A mean over nothing is 0: [UNK] is never predicted, so a step may have
-    nothing to predict. `watch` sees the losses as step `number` before the optimizer does.
-    """
-    model.train()
-    micro = [batch.to(config.device) for batch in micro]
-    word_shares, pair_shares = shares([batch.labels for batch in micro], config.static_shapes), [0.0] * len(micro)
-    if pair(config):
-        pair_shares = shares([batch.sentence_label for batch in micro], config.static_shapes)
-    mlm_loss = sentence_loss = torch.zeros((), device=config.device)
-    for batch, words, pairs in zip(micro, word_shares, pair_shares, strict=True):
-        with products(config):
-            out = forward(model, batch)
-        loss = out.mlm_loss * words
-        mlm_loss = mlm_loss + loss.detach()
-        if pair(config):
-            part = out.sentence_loss * pairs
-            sentence_loss = sentence_loss + part.detach()
-            loss = loss + part
-        loss.backward()
-    rows = None
-    if config.embedding_update == "touched":
-        rows = {model.word_embeddings: words_of(micro, model.config.pad_token_id, config.static_shapes)}
-    norm, factor = optimizer.clip_factor(config.clip, rows=rows)
-    if watch is not None:
-        watch.see(number, mlm_loss + sentence_loss, norm)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step(rows=rows, grad_factor=factor)
-    optimizer.zero_grad()
-    record = {"loss": mlm_loss + sentence_loss, "mlm_loss": mlm_loss, "lr": lr, "gradient_norm": norm}
-    return record | ({f"{pair(config)}_loss": sentence_loss} if pair(config) else {})
-
-
-def shares(labels: list[Tensor], static: bool) -> list[float] | list[Tensor]:
-    """Of each micro-batch in the step's labels; with static shapes of those that count, which the device counts."""
-    if static:
-        counts = torch.stack([(each != IGNORED).sum() for each in labels])
-        return list(counts / counts.sum().clamp(min=1))
-    total = max(1, sum(len(each) for each in labels))
-    return [len(each) / total for each in labels]
-
-
-def words_of(micro: list[Batch], pad_id: int, static: bool) -> Tensor:
-    """Ids of the input and the labels, any number of times each; with static shapes without those of empty places."""
-    ids = torch.cat([ids for batch in micro for ids in (batch.input_ids, batch.labels)])
-    return torch.where((ids == IGNORED) | (ids == pad_id), micro[0].input_ids[0], ids) if static else ids
-
-
-def pair(config: PretrainConfig) -> str:
-    """What the run predicts of a pair, "nsp" or "sop"; "" for nothing."""
-    return config.objective.partition("+")[2]
-
-
-def make_optimizer(model: PreTrainingModel, config: PretrainConfig) -> LazyAdam:
-    """BERT's own, with bias correction."""
-    return LazyAdam(decay_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, config.beta2), eps=1e-6)
-
-
-@contextlib.contextmanager
-def products(config: PretrainConfig) -> Iterator[None]:
-    """In which dtype and by which library the run computes its products."""
-    kind = torch.device(config.device).type
-    with use_linear(config.linear), torch.autocast(kind, torch.bfloat16, enabled=config.bf16):
-        yield
-
-
 class Stream:
     """Batches of epoch after epoch, and where it stands: the next batch is number `index` of `epoch`."""
 
@@ -323,12 +241,14 @@ def steps_within(
     """
     trial = copy.deepcopy(model)
     optimizer = make_optimizer(trial, config)
+    take_step = make_step(trial, optimizer, config)
     stream = iter(Stream(batches, 0))
     times = []
     with torch.random.fork_rng():
         while len(times) < 5 or (sum(times) < 5 and len(times) < 100):
             start = time.perf_counter()
-            train_step(trial, optimizer, [next(stream) for _ in range(config.accumulate)], config.lr, config)
+            record = take_step([next(stream) for _ in range(config.accumulate)], config.lr, len(times))
+            float(record["loss"])  # is there when the step is done
             times.append(time.perf_counter() - start)
         start = time.perf_counter()
         scores()

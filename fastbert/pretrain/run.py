@@ -99,7 +99,13 @@ class PretrainConfig:
     embedding_update: Literal["touched", "all"] = "all"
     """Rows of the word embeddings that a step moves: all, or those whose word stands in its input or labels."""
     bf16: bool = False
-    """Compute in bfloat16 (autocast); weights stay float32."""
+    """Compute in bfloat16: on a CPU by autocast, on a GPU by a copy of the weights; weights stay float32."""
+    capture: bool = True
+    """On a GPU, where shapes are static, run the step as one CUDA graph; without, the same step is launched from
+    Python, more slowly, with the same bits."""
+    checkpoint_layers: bool = False
+    """Keep each layer's input alone for the backward pass, which computes the layer again: less memory, more time, the
+    same bits."""
     linear: Literal["auto", "torch", "onednn", "widened", "fastbert"] = "auto"
     """Library of the products on a CPU; auto: the fastest one, timed once, when the run starts, and kept; near-ties go
     to the one that is usual for the processor."""
@@ -223,6 +229,8 @@ def new_run(config: PretrainConfig) -> PretrainConfig:
     if config.dictionary is not None:
         read_words(config.dictionary)
     print(check_corpus(config.corpus, config.column, separator=config.separator, quoting=config.quoting))
+    if torch.device(config.device).type == "cuda":
+        config = dataclasses.replace(config, static_shapes=True)  # for its step is captured, or as if it were
     return with_choices(config)
 
 
@@ -285,7 +293,7 @@ def choose_linear(config: PretrainConfig) -> str:
 # Settings that runs did not have once, and what they did then.
 _ADDED_LATER = {
     "linear": "torch", "separator": None, "quoting": "auto", "model": "bert", "tokenizer": "wordpiece",
-    "masking": "token", "static_shapes": False, "inputs": "doc-sentences",
+    "masking": "token", "static_shapes": False, "inputs": "doc-sentences", "capture": False, "checkpoint_layers": False,
     "dictionary": None,
 }  # fmt: skip
 _NSP = {True: "mlm+nsp", False: "mlm"}  # the setting that was there before the objective

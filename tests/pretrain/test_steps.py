@@ -11,14 +11,14 @@ from fastbert.data.batches import PretrainBatches
 from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import load_tokenizer, special_ids
 from fastbert.models.bert import BertConfig, BertForPreTraining
-from fastbert.pretrain import loop, snapshot
+from fastbert.pretrain import loop, snapshot, step
 from fastbert.pretrain.loop import pretrain
 
 
 def small(config, **overrides):
     torch.manual_seed(0)
     model = BertForPreTraining(BertConfig.preset("tiny", vocab_size=1000, hidden_dropout_prob=0.0, **overrides))
-    return model, loop.make_optimizer(model, config)
+    return model, step.make_optimizer(model, config)
 
 
 def batches(finished, config, static=False):
@@ -33,7 +33,7 @@ def test_accumulated_is_one_large_batch(settings, finished):
     micro = [batches(finished, config)[i] for i in (0, 1)]
     model, optimizer = small(config, attention_probs_dropout_prob=0.0)
     optimizer.step = optimizer.zero_grad = lambda **_: None
-    record = loop.train_step(model, optimizer, micro, 0.0, config)
+    record = step.train_step(model, optimizer, micro, 0.0, config)
     gradients = [p.grad.clone() for p in model.parameters()]
 
     model.zero_grad()
@@ -62,7 +62,7 @@ def test_touched_moves_the_words_of_the_step_and_no_other(settings, finished):
     model, optimizer = small(config)
     words = model.bert.embeddings.word_embeddings.weight
     before = words.detach().clone()
-    loop.train_step(model, optimizer, micro, 1e-3, config)
+    step.train_step(model, optimizer, micro, 1e-3, config)
     touched = torch.zeros(len(words), dtype=torch.bool)
     for batch in micro:
         touched[batch.input_ids] = touched[batch.labels] = True
@@ -72,7 +72,7 @@ def test_touched_moves_the_words_of_the_step_and_no_other(settings, finished):
 
     all_rows = dataclasses.replace(config, embedding_update="all")
     model, optimizer = small(all_rows)
-    loop.train_step(model, optimizer, micro, 1e-3, all_rows)
+    step.train_step(model, optimizer, micro, 1e-3, all_rows)
     assert (model.bert.embeddings.word_embeddings.weight != before).any(1).float().mean() > 0.99
 
 
@@ -95,7 +95,7 @@ def test_a_step_of_static_batches_is_that_of_their_samples(settings, finished, r
     outcomes = []
     for each, its in ((micro, True), ([without_padding(batch) for batch in micro], False)):
         model, optimizer = small(config, attention_probs_dropout_prob=0.0)
-        record = loop.train_step(model, optimizer, each, 1e-4, dataclasses.replace(config, static_shapes=its))
+        record = step.train_step(model, optimizer, each, 1e-4, dataclasses.replace(config, static_shapes=its))
         numbers = torch.tensor([float(record[name]) for name in ("loss", "mlm_loss", "nsp_loss", "gradient_norm")])
         outcomes.append([numbers, *model.parameters()])
     # Adam divides by the gradient's own size, so that a rounding error of a tiny gradient is one of the step.
@@ -110,9 +110,9 @@ def test_counts_of_static_batches_never_wait_for_the_device(settings, finished):
     """On meta tensors, which have no values, whatever needs one raises."""
     static = batches(finished, settings, static=True)
     micro = [static[i].to("meta").filled(0) for i in (0, 1)]
-    assert [share.shape for share in loop.shares([batch.labels for batch in micro], True)] == [(), ()]
+    assert [share.shape for share in step.shares([batch.labels for batch in micro], True)] == [(), ()]
     tokens, _, masked = static.shape
-    assert loop.words_of(micro, 0, True).shape == (2 * (tokens + masked),), "T and M are multiples of 64 and 32 already"
+    assert step.words_of(micro, 0, True).shape == (2 * (tokens + masked),), "T and M are multiples of 64 and 32 already"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
