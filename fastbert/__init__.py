@@ -7,7 +7,15 @@ from fastbert.backends.linear import use_linear
 from fastbert.models.albert import AlbertConfig, AlbertForPreTraining, AlbertModel
 from fastbert.models.auto import AutoModel
 from fastbert.models.bert import BertConfig, BertForPreTraining, BertModel
+from fastbert.models.ernie import ErnieConfig, ErnieForPreTraining, ErnieModel
 from fastbert.models.frozen import freeze
+from fastbert.models.roberta import (
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaModel,
+    XLMRobertaForMaskedLM,
+    XLMRobertaModel,
+)
 from fastbert.ops.attention import attention, attention_qkv
 from fastbert.ops.cross_entropy import cross_entropy
 from fastbert.ops.dropout import dropout
@@ -26,7 +34,15 @@ __all__ = [
     "BertConfig",
     "BertForPreTraining",
     "BertModel",
+    "ErnieConfig",
+    "ErnieForPreTraining",
+    "ErnieModel",
     "LazyAdam",
+    "RobertaConfig",
+    "RobertaForMaskedLM",
+    "RobertaModel",
+    "XLMRobertaForMaskedLM",
+    "XLMRobertaModel",
     "__version__",
     "all_gather_ids",
     "all_gather_rows",

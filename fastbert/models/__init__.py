@@ -3,7 +3,15 @@
 from fastbert.models.albert import AlbertConfig, AlbertForPreTraining, AlbertModel
 from fastbert.models.auto import AutoModel
 from fastbert.models.bert import BertConfig, BertForPreTraining, BertModel
+from fastbert.models.ernie import ErnieConfig, ErnieForPreTraining, ErnieModel
 from fastbert.models.frozen import freeze
+from fastbert.models.roberta import (
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaModel,
+    XLMRobertaForMaskedLM,
+    XLMRobertaModel,
+)
 
 __all__ = [
     "AlbertConfig",
@@ -13,5 +21,13 @@ __all__ = [
     "BertConfig",
     "BertForPreTraining",
     "BertModel",
+    "ErnieConfig",
+    "ErnieForPreTraining",
+    "ErnieModel",
+    "RobertaConfig",
+    "RobertaForMaskedLM",
+    "RobertaModel",
+    "XLMRobertaForMaskedLM",
+    "XLMRobertaModel",
     "freeze",
 ]
