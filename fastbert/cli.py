@@ -15,7 +15,7 @@ from fastbert.version import __version__
 USAGE = """usage: fastbert COMMAND
 
   info        what runs here: every op by every backend, versions, instruction set, threads
-  pretrain    raw text to a BERT or ALBERT that transformers loads; see fastbert pretrain --help
+  pretrain    raw text to a BERT, ALBERT, RoBERTa or ERNIE that transformers loads; see fastbert pretrain --help
   --version   the version of this package"""
 
 
@@ -93,7 +93,7 @@ def pretrain(arguments: list[str]) -> int:
 
     @dataclasses.dataclass(frozen=True)
     class Command(PretrainConfig):
-        """Pretrain a BERT or an ALBERT on raw text; everything goes into the folder --output."""
+        """Pretrain a BERT, ALBERT, RoBERTa or ERNIE on raw text; everything goes into the folder --output."""
 
         resume: bool = False
         """Continue the run in --output from its newest snapshot, with the settings it was started with."""

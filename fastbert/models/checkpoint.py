@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastbert import extras, files
 from fastbert.models import parameter_names, tokenizer_files
+from fastbert.models.config import ModelConfig
 from fastbert.models.parameter_names import Names
 
 # What no model here does, by configuration field: the one value it can take.
@@ -270,22 +271,22 @@ def save(model: nn.Module, folder: str | os.PathLike, fields: dict[str, Any], to
         "config.json": (files.json_text(dict(sorted(config.items())), 2) + "\n").encode(),
         "model.safetensors": safetensors.save(tensors, metadata={"format": "pt"}),
     }
-    tokenizer_contents = _tokenizer_files(tokenizer, fields)
+    tokenizer_contents = _tokenizer_files(tokenizer, model.config)
     files.write(folder, contents | tokenizer_contents)
     if tokenizer is not None:
         tokenizer_files.remove_others(folder, tokenizer_contents)
 
 
-def _tokenizer_files(tokenizer: Any, fields: dict[str, Any]) -> dict[str, bytes]:
+def _tokenizer_files(tokenizer: Any, config: ModelConfig) -> dict[str, bytes]:
     if tokenizer is None:
         return {}
     if isinstance(tokenizer, str | os.PathLike):
         return tokenizer_files.read(tokenizer)
-    contents = tokenizer_files.make(tokenizer, fields["max_position_embeddings"])
+    contents = tokenizer_files.make(tokenizer, config.longest)
     token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
-    if highest >= fields["vocab_size"]:
+    if highest >= config.vocab_size:
         raise ValueError(
-            f"the tokenizer's token {token!r} has id {highest}, but the model's vocab_size is {fields['vocab_size']}: "
+            f"the tokenizer's token {token!r} has id {highest}, but the model's vocab_size is {config.vocab_size}: "
             "save the tokenizer that the model was trained with"
         )
     return contents

@@ -5,6 +5,7 @@ import unicodedata
 from collections.abc import Iterator
 
 import torch
+from tokenizers import decoders
 from torch import Tensor
 
 from fastbert.data.batches import Batch, PretrainBatches
@@ -33,11 +34,14 @@ class Frequencies:
 
 def forward(model: PreTrainingModel, batch: Batch) -> Predictions:
     """The model's output for a packed batch, logits and losses; logits are for the batch's own places first."""
-    filled = batch.filled(model.config.pad_token_id, longest=model.config.max_position_embeddings)
+    filled = batch.filled(model.config.pad_token_id, longest=model.config.longest)
+    first = model.config.first_position
+    sentences = {} if model.sentence_label is None else {model.sentence_label: filled.sentence_label}
     return model(
-        filled.input_ids, token_type_ids=filled.token_type_ids, position_ids=filled.position_ids,
+        filled.input_ids, token_type_ids=filled.token_type_ids,
+        position_ids=filled.position_ids + first if first else filled.position_ids,
         cu_seqlens=filled.cu_seqlens, max_seqlen=filled.max_seqlen, masked_positions=filled.masked_positions,
-        labels=filled.labels, **{model.sentence_label: filled.sentence_label},
+        labels=filled.labels, **sentences,
     )  # fmt: skip
 
 
@@ -100,8 +104,8 @@ def guesses(model: PreTrainingModel, batches: PretrainBatches, tokenizer, device
         start = next(i for i in range(max(0, place - 14), -1, -1) if whole[i])
         end = next(i for i in range(min(place + 10, len(ids)), len(whole)) if whole[i])
         before, after = (_readable(tokenizer.decode(x.tolist())) for x in (ids[start:place], ids[place + 1 : end]))
-        words = [f"{_bare(tokenizer.id_to_token(i))} {p:.0%}" for p, i in zip(*(x.tolist() for x in best), strict=True)]
-        lines.append(f"  ... {before} [{_bare(tokenizer.id_to_token(truth))}] {after} ...\n      {', '.join(words)}")
+        words = [f"{_bare(tokenizer, i)} {p:.0%}" for p, i in zip(*(x.tolist() for x in best), strict=True)]
+        lines.append(f"  ... {before} [{_bare(tokenizer, truth)}] {after} ...\n      {', '.join(words)}")
     return "\n".join(["\nguesses on held-out text", *(lines or ["  none: no whole word of it is masked"])])
 
 
@@ -122,13 +126,16 @@ def _whole_word(ids: Tensor, places: list[int], tokenizer, continues: Tensor) ->
     """The first of `places` whose token is a word of letters in one piece."""
     part = continues[ids].tolist()
     for place in places:
-        if _is_word(_bare(tokenizer.id_to_token(int(ids[place])))) and not (part[place] or part[place + 1]):
+        if _is_word(_bare(tokenizer, int(ids[place]))) and not (part[place] or part[place + 1]):
             return place
     return None
 
 
-def _bare(piece: str) -> str:
-    """A Unigram piece without the mark at a word's beginning, if there is more of it."""
+def _bare(tokenizer, i: int) -> str:
+    """A token as text; without the mark that Unigram and BPE have at a word's beginning, if there is more of it."""
+    piece = tokenizer.id_to_token(i)
+    if isinstance(tokenizer.decoder, decoders.ByteLevel):
+        return tokenizer.decode([i], skip_special_tokens=False).strip() or piece
     return piece.removeprefix("▁") or piece
 
 

@@ -23,8 +23,7 @@ from fastbert.backends.gpu import check_device_errors
 from fastbert.backends.linear import use_linear
 from fastbert.data.batches import Batch, PretrainBatches
 from fastbert.data.store import TokenStore
-from fastbert.data.tokenizer import continuations, special_ids, vocab_size
-from fastbert.models.auto import PRETRAINING
+from fastbert.data.tokenizer import continuations, special_ids
 from fastbert.models.pretraining import PreTrainingModel
 from fastbert.optim.lazy_adam import LazyAdam, decay_groups
 from fastbert.pretrain import lock, snapshot
@@ -46,12 +45,13 @@ from fastbert.pretrain.run import (
 )
 from fastbert.pretrain.schedule import evaluation_steps, learning_rate, steps_in_time, steps_that_fit
 from fastbert.pretrain.signals import obey_the_parent_alone, stop_signals
+from fastbert.pretrain.start import new_model
 
 STATE = "model", "optimizer", "epoch", "index", "step", "tokens", "random", "environment", "data"  # of a snapshot
 
 
 def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
-    """Trains a BERT or an ALBERT on a corpus and exports it.
+    """Trains a BERT, ALBERT, RoBERTa or ERNIE on a corpus and exports it.
 
     Args:
         config: the run's settings.
@@ -95,16 +95,7 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
 
     # model and optimizer
     torch.manual_seed(config.seed)
-    kind = PRETRAINING[config.model]
-    model = kind(
-        kind.config_class.preset(
-            config.preset, vocab_size=vocab_size(tokenizer), hidden_dropout_prob=config.dropout,
-            attention_probs_dropout_prob=config.dropout, max_position_embeddings=config.max_position_embeddings,
-            pad_token_id=special_ids(tokenizer).pad,
-        )
-    ).to(config.device)  # fmt: skip
-    with torch.no_grad():  # what the first steps would spend on learning
-        model.predictions.bias.copy_(frequencies.log_probability)
+    model = new_model(config, tokenizer, frequencies).to(config.device)
     optimizer = make_optimizer(model, config)
     stream = Stream(train, config.workers)
 
@@ -198,7 +189,7 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
     plot_loss(records, folder / "loss.png", title)
     print(summary(scores or last_scores(records) or held_out_scores()))
     print(guesses(model, held_out, tokenizer, config.device))
-    print(f"\nmodel     {folder / 'model'}  (transformers.{kind.__name__}.from_pretrained loads it)")
+    print(f"\nmodel     {folder / 'model'}  (transformers.{type(model).__name__}.from_pretrained loads it)")
     print(f"curve     {folder / 'loss.png'}\nmetrics   {folder / 'metrics.jsonl'}, tensorboard --logdir {folder}")
     return folder / "model"
 

@@ -18,6 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from fastbert import files
+from fastbert.data.byte_bpe import train_byte_bpe
 from fastbert.data.corpus import iter_documents
 from fastbert.data.sources import find_files
 from fastbert.data.store import TokenStore, write_stores
@@ -55,7 +56,7 @@ def prepare(config: PretrainConfig, resume: bool) -> tuple[Tokenizer, TokenStore
         texts = (sentence for document in _documents(config, "counting words") for sentence in document)
         if config.lowercase:
             texts = _vowel_signs_said(texts)
-        train = {"wordpiece": train_tokenizer, "unigram": train_unigram}[config.tokenizer]
+        train = {"wordpiece": train_tokenizer, "unigram": train_unigram, "bpe": train_byte_bpe}[config.tokenizer]
         save_tokenizer(train(texts, config.vocab_size, config.lowercase, progress=True), tokenizer_at)
     with _usable(tokenizer_at):
         tokenizer = load_tokenizer(tokenizer_at)

@@ -41,20 +41,22 @@ class PretrainConfig:
     quoting: Quoting = "auto"
     """How a table's cells are quoted: double ("" for a quote within), backslash, none; auto looks at the header."""
 
-    model: Literal["bert", "albert"] = "bert"
+    model: Literal["bert", "albert", "roberta", "ernie"] = "bert"
     """Architecture."""
     preset: Literal["tiny", "mini", "small", "base", "large", "xlarge", "xxlarge"] = "tiny"
-    """Size of the model; below is what each costs, and which there are of either architecture."""
-    tokenizer: Literal["wordpiece", "unigram"] = "wordpiece"
-    """Kind of the vocabulary that is trained on the corpus: BERT's, or ALBERT's."""
+    """Size of the model; below is what each costs, and which there are of each architecture."""
+    tokenizer: Literal["wordpiece", "unigram", "bpe"] | None = None
+    """Kind of the vocabulary that is trained on the corpus: BERT's, ALBERT's, or RoBERTa's (of bytes); if not given bpe
+    for RoBERTa and wordpiece for the others."""
     vocab_size: int = 8192
     """Entries of the vocabulary."""
     lowercase: bool = True
-    """Lower-case the text and strip accents, as uncased BERT does."""
+    """Lower-case the text and strip accents, as uncased BERT does; RoBERTa as it was published does not."""
     max_position_embeddings: int = 512
-    """Rows of the position table: the longest sequence the model will ever take."""
+    """Rows of the position table: the longest sequence the model will ever take. (RoBERTa's table has some rows more
+    that no token takes.)"""
     dropout: float | None = None
-    """Probability of dropout, in hidden layers and in attention; if not given 0.1 for BERT and 0 for ALBERT."""
+    """Probability of dropout, in hidden layers and in attention; if not given 0 for ALBERT and 0.1 for the others."""
 
     seq_len: int = 128
     """Longest sequence in tokens, [CLS] and [SEP] included."""
@@ -64,7 +66,7 @@ class PretrainConfig:
     """Batches whose gradients are added up for one step."""
     objective: Objective | None = None
     """What to train beside the masked language model (mlm): nothing, next-sentence prediction (nsp), sentence-order
-    prediction (sop); if not given mlm+nsp for BERT and mlm+sop for ALBERT."""
+    prediction (sop); if not given mlm for RoBERTa, which has no other, mlm+sop for ALBERT, mlm+nsp for the others."""
     masking: Literal["token", "ngram"] = "token"
     """What is masked: tokens, each for itself, or one to three whole words in a row, as ALBERT's."""
     held_out: float = 0.02
@@ -117,8 +119,8 @@ class PretrainConfig:
             value = getattr(self, name)
             if get_origin(kind) is Literal:
                 _expect(value in get_args(kind), name, f"one of {', '.join(get_args(kind))}", value)
-            elif kind == Objective | None:
-                choices = get_args(Objective)
+            elif any(get_origin(part) is Literal for part in get_args(kind)):  # or None
+                choices = [choice for part in get_args(kind) for choice in get_args(part)]
                 _expect(value is None or value in choices, name, f"one of {', '.join(choices)}", value)
             elif kind in (bool, str):
                 _expect(type(value) is kind, name, "true or false" if kind is bool else "a string", value)
@@ -134,6 +136,9 @@ class PretrainConfig:
             _expect(number or (name in ("lr", "minutes", "dropout") and value is None), name, rule, value)
         presets = PRETRAINING[self.model].config_class.presets
         _expect(self.preset in presets, "preset", f"for model {self.model} one of {', '.join(presets)}", self.preset)
+        words_alone = PRETRAINING[self.model].sentence_label is None
+        rule = f"mlm for model {self.model}, which has no head for pairs of texts"
+        _expect(not words_alone or self.objective in (None, "mlm"), "objective", rule, self.objective)
         if self.steps is None and self.minutes is None:
             raise ValueError("a run ends after so many steps or minutes: give --steps, --minutes or both")
         rule = f"at most the rows of the position table, max_position_embeddings={self.max_position_embeddings}"
@@ -144,7 +149,12 @@ class PretrainConfig:
 
 
 # What each architecture was published with.
-OWN = {"bert": {"objective": "mlm+nsp", "dropout": 0.1}, "albert": {"objective": "mlm+sop", "dropout": 0.0}}
+OWN = {
+    "bert": {"objective": "mlm+nsp", "dropout": 0.1, "tokenizer": "wordpiece"},
+    "albert": {"objective": "mlm+sop", "dropout": 0.0, "tokenizer": "wordpiece"},
+    "roberta": {"objective": "mlm", "dropout": 0.1, "tokenizer": "bpe"},
+    "ernie": {"objective": "mlm+nsp", "dropout": 0.1, "tokenizer": "wordpiece"},
+}
 
 _MANY = 2**31 - 1  # the largest int32
 _INTEGERS = {  # setting: lowest and highest value

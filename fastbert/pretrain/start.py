@@ -1,0 +1,27 @@
+"""The model that a run starts from."""
+
+import dataclasses
+
+import torch
+from tokenizers import Tokenizer
+
+from fastbert.data.tokenizer import special_ids, vocab_size
+from fastbert.models.auto import PRETRAINING
+from fastbert.models.pretraining import PreTrainingModel
+from fastbert.pretrain.evaluate import Frequencies
+from fastbert.pretrain.run import PretrainConfig
+
+
+def new_model(config: PretrainConfig, tokenizer: Tokenizer, frequencies: Frequencies) -> PreTrainingModel:
+    """A model of the preset, drawn from torch's generator; its head predicts the words' frequencies."""
+    kind = PRETRAINING[config.model]
+    sizes = kind.config_class.preset(
+        config.preset, vocab_size=vocab_size(tokenizer), hidden_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.dropout, max_position_embeddings=config.max_position_embeddings,
+        pad_token_id=special_ids(tokenizer).pad,
+    )  # fmt: skip
+    rows = config.max_position_embeddings + sizes.first_position
+    model = kind(dataclasses.replace(sizes, max_position_embeddings=rows))
+    with torch.no_grad():  # what the first steps would spend on learning
+        model.predictions.bias.copy_(frequencies.log_probability)
+    return model
