@@ -375,7 +375,12 @@ def _in_a_word(piece: str) -> bool:
 
 def _is_letter(character: str) -> bool:
     """Of a script that is written with spaces between words, or a mark on such a letter."""
-    return unicodedata.category(character)[0] in "LM" and unicodedata.east_asian_width(character) not in "WF"
+    return unicodedata.category(character)[0] in "LM" and not is_wide(character)
+
+
+def is_wide(character: str) -> bool:
+    """Chinese, Japanese or Korean: of a script without spaces between words, or whose words take endings."""
+    return unicodedata.east_asian_width(character) in "WF"
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

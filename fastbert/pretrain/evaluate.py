@@ -9,7 +9,7 @@ from tokenizers import decoders
 from torch import Tensor
 
 from fastbert.data.batches import Batch, PretrainBatches
-from fastbert.data.tokenizer import continuations, special_ids
+from fastbert.data.tokenizer import continuations, is_wide, special_ids
 from fastbert.models.pretraining import Predictions, PreTrainingModel
 from fastbert.ops.cross_entropy import cross_entropy
 
@@ -142,14 +142,12 @@ def _bare(tokenizer, i: int) -> str:
 def _is_word(token: str) -> bool:
     """Letters and their marks: four or more, or wide ones (Chinese, Korean), of which one is a word or syllable."""
     letters = all(unicodedata.category(character)[0] in "LM" for character in token)
-    return letters and (len(token) > 3 or all(_wide(character) for character in token))
-
-
-def _wide(character: str) -> bool:
-    return unicodedata.east_asian_width(character) in "WF"
+    return letters and (len(token) > 3 or all(is_wide(character) for character in token))
 
 
 def _readable(text: str) -> str:
     """Without the spaces between wide characters, each of which is a token of its own."""
     neighbours = zip(f" {text}", text, f"{text[1:]} ", strict=False)
-    return "".join(here for before, here, after in neighbours if here != " " or not (_wide(before) and _wide(after)))
+    return "".join(
+        here for before, here, after in neighbours if here != " " or not (is_wide(before) and is_wide(after))
+    )

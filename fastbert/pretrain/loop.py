@@ -29,6 +29,7 @@ from fastbert.optim.lazy_adam import LazyAdam, decay_groups
 from fastbert.pretrain import lock, snapshot
 from fastbert.pretrain.divergence import Watch
 from fastbert.pretrain.evaluate import Frequencies, evaluate, forward, guesses
+from fastbert.pretrain.init import take_settings, write_copy
 from fastbert.pretrain.prepare import check_fingerprints, fingerprints, prepare
 from fastbert.pretrain.report import Metrics, last_scores, plot_loss, read_metrics, shown, summary
 from fastbert.pretrain.run import (
@@ -45,7 +46,7 @@ from fastbert.pretrain.run import (
 )
 from fastbert.pretrain.schedule import evaluation_steps, learning_rate, steps_in_time, steps_that_fit
 from fastbert.pretrain.signals import obey_the_parent_alone, stop_signals
-from fastbert.pretrain.start import new_model
+from fastbert.pretrain.start import starting_model
 
 STATE = "model", "optimizer", "epoch", "index", "step", "tokens", "random", "environment", "data"  # of a snapshot
 
@@ -66,6 +67,8 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
     """
     refuse_many_processes()
     allocator.keep_memory()
+    if config.init is not None and not resume:
+        config = take_settings(config)
     config = resumed_run(config.output) if resume else new_run(config)
     config.output.mkdir(parents=True, exist_ok=True)
     with lock.hold(config.output):
@@ -91,11 +94,14 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
     frequencies = Frequencies(train_store.token_counts())
     data = fingerprints(tokenizer, train_store, held_out_store)
     if not resume:
+        if config.init is not None:
+            write_copy(config, tokenizer)
         write_config(config)  # from here on it is a run
 
     # model and optimizer
     torch.manual_seed(config.seed)
-    model = new_model(config, tokenizer, frequencies).to(config.device)
+    model, new_rows = starting_model(config, tokenizer, frequencies)
+    model, new_rows = model.to(config.device), new_rows.to(config.device)
     optimizer = make_optimizer(model, config)
     stream = Stream(train, config.workers)
 
@@ -146,7 +152,8 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
         while step < config.steps and not stopped:
             micro = [next(batch) for _ in range(config.accumulate)]
             lr = learning_rate(step, config.steps, config.lr, config.warmup)
-            record = train_step(model, optimizer, micro, lr, config, watch, step + 1)
+            alone = new_rows if step < config.rows_first else None
+            record = train_step(model, optimizer, micro, lr, config, watch, step + 1, alone)
             step += 1
             tokens += sum(len(each.input_ids) for each in micro)
             bar.update()
@@ -185,7 +192,8 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
     # what came of it
     model.save_pretrained(folder / "model", tokenizer=tokenizer)
     records = read_metrics(folder / "metrics.jsonl")
-    title = f"{config.model} {config.preset}, {config.embedding_update} rows, {tokens / 1e6:.1f} M tokens"
+    start = config.preset if config.init is None else f"from {config.init.name}"
+    title = f"{config.model} {start}, {config.embedding_update} rows, {tokens / 1e6:.1f} M tokens"
     plot_loss(records, folder / "loss.png", title)
     print(summary(scores or last_scores(records) or held_out_scores()))
     print(guesses(model, held_out, tokenizer, config.device))
@@ -205,14 +213,18 @@ def train_step(
     config: PretrainConfig,
     watch: Watch | None = None,
     number: int = 0,
+    alone: Tensor | None = None,
 ) -> dict[str, Tensor | float]:
     """Forward and backward over the micro-batches, one step of the optimizer; losses as device scalars.
 
     The MLM loss is the mean over all masked tokens of the step, the NSP or SOP loss over all its sequences, however
     they are spread over micro-batches. A mean over nothing is 0: [UNK] is never masked, so a step may have nothing to
-    predict. `watch` sees the losses as step `number` before the optimizer does.
+    predict. `watch` sees the losses as step `number` before the optimizer does. `alone`: ids of words, int64 [R], whose
+    embeddings are all that this step moves.
     """
     model.train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(alone is None or parameter is model.word_embeddings)
     masked = max(1, sum(len(batch.labels) for batch in micro))  # 1: a mean over nothing is 0
     pairs = max(1, sum(len(batch.cu_seqlens) - 1 for batch in micro))
     mlm_loss = sentence_loss = torch.zeros((), device=config.device)
@@ -229,7 +241,8 @@ def train_step(
             loss = loss + part
         loss.backward()
         touched += [batch.input_ids, batch.labels]
-    rows = {model.word_embeddings: torch.cat(touched)} if config.embedding_update == "touched" else None
+    ids = torch.cat(touched) if alone is None else alone
+    rows = {model.word_embeddings: ids} if alone is not None or config.embedding_update == "touched" else None
     norm, factor = optimizer.clip_factor(config.clip, rows=rows)
     if watch is not None:
         watch.see(number, mlm_loss + sentence_loss, norm)

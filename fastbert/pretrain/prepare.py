@@ -25,6 +25,7 @@ from fastbert.data.store import TokenStore, write_stores
 from fastbert.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, special_ids, train_tokenizer
 from fastbert.data.unigram import train_unigram
 from fastbert.ops.philox import CONTRACT
+from fastbert.pretrain.init import COPY, extended_tokenizer
 from fastbert.pretrain.run import RANDOM_NUMBERS, PretrainConfig, contract_of
 from fastbert.version import __version__
 
@@ -52,7 +53,9 @@ def prepare(config: PretrainConfig, resume: bool) -> tuple[Tokenizer, TokenStore
         _expect_same_corpus(config)
     if not resume:
         _discard_what_differs(config, tokenizer_at, data_at)
-    if not (tokenizer_at / "tokenizer.json").exists():
+    if not (tokenizer_at / "tokenizer.json").exists() and config.init is not None:
+        save_tokenizer(extended_tokenizer(config), tokenizer_at)
+    elif not (tokenizer_at / "tokenizer.json").exists():
         texts = (sentence for document in _documents(config, "counting words") for sentence in document)
         if config.lowercase:
             texts = _vowel_signs_said(texts)
@@ -106,6 +109,8 @@ def made_of(config: PretrainConfig) -> dict[str, Any]:
         digest.update(os.fsencode(file.relative_to(path) if path.is_dir() else file.name) + b"\0" + content)
     corpus = {"files": len(read), "bytes": size, "sha256": digest.hexdigest()}
     tokenizer = {"kind": config.tokenizer, "vocab_size": config.vocab_size, "lowercase": config.lowercase}
+    if config.init is not None:
+        tokenizer = {"init": fingerprint(extended_tokenizer(config))}
     data = {"held_out": config.held_out, "seed": config.seed, RANDOM_NUMBERS: CONTRACT}
     return {
         "fastbert": __version__,
@@ -164,7 +169,8 @@ def _say_unknown(tokenizer: Tokenizer, stores: tuple[TokenStore, ...]) -> None:
 
 def _discard_what_differs(config: PretrainConfig, tokenizer_at: Path, data_at: Path) -> None:
     now, then = made_of(config), _read(config.output)
-    if then is None and (found := [str(path) for path in (tokenizer_at, data_at) if path.exists()]):
+    copied = [] if config.init is None else [config.output / COPY]
+    if then is None and (found := [str(path) for path in (tokenizer_at, data_at, *copied) if path.exists()]):
         raise ValueError(
             f"{' and '.join(found)} would be the new run's, and {MADE_OF} beside it does not say that a run made it: "
             "remove it, or choose another --output"

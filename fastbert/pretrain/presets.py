@@ -11,7 +11,7 @@ from fastbert.models.config import ModelConfig
 # Liu et al., "RoBERTa" (2019), has 6e-4 and 4e-4 at a million tokens and more.
 # RoBERTa, ERNIE, ALBERT: the same at the same width; ALBERT on from there.
 LEARNING_RATES = {"bert": {"tiny": 3e-3, "mini": 1.5e-3, "small": 7.5e-4, "base": 1e-4, "large": 1e-4}}
-LEARNING_RATES |= {"roberta": LEARNING_RATES["bert"], "ernie": LEARNING_RATES["bert"]}
+LEARNING_RATES |= dict.fromkeys(("roberta", "xlm-roberta", "ernie"), LEARNING_RATES["bert"])
 LEARNING_RATES["albert"] = LEARNING_RATES["bert"] | {"xlarge": 5e-5, "xxlarge": 2.5e-5}
 MASKED = 0.15  # share of tokens to predict
 FLOAT32 = 4  # bytes

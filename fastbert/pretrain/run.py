@@ -19,6 +19,7 @@ from fastbert.data.corpus import check_corpus
 from fastbert.data.tables import Quoting
 from fastbert.data.tokenizer import LARGEST_VOCABULARY
 from fastbert.models.auto import PRETRAINING
+from fastbert.models.checkpoint import read_config as read_model_config
 from fastbert.ops import linear_timing
 from fastbert.ops.philox import CONTRACT
 from fastbert.pretrain.presets import LEARNING_RATES
@@ -41,8 +42,17 @@ class PretrainConfig:
     quoting: Quoting = "auto"
     """How a table's cells are quoted: double ("" for a quote within), backslash, none; auto looks at the header."""
 
-    model: Literal["bert", "albert", "roberta", "ernie"] = "bert"
-    """Architecture."""
+    init: Path | None = None
+    """A model folder, of this program or of transformers, that the run goes on from with its tokenizer: it decides what
+    --model, --preset, --tokenizer, --vocab-size, --lowercase and --max-position-embeddings say otherwise."""
+    add_words: Path | None = None
+    """With --init: a text file with a word a line. Those that the tokenizer does not have are added to it and to the
+    word embeddings, each as the mean of the pieces that it was read as."""
+    rows_first: int = 0
+    """With --add-words: so many steps at the start train the rows of the new words alone."""
+
+    model: Literal["bert", "albert", "roberta", "ernie", "xlm-roberta"] = "bert"
+    """Architecture; xlm-roberta is RoBERTa in the folders of XLM-RoBERTa."""
     preset: Literal["tiny", "mini", "small", "base", "large", "xlarge", "xxlarge"] = "tiny"
     """Size of the model; below is what each costs, and which there are of each architecture."""
     tokenizer: Literal["wordpiece", "unigram", "bpe"] | None = None
@@ -56,7 +66,8 @@ class PretrainConfig:
     """Rows of the position table: the longest sequence the model will ever take. (RoBERTa's table has some rows more
     that no token takes.)"""
     dropout: float | None = None
-    """Probability of dropout, in hidden layers and in attention; if not given 0 for ALBERT and 0.1 for the others."""
+    """Probability of dropout, in hidden layers and in attention; if not given 0 for ALBERT and 0.1 for the others, and
+    with --init the folder's."""
 
     seq_len: int = 128
     """Longest sequence in tokens, [CLS] and [SEP] included."""
@@ -78,7 +89,7 @@ class PretrainConfig:
     """Longest training time, kept to within a tenth: the steps that fit are measured at the start, and become fewer if
     the machine becomes slower. A run to be repeated bit for bit takes --steps alone."""
     lr: float | None = None
-    """Highest learning rate; if not given the preset's, see below."""
+    """Highest learning rate; if not given the preset's, see below, and 1e-4 with --init."""
     warmup: float = 0.1
     """Share of the steps in which the learning rate rises; then it falls linearly to 0."""
     weight_decay: float = 0.01
@@ -126,6 +137,8 @@ class PretrainConfig:
                 _expect(type(value) is kind, name, "true or false" if kind is bool else "a string", value)
             elif kind == str | None:
                 _expect(value is None or type(value) is str, name, "a string", value)
+            elif kind == Path | None:
+                _expect(value is None or isinstance(value, Path), name, "a path", value)
         for name, (low, high) in _INTEGERS.items():
             value = getattr(self, name)
             holds = type(value) is int and low <= value <= high
@@ -136,6 +149,10 @@ class PretrainConfig:
             _expect(number or (name in ("lr", "minutes", "dropout") and value is None), name, rule, value)
         presets = PRETRAINING[self.model].config_class.presets
         _expect(self.preset in presets, "preset", f"for model {self.model} one of {', '.join(presets)}", self.preset)
+        if self.add_words is not None and self.init is None:
+            raise ValueError("words are added to a folder's tokenizer: give --add-words with --init")
+        if self.rows_first and self.add_words is None:
+            raise ValueError("the rows to train first are those of new words: give --rows-first with --add-words")
         words_alone = PRETRAINING[self.model].sentence_label is None
         rule = f"mlm for model {self.model}, which has no head for pairs of texts"
         _expect(not words_alone or self.objective in (None, "mlm"), "objective", rule, self.objective)
@@ -153,8 +170,12 @@ OWN = {
     "bert": {"objective": "mlm+nsp", "dropout": 0.1, "tokenizer": "wordpiece"},
     "albert": {"objective": "mlm+sop", "dropout": 0.0, "tokenizer": "wordpiece"},
     "roberta": {"objective": "mlm", "dropout": 0.1, "tokenizer": "bpe"},
+    "xlm-roberta": {"objective": "mlm", "dropout": 0.1, "tokenizer": "bpe"},
     "ernie": {"objective": "mlm+nsp", "dropout": 0.1, "tokenizer": "wordpiece"},
 }
+
+# Continued pretraining's usual rate: Gururangan et al., "Don't stop pretraining" (2020).
+CONTINUED_LR = 1e-4
 
 _MANY = 2**31 - 1  # the largest int32
 _INTEGERS = {  # setting: lowest and highest value
@@ -164,6 +185,7 @@ _INTEGERS = {  # setting: lowest and highest value
     "batch_tokens": (8, 2**30),  # places in a packed batch are int32, and batches are rounded up
     "accumulate": (1, _MANY),
     "steps": (1, _MANY),
+    "rows_first": (0, _MANY),
     "seed": (0, 2**64 - 1),
     "evaluations": (1, 10**6),
     "evaluation_batches": (1, _MANY),
@@ -222,6 +244,8 @@ def resumed_run(folder: Path) -> PretrainConfig:
 def with_choices(config: PretrainConfig) -> PretrainConfig:
     """The settings with those filled in that are chosen here: the model's own, and the library of products."""
     own = {"lr": LEARNING_RATES[config.model][config.preset]} | OWN[config.model]
+    if config.init is not None:
+        own = {"lr": CONTINUED_LR, "objective": own["objective"]}
     given = {name: getattr(config, name) for name in own if getattr(config, name) is not None}
     return dataclasses.replace(config, **(own | given), linear=choose_linear(config))
 
@@ -261,7 +285,8 @@ def choose_linear(config: PretrainConfig) -> str:
         return name
     if torch.device(config.device).type != "cpu":
         return "torch"
-    model = PRETRAINING[config.model].config_class.preset(config.preset)
+    kind = PRETRAINING[config.model].config_class
+    model = kind.preset(config.preset) if config.init is None else kind.from_fields(read_model_config(config.init))
     rows = min(config.batch_tokens, 512)  # more take longer and tell no more
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     name, why = linear_timing.fastest(rows, model.hidden_size, model.intermediate_size, dtype)
@@ -272,7 +297,7 @@ def choose_linear(config: PretrainConfig) -> str:
 # Settings that runs did not have once, and what they did then.
 _ADDED_LATER = {
     "linear": "torch", "separator": None, "quoting": "auto", "model": "bert", "tokenizer": "wordpiece",
-    "masking": "token",
+    "masking": "token", "init": None, "add_words": None, "rows_first": 0,
 }  # fmt: skip
 _NSP = {True: "mlm+nsp", False: "mlm"}  # the setting that was there before the objective
 
@@ -302,7 +327,8 @@ def read_config(folder: Path) -> PretrainConfig:
         names = [field.name for field in dataclasses.fields(PretrainConfig)]
         if missing := [name for name in names if name not in stored]:
             raise ValueError(f"it lacks {', '.join(missing)}")
-        config = PretrainConfig(**stored | {"corpus": None if stored["corpus"] is None else Path(stored["corpus"])})
+        paths = {name: Path(stored[name]) for name in ("corpus", "init", "add_words") if stored[name] is not None}
+        config = PretrainConfig(**stored | paths)
         config.check()
     except (ValueError, TypeError) as error:
         raise ValueError(

@@ -4,12 +4,23 @@ import dataclasses
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from fastbert.data.tokenizer import special_ids, vocab_size
 from fastbert.models.auto import PRETRAINING
 from fastbert.models.pretraining import PreTrainingModel
 from fastbert.pretrain.evaluate import Frequencies
+from fastbert.pretrain.init import read_copy
 from fastbert.pretrain.run import PretrainConfig
+
+
+def starting_model(
+    config: PretrainConfig, tokenizer: Tokenizer, frequencies: Frequencies
+) -> tuple[PreTrainingModel, Tensor]:
+    """A new model, or the run's copy of the folder that it goes on from; and ids of words new to it, int64 [words]."""
+    if config.init is not None:
+        return read_copy(config)
+    return new_model(config, tokenizer, frequencies), torch.empty(0, dtype=torch.int64)
 
 
 def new_model(config: PretrainConfig, tokenizer: Tokenizer, frequencies: Frequencies) -> PreTrainingModel:
