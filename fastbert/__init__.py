@@ -7,6 +7,13 @@ from fastbert.backends.linear import use_linear
 from fastbert.models.albert import AlbertConfig, AlbertForPreTraining, AlbertModel
 from fastbert.models.auto import AutoModel
 from fastbert.models.bert import BertConfig, BertForPreTraining, BertModel
+from fastbert.models.classification import (
+    AlbertForSequenceClassification,
+    BertForSequenceClassification,
+    ErnieForSequenceClassification,
+    RobertaForSequenceClassification,
+    XLMRobertaForSequenceClassification,
+)
 from fastbert.models.ernie import ErnieConfig, ErnieForPreTraining, ErnieModel
 from fastbert.models.frozen import freeze
 from fastbert.models.roberta import (
@@ -29,19 +36,24 @@ from fastbert.version import __version__
 __all__ = [
     "AlbertConfig",
     "AlbertForPreTraining",
+    "AlbertForSequenceClassification",
     "AlbertModel",
     "AutoModel",
     "BertConfig",
     "BertForPreTraining",
+    "BertForSequenceClassification",
     "BertModel",
     "ErnieConfig",
     "ErnieForPreTraining",
+    "ErnieForSequenceClassification",
     "ErnieModel",
     "LazyAdam",
     "RobertaConfig",
     "RobertaForMaskedLM",
+    "RobertaForSequenceClassification",
     "RobertaModel",
     "XLMRobertaForMaskedLM",
+    "XLMRobertaForSequenceClassification",
     "XLMRobertaModel",
     "__version__",
     "all_gather_ids",
