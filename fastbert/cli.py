@@ -16,6 +16,9 @@ USAGE = """usage: fastbert COMMAND
 
   info        what runs here: every op by every backend, versions, instruction set, threads
   pretrain    raw text to a BERT, ALBERT, RoBERTa or ERNIE that transformers loads; see fastbert pretrain --help
+  finetune    a table of texts with classes or numbers, and any such model, to a classifier; its score, a picture
+  predict     a classifier's labels for new texts
+  embed       vectors of texts or of their tokens by any such model, to .npy or .safetensors
   --version   the version of this package"""
 
 
@@ -50,6 +53,8 @@ def run(command: str, arguments: list[str]) -> None:
         print(info(), linear.info(), waiting(), sep="\n")
     elif command == "pretrain":
         sys.exit(pretrain(arguments))
+    elif command in ("finetune", "predict", "embed"):
+        {"finetune": finetune, "predict": predict, "embed": embed}[command](arguments)
     elif command in ("-h", "--help") or arguments in (["-h"], ["--help"]):
         print(USAGE)
     elif command == "--version":
@@ -112,6 +117,44 @@ def pretrain(arguments: list[str]) -> int:
         check_unchanged(stored, parse(default=stored))
     settings = {field.name: getattr(command, field.name) for field in dataclasses.fields(PretrainConfig)}
     return 0 if train(PretrainConfig(**settings), resume=command.resume) else 130
+
+
+def finetune(arguments: list[str]) -> None:
+    """`fastbert finetune`."""
+    _expect_packages("fine-tuning needs", "sklearn", "scipy", "matplotlib")
+    from fastbert.finetune import FinetuneConfig
+    from fastbert.finetune import finetune as train
+
+    train(_parse(FinetuneConfig, "finetune", "Train a classifier of texts, or a regression, over a model.", arguments))
+
+
+def predict(arguments: list[str]) -> None:
+    """`fastbert predict`."""
+    _expect_packages("predicting needs", "sklearn", "scipy", "matplotlib")
+    from fastbert.finetune import PredictConfig
+    from fastbert.finetune import predict as run_predict
+
+    run_predict(_parse(PredictConfig, "predict", "Predict the labels of texts by a classifier.", arguments))
+
+
+def embed(arguments: list[str]) -> None:
+    """`fastbert embed`."""
+    _expect_packages("embedding needs")
+    from fastbert.embed import EmbedConfig
+    from fastbert.embed import embed as run_embed
+
+    run_embed(_parse(EmbedConfig, "embed", "Write the vectors of texts, or of their tokens, by a model.", arguments))
+
+
+def _expect_packages(what: str, *more: str) -> None:
+    if why := extras.missing(what, "numpy", "tokenizers", "safetensors", "tyro", "tqdm", *more):
+        raise ImportError(why)
+
+
+def _parse(settings: type, command: str, description: str, arguments: list[str]) -> Any:
+    import tyro
+
+    return tyro.cli(settings, args=arguments, prog=f"fastbert {command}", description=description)
 
 
 def check_unchanged(stored: Any, given: Any) -> None:

@@ -85,13 +85,22 @@ def encode(tokenizer: Tokenizer, texts: Texts, longest: int) -> list[Encoded]:
     """Tokenises all texts; of those beyond `longest` tokens the longer one of a pair is cut at its end.
 
     Special tokens that a text spells out are read as text.
+
+    Raises:
+        ValueError: a text of which the tokenizer makes no token, not even [CLS].
     """
     tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy: the next lines change it
     tokenizer.no_padding()
     tokenizer.enable_truncation(longest)
     tokenizer.encode_special_tokens = True
     given = texts.texts if texts.pairs is None else list(zip(texts.texts, texts.pairs, strict=True))
-    return [Encoded(e.ids, e.type_ids, bool(e.overflowing)) for e in tokenizer.encode_batch(given)]
+    encoded = [Encoded(e.ids, e.type_ids, bool(e.overflowing)) for e in tokenizer.encode_batch(given)]
+    if bad := [line for line, each in zip(texts.lines, encoded, strict=True) if not each.ids]:
+        raise ValueError(
+            f"the tokenizer makes no token of {len(bad):,} texts, the first in line {bad[0]:,}, and puts none around "
+            "them: take them out"
+        )
+    return encoded
 
 
 class PackedTexts(NamedTuple):
@@ -132,3 +141,17 @@ def pack(encoded: Sequence[Encoded], pad_id: int | None, types: int, longest: in
     return PackedTexts(
         torch.tensor(ids), torch.tensor(kinds).clamp(max=types - 1), cu_seqlens, max(int(lengths.max()), padding)
     )
+
+
+def batches_by_length(encoded: Sequence[Encoded], tokens: int) -> list[list[int]]:
+    """Places of texts in batches of at most so many tokens, or of one text, the longest texts first."""
+    batches: list[list[int]] = []
+    room = 0
+    for place in sorted(range(len(encoded)), key=lambda i: -len(encoded[i].ids)):
+        size = len(encoded[place].ids)
+        if size > room:
+            batches.append([])
+            room = tokens
+        batches[-1].append(place)
+        room -= size
+    return batches

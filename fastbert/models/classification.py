@@ -6,7 +6,7 @@ RoBERTa's head has the pooler within it, with dropout before it too; `_ROBERTA` 
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,8 @@ class SequenceClassifier(ModelWithHead):
     Raises:
         ValueError: another problem type, or labels that do not fit it.
     """
+
+    takes_pooler: ClassVar[bool] = True  # from an encoder's folder
 
     def __init__(
         self,
@@ -130,13 +132,15 @@ class SequenceClassifier(ModelWithHead):
             masked_positions=nowhere,
         ).pooled_output  # fmt: skip
         logits = self.classifier(self.dropout(pooled))
-        if labels is None:
-            return SequenceClassifierOutput(None, logits)
+        return SequenceClassifierOutput(None if labels is None else self.loss(logits, labels), logits)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """What `forward` says of its loss: logits [B, labels] and labels [B] -> float32 scalar."""
         if labels.shape != logits.shape[:1]:
             raise ValueError(f"labels must have shape {list(logits.shape[:1])}, got {list(labels.shape)}")
         if self.problem_type == "regression":
-            return SequenceClassifierOutput(F.mse_loss(logits[:, 0].float(), labels.float()), logits)
-        return SequenceClassifierOutput(cross_entropy(logits, labels, IGNORED), logits)
+            return F.mse_loss(logits[:, 0].float(), labels.float())
+        return cross_entropy(logits, labels, IGNORED)
 
 
 class BertForSequenceClassification(SequenceClassifier):
@@ -171,6 +175,7 @@ class RobertaForSequenceClassification(SequenceClassifier):
     """RoBERTa with a classifier of two layers over each sequence's first token; see `SequenceClassifier`."""
 
     encoder_class, config_class, names = RobertaModel, RobertaConfig, _ROBERTA
+    takes_pooler = False
 
     def __init__(self, config: RobertaConfig, *args: Any, **options: Any):
         super().__init__(config, *args, **options)

@@ -129,40 +129,40 @@ class PretrainConfig:
         for name, kind in get_type_hints(PretrainConfig).items():
             value = getattr(self, name)
             if get_origin(kind) is Literal:
-                _expect(value in get_args(kind), name, f"one of {', '.join(get_args(kind))}", value)
+                expect(value in get_args(kind), name, f"one of {', '.join(get_args(kind))}", value)
             elif any(get_origin(part) is Literal for part in get_args(kind)):  # or None
                 choices = [choice for part in get_args(kind) for choice in get_args(part)]
-                _expect(value is None or value in choices, name, f"one of {', '.join(choices)}", value)
+                expect(value is None or value in choices, name, f"one of {', '.join(choices)}", value)
             elif kind in (bool, str):
-                _expect(type(value) is kind, name, "true or false" if kind is bool else "a string", value)
+                expect(type(value) is kind, name, "true or false" if kind is bool else "a string", value)
             elif kind == str | None:
-                _expect(value is None or type(value) is str, name, "a string", value)
+                expect(value is None or type(value) is str, name, "a string", value)
             elif kind == Path | None:
-                _expect(value is None or isinstance(value, Path), name, "a path", value)
+                expect(value is None or isinstance(value, Path), name, "a path", value)
         for name, (low, high) in _INTEGERS.items():
             value = getattr(self, name)
             holds = type(value) is int and low <= value <= high
-            _expect(holds or (name == "steps" and value is None), name, f"an integer from {low} to {high}", value)
+            expect(holds or (name == "steps" and value is None), name, f"an integer from {low} to {high}", value)
         for name, (rule, holds) in _NUMBERS.items():
             value = getattr(self, name)
             number = type(value) in (int, float) and holds(value)
-            _expect(number or (name in ("lr", "minutes", "dropout") and value is None), name, rule, value)
+            expect(number or (name in ("lr", "minutes", "dropout") and value is None), name, rule, value)
         presets = PRETRAINING[self.model].config_class.presets
-        _expect(self.preset in presets, "preset", f"for model {self.model} one of {', '.join(presets)}", self.preset)
+        expect(self.preset in presets, "preset", f"for model {self.model} one of {', '.join(presets)}", self.preset)
         if self.add_words is not None and self.init is None:
             raise ValueError("words are added to a folder's tokenizer: give --add-words with --init")
         if self.rows_first and self.add_words is None:
             raise ValueError("the rows to train first are those of new words: give --rows-first with --add-words")
         words_alone = PRETRAINING[self.model].sentence_label is None
         rule = f"mlm for model {self.model}, which has no head for pairs of texts"
-        _expect(not words_alone or self.objective in (None, "mlm"), "objective", rule, self.objective)
+        expect(not words_alone or self.objective in (None, "mlm"), "objective", rule, self.objective)
         if self.steps is None and self.minutes is None:
             raise ValueError("a run ends after so many steps or minutes: give --steps, --minutes or both")
         rule = f"at most the rows of the position table, max_position_embeddings={self.max_position_embeddings}"
-        _expect(self.seq_len <= self.max_position_embeddings, "seq_len", rule, self.seq_len)
+        expect(self.seq_len <= self.max_position_embeddings, "seq_len", rule, self.seq_len)
         rule = f"at least one sample's, seq_len={self.seq_len}"
-        _expect(self.batch_tokens >= self.seq_len, "batch_tokens", rule, self.batch_tokens)
-        _check_device(self.device)
+        expect(self.batch_tokens >= self.seq_len, "batch_tokens", rule, self.batch_tokens)
+        check_device(self.device)
 
 
 # What each architecture was published with.
@@ -206,16 +206,17 @@ _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {  # setting: the rul
 }
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
     """Raises ValueError unless torch has the device here, and it is one that a run can train on."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device must be one that torch has here, got {device!r}: {error}") from error
-    _expect(torch.device(device).type in ("cpu", "cuda"), "device", "cpu or cuda (or cuda:1, ...)", device)
+    expect(torch.device(device).type in ("cpu", "cuda"), "device", "cpu or cuda (or cuda:1, ...)", device)
 
 
-def _expect(holds: bool, name: str, rule: str, value: object) -> None:
+def expect(holds: bool, name: str, rule: str, value: object) -> None:
+    """Raises ValueError, which says the setting's name, its rule and what came, unless the rule holds."""
     if not holds:
         raise ValueError(f"{name} must be {rule}, got {value!r}")
 
