@@ -1,4 +1,4 @@
-"""LazyAdam, kernels for CPU and GPU, and a thin BERT and ALBERT: training BERT-like models without the wasted work."""
+"""LazyAdam, kernels for CPU and GPU, a thin BERT, ALBERT, RoBERTa and ERNIE: training them without wasted work."""
 
 from fastbert.allocator import keep_memory
 from fastbert.backends import backends, use_backend

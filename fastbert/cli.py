@@ -32,7 +32,7 @@ def main() -> None:
             sys.stdout.flush()  # not when Python ends, where a closed pipe would be a traceback
     except BrokenPipeError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
-        trained = command == "pretrain" and {"-h", "--help"}.isdisjoint(arguments)
+        trained = command in ("pretrain", "finetune") and {"-h", "--help"}.isdisjoint(arguments)
         sys.exit(f"fastbert {command}: {error}" if trained else 128 + signal.SIGPIPE)  # `head` has read enough
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("FASTBERT_DEBUG"):
@@ -41,7 +41,9 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if os.environ.get("FASTBERT_DEBUG") or not _is_about_memory(error):
             raise
-        sys.exit(f"fastbert {command}: not enough memory; a smaller --batch-tokens or --preset takes less: {error}")
+        smaller = {"finetune": "--batch-size or --seq-len", "pretrain": "--batch-tokens or --preset"}
+        what = smaller.get(command, "--batch-tokens")
+        sys.exit(f"fastbert {command}: not enough memory; a smaller {what} takes less: {error}")
     except KeyboardInterrupt:
         print(f"fastbert {command}: interrupted", file=sys.stderr)
         sys.exit(130)
