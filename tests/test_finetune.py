@@ -169,6 +169,20 @@ def test_the_best_epoch_is_kept_and_unread_words_keep_their_bits(bert, tables, t
     assert (kept[table] != before).any(1).sum() >= len(seen) - 10, "a held-out row may hold a word alone"
 
 
+def test_the_same_seed_gives_the_same_bits_whatever_the_folder_lacks(bert, tables, tmp_path):
+    AutoModel.from_pretrained(bert, add_pooling_layer=False).save_pretrained(tmp_path / "bare", bert)
+    weights = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        torch.rand(len(weights))
+        with pytest.warns(UserWarning, match=r"lacks pooler\.dense\.weight, .*newly initialised"):
+            folder = finetune(
+                FinetuneConfig(tmp_path / "bare", tables[0], tmp_path / name, epochs=1, seed=seed, bf16=True)
+            )
+        weights.append(loop.CLASSIFIERS["bert"].from_pretrained(folder).state_dict())
+    same, other = ([torch.equal(x, each[name]) for name, x in weights[0].items()] for each in weights[1:])
+    assert all(same) and not all(other)
+
+
 def test_scores_by_hand():
     """Class 0: 2 of precision 1, recall 1/2; class 1: precision 2/3, recall 1."""
     truth, predicted = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1])

@@ -59,7 +59,6 @@ def finetune(config: FinetuneConfig) -> Path:
     )
 
     metric = config.metric or ("pearson" if config.regression else "accuracy")
-    torch.manual_seed(config.seed)
     trainer = Trainer(config, model, encoded, train.targets if scale is None else scale.standardized(train.targets))
     epochs: list[dict[str, float]] = []
     best = None  # the epoch's place, and what it predicted
@@ -86,13 +85,13 @@ def finetune(config: FinetuneConfig) -> Path:
 
 def make_model(config: FinetuneConfig, classes: list[str]) -> SequenceClassifier:
     """The folder's encoder with a new head."""
+    torch.manual_seed(config.seed)  # of the head, and of a pooler that the folder lacks
     kind = class_of(config.init, CLASSIFIERS)
     encoder = class_of(config.init, ENCODERS).from_pretrained(config.init, add_pooling_layer=kind.takes_pooler)
     if config.dropout is not None:
         encoder.config = dataclasses.replace(
             encoder.config, hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout
         )
-    torch.manual_seed(config.seed)
     model = kind.over(encoder, classes, "regression" if config.regression else "single_label_classification")
     model.base_model.embeddings.word_embeddings.sparse = True
     return model

@@ -147,6 +147,7 @@ def _is_word(token: str) -> bool:
 
 def _readable(text: str) -> str:
     """Without the spaces between wide characters, each of which is a token of its own."""
+    text = text.strip()
     neighbours = zip(f" {text}", text, f"{text[1:]} ", strict=False)
     return "".join(
         here for before, here, after in neighbours if here != " " or not (is_wide(before) and is_wide(after))

@@ -98,9 +98,12 @@ def write_copy(config: PretrainConfig, tokenizer: Tokenizer) -> None:
 
     A new row is the mean of the rows of the pieces that the word was read as before.
     """
+    torch.manual_seed(config.seed)  # of heads that the folder lacks
     model, before = PRETRAINING[config.model].from_pretrained(config.init), load_tokenizer(config.init)
     known, vocab = before.get_vocab(), tokenizer.get_vocab()
     words = {word: i for word, i in sorted(vocab.items(), key=lambda item: item[1]) if word not in known}
+    if config.add_words is not None:
+        print(f"words new to the tokenizer: {len(words):,}, such as {', '.join(list(words)[:5])}")
     state, table = model.state_dict(), model.word_embeddings
     names = {name for name, x in state.items() if x.data_ptr() in (table.data_ptr(), model.predictions.bias.data_ptr())}
     rows = max(len(table), vocab_size(tokenizer))

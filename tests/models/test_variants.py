@@ -161,6 +161,15 @@ def test_roberta_counts_positions_from_behind_the_padding_id(tmp_path):
     assert table.padding_idx == 3 and not table.weight[3].any()
 
 
+def test_roberta_s_packed_form_never_waits_for_the_device():
+    """On meta tensors, which have no values, whatever needs one raises."""
+    inputs = {name: x for name, x in packed(batch()).items() if name != "next_sentence_label"}
+    on_meta = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+    out = RobertaForMaskedLM(ROBERTA).to("meta")(**on_meta)
+    out.loss.backward()
+    assert out.logits.shape == (len(inputs["labels"]), V)
+
+
 def test_what_there_is_is_named(tmp_path):
     RobertaForMaskedLM(ROBERTA).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"must say \"model_type\": \"ernie\", got 'roberta': .*AutoModel loads"):
