@@ -26,11 +26,19 @@ PARTS = 1024  # that are added up at a time
 
 
 @triton.jit
-def load_counted(grad, named, at, mask, first_row, first_column, columns, begin, NAMED: tl.constexpr):
-    """Gradients as float32, 0 where they do not count. The chunk begins at `first_column` of `first_row`."""
+def load_counted(
+    grad, named, first, end, first_row, first_column, columns, begin, NAMED: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
+    """Gradients [P, 8] as float32, from `first` [P, 1] on, 0 where they do not count or lie behind `end`.
+
+    The chunk begins at `first_column` of `first_row`. ALIGNED: eight neighbours are of one row.
+    """
+    at = first + tl.arange(0, 8)[None, :]
+    mask = at < end
     if NAMED:
-        row = first_row + (first_column + (at - begin).to(tl.int32)) // columns
-        mask = mask & (tl.load(named + row, mask=mask, other=0) != 0)
+        asked = first if ALIGNED else at
+        row = first_row + (first_column + (asked - begin).to(tl.int32)) // columns
+        mask = mask & (tl.load(named + row, mask=asked < end, other=0) != 0)
     return tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
 
 
@@ -52,17 +60,18 @@ def squares_kernel(
     whole = elements
     if ALIGNED:
         whole = elements // 8 * 8
-    end = tl.minimum(begin + CHUNK, whole)
-    squares = tl.zeros([BLOCK], tl.float32)
-    for first in range(begin, end, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        g = load_counted(grad, named, at, at < whole, first_row, first_column, columns, begin, NAMED)
+    squares = tl.zeros([BLOCK // 8, 8], tl.float32)
+    eights = tl.arange(0, BLOCK // 8)[:, None] * 8
+    for first in range(begin, tl.minimum(begin + CHUNK, whole), BLOCK):
+        first += eights
+        g = load_counted(grad, named, first, whole, first_row, first_column, columns, begin, NAMED, ALIGNED)
         squares = tl.fma(g, g, squares)
     if (whole < elements) & (elements <= begin + CHUNK):  # this chunk is the last, and some elements are left
-        at = whole + tl.arange(0, BLOCK)
-        g = load_counted(grad, named, at, at < elements, first_row, first_column, columns, begin, NAMED)
+        first = whole + eights
+        g = load_counted(grad, named, first, elements, first_row, first_column, columns, begin, NAMED, ALIGNED)
         squares = tl.fma(g, g, squares)
-    tl.store(parts_ptr + first_part + tl.program_id(0), tl.sum(squares.to(tl.float64), 0))
+    squares = tl.sum(tl.sum(squares.to(tl.float64), 1), 0)
+    tl.store(parts_ptr + first_part + tl.program_id(0), squares)
 
 
 # ---- norm ----------------------------------------------------------------------------------------------------------
@@ -89,7 +98,7 @@ def gradient_norm(gradients: Sequence[tuple[Tensor, Tensor | None]], max_norm: f
     kinds: dict[tuple, list[tuple[Tensor, Tensor | None]]] = {}
     for grad, named in read:
         if grad.numel():
-            is_aligned = grad.data_ptr() % 16 == 0
+            is_aligned = grad.data_ptr() % 16 == 0 and (named is None or grad.numel() // len(named) % 8 == 0)
             kinds.setdefault((TYPES[grad.dtype], named is not None, is_aligned), []).append((grad, named))
     launches = [(kind, its[i : i + MOST]) for kind, its in kinds.items() for i in range(0, len(its), MOST)]
     device = read[0][0].device

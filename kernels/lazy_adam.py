@@ -1,10 +1,10 @@
 """One Adam step with decoupled weight decay, on the rows of a table [V, D] that a gradient touches or on all;
 fastbert/ops/lazy_adam.py has the formula and its variants.
 
-    group    torch.sort, and 1 launch before it that checks the ids
-    update   lazy_adam_rows.py    1 launch; where there are more than 16 gradient rows, of which more than 16 may belong to
-                                  one row, 1 for pieces of these, and 1 for each level of the tree above: 1 up to 512
-                                  gradient rows, 2 up to 16,384, 3 up to 524,288
+    group    1 launch that checks the ids, and torch.sort
+    update   lazy_adam_rows.py    1 launch; with more than 16 gradient rows, all of which may be of one row, 1 more for
+                                  pieces and 1 for each level of the tree above: 1 up to 512 gradient rows, 2 up to
+                                  16,384, 3 up to 524,288
              lazy_adam_dense.py   1 launch for all dense tensors of the same dtypes and the same formula
 
 Arithmetic is float32 for every dtype; w is rounded once, to nearest or stochastically. A gradient's rows are read where

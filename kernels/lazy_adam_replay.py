@@ -29,7 +29,7 @@ END = 1e-10  # and a walk: it ends when momentum has become so small a part
 FIELDS = tl.constexpr(16)  # of a walk: what w, m and v keep, whether it is expanded, the center, MOMENTS - 1 moments
 KEEP_W, KEEP_M, KEEP_V, IS_EXPANDED, CENTER, CENTRAL = (tl.constexpr(i) for i in range(6))
 
-PLAN_PLACES, PLAN_STEPS = 16, 128  # of a program, and those of its steps that it adds up at a time
+PLAN_PLACES, PLAN_STEPS = 8, 128  # of a program, and those of its steps that it adds up at a time
 IDS = 1024  # that a program checks
 TILE, WARPS = 1024, 4  # elements of rows that a program works on at a time: eight a thread
 

@@ -141,8 +141,8 @@ def backend_of(param: Tensor, backend: str) -> Any:
 
 
 def has_plans(param: Tensor, backend: str) -> bool:
-    """Whether steps of `param` can go by a plan: the C++ modules have them. In Triton dense tensors share one launch for
-    each kind, and what a plan would save is little beside the launches of rows.
+    """Whether steps of `param` can go by a plan: the C++ modules have them. In Triton dense tensors share a launch, and
+    what a plan would save is little beside the launches of rows.
     """
     return pick("lazy_adam", backend, param) in ("cpu", "cuda")
 
