@@ -36,8 +36,8 @@ def train_step(
     The MLM loss is the mean over all tokens of the step that are predicted, the NSP or SOP loss over all its sequences,
     however they are spread over micro-batches. A mean over nothing is 0: [UNK] is never predicted, so a step may have
     nothing to predict. `watch` sees the losses as step `number` before the optimizer does. `working` computes in place
-    of the model. `words`, int64 [R], are the ids whose embeddings move, whatever config says. With micro-batches, lr and
-    number on a GPU nothing waits for it, and the step can be captured.
+    of the model. `words`, int64 [R], are the ids whose embeddings move, whatever config says. With micro-batches, lr
+    and number on a GPU nothing waits for it, and the step can be captured.
     """
     computes = model if working is None else working.model
     computes.train()
