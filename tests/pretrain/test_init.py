@@ -64,10 +64,10 @@ def test_it_resumes_in_the_same_bits_when_the_folder_is_gone(going_on, tmp_path,
     whole = pretrain(dataclasses.replace(going_on, output=tmp_path / "whole", steps=6))
     take = step.train_step
 
-    def killed_at_5(*arguments):
+    def killed_at_5(*arguments, **words):
         if arguments[6] == 5:
             raise KeyboardInterrupt
-        return take(*arguments)
+        return take(*arguments, **words)
 
     monkeypatch.setattr(step, "train_step", killed_at_5)
     with pytest.raises(KeyboardInterrupt):
