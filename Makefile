@@ -5,14 +5,14 @@
 # make sanitize  the kernels' tests, the kernels watched by AddressSanitizer and UndefinedBehaviorSanitizer
 # make emulate  the kernels' tests for AVX-512, in AVX2's instructions; needs a processor with those
 # make lint    style of Python and C++
-# make gpu-check  on a machine with an NVIDIA GPU: tests and measurements there, by a $(PYTHON) that has what they need
+# make gpu-check  on a machine with an NVIDIA GPU: gpu-test, gpu-bench and gpu-sanitize, by a $(PYTHON) that has what they need
 # make bench   every benchmark; results go to benchmarks/results/
 PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml constraints.txt
 
-.PHONY: build demo test test-nested sanitize emulate lint bench gpu-check clean
+.PHONY: build demo test test-nested sanitize emulate lint bench gpu-check gpu-build gpu-test gpu-bench gpu-sanitize clean
 
 # Editable, so that Python files take effect at once; C++ is compiled anew when a source changes.
 $(VENV)/.installed: $(SOURCES)
@@ -62,22 +62,37 @@ bench: $(VENV)/.installed
 	for stem in gelu layer_norm dropout cross_entropy attention linear lazy_adam pretrain inference neighbours overhead optimizer_overhead; do $(BIN)/python benchmarks/$$stem.py || exit 1; done
 
 # The Python that is there: a GPU's torch fits its driver, and takes gigabytes to install. Compiled for this GPU alone.
+# The checkout itself stays off the path of what uses transformers, which imports whatever is called `kernels`.
+# The sanitizer comes last: it takes minutes, and some virtual machines refuse it. `make -k gpu-check` goes on past a failure.
 GPU_ARCH = $$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
-ON_GPU = PYTHONPATH=$(CURDIR) $(PYTHON)
-gpu-check:
-	FASTBERT_CUDA_ARCHS=$(GPU_ARCH) $(PYTHON) setup.py --quiet build_ext --inplace
+ON_GPU = PYTHONPATH=$(CURDIR)/build/gpu $(PYTHON)
+gpu-check: gpu-test gpu-bench gpu-sanitize
+
+gpu-build:
+	FASTBERT_CUDA=1 FASTBERT_CUDA_ARCHS=$(GPU_ARCH) $(PYTHON) setup.py --quiet build_ext --inplace
+	mkdir -p build/gpu && ln -sfn ../../fastbert ../../fastbert_main.py build/gpu/
 	$(ON_GPU) -m fastbert info
+
+gpu-test: gpu-build
 	$(PYTHON) -m pytest -q tests/test_gpu.py
 	$(PYTHON) -m pytest -q -k "cuda:gpu or triton:gpu" tests/ops
-	if command -v compute-sanitizer; then for tool in memcheck racecheck; do compute-sanitizer --tool $$tool --error-exitcode 1 \
-		$(PYTHON) -m pytest -q -k "(cuda:gpu or triton:gpu) and (tail or alone or row)" tests/ops || exit 1; done; \
-		else echo "compute-sanitizer is not here, so memory and races were not checked"; fi
 	if grep -q amx_bf16 /proc/cpuinfo; then $(PYTHON) -m pytest -q -k amx_bf16 tests/ops/test_attention.py tests/ops/test_shapes.py; \
 		else echo "this host's processor has no AMX, so its kernels were not tested"; fi
+
+gpu-bench: gpu-build
 	$(ON_GPU) benchmarks/gpu.py
 	$(ON_GPU) benchmarks/lazy_adam.py --device cuda --allocator default
-	$(ON_GPU) benchmarks/pretrain.py --device cuda --layers 12 --batch 64 --shortest 32 \
+	$(ON_GPU) benchmarks/pretrain.py --device cuda --layers 12 --batch 64 --shortest 32 --dtype bfloat16 --variants \
+		"fastbert captured" "fastbert launched" fastbert "plain torch captured" "transformers eager" "transformers compiled"
+	$(ON_GPU) benchmarks/pretrain.py --device cuda --layers 12 --batch 64 --shortest 32 --dtype float32 \
 		--variants fastbert "fastbert touched rows" "transformers eager"
+
+# Without torch's cache each tensor is an allocation of its own: what lies past its end belongs to nobody, and is found.
+gpu-sanitize: gpu-build
+	if ! compute-sanitizer --error-exitcode 1 $(PYTHON) -c "import torch; torch.ones(1, device='cuda')"; then \
+		echo "compute-sanitizer is not here or does not run on this GPU, so memory and races were not checked"; \
+		else for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool \
+		--error-exitcode 1 $(PYTHON) -m pytest -q -k "cuda:gpu and (tail or alone or row)" tests/ops || exit 1; done; fi
 
 clean:
 	rm -rf build $(VENV) fastbert/*.so *.egg-info

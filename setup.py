@@ -19,8 +19,11 @@ import subprocess
 import sys
 import sysconfig
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
@@ -58,6 +61,12 @@ CUDA_ARCHS = (75, 80, 90, 100, 120)  # GPUs of the same generation and later run
 CUDA_FLAGS = "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
 
 
+if int(setuptools.__version__.split(".")[0]) < 77:  # pip sees to it, by pyproject.toml; setup.py alone does not
+    sys.exit(
+        f"fastbert-kernels needs setuptools 77 or later, got {setuptools.__version__}: pip install 'setuptools>=77'"
+    )
+
+
 class BuildKernels(build_ext):
     def build_extension(self, extension: Extension) -> None:
         compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
@@ -67,8 +76,6 @@ class BuildKernels(build_ext):
                 "(Debian and Ubuntu: apt-get install g++), or set FASTBERT_BUILD=0 to install without the C++ kernels: "
                 "then everything runs on the pure PyTorch backend, slower."
             )
-        import ninja
-
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         is_cuda = extension.name == "fastbert._cuda"
@@ -76,7 +83,7 @@ class BuildKernels(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         plan = cuda_plan(compiler, target) if is_cuda else cpu_plan(compiler, target)
         (folder / "build.ninja").write_text("\n".join([*rules(compiler), *plan, ""]))
-        done = subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder], check=False)
+        done = subprocess.run([find_ninja(), "-C", folder], check=False)
         if done.returncode != 0:
             sys.exit(
                 f"{extension.name} could not be compiled; the compiler's own words stand above. "
@@ -103,9 +110,26 @@ def rules(compiler: str) -> list[str]:
 
 
 def python_include() -> str:
-    import pybind11
+    return f"-I{pybind11_include()} -I{sysconfig.get_path('include')}"
 
-    return f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
+
+def pybind11_include() -> str:
+    """pybind11's own headers, or those that torch carries: where pip builds there are the former, always."""
+    if find_spec("pybind11"):
+        return import_module("pybind11").get_include()
+    torch = find_spec("torch")
+    if torch is None or not (include := Path(torch.origin).parent / "include/pybind11").exists():
+        sys.exit("fastbert-kernels is compiled with pybind11's headers, which are not here: pip install pybind11")
+    return str(include.parent)
+
+
+def find_ninja() -> str:
+    if find_spec("ninja"):
+        return str(Path(import_module("ninja").BIN_DIR) / "ninja")
+    found = shutil.which("ninja")
+    if found is None:
+        sys.exit("fastbert-kernels is compiled by ninja, which is not here: pip install ninja")
+    return found
 
 
 # ---- fastbert._cpu -------------------------------------------------------------------------------------------------
@@ -202,7 +226,7 @@ def cuda_plan(compiler: str, target: Path) -> list[str]:
     nvcc, archs = find_nvcc(), cuda_archs()
     generate = " ".join(f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs)
     generate += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"  # for GPUs to come
-    if known_archs()[-1] >= 120:  # CUDA 12.8: a third of the size
+    if known_archs()[0] >= 75:  # CUDA 13: a third of the size. What CUDA 12 packs so asks for a newer driver, 550
         generate += " --compress-mode=size"
     at_once = min(len(archs) + 1, max(1, (os.cpu_count() or 1) // len(CUDA_STEMS)))  # beside ninja's own
     plan = [

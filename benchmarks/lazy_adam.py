@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--case", action="append", help=f"vocabulary,width,tokens; default: {' '.join(CASES)}")
     parser.add_argument("--allocator", choices=["keep", "default"], default="keep")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--device", default="cpu", help="cuda: on a GPU, where ours runs in plain PyTorch")
+    parser.add_argument("--device", default="cpu", help="cuda: on a GPU")
     parser.add_argument("--no-plot", action="store_true", help="leave out the vocabularies up to ten million (15 GB)")
     parser.add_argument("--no-bert", action="store_true", help="leave out the dense tensors of BERT base")
     args = parser.parse_args()

@@ -9,8 +9,10 @@ takes; its shapes never change, so torch.compile specialises it fully. We get th
 the same weights, data, labels (15 % of the real tokens, and a label of every pair) and memory allocator setting, and
 their losses without dropout are compared before anything is timed. Variants run in turn in one process. Our optimizer
 is LazyAdam, on all rows of the word embeddings (as `fastbert pretrain`) or on the touched ones; transformers' is
-torch's fused AdamW. With --model albert there is "fastbert BERT" besides, our BERT with the same layers. --memory adds
-the most memory that a process of each variant alone had, and the size of its optimizer's state.
+torch's fused AdamW. On a GPU "fastbert captured" is the step of `fastbert pretrain --bf16`, one CUDA graph, "fastbert
+launched" the same without the graph, and "plain torch captured" what torch alone can do (plain_bert.py). With --model
+albert there is "fastbert BERT" besides, our BERT with the same layers. --memory adds the most memory that a process of
+each variant alone had, and the size of its optimizer's state.
 """
 
 import argparse
@@ -28,6 +30,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
+from plain_bert import PlainStep
 from timing import Stats, interleaved, machine, results_path, write_csv
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,6 +39,7 @@ import fastbert
 from fastbert.models.auto import PRETRAINING
 from fastbert.models.config import ModelConfig
 from fastbert.models.pretraining import PreTrainingModel
+from fastbert.models.working import WorkingCopy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-4, 0.01, 1.0
@@ -149,6 +153,51 @@ def step(model: nn.Module, run: Callable, inputs: list[dict], dtype: torch.dtype
     return call
 
 
+def on_cpu(inputs: dict) -> dict:
+    """As a data loader gives them, with the positions that the plain model asks for."""
+    bounds = inputs["cu_seqlens"].cpu()
+    places = torch.cat([torch.arange(int(size), device="cpu") for size in bounds.diff()])
+    moved = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in inputs.items()}
+    return moved | {"position_ids": places}
+
+
+def captured_step(name: str, model: PreTrainingModel, inputs: list[dict]) -> Callable[[], None]:
+    """One training step per call as `fastbert pretrain --bf16` takes it on a GPU, or the plain one, as one CUDA graph.
+
+    "fastbert launched" is that of "fastbert captured", its kernels launched one by one.
+    """
+    model.train()
+    if name.startswith("plain"):
+        step = optimizing = PlainStep(model, LEARNING_RATE, CLIP)
+    else:
+        optimizing = fastbert.LazyAdam(
+            model.parameters(), lr=torch.tensor(LEARNING_RATE, dtype=torch.float64), weight_decay=WEIGHT_DECAY
+        )
+        working = WorkingCopy(model, optimizing)
+
+        def step(batch: dict) -> Tensor:
+            loss = working.model(**batch).loss
+            loss.backward()
+            working.hand_over_gradients()
+            _, factor = optimizing.clip_factor(CLIP)
+            optimizing.step(grad_factor=factor)
+            optimizing.zero_grad()
+            return loss.detach()
+
+    captured = fastbert.capture(step, inputs[0], warmup=None if name.endswith("launched") else 3)
+    taken = 0
+
+    def call() -> None:
+        nonlocal taken
+        captured(inputs[taken % len(inputs)])
+        taken += 1
+
+    for _ in range(5):  # the capture is no step to time
+        call()
+    call.optimizer = getattr(optimizing, "optimizer", optimizing)
+    return call
+
+
 def memory(variant: str, dtype: str) -> dict[str, float]:
     """Megabytes of a process that takes steps of this variant alone: the most it had, and its optimizer's state."""
     command = [sys.executable, *sys.argv, "--variants", variant, "--dtype", dtype, "--alone"]
@@ -172,6 +221,10 @@ def variants(batches: dict[str, list[Batch]], dtype: torch.dtype, options: argpa
         padded, packed = [batch.padded for batch in batches[kind]], [batch.packed for batch in batches[kind]]
         ours, theirs = models(configuration(kind, options), options.attention, options.device)
         verify(ours, theirs, batches[kind][0], dtype)
+        if name in CAPTURED:
+            if dtype == torch.bfloat16:
+                chosen[name] = captured_step(name, ours, [on_cpu(batch) for batch in packed])
+            continue
         is_ours = name.startswith("fastbert")
         model, inputs = (ours, packed) if is_ours else (theirs, padded)
         run = torch.compile(model, mode=options.compile_mode) if name.endswith("compiled") else model
@@ -181,6 +234,7 @@ def variants(batches: dict[str, list[Batch]], dtype: torch.dtype, options: argpa
 
 
 VARIANTS = ("fastbert", "fastbert touched rows", "fastbert compiled", "transformers eager", "transformers compiled")
+CAPTURED = ("fastbert captured", "fastbert launched", "plain torch captured")  # bfloat16 on a GPU, by fastbert.capture
 ANOTHER = "fastbert BERT"  # beside ALBERT
 
 
@@ -207,9 +261,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="sequences per step")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--variants", nargs="+", choices=(*VARIANTS, ANOTHER), help="all, if not given")
+    parser.add_argument("--variants", nargs="+", choices=(*VARIANTS, *CAPTURED, ANOTHER), help="all, if not given")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--device", default="cpu", help="cuda: on a GPU, where our ops run in plain PyTorch")
+    parser.add_argument("--device", default="cpu", help="cuda: on a GPU")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="of transformers")
     parser.add_argument("--compile-mode", default="default", help="of torch.compile")
@@ -245,7 +299,7 @@ def main() -> None:
         f"{share:.0%} real tokens"
     )
 
-    backend = "reference" if options.device != "cpu" else fastbert.backends()[-1]
+    backend = options.device if options.device in fastbert.backends() else "reference"
     rows = []
     for name in options.dtype:
         calls = variants(batches, DTYPES[name], options)

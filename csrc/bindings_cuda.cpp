@@ -24,9 +24,8 @@ struct Found {
 const Found kFound[cuda::kFaults] = {
     {"cross_entropy was given a label that is neither in [0, V) nor ignore_index, in row ",
      ": loss and gradient of that row are NaN"},
-    {"attention was given cu_seqlens that decrease, pass the number of tokens, or make a sequence longer "
-     "than "
-     "max_seqlen, at sequence ",
+    {"attention was given cu_seqlens that decrease, do not go from 0 to the number of tokens, or make a "
+     "sequence longer than max_seqlen, at sequence ",
      ": its results are undefined"},
     {"lazy_adam was given a row id outside its table, at place ", " of rows: that step changed nothing"},
     {"lazy_adam_replay was given a row that stands before the recorded steps, at place ",
@@ -124,6 +123,12 @@ PYBIND11_MODULE(_cuda, m) {
   m.def(
       "report_faults_to", [](uintptr_t words) { cuda::report_faults_to(reinterpret_cast<int32_t*>(words)); },
       "The address of `faults` words that both host and devices can reach.");
+  m.def(
+      "report_faults",
+      [] {
+        if (cuda::report_faults() != 0) throw std::runtime_error(launch_error());
+      },
+      "Reports go to memory of the module's own.");
   m.def("check_faults", check_faults, "ValueError where a kernel has reported an id that it could not use.");
   m.attr("faults") = static_cast<int>(cuda::kFaults);
   m.attr("version") = cuda::cuda_version();

@@ -4,6 +4,7 @@ from fastbert.allocator import keep_memory
 from fastbert.backends import backends, use_backend
 from fastbert.backends.gpu import check_device_errors
 from fastbert.backends.linear import use_linear
+from fastbert.capture import capture
 from fastbert.models.albert import AlbertConfig, AlbertForPreTraining, AlbertModel
 from fastbert.models.auto import AutoModel
 from fastbert.models.bert import BertConfig, BertForPreTraining, BertModel
@@ -33,6 +34,7 @@ __all__ = [
     "attention",
     "attention_qkv",
     "backends",
+    "capture",
     "check_device_errors",
     "clip_grad_norm_",
     "cross_entropy",

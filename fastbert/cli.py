@@ -38,7 +38,8 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if os.environ.get("FASTBERT_DEBUG") or not _is_about_memory(error):
             raise
-        sys.exit(f"fastbert {command}: not enough memory; a smaller --batch-tokens or --preset takes less: {error}")
+        less = "a smaller --batch-tokens (and more of --accumulate), --checkpoint-layers or a smaller --preset"
+        sys.exit(f"fastbert {command}: not enough memory; {less} takes less: {error}")
     except KeyboardInterrupt:
         print(f"fastbert {command}: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -157,15 +157,19 @@ PLANS = {
     },
 }
 # float32, which has no matrix instructions on NVIDIA's GPUs, and heads above 256.
-FLOAT32 = {32: Plan(32, 32, 8, 1), 64: Plan(32, 32, 8, 1)}
+FLOAT32 = {
+    "forward": {32: Plan(32, 32, 8, 1), 64: Plan(32, 32, 8, 1), 128: Plan(16, 32, 8, 1)},
+    "dq": {32: Plan(32, 32, 8, 1), 64: Plan(32, 32, 8, 1)},
+    "dk_dv": {32: Plan(32, 32, 8, 1), 64: Plan(32, 32, 8, 1), 128: Plan(32, 32, 8, 1)},
+    "whole": {},
+}
 LARGE = Plan(16, 16, 4, 1)
 
 
 def plan(kernel: str, D: int, dtype: torch.dtype, target: str) -> Plan | None:
     """Of attention_<kernel>_kernel, or of "whole", which is attention_dk_dv_kernel where it gives dq too, or None."""
-    if dtype == torch.float32:
-        return None if kernel == "whole" else FLOAT32.get(max(D, 32), LARGE)
-    return PLANS[target][kernel].get(max(D, 32), None if kernel == "whole" else LARGE)
+    plans = FLOAT32 if dtype == torch.float32 else PLANS[target]
+    return plans[kernel].get(max(D, 32), None if kernel == "whole" else LARGE)
 
 
 @functools.cache

@@ -75,7 +75,6 @@ def attention_dq_kernel(
     v_ptr += start * v_stride + head * HEAD
     dout_ptr += start * stride + head * HEAD
     out_ptr += start * stride + head * HEAD
-    dqkv_ptr += start * (3 * stride) + head * HEAD
     token = start.to(tl.int32) + row
     seed = 0
     if DROPOUT:
@@ -108,7 +107,8 @@ def attention_dq_kernel(
             dq, q, dout, lse, delta, k_ptr, v_ptr, key, row, token, length, head, k_stride, v_stride, left, right,
             exponent, seed, bound, nought, BK, HEAD, DROPOUT, WINDOW, False,
         )  # fmt: skip
-    store_tile(dqkv_ptr, dq * (scale * keep_scale), row, length, 3 * stride, HEAD)
+    dq_ptr = dqkv_ptr + start * (3 * stride) + head * HEAD
+    store_tile(dq_ptr, dq * (scale * keep_scale), row, length, 3 * stride, HEAD)
 
 
 # ---- dk and dv -------------------------------------------------------------------------------------------------------

@@ -27,10 +27,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         kernel: a function of `triton.jit`, whose `tl.constexpr` come last.
         grid: one to three sizes; where one is 0 nothing is started.
         arguments: what comes before the `tl.constexpr`: the first a tensor, then tensors, numbers and None.
-        constants: each `tl.constexpr`, and options such as `num_warps`.
+        constants: each `tl.constexpr`, and options such as `num_warps`; `maxnreg` holds on NVIDIA's GPUs alone.
     """
     if 0 in grid:
         return
+    if torch.version.hip:
+        constants.pop("maxnreg", None)  # Triton refuses it there
     if not isinstance(kernel, JITFunction):  # interpreted
         kernel[grid](*arguments, **constants)
         return

@@ -71,7 +71,10 @@ def backward_plan(columns: int, itemsize: int) -> BackwardPlan:
     if columns <= 768:
         return BackwardPlan(warps=1, rows=4, programs=264, prefetch=True, stages=1, registers=None)
     if columns <= 1024:
-        return BackwardPlan(warps=2, rows=1, programs=1056, prefetch=True, stages=1, registers=128)
+        # In float32 128 registers are too few.
+        return BackwardPlan(
+            warps=2, rows=1, programs=1056, prefetch=True, stages=1, registers=128 if itemsize == 2 else None
+        )
     if columns <= 4096:
         return BackwardPlan(warps=4, rows=1, programs=264, prefetch=True, stages=1, registers=None)
     return BackwardPlan(warps=8, rows=1, programs=264, prefetch=False, stages=1, registers=None)

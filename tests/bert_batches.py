@@ -5,6 +5,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastbert.models.bert import BertConfig
+from fastbert.models.working import WorkingCopy
+from fastbert.optim.lazy_adam import LazyAdam
 
 B, S, V = 4, 12, 50
 LENGTHS = [12, 7, 3, 1]
@@ -60,6 +62,29 @@ def unsettled(model):
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
+
+
+def training_step(model, inputs, dtype=torch.float32, seed: int = 7):
+    """Loss and norm of the gradients of one step, with clipping and with dropout drawn from `seed`.
+
+    `dtype` is autocast's, or "working copy" for a bfloat16 copy of the model beside it.
+    """
+    optimizer = LazyAdam(model.parameters(), lr=1e-3)
+    torch.manual_seed(seed)
+    if dtype == "working copy":
+        working = WorkingCopy(model, optimizer)
+        loss = working.model(**inputs).loss
+        loss.backward()
+        working.hand_over_gradients()
+    else:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = model(**inputs).loss
+        loss.backward()
+    norm, factor = optimizer.clip_factor(1.0)
+    optimizer.step(grad_factor=factor)
+    if dtype == "working copy":
+        assert torch.equal(working.model.word_embeddings, model.word_embeddings.bfloat16())
+    return loss.detach(), norm.detach()
 
 
 def saved_bytes(model) -> int:

@@ -32,7 +32,7 @@ MOST_PROGRAMS = 24  # of an interpreted launch: all such op tests together take 
 
 
 @contextlib.contextmanager
-def within(chosen):
+def within(chosen, most_programs=MOST_PROGRAMS):
     if chosen in GPU:
         backend = chosen.partition(":")[0]
         with gpu_backend.installed("cuda", backend), fastbert.use_backend(backend):
@@ -48,7 +48,7 @@ def within(chosen):
 
         # What a program works on is of no account to its results, and a few large ones take less time here.
         large = mock.patch.object(lazy_adam, "TILE", 2048), mock.patch.object(lazy_adam_replay, "PLAN_PLACES", 64)
-        with large[0], large[1], interpreter.installed(MOST_PROGRAMS), fastbert.use_backend("triton"):
+        with large[0], large[1], interpreter.installed(most_programs), fastbert.use_backend("triton"):
             yield "triton"
         return
     if chosen in EMULATED:
@@ -86,8 +86,8 @@ def kernels(request):
 
 @pytest.fixture(params=[*GPU[1:], *INTERPRETED])
 def triton(request):
-    """The Triton kernels alone."""
-    with within(request.param) as name:
+    """The Triton kernels alone, however many programs they take."""
+    with within(request.param, most_programs=0) as name:
         yield name
 
 

@@ -107,7 +107,8 @@ def test_memory_used_up_is_a_sentence(monkeypatch):
         torch.empty(2**60)
 
     monkeypatch.setattr(cli, "pretrain", pretrain)
-    assert "not enough memory; a smaller --batch-tokens or --preset" in ended(monkeypatch, "pretrain")
+    said = ended(monkeypatch, "pretrain")
+    assert "not enough memory; a smaller --batch-tokens" in said and "--checkpoint-layers" in said
 
 
 GOOD = PretrainConfig(output=Path("run"), steps=5)

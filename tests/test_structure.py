@@ -20,7 +20,7 @@ PACKAGE = Path(fastbert.__file__).parent
 
 # The rooms of the house, from the ground up: what stands in one may import from those before it.
 ROOMS = {
-    "ground": {"version", "files", "extras", "allocator", "_cpu", "_cuda"},
+    "ground": {"version", "files", "extras", "allocator", "capture", "_cpu", "_cuda"},
     "testing": {"testing"},
     "kernels": {"kernels"},
     "backends": {"backends"},
@@ -45,6 +45,16 @@ def imported(path):
             yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("fastbert."))
 
 
+def test_kernels_import_torch_triton_and_each_other():
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        assert set(imported(path)) <= {"kernels"}, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            others = {name.split(".")[0] for name in names} - sys.stdlib_module_names
+            assert others <= {"torch", "triton", "fastbert"}, path
+
+
 def test_imports_run_one_way_between_few_rooms():
     arrows = set()
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -61,7 +71,7 @@ def test_imports_run_one_way_between_few_rooms():
 
 def written_lists():
     """Lists of names in brackets, in Python and in the structs of C++: where they stand and the names."""
-    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").glob("*.py")]:
+    for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = []
             if isinstance(node, ast.FunctionDef | ast.Lambda):
@@ -79,7 +89,10 @@ def written_lists():
 
 
 def test_an_ops_arguments_stand_in_few_places():
-    """The twin's signature, the backend, the struct, and one more: an argument is added there and nowhere else."""
+    """The twin's signature, the backend, the struct, and one more: an argument is added there and nowhere else.
+
+    Beside them kernels have parameters: in Triton they are named again where a kernel begins and where it is launched.
+    """
     written, many = list(written_lists()), 0
     for name in torch._C._dispatch_get_all_op_names():
         if not name.startswith("fastbert::"):

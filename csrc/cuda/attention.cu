@@ -48,9 +48,10 @@ void set_arguments(Arguments<T>& to, const Attention& a) {
   to.cu_seqlens = a.cu_seqlens, to.seed = reinterpret_cast<const uint64_t*>(a.seed);
   to.tokens = static_cast<int>(a.tokens), to.faults = fault_words();
   to.sequences = static_cast<int>(a.sequences), to.heads = static_cast<int>(a.heads);
-  to.head_size = static_cast<int>(a.head_size), to.longest = static_cast<int>(a.max_seqlen);
-  to.left = static_cast<int>(std::min(a.window_left, a.max_seqlen));
-  to.right = static_cast<int>(std::min(a.window_right, a.max_seqlen));
+  to.head_size = static_cast<int>(a.head_size);
+  to.longest = static_cast<int>(std::min(a.max_seqlen, a.tokens));  // else what rounds it up may pass 2^31
+  to.left = static_cast<int>(std::min(a.window_left, a.tokens));
+  to.right = static_cast<int>(std::min(a.window_right, a.tokens));
   to.scale = a.scale;
   to.exponent = std::max((a.scale < 0 ? -a.scale : a.scale) * kLog2e, 1e-30f);  // -inf times 0 would be NaN
   to.sign = a.scale < 0 ? 0x80008000u : 0;

@@ -311,9 +311,9 @@ int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 template <class T>
 Plan plan_of(const Attention& p, bool aligned, const void* result) {
   constexpr int64_t kVector = kAccessBytes / static_cast<int64_t>(sizeof(T));
-  const int64_t limit = p.max_seqlen;
+  const int64_t limit = p.tokens;  // of what is added to a row
   const bool strides = (p.q_stride | p.k_stride | p.v_stride | p.head_size) % kVector == 0;
-  return {ceil_div(p.max_seqlen, kTile),
+  return {ceil_div(p.max_seqlen < p.tokens ? p.max_seqlen : p.tokens, kTile),
           ceil_div(p.head_size, kTile),
           p.scale * kLog2e,
           p.t == 0 ? 1.f : dropout_scale(p.t, kAttentionLaneBits),

@@ -32,7 +32,9 @@ DEVICE Work work_of_block(const Attention& p, const Plan& plan) {
   const int x = blockIdx.x, sequence = x / (plan.slices * plan.tiles), head = blockIdx.y;
   const int begin = p.cu_seqlens[sequence], end = p.cu_seqlens[sequence + 1];
   const Work work = {begin, end - begin, head, x / plan.slices % plan.tiles * kTile, x % plan.slices};
-  if (begin >= 0 && begin <= end && end <= p.tokens && end - begin <= p.max_seqlen) return work;
+  // A token of no sequence would leave its results as nobody wrote them.
+  const bool is_covered = (sequence > 0 || begin == 0) && (sequence + 1 < p.sequences || end == p.tokens);
+  if (begin >= 0 && begin <= end && end <= p.tokens && end - begin <= p.max_seqlen && is_covered) return work;
   if (work.row == 0 && head == 0 && threadIdx.x == 0) raise_fault(plan.faults, kFaultSequence, sequence);
   return {};
 }

@@ -105,8 +105,11 @@ struct Work {
     head = blockIdx.x / tiles, row = (blockIdx.x - head * tiles) * rows;
     const Sequence sequence = ranked_sequence(a, place, lane);
     start = sequence.start;
+    // A token of no sequence would leave its results as nobody wrote them.
+    const bool is_covered = (sequence.index > 0 || start == 0) &&
+                            (sequence.index + 1 < a.sequences || sequence.length == a.tokens - start);
     const bool holds = start >= 0 && sequence.length >= 0 && sequence.length <= a.longest &&
-                       sequence.length <= a.tokens - start;
+                       sequence.length <= a.tokens - start && is_covered;
     if (holds)
       length = row < sequence.length ? sequence.length : 0;
     else if (row == 0 && head == 0 && threadIdx.x == 0)

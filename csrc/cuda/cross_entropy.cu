@@ -3,9 +3,9 @@
 //   m = max_j x_j,   s = sum_j exp(x_j - m),   loss = log(s) + (m - x_label)
 //   dx_j = (exp(x_j - m) / s - [j = label]) * dloss
 //
-// m and s are saved. A row whose label is `ignore_index` is not read: its loss and its dx are 0. A row whose
-// label lies outside of [0, V) is not read either: its loss is NaN and its dx 0. Rows lie `stride` >= V
-// elements apart; dx is 0 between them. Arithmetic is float32.
+// m and s are saved. A row whose label is `ignore_index` is not read: its loss and its dx are 0. A label
+// outside of [0, V) is reported, and loss and dx of its row are NaN. Rows lie `stride` >= V elements apart;
+// dx is 0 between them. Arithmetic is float32.
 //
 // Each direction moves its bytes once. Forward gives a row to a block, or a short row to a warp; a thread's
 // running maximum moves once for all the elements that it has loaded, so that an element costs one exp

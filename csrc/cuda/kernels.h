@@ -76,7 +76,8 @@ int gradient_norm(const Gradient* gradients, int64_t count, double max_norm, dou
 // and so does fastbert.check_device_errors(), which waits for the device first.
 enum Fault : int {
   kFaultLabel,     // a label of cross_entropy outside [0, V); its row
-  kFaultSequence,  // cu_seqlens of attention that decrease, pass T or hold more than max_seqlen; its sequence
+  kFaultSequence,  // cu_seqlens of attention that decrease, do not go from 0 to T or hold more than
+                   // max_seqlen; its sequence
   kFaultRow,       // a row id of lazy_adam outside [0, V); its place in `rows`
   kFaultMissed,    // a row of lazy_adam_replay that stands before the recorded steps; its place in `rows`
   kFaults,
@@ -86,6 +87,10 @@ enum Fault : int {
 // their kernels; null before anybody has asked for reports.
 int32_t* fault_words();
 void report_faults_to(int32_t* words);
+
+// Reports go to memory of the host that is allocated here, once, and that every device can write. launch()'s
+// number.
+int report_faults();
 
 // 13000: CUDA 13.0, which the module brings along.
 int cuda_version();

@@ -70,6 +70,8 @@ int votes, vote_result;
 Order order = kForward;
 unsigned order_seed = 0;
 double time_limit = 60;
+bool listing = false;  // launches go into `launches`, and nothing runs
+std::string launches;
 std::string error;
 
 // ---- errors ----
@@ -381,6 +383,10 @@ int run_kernel(const char* name, dim3 grid, dim3 block, size_t shared_bytes, Bod
     record("launch limits: kernel " + std::string(name) + " asks for " + wrong);
     return 1;
   }
+  if (listing) {
+    launches += std::string(name) + '\t' + std::to_string(grid.x * grid.y * grid.z) + '\n';
+    return 0;
+  }
   blockDim = block;
   gridDim = grid;
   prepare_launch(name, block, body);
@@ -394,6 +400,15 @@ int run_kernel(const char* name, dim3 grid, dim3 block, size_t shared_bytes, Bod
 
 extern "C" {
 const char* emulator_error() { return emulator::error.c_str(); }
+// Launches are listed from here on, a line "kernel<tab>blocks" each, instead of run; or run again. Gives the list
+// that there was till now.
+const char* emulator_list(int on) {
+  static std::string listed;
+  listed.swap(emulator::launches);
+  emulator::launches.clear();
+  emulator::listing = on != 0;
+  return listed.c_str();
+}
 void emulator_clear() { emulator::error.clear(); }
 void emulator_time_limit(double seconds) { emulator::time_limit = seconds; }
 void emulator_order(int order, unsigned seed) {

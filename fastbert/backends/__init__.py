@@ -1,9 +1,9 @@
 """Which implementation of an op runs: `reference` (plain PyTorch), `cpu` (C++), `cuda` (NVIDIA GPUs) or `triton`
 (NVIDIA's and AMD's).
 
-The automatic choice goes by the tensor's device, on a GPU to `cuda` or, where that cannot run, to `triton`, and may fall
-back to the reference, remembering why. An explicit choice, by `use_backend`, a `backend=` argument or the environment
-variable FASTBERT_BACKEND, that cannot run raises with the reason.
+The automatic choice goes by the tensor's device, on a GPU to `cuda` or, where that cannot run, to `triton`, and may
+fall back to the reference, remembering why. An explicit choice, by `use_backend`, a `backend=` argument or the
+environment variable FASTBERT_BACKEND, that cannot run raises with the reason.
 """
 
 import contextlib

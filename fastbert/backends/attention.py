@@ -16,6 +16,8 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *opti
     tokens, heads, head_size = q.shape
     out = q.new_empty(tokens, heads, head_size)
     lse = q.new_empty(tokens, heads, dtype=torch.float32)
+    if not q.is_cpu:
+        check_sequences(cu_seqlens, options[0], tokens)
     module, launch = launcher(q)
     bad = module.attention_forward(*_shared(q, k, v, cu_seqlens, launch, *options), out.data_ptr(), lse.data_ptr())
     if bad >= 0:
@@ -61,10 +63,15 @@ def _heads(x: Tensor) -> Tensor:
 
 
 def check_sequences(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> None:
-    """Raises unless the sequences make up the tokens. On a device they are not waited for."""
+    """Raises unless the sequences make up the tokens. On a device they are not waited for, and their number is all."""
     if not 0 <= max_seqlen < NO_LIMIT:
         raise ValueError(f"max_seqlen must lie in [0, 2**31), as cu_seqlens is int32, got {max_seqlen}")
     if cu_seqlens.device.type != "cpu":
+        if tokens > 0 and (max_seqlen == 0 or cu_seqlens.numel() == 1):
+            raise ValueError(
+                f"cu_seqlens and max_seqlen must make up the {tokens} tokens, got {cu_seqlens.numel() - 1} sequences "
+                f"of at most {max_seqlen}"
+            )
         return
     bounds = cu_seqlens.tolist()
     lengths = [b - a for a, b in itertools.pairwise(bounds)]

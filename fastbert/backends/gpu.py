@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastbert.backends import triton
 
@@ -19,7 +18,7 @@ except ImportError as error:
         "nvidia-cuda-nvcc nvidia-cuda-cccl, and then fastbert-kernels from its sources anew"
     )
 
-_words: Tensor | None = None  # where kernels report ids that they could not use; memory of the host
+_reports = False  # whether kernels have been told where to report ids that they could not use
 
 
 def why_not() -> str | None:
@@ -86,8 +85,8 @@ def launcher(device: int) -> tuple[Any, int]:
 
     Kernels start on the current device; where that is another one, the functions switch to this for the call.
     """
-    if _words is None:
-        _report_faults()
+    if not _reports:
+        _report_faults(device)
     stream = torch._C._cuda_getCurrentRawStream(device)
     return module if device == torch._C._cuda_getDevice() else _On(device), stream
 
@@ -108,11 +107,12 @@ class _On:
         return call
 
 
-def _report_faults() -> None:
+def _report_faults(device: int) -> None:
     """Gives kernels memory of the host that every GPU can write, so that looking at it waits for none."""
-    global _words
-    _words = torch.zeros(module.faults, dtype=torch.int32, device="cpu", pin_memory=True)
-    module.report_faults_to(_words.data_ptr())
+    global _reports
+    with torch.cuda.device(device):  # not on one that nobody uses, where it would begin to take memory
+        module.report_faults()
+    _reports = True
 
 
 def check_device_errors(device: torch.device | str | int | None = None) -> None:

@@ -10,6 +10,7 @@ if why := extras.missing("fastbert.data needs", "numpy", "tokenizers", "tqdm"):
 
 from fastbert.data.batches import Batch, PretrainBatches
 from fastbert.data.corpus import check_corpus, iter_documents
+from fastbert.data.dictionary import Dictionary, read_words
 from fastbert.data.masking import mask_tokens
 from fastbert.data.sentences import split_sentences
 from fastbert.data.store import TokenStore, write_store, write_stores
@@ -25,6 +26,7 @@ from fastbert.data.unigram import train_unigram
 
 __all__ = [
     "Batch",
+    "Dictionary",
     "PretrainBatches",
     "SpecialIds",
     "TokenStore",
@@ -33,6 +35,7 @@ __all__ = [
     "iter_documents",
     "load_tokenizer",
     "mask_tokens",
+    "read_words",
     "save_tokenizer",
     "special_ids",
     "split_sentences",

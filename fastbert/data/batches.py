@@ -1,4 +1,4 @@
-"""Packed batches for pretraining: random access by (epoch, batch), no padding, no state.
+"""Packed batches for pretraining: random access by (epoch, batch), no state, and no padding unless shapes are fixed.
 
 Iterate with `DataLoader(batches, batch_size=None, sampler=range(first, len(batches)), num_workers=w)`: batch i of
 an epoch is the same with any number of workers and wherever the iteration starts.
@@ -13,30 +13,37 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from fastbert.data.dictionary import Dictionary
 from fastbert.data.draws import Purpose, draw
-from fastbert.data.masking import mask_tokens
-from fastbert.data.samples import cut_greedily, draw_next_pairs, draw_ordered_pairs, find_spans
+from fastbert.data.masking import Unit, budget, mask_tokens
+from fastbert.data.packing import WINDOW, Shape, choose_shape, pack_samples
+from fastbert.data.samples import cut_greedily, draw_next_pairs, draw_ordered_pairs, find_rows, find_spans
 from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import SpecialIds
 
 LONGEST = 1 << 16
-# What is trained: masked words alone, or beside them next-sentence or sentence-order prediction.
-Objective = Literal["mlm", "mlm+nsp", "mlm+sop"]
+_DRAWN = 1 << 20  # samples whose pairs are drawn together
+_DRAWN_FOR_SHAPE = 2 * WINDOW  # samples that decide the shape of static batches
+# What is trained: masked words alone, or beside them next-sentence or sentence-order prediction; or the next word.
+Objective = Literal["mlm", "mlm+nsp", "mlm+sop", "clm"]
+# What a sample is made of: sentences of one document, or of a row of documents.
+Inputs = Literal["doc-sentences", "full-sentences"]
 
 
 class Batch(NamedTuple):
     """B samples with T tokens in all, packed one after another; the arguments of a pretraining model's `forward`.
 
     Attributes:
-        input_ids: int64 [T], after masking.
+        input_ids: int64 [T], after masking; of "clm" the text itself.
         token_type_ids: int64 [T], 0 up to the first [SEP], 1 after it.
         position_ids: int64 [T], the place in the sample.
         cu_seqlens: int32 [B + 1], sample b is tokens cu_seqlens[b] to cu_seqlens[b + 1].
         max_seqlen: length of the longest sample.
         masked_positions: int64 [M], places in the packed tokens, ascending.
-        labels: int64 [M], the original ids there.
+        labels: int64 [M], the original ids there; of "clm" the next ones.
         sentence_label: int64 [B], of next-sentence prediction 0 next and 1 random, of sentence-order prediction 0 in
             order and 1 swapped, -100 to ignore; None without either.
+        filled_tokens: how many of the tokens are the samples'; those behind them are padding.
     """
 
     input_ids: Tensor
@@ -47,6 +54,7 @@ class Batch(NamedTuple):
     masked_positions: Tensor
     labels: Tensor
     sentence_label: Tensor | None
+    filled_tokens: int
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch with its tensors on `device`."""
@@ -66,24 +74,36 @@ class Batch(NamedTuple):
             tokens, masked, samples: T, M and B become multiples of these.
             longest: the model's longest sample, its position table's rows; None for no limit.
         """
-        total, padding = len(self.input_ids), -len(self.input_ids) % tokens
-        longest = tokens if longest is None else longest
+        padding, longest = -len(self.input_ids) % tokens, longest or tokens
         pieces = -(-padding // longest)
-        bounds = self.cu_seqlens
-        more = pieces + -(len(bounds) - 1 + pieces) % samples  # samples
+        sequences, labels = len(self.cu_seqlens) - 1 + pieces, len(self.labels)
+        shape = Shape(len(self.input_ids) + padding, sequences + -sequences % samples, labels + -labels % masked)
+        return self.padded(pad_id, shape, longest)
+
+    def padded(self, pad_id: int, shape: Shape, longest: int) -> "Batch":
+        """The same batch with the T, B and M of `shape`, which must hold it and its padding.
+
+        Padding stands behind the samples, as samples of at most `longest` tokens, so that attention computes little for
+        it, and empty samples behind these. Labels there are -100, so that losses and gradients stay what they are.
+        """
+        total, bounds, label = len(self.input_ids), self.cu_seqlens, self.sentence_label
+        padding, more, ignored = (
+            wanted - there for wanted, there in zip(shape, (total, len(bounds) - 1, len(self.labels)), strict=True)
+        )
+        if not (padding or more or ignored):
+            return self
         ends = total + longest * torch.arange(1, more + 1, dtype=bounds.dtype, device=bounds.device)
         places = torch.arange(padding, device=bounds.device) % longest
-        ignored = -len(self.labels) % masked
-        label = self.sentence_label
         return Batch(
             input_ids=F.pad(self.input_ids, (0, padding), value=pad_id),
             token_type_ids=F.pad(self.token_type_ids, (0, padding)),
             position_ids=torch.cat([self.position_ids, places]),
-            cu_seqlens=torch.cat([bounds, ends.clamp(max=total + padding)]),
+            cu_seqlens=torch.cat([bounds, ends.clamp(max=shape.tokens)]),
             max_seqlen=max(self.max_seqlen, min(padding, longest)),
             masked_positions=F.pad(self.masked_positions, (0, ignored)),
             labels=F.pad(self.labels, (0, ignored), value=-100),
             sentence_label=None if label is None else F.pad(label, (0, more), value=-100),
+            filled_tokens=self.filled_tokens,
         )
 
 
@@ -95,17 +115,31 @@ class PretrainBatches(Dataset[Batch]):
     by (seed, epoch); a batch takes the next ones until `batch_tokens` would be exceeded. All other choices depend on
     (seed, epoch, sample) only.
 
+    With "full-sentences" samples come in rows, see `find_rows`: the sentences of a row go on into the next document,
+    and its part of each document is a sample of its own, with positions from 0 and no attention to the others. A batch
+    is made of whole rows.
+
+    With `static` all batches of all epochs have one `shape`, as `choose_shape` says, with T at most batch_tokens, and
+    max_seqlen is seq_len. Samples are taken from the same order in such a way that next to nothing stays empty, see
+    `pack_samples`; a sample counts with as many predictions as `budget` allows it, so that M always holds. What stays
+    empty is padding as of `Batch.padded`, with labels of -100; the last batch of an epoch may be nearly all padding.
+    Packing takes some microseconds a sample when an epoch begins. Samples of a row are then packed each for itself.
+
     Args:
         store: the tokens. special: the special ids of the tokenizer that wrote it.
         seq_len: longest sample, special tokens included; at least 8. The model's position table must be as long.
         batch_tokens: most tokens of a batch, special tokens included; at least seq_len.
         seed: 64-bit; epoch: 0, 1, ...; for evaluation fix it.
-        objective: "mlm", "mlm+nsp" (pairs by `draw_next_pairs`) or "mlm+sop" (`draw_ordered_pairs`).
-        mask_prob, mask_share, random_share, continues: see `mask_tokens`; `continuations` makes the last.
+        objective: "mlm", "mlm+nsp" (pairs by `draw_next_pairs`), "mlm+sop" (`draw_ordered_pairs`), or "clm": the next
+            token is predicted wherever it is not special, and nothing is masked.
+        inputs: "doc-sentences", or for "mlm" and "clm" also "full-sentences".
+        mask_prob, mask_share, random_share, unit, continues, dictionary: see `mask_tokens`; `continuations` makes the
+            last but one.
+        static: batches of one shape, for CUDA graphs and torch.compile.
 
     Raises:
-        ValueError: numbers outside these ranges, another objective, special ids outside the vocabulary, "mlm+nsp" with
-            a single document.
+        ValueError: numbers outside these ranges, another objective, inputs or unit, special ids outside the vocabulary,
+            "mlm+nsp" with a single document.
     """
 
     def __init__(
@@ -118,10 +152,14 @@ class PretrainBatches(Dataset[Batch]):
         seed: int,
         epoch: int = 0,
         objective: Objective = "mlm+nsp",
+        inputs: Inputs = "doc-sentences",
         mask_prob: float = 0.15,
         mask_share: float = 0.8,
         random_share: float = 0.1,
+        unit: Unit = "word",
         continues: np.ndarray | None = None,
+        dictionary: Dictionary | None = None,
+        static: bool = False,
     ):
         if not 8 <= seq_len <= LONGEST:
             raise ValueError(
@@ -143,8 +181,12 @@ class PretrainBatches(Dataset[Batch]):
                 f"special id {max(special)} is outside the store's vocabulary of {store.vocab_size}: use the tokenizer "
                 "that wrote the store"
             )
-        if objective not in get_args(Objective):
-            raise ValueError(f"objective must be one of {', '.join(get_args(Objective))}, got {objective!r}")
+        choices = ("objective", objective, Objective), ("inputs", inputs, Inputs), ("unit", unit, Unit)
+        for name, value, kind in choices:
+            if value not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+        if inputs == "full-sentences" and objective not in ("mlm", "clm"):
+            raise ValueError(f"{inputs} have no pairs of texts: expected objective mlm or clm, got {objective!r}")
         if objective == "mlm+nsp" and len(store.documents) < 3:
             raise ValueError(
                 "next-sentence prediction takes random sentences from other documents, and this store has only one: "
@@ -156,17 +198,29 @@ class PretrainBatches(Dataset[Batch]):
                 f"{continues.dtype} {list(continues.shape)}: make it of the tokenizer that wrote the store"
             )
         self.store, self.special, self.objective = store, special, objective
-        self.seed, self.batch_tokens = seed, batch_tokens
+        self.seed, self.seq_len, self.batch_tokens = seed, seq_len, batch_tokens
         self.masking = {
-            "mask_prob": mask_prob, "mask_share": mask_share, "random_share": random_share, "continues": continues,
+            "mask_prob": mask_prob, "mask_share": mask_share, "random_share": random_share, "unit": unit,
+            "continues": continues, "dictionary": dictionary,
         }  # fmt: skip
-        self.pairs = {"mlm": None, "mlm+nsp": draw_next_pairs, "mlm+sop": draw_ordered_pairs}[objective]
+        self.pairs = {"mlm+nsp": draw_next_pairs, "mlm+sop": draw_ordered_pairs}.get(objective)
         self.extra = 3 if self.pairs else 2  # [CLS] and [SEP]s
-        self.spans = find_spans(store, seq_len - self.extra, shortest=2 if self.pairs else 1)
+        if inputs == "full-sentences":
+            self.spans, self.rows = find_rows(store, seq_len, self.extra)
+        else:
+            self.spans = find_spans(store, seq_len - self.extra, shortest=2 if self.pairs else 1)
         if not len(self.spans.starts):
             raise ValueError(
                 "no document has the two tokens that a pair needs: train on masked words alone (--objective mlm)"
             )
+        if inputs == "doc-sentences" or static:
+            self.rows = np.arange(len(self.spans.starts) + 1)  # a sample each
+        self.shape: Shape | None = None
+        if static:
+            content = (np.arange(seq_len + 1) - self.extra).clip(min=0)
+            self.predictions = content if objective == "clm" else budget(content, mask_prob)  # by a sample's length
+            some = self._lengths(self._order(0)[:_DRAWN_FOR_SHAPE], 0)
+            self.shape = choose_shape(some, self.predictions, batch_tokens, seq_len)
         self._shuffle(epoch)
 
     def at_epoch(self, epoch: int) -> "PretrainBatches":
@@ -178,11 +232,28 @@ class PretrainBatches(Dataset[Batch]):
     def _shuffle(self, epoch: int) -> None:
         if not 0 <= epoch < 1 << 32:
             raise ValueError(f"epochs are counted from 0 to 2**32 - 1, got {epoch}")
-        self.epoch = epoch
-        high, low, *_ = draw(Purpose.ORDER, self.seed, epoch, np.arange(len(self.spans.starts)))
-        self.order = np.argsort((high << 31) | (low >> 1), kind="stable")
-        lengths = (self.spans.ends - self.spans.starts + self.extra)[self.order]
-        self.cuts = cut_greedily(np.append(0, np.cumsum(lengths)), self.batch_tokens)
+        self.epoch, self.order = epoch, self._order(epoch)
+        if self.shape is None:
+            lengths = np.add.reduceat(self.spans.ends - self.spans.starts + self.extra, self.rows[:-1])[self.order]
+            self.cuts = cut_greedily(np.append(0, np.cumsum(lengths)), self.batch_tokens)
+        else:
+            lengths = self._lengths(self.order, epoch)
+            packed, self.cuts = pack_samples(lengths, self.predictions, self.shape, self.seq_len)
+            self.order = self.order[packed]
+            self.empty_share = 1.0 - lengths.sum() / (self.shape.tokens * len(self))  # of the epoch's places
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Of rows."""
+        high, low, *_ = draw(Purpose.ORDER, self.seed, epoch, np.arange(len(self.rows) - 1))
+        return np.argsort((high << 31) | (low >> 1), kind="stable")
+
+    def _lengths(self, samples: np.ndarray, epoch: int) -> np.ndarray:
+        """Tokens of samples with the special ones; a random second text may be shorter than the one it replaces."""
+        if self.objective != "mlm+nsp":
+            return self.spans.ends[samples] - self.spans.starts[samples] + self.extra
+        parts = (samples[first : first + _DRAWN] for first in range(0, len(samples), _DRAWN))
+        pairs = (draw_next_pairs(self.store, self.spans, part, self.seed, epoch) for part in parts)
+        return np.concatenate([pair.lengths.sum(1) for pair in pairs]) + self.extra
 
     def __len__(self) -> int:
         """Batches in the epoch."""
@@ -191,13 +262,15 @@ class PretrainBatches(Dataset[Batch]):
     def __getitem__(self, i: int) -> Batch:
         if not 0 <= i < len(self):
             raise IndexError(f"batch {i} of epoch {self.epoch}: expected 0 <= i < {len(self)}")
-        samples = self.order[self.cuts[i] : self.cuts[i + 1]]
+        rows = self.order[self.cuts[i] : self.cuts[i + 1]]
+        counts = self.rows[rows + 1] - self.rows[rows]
+        samples = np.repeat(self.rows[rows], counts) + _ranges(counts)
         if self.pairs:
-            starts, lengths, labels = self.pairs(self.store, self.spans, samples, self.seed, self.epoch)
+            starts, lengths, sentence_label = self.pairs(self.store, self.spans, samples, self.seed, self.epoch)
         else:
             starts = self.spans.starts[samples, None]
             lengths = self.spans.ends[samples, None] - starts
-            labels = None
+            sentence_label = None
 
         # [CLS] A [SEP] B [SEP]: a segment is followed by a [SEP], the first one preceded by [CLS].
         sizes = lengths + 1
@@ -213,26 +286,34 @@ class PretrainBatches(Dataset[Batch]):
         ]
         token_types = np.repeat(np.tile(np.arange(sizes.shape[1]), len(samples)), sizes.ravel())
         seqlens = np.diff(cu_seqlens)
-        masked, positions, originals = mask_tokens(
-            input_ids,
-            cu_seqlens,
-            samples,
-            self.special,
-            self.store.vocab_size,
-            seed=self.seed,
-            epoch=self.epoch,
-            **self.masking,
-        )
-        return Batch(
+        if self.objective == "clm":
+            masked, positions = input_ids, np.flatnonzero(~np.isin(input_ids[1:], self.special))
+            labels = input_ids[positions + 1]
+        else:
+            masked, positions, labels = mask_tokens(
+                input_ids,
+                cu_seqlens,
+                samples,
+                self.special,
+                self.store.vocab_size,
+                seed=self.seed,
+                epoch=self.epoch,
+                **self.masking,
+            )
+        batch = Batch(
             input_ids=torch.from_numpy(masked),
             token_type_ids=torch.from_numpy(token_types),
             position_ids=torch.from_numpy(_ranges(seqlens)),
             cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
             max_seqlen=int(seqlens.max()),
             masked_positions=torch.from_numpy(positions),
-            labels=torch.from_numpy(originals),
-            sentence_label=None if labels is None else torch.from_numpy(labels),
+            labels=torch.from_numpy(labels),
+            sentence_label=None if sentence_label is None else torch.from_numpy(sentence_label),
+            filled_tokens=len(masked),
         )
+        if self.shape is None:
+            return batch
+        return batch.padded(self.special.pad, self.shape, self.seq_len)._replace(max_seqlen=self.seq_len)
 
 
 def _ranges(lengths: np.ndarray) -> np.ndarray:

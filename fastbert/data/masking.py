@@ -1,23 +1,51 @@
 """Dynamic masking for masked-language modelling, a pure function of (seed, epoch, sample, place).
 
-Of the n tokens of a sample that are not special max(1, round(0.15 n)) are chosen, one by one or in n-grams of words; of
-these 80 % become [MASK], 10 % a random token, 10 % stay. Sources: Devlin et al., "BERT" (2019), and its
-`create_pretraining_data.py`; drawn anew every epoch as in Liu et al., "RoBERTa" (2019); n-grams as in Lan et al.,
-"ALBERT" (2020), and its program of that name.
+Of the n tokens of a sample that are not special at most max(1, round(0.15 n)) are chosen, in units; of these 80 %
+become [MASK], 10 % random tokens, 10 % stay. A unit is one word or several in a row, and a word is a token, or what the
+vocabulary (`continuations`) and a `Dictionary` say. Sources: Devlin et al., "BERT" (2019), its
+`create_pretraining_data.py` and its whole word masking; drawn anew every epoch as in Liu et al., "RoBERTa" (2019);
+n-grams as in Lan et al., "ALBERT" (2020), and its program of that name; spans as in Joshi et al., "SpanBERT" (2020).
 
 Those programs count [CLS] and [SEP] among the n, choose at most 20 tokens of a sample by default, may choose [UNK], and
 draw the random token from the whole vocabulary. Here the share is one of the tokens that can be predicted, the same for
 samples of every length; packed batches have no fixed number of places that would need a limit.
 """
 
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
 import numpy as np
 
+from fastbert.data.dictionary import Dictionary
 from fastbert.data.draws import Purpose, below, draw
 from fastbert.data.tokenizer import SpecialIds
 
-LONGEST_NGRAM = 3  # words
-_NGRAMS = np.cumsum([1 / n for n in range(1, LONGEST_NGRAM + 1)])  # cumulative weights 1/n of the lengths
-_NGRAMS /= _NGRAMS[-1]
+Unit = Literal["word", "ngram", "span"]
+
+
+class _Kind(NamedTuple):
+    """Of units.
+
+    Attributes:
+        lengths: cumulative probabilities of one word, two words and so on.
+        together: whether one draw decides that all of its tokens become [MASK], random ones or stay, as SpanBERT has
+            it, or one draw for each of them, as ALBERT's program has it.
+    """
+
+    lengths: np.ndarray
+    together: bool
+
+
+def _cumulative(weights: Sequence[float]) -> np.ndarray:
+    sums = np.cumsum(weights)
+    return sums / sums[-1]
+
+
+_KINDS: dict[Unit, _Kind] = {
+    "word": _Kind(_cumulative([1]), together=True),
+    "ngram": _Kind(_cumulative([1 / n for n in (1, 2, 3)]), together=False),
+    "span": _Kind(_cumulative([0.8**n for n in range(10)]), together=True),  # 0.2 * 0.8**n, 3.8 words on average
+}
 
 
 def mask_tokens(
@@ -32,7 +60,9 @@ def mask_tokens(
     mask_prob: float = 0.15,
     mask_share: float = 0.8,
     random_share: float = 0.1,
+    unit: Unit = "word",
     continues: np.ndarray | None = None,
+    dictionary: Dictionary | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Masks a packed batch of B samples with T tokens, all samples at once.
 
@@ -45,8 +75,11 @@ def mask_tokens(
         special: ids that are never chosen and never the random token.
         mask_prob: share of tokens to choose.
         mask_share, random_share: shares of the chosen that become [MASK] and a random token.
-        continues: bool [V], whether an id continues the word before it: whole words are masked, in n-grams (see
-            `_choose_ngrams`). None chooses tokens one by one.
+        unit: what is masked together: "word", one word; "ngram", one, two or three with weights 1, 1/2 and 1/3, each
+            token of which is masked, replaced or kept for itself; "span", one to ten with weights 0.8**n. Of words and
+            spans all tokens are masked, all are replaced (each by a random one of its own), or all are kept.
+        continues: bool [V], whether an id continues the word before it. None for none: every token is a word.
+        dictionary: words of several tokens beside these.
 
     Returns:
         New ids int64 [T]; the chosen positions int64 [M], ascending; the original ids there, int64 [M].
@@ -54,22 +87,26 @@ def mask_tokens(
     lengths = np.diff(cu_seqlens)
     sample = np.repeat(np.arange(len(samples)), lengths)
     place = np.arange(len(input_ids)) - np.repeat(cu_seqlens[:-1], lengths)
-    keys, actions, replacements, ngrams = draw(Purpose.MASK, seed, epoch, samples[sample], place)
+    keys, actions, replacements, lengths_drawn = draw(Purpose.MASK, seed, epoch, samples[sample], place)
 
     is_special = np.zeros(vocab_size, bool)
     is_special[list(special)] = True
     fixed = is_special[input_ids]
     n = lengths - np.add.reduceat(fixed, cu_seqlens[:-1], dtype=np.int64)
-    wanted = np.minimum(n, np.maximum(1, np.rint(n * mask_prob))).astype(np.int64)  # of each sample
-    if continues is None:
+    wanted = budget(n, mask_prob)  # of each sample
+    if unit == "word" and continues is None and dictionary is None:
         # Within each sample the free tokens come first, in random order; the first few are chosen.
         order = np.argsort((sample << 33) | (fixed.astype(np.int64) << 32) | keys, kind="stable")
-        positions = np.sort(order[place < wanted[sample]])
+        positions = heads = np.sort(order[place < wanted[sample]])
     else:
-        positions = _choose_ngrams(sample, fixed, continues[input_ids], keys, ngrams, wanted)
+        continued = np.zeros(len(input_ids), bool) if continues is None else continues[input_ids]
+        if dictionary is not None:
+            continued = continued | dictionary.continues(input_ids)
+        longer = np.searchsorted(_KINDS[unit].lengths, lengths_drawn / 2.0**32, "right")
+        positions, heads = _choose_units(sample, fixed, continued, keys, longer, wanted)
 
     labels = input_ids[positions]
-    action = actions[positions] / 2.0**32
+    action = actions[heads if _KINDS[unit].together else positions] / 2.0**32
     random_ids = below(replacements[positions], vocab_size - len(set(special)))
     for i in sorted(set(special)):
         random_ids += random_ids >= i
@@ -80,45 +117,55 @@ def mask_tokens(
     return masked, positions, labels
 
 
-def _choose_ngrams(
+def budget(n: np.ndarray, mask_prob: float = 0.15) -> np.ndarray:
+    """How many of n tokens that are not special are chosen, at most: max(1, round(mask_prob * n)), 0 of none."""
+    return np.minimum(n, np.maximum(1, np.rint(n * mask_prob))).astype(np.int64)
+
+
+def _choose_units(
     sample: np.ndarray,
     fixed: np.ndarray,
     continues: np.ndarray,
     keys: np.ndarray,
-    lengths: np.ndarray,
+    longer: np.ndarray,
     wanted: np.ndarray,
-) -> np.ndarray:
-    """Positions of n-grams of whole words, in random order until a sample has as many tokens as it should.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of units of whole words, in random order until a sample has as many tokens as it should.
 
-    At every word an n-gram may begin, of one, two or three words with weights 1, 1/2 and 1/3; it ends before a special
-    token (in ALBERT's program an n-gram, and even a word, runs on behind the [SEP] between two texts). One that would
-    exceed the number of tokens loses words from its end, and is left out where one word is too many already; so is one
-    that meets a word already chosen. A sample may get fewer tokens than it should, none even.
+    At every word a unit may begin; it ends before a special token (in ALBERT's program an n-gram, and even a word, runs
+    on behind the [SEP] between two texts). One that would exceed the number of tokens loses words from its end, and is
+    left out where one word is too many already; so is one that meets a word already chosen. A sample may get fewer
+    tokens than it should, none even.
 
     Args:
         sample: int64 [T], ascending. fixed: bool [T], never chosen. continues: bool [T], part of the word before.
-        keys, lengths: words [T] that decide the order and the n-grams' lengths.
+        keys: words [T] that decide the order. longer: int64 [T], how many words more than one a unit has that begins
+            there.
         wanted: int64 [B], tokens of each sample.
+
+    Returns:
+        The positions int64 [M], ascending, and of each the first of its unit, int64 [M].
     """
     tokens = len(sample)
     same = sample[1:] == sample[:-1]
     inside = np.append(False, same & ~fixed[1:] & ~fixed[:-1])  # a free token behind a free one of its sample
     starts = np.flatnonzero(~fixed & ~(inside & continues))  # of words
-    # Where n words end that begin with a word, [words, 3]: at most where its run of free tokens does.
+    # Where n words end that begin with a word, [words, n]: at most where its run of free tokens does.
     runs = np.append(np.flatnonzero(~inside), tokens)
     run_end = runs[np.searchsorted(runs, starts, "right")]
-    following = np.stack([np.append(starts[n:], [tokens] * n)[: len(starts)] for n in range(1, LONGEST_NGRAM + 1)], 1)
+    most = int(longer.max(initial=0)) + 1
+    following = np.stack([np.append(starts[n:], [tokens] * n)[: len(starts)] for n in range(1, most + 1)], 1)
     ends = np.minimum(following, run_end[:, None])
-    drawn = np.searchsorted(_NGRAMS, lengths[starts] / 2.0**32, "right")  # 0 for a single word
 
     order = np.lexsort((keys[starts], sample[starts]))
-    left, taken = wanted.tolist(), np.zeros(tokens, bool)
+    left, head = wanted.tolist(), np.full(tokens, -1)
     for start, b, words, n in zip(
-        *(x[order].tolist() for x in (starts, sample[starts], ends, drawn)), strict=True
+        *(x[order].tolist() for x in (starts, sample[starts], ends, longer[starts])), strict=True
     ):  # one after another, as each depends on those before
         if left[b]:
             end = next((end for end in reversed(words[: n + 1]) if end - start <= left[b]), start)
-            if end > start and not taken[start:end].any():
-                taken[start:end] = True
+            if end > start and (head[start:end] < 0).all():
+                head[start:end] = start
                 left[b] -= end - start
-    return np.flatnonzero(taken)
+    positions = np.flatnonzero(head >= 0)
+    return positions, head[positions]

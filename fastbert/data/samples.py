@@ -15,18 +15,22 @@ from fastbert.data.store import TokenStore
 _WINDOW = 1 << 20  # items looked at together
 
 
-def cut_greedily(offsets: np.ndarray, limit: int, barriers: np.ndarray | None = None) -> np.ndarray:
+def cut_greedily(
+    offsets: np.ndarray, limit: int, barriers: np.ndarray | None = None, ends: np.ndarray | None = None
+) -> np.ndarray:
     """Cuts items in a row into spans, each as many as fit in `limit`, and at least one.
 
     Args:
         offsets: int64 [N + 1], ascending; item i covers offsets[i] to offsets[i + 1].
         limit: largest offsets[end] - offsets[start] of a span of several items.
         barriers: offsets, ascending, the last one offsets[-1], that no span crosses; None for none.
+        ends: int64 [N + 1], ascending, what counts in place of offsets where a span ends; None for offsets.
 
     Returns:
         int64 [spans + 1], indices into offsets where the spans begin and end.
     """
     n, i = len(offsets) - 1, 0
+    ends = offsets if ends is None else ends
     cuts = array("q", [0])
     while i < n:
         first, last = i, min(i + _WINDOW, n)
@@ -35,7 +39,7 @@ def cut_greedily(offsets: np.ndarray, limit: int, barriers: np.ndarray | None = 
         if barriers is not None:
             end = np.minimum(end, barriers[np.searchsorted(barriers, start, "right")])
         # Where a span ends that starts at an item, for all items; then only the chain of starts is walked.
-        following = np.maximum(np.searchsorted(offsets, end, "right") - 1, np.arange(first, last) + 1).tolist()
+        following = np.maximum(np.searchsorted(ends, end, "right") - 1, np.arange(first, last) + 1).tolist()
         while i < last:
             i = following[i - first]
             cuts.append(i)
@@ -55,17 +59,42 @@ def find_spans(store: TokenStore, limit: int, shortest: int = 1) -> Spans:
     A sentence longer than `limit` is cut, and its last part goes on with the sentences that follow. Spans of fewer than
     `shortest` tokens are left out.
     """
-    offsets, barriers = store.sentences, store.sentences[store.documents]
-    lengths = np.diff(offsets)
-    if lengths.max() > limit:
-        parts = -(-lengths // limit)
-        first = np.cumsum(parts) - parts
-        part = np.arange(parts.sum()) - np.repeat(first, parts)
-        offsets = np.append(np.repeat(offsets[:-1], parts) + part * limit, offsets[-1])
+    offsets, barriers = _cut_long(store.sentences, limit), store.sentences[store.documents]
     cuts = offsets[cut_greedily(offsets, limit, barriers)]
     starts, ends = cuts[:-1], cuts[1:]
     kept = ends - starts >= shortest
     return Spans(starts[kept], ends[kept])
+
+
+def find_rows(store: TokenStore, seq_len: int, extra: int) -> tuple[Spans, np.ndarray]:
+    """Rows of whole sentences, as many as fit, on into the next document; a row's part of each document is a sample.
+
+    These are the FULL-SENTENCES of Liu et al., "RoBERTa" (2019), where a row is one sequence and its documents see each
+    other. Each sample has `extra` tokens beside its own, and a row at most `seq_len` in all; a sentence that is longer
+    is cut.
+
+    Returns:
+        The samples, which hold all tokens of the store; int64 [rows + 1], the first sample of every row, and how many
+        there are.
+    """
+    offsets, documents = _cut_long(store.sentences, seq_len - extra), store.sentences[store.documents]
+    # `extra` tokens for each document that a row has something of: those that begin before its end, without those that
+    # ended before its start.
+    begun, ended = np.searchsorted(documents, offsets, "left"), np.searchsorted(documents, offsets, "right") - 1
+    rows = offsets[cut_greedily(offsets + extra * ended, seq_len, ends=offsets + extra * begun)]
+    bounds = np.union1d(rows, documents)
+    return Spans(bounds[:-1], bounds[1:]), np.searchsorted(bounds, rows)
+
+
+def _cut_long(offsets: np.ndarray, limit: int) -> np.ndarray:
+    """Offsets of sentences, of which those longer than `limit` are cut into several."""
+    lengths = np.diff(offsets)
+    if lengths.max() <= limit:
+        return offsets
+    parts = -(-lengths // limit)
+    first = np.cumsum(parts) - parts
+    part = np.arange(parts.sum()) - np.repeat(first, parts)
+    return np.append(np.repeat(offsets[:-1], parts) + part * limit, offsets[-1])
 
 
 class Pairs(NamedTuple):

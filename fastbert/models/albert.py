@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,10 @@ class AlbertConfig(ModelConfig):
                 "num_hidden_layers must be a multiple of num_hidden_groups, so that every group has as many layers; "
                 f"got {self.num_hidden_layers} and {self.num_hidden_groups}"
             )
+        if self.is_decoder:
+            raise ValueError(
+                "this ALBERT has is_decoder = False only, as that of transformers has, which takes no notice of it"
+            )
 
 
 class AlbertForPreTrainingOutput(NamedTuple):
@@ -117,8 +121,11 @@ class AlbertModel(Encoder):
         self.pooler = Linear(config.hidden_size, config.hidden_size)
         self.apply(self._init_weights)
 
-    def embed(self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor) -> Tensor:
-        return self.encoder["embedding_hidden_mapping_in"](self.embeddings(input_ids, token_type_ids, position_ids))
+    def embed(
+        self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor, seed: Tensor | None
+    ) -> Tensor:
+        x = self.embeddings(input_ids, token_type_ids, position_ids, seed)
+        return self.encoder["embedding_hidden_mapping_in"](x)
 
     def layers(self) -> list[Callable[..., Tensor]]:
         groups = [group["albert_layers"] for group in self.encoder["albert_layer_groups"]]
@@ -149,7 +156,7 @@ def shared(layer: nn.Module) -> Callable[..., Tensor]:
         if copy.dtype in (torch.bfloat16, torch.float16):
             copies[name] = weight.float(), copy
 
-    def use(*arguments: Tensor | int | None) -> Tensor:
+    def use(*arguments: Any) -> Tensor:
         own = {name: _Use.apply(*pair) for name, pair in copies.items()}
         # What is cast beside those, as for products too small for the chosen library, is cast for this use alone.
         with torch.autocast(device, dtype, cache_enabled=False) if autocast else contextlib.nullcontext():

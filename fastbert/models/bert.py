@@ -71,8 +71,10 @@ class BertModel(Encoder):
         self.pooler = nn.ModuleDict({"dense": Linear(config.hidden_size, config.hidden_size)})
         self.apply(self._init_weights)
 
-    def embed(self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor) -> Tensor:
-        return self.embeddings(input_ids, token_type_ids, position_ids)
+    def embed(
+        self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor, seed: Tensor | None
+    ) -> Tensor:
+        return self.embeddings(input_ids, token_type_ids, position_ids, seed)
 
     def layers(self) -> nn.ModuleList:
         return self.encoder["layer"]

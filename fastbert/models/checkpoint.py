@@ -17,7 +17,7 @@ from fastbert.models import parameter_names, tokenizer_files
 from fastbert.models.parameter_names import Names
 
 # What no model here does, by configuration field: the one value it can take.
-_SUPPORTED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+_SUPPORTED = {"position_embedding_type": "absolute", "add_cross_attention": False}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Before the encoder's names in a folder whose configuration does not name its kind, beside the model's own name;
 # another model's would be "roberta".

@@ -20,7 +20,8 @@ class ModelConfig:
 
     `hidden_act` is "gelu" or "gelu_python" (erf), or one of "gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh",
     "gelu_fast" and "gelu_accurate" (tanh). `pad_token_id` is the row of the word
-    embeddings that starts as zeros and gets no gradient from the input; None for no such row.
+    embeddings that starts as zeros and gets no gradient from the input; None for no such row. With `is_decoder` a token
+    sees itself and those before it alone, as a language model that predicts the next token.
 
     Raises:
         ValueError: a value that no such model can have.
@@ -39,6 +40,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
+    is_decoder: bool = False
 
     presets: ClassVar[dict[str, dict[str, int]]] = {}  # name -> the fields that differ from the class's defaults
 
@@ -74,6 +76,8 @@ class ModelConfig:
                 raise ValueError(f"{name} must be a number, finite and not negative, got {value!r}")
         if not isinstance(self.hidden_act, str) or self.hidden_act not in _GELU:
             raise ValueError(f"hidden_act must be one of {', '.join(_GELU)}, got {self.hidden_act!r}")
+        if type(self.is_decoder) is not bool:
+            raise ValueError(f"is_decoder must be True or False, got {self.is_decoder!r}")
         pad = self.pad_token_id
         if pad is not None and not (_is_number(pad, int) and 0 <= pad < self.vocab_size):
             raise ValueError(f"pad_token_id must be None or an id in the vocabulary of {self.vocab_size}, got {pad!r}")

@@ -11,11 +11,21 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from fastbert.models import checkpoint, inputs
 from fastbert.models.config import ModelConfig
-from fastbert.models.layers import Dropout, DropoutAddLayerNorm, LayerNorm, Linear, LinearGELU, MultiHeadAttention
+from fastbert.models.layers import (
+    Dropout,
+    DropoutAddLayerNorm,
+    LayerNorm,
+    Linear,
+    LinearGELU,
+    MultiHeadAttention,
+    SmallEmbedding,
+)
 from fastbert.models.parameter_names import Names
+from fastbert.ops.philox import draw_seeds
 
 
 class EncoderOutput(NamedTuple):
@@ -44,16 +54,18 @@ class Embeddings(nn.Module):
     def __init__(self, config: ModelConfig, size: int):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
+        self.position_embeddings = SmallEmbedding(config.max_position_embeddings, size)
+        self.token_type_embeddings = SmallEmbedding(config.type_vocab_size, size)
         self.LayerNorm = LayerNorm(size, config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor, seed: Tensor | None = None
+    ) -> Tensor:
         types = self.token_type_embeddings
         x = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
         x = x + (types.weight[0] if token_type_ids is None else types(token_type_ids))
-        return self.dropout(self.LayerNorm(x))
+        return self.dropout(self.LayerNorm(x), seed)
 
 
 class DenseAddLayerNorm(nn.Module):
@@ -64,8 +76,12 @@ class DenseAddLayerNorm(nn.Module):
         self.dense = Linear(size, config.hidden_size)
         self.LayerNorm = DropoutAddLayerNorm(config.hidden_size, config.layer_norm_eps, config.hidden_dropout_prob)
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dense(x), residual)
+    def forward(self, x: Tensor, residual: Tensor, seed: Tensor | None = None) -> Tensor:
+        return self.LayerNorm(self.dense(x), residual, seed)
+
+
+# Of dropout in a layer: on attention's weights, behind attention, behind the feed-forward network.
+Seeds = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class Layer(nn.Module):
@@ -78,17 +94,26 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
-        heads = MultiHeadAttention(hidden, config.num_attention_heads, config.attention_probs_dropout_prob)
+        heads = MultiHeadAttention(
+            hidden, config.num_attention_heads, config.attention_probs_dropout_prob, config.is_decoder
+        )
         self.attention = nn.ModuleDict({"self": heads, "output": DenseAddLayerNorm(hidden, config)})
         self.intermediate = nn.ModuleDict({"dense": LinearGELU(hidden, inner, config.approximate)})
         self.output = DenseAddLayerNorm(inner, config)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, read: Tensor | None = None) -> Tensor:
-        heads = self.attention["self"](x, cu_seqlens, max_seqlen)
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        read: Tensor | None = None,
+        seeds: Seeds = (None, None, None),
+    ) -> Tensor:
+        heads = self.attention["self"](x, cu_seqlens, max_seqlen, seeds[0])
         if read is not None:
             heads, x = inputs.take_rows(heads, read), inputs.take_rows(x, read)
-        x = self.attention["output"](heads, x)
-        return self.output(self.intermediate["dense"](x), x)
+        x = self.attention["output"](heads, x, seeds[1])
+        return self.output(self.intermediate["dense"](x), x, seeds[2])
 
 
 class PreTrainedModel(nn.Module):
@@ -128,10 +153,18 @@ class Encoder(PreTrainedModel):
     """An encoder with its pooler; a subclass has `embed`, `layers` and `pool`.
 
     Weights start as N(0, initializer_range), biases as 0, LayerNorm as 1 and 0, the padding token's embedding as 0.
+
+    Attributes:
+        checkpoint_layers: in training keep the input of each layer alone for the backward pass, which computes the
+            layer again: less memory, a third more time, the same bits. False at first.
     """
 
-    def embed(self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor) -> Tensor:
-        """All ids [T] -> [T, H]."""
+    checkpoint_layers = False
+
+    def embed(
+        self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor, seed: Tensor | None
+    ) -> Tensor:
+        """All ids [T] -> [T, H]; `seed` is dropout's."""
         raise NotImplementedError
 
     def layers(self) -> Sequence[Callable[..., Tensor]]:
@@ -187,16 +220,33 @@ class Encoder(PreTrainedModel):
             masked_positions,
         )
         ids = (packing.remove_padding(x) for x in (input_ids, token_type_ids, position_ids))
-        x = self.embed(*ids)  # [T, H]
         *earlier, last = self.layers()
-        for layer in earlier:
-            x = layer(x, packing.cu_seqlens, packing.max_seqlen)
+        seed, *seeds = self._draw_seeds(len(earlier) + 1, input_ids.device)
+        x = self.embed(*ids, seed)  # [T, H]
+        for number, layer in enumerate(earlier):
+            x = self._through(layer, x, packing, None, seeds[number])
         first = packing.first_places()
         if masked_positions is None:
-            x = last(x, packing.cu_seqlens, packing.max_seqlen)
+            x = self._through(last, x, packing, None, seeds[-1])
             sequence_output, first = packing.put_padding_back(x), inputs.take_rows(x, first)
         else:
             read = torch.cat([first, packing.packed_places(masked_positions)])
-            x = last(x, packing.cu_seqlens, packing.max_seqlen, read)
-            first, sequence_output = x[: len(first)], x[len(first) :]
+            x = self._through(last, x, packing, read, seeds[-1])
+            first, sequence_output = x.split([len(first), len(masked_positions)])
         return EncoderOutput(sequence_output, torch.tanh(self.pool(packing.without_empty(first))))
+
+    def _draw_seeds(self, layers: int, device: torch.device) -> tuple[Tensor | None, *tuple[Seeds, ...]]:
+        """The embeddings' of dropout and each layer's, all at once."""
+        hidden, heads = self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob
+        probabilities = [hidden, *[heads, hidden, hidden] * layers] if self.training else [0.0] * (1 + 3 * layers)
+        seed, *seeds = draw_seeds(probabilities, device)
+        return seed, *zip(*[iter(seeds)] * 3, strict=True)
+
+    def _through(
+        self, layer: Callable[..., Tensor], x: Tensor, packing: inputs.Packing, read: Tensor | None, seeds: Seeds
+    ) -> Tensor:
+        arguments = x, packing.cu_seqlens, packing.max_seqlen, read, seeds
+        if not (self.checkpoint_layers and self.training and torch.is_grad_enabled()):
+            return layer(*arguments)
+        # Computed again by the same seeds: the generators, which a captured graph could not set back, are left alone.
+        return recomputed(layer, *arguments, use_reentrant=False, preserve_rng_state=False)

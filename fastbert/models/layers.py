@@ -1,19 +1,21 @@
 """The building blocks of a BERT layer as modules: parameters, and one call into the ops.
 
-They work on packed tokens, [T, H] without padding, and follow autocast as the ops do. Dropout draws its seeds from
-torch's default generator, once per call, so `torch.manual_seed` reproduces a run on every backend alike.
+They work on packed tokens, [T, H] without padding, and follow autocast as the ops do. Dropout takes a seed, int64 [1],
+or draws one from torch's default generator, so `torch.manual_seed` reproduces a run on every backend alike.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastbert.ops.attention import attention_qkv
 from fastbert.ops.dropout import dropout
 from fastbert.ops.gelu import gelu
 from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
 from fastbert.ops.linear import linear
+from fastbert.ops.register import once_differentiable
 
 
 class LayerNorm(nn.Module):
@@ -54,9 +56,9 @@ class DropoutAddLayerNorm(LayerNorm):
         super().__init__(size, eps)
         self.dropout_p = dropout_p
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor, seed: Tensor | None = None) -> Tensor:
         dropout_p = self.dropout_p if self.training else 0.0
-        return dropout_add_layer_norm(x, residual, self.weight, self.bias, self.eps, dropout_p)
+        return dropout_add_layer_norm(x, residual, self.weight, self.bias, self.eps, dropout_p, seed)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, dropout_p={self.dropout_p}"
@@ -111,20 +113,23 @@ class MultiHeadAttention(nn.Module):
         hidden_size: H, a multiple of heads.
         heads: N.
         dropout_p: probability that an attention weight is dropped, in training mode only.
+        causal: whether a token sees none of those behind it.
 
     Shapes: x [T, H], cu_seqlens int32 [B + 1], max_seqlen -> [T, H].
     """
 
-    def __init__(self, hidden_size: int, heads: int, dropout_p: float = 0.0):
+    def __init__(self, hidden_size: int, heads: int, dropout_p: float = 0.0, causal: bool = False):
         super().__init__()
         self.heads = heads
         self.dropout_p = dropout_p
+        self.causal = causal
         self.qkv = Linear(hidden_size, 3 * hidden_size)  # rows: all of query, then key, then value
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, seed: Tensor | None = None) -> Tensor:
         qkv = self.qkv(x).view(x.shape[0], 3, self.heads, x.shape[1] // self.heads)  # [T, 3, N, D]
         dropout_p = self.dropout_p if self.training else 0.0
-        return attention_qkv(qkv, cu_seqlens, max_seqlen, dropout_p=dropout_p).flatten(1)
+        options = {"dropout_p": dropout_p, "seed": seed, "causal": self.causal}
+        return attention_qkv(qkv, cu_seqlens, max_seqlen, **options).flatten(1)
 
 
 class Dropout(nn.Module):
@@ -142,8 +147,40 @@ class Dropout(nn.Module):
         super().__init__()
         self.p = p
 
-    def forward(self, x: Tensor) -> Tensor:
-        return dropout(x, self.p) if self.training else x
+    def forward(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
+        return dropout(x, self.p, seed) if self.training else x
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+class SmallEmbedding(nn.Embedding):
+    """`nn.Embedding` of few rows, without padding: ids [T] -> [T, H].
+
+    For a table's gradient on a GPU torch sorts the ids, by a dozen kernels. Of a 16-bit table of up to 1,024 rows it is
+    one product here, summed in float32 and always in the same order.
+    """
+
+    def forward(self, ids: Tensor) -> Tensor:
+        table = self.weight
+        if table.is_cuda and table.dtype in (torch.bfloat16, torch.float16) and len(table) <= FEW_ROWS:
+            return _LookUp.apply(ids, table)
+        return super().forward(ids)
+
+
+FEW_ROWS = 1024
+
+
+class _LookUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ids, table):
+        ctx.save_for_backward(ids)
+        ctx.rows = len(table)
+        return F.embedding(ids, table)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx):
+        (ids,) = ctx.saved_tensors
+        chosen = torch.arange(ctx.rows, device=ids.device).unsqueeze(1) == ids  # [P, T]
+        return None, chosen.to(dx.dtype) @ dx

@@ -47,6 +47,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
+def padded_linear(x: Tensor, weight: Tensor, bias: Tensor, padded_weight: Tensor, padded_bias: Tensor) -> Tensor:
+    """`linear` by a product of more columns than are wanted, for a faster one, as a view of its result.
+
+    Args:
+        x: [M, K].
+        weight, bias: [V, K] and [V] of x's dtype, which take the gradients.
+        padded_weight, padded_bias: [W, K] and [W], of which those are the first V rows; the others are 0.
+
+    Returns:
+        [M, V], rows W apart. A gradient that comes as the first V columns of one [M, W] with zeros behind them, as that
+        of `fastbert.cross_entropy` does, is multiplied as it lies.
+
+    Raises:
+        ValueError: shapes, strides or a dtype of another kind.
+    """
+    for name, part, whole in (("weight", weight, padded_weight), ("bias", bias, padded_bias)):
+        if part.shape != whole[: len(part)].shape or part.stride() != whole.stride() or part.dtype != x.dtype:
+            raise ValueError(
+                f"{name} must be the first rows of padded_{name}, in x's dtype {x.dtype}: got {part.dtype} "
+                f"{list(part.shape)} of {list(whole.shape)}"
+            )
+    return _PaddedLinear.apply(x, weight, bias, padded_weight, padded_bias)
+
+
 class reference:  # a namespace, spelled as the backend is
     """The twin in plain PyTorch: any device, and float64, which is the truth of the tests; whatever the library."""
 
@@ -100,3 +124,20 @@ class _Linear(torch.autograd.Function):
         gradients = functions[chosen].linear_backward(dy, x, weight, *options)
         wanted = zip(gradients, ctx.needs_input_grad[1:4], strict=True)
         return None, *(gradient if needed else None for gradient, needed in wanted), None
+
+
+class _PaddedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, padded_weight, padded_bias):
+        ctx.save_for_backward(x, padded_weight)
+        return F.linear(x, padded_weight, padded_bias)[:, : len(weight)]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, padded_weight = ctx.saved_tensors
+        rows, columns, width = *dy.shape, len(padded_weight)
+        end = (dy.storage_offset() + rows * width) * dy.element_size()
+        is_padded = dy.stride() == (width, 1) and dy.untyped_storage().nbytes() >= end
+        wide = dy.as_strided((rows, width), (width, 1)) if is_padded else F.pad(dy, (0, width - columns))
+        return wide @ padded_weight, (wide.t() @ x)[:columns], wide.sum(0)[:columns], None, None

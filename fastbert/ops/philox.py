@@ -12,6 +12,7 @@ Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -98,7 +99,19 @@ def resolve_seed(seed: Tensor | int | None, t: int, device: torch.device) -> Ten
         )
     if t == 0:
         return None
-    if seed is None:
-        # randint's upper end is exclusive: every int64 but the largest.
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
-    return seed
+    return _draw(1, device) if seed is None else seed
+
+
+def draw_seeds(probabilities: Sequence[float], device: torch.device) -> list[Tensor | None]:
+    """A seed, int64 [1], for each op that drops with one of these probabilities, None for one that drops nothing.
+
+    They are those that the ops would draw themselves, one after another, and cost one kernel on a GPU, not one each.
+    """
+    count = sum(p > 0 for p in probabilities)
+    seeds = iter(_draw(count, device).split(1) if count else ())
+    return [next(seeds) if p > 0 else None for p in probabilities]
+
+
+def _draw(count: int, device: torch.device) -> Tensor:
+    # randint's upper end is exclusive: every int64 but the largest.
+    return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device=device)

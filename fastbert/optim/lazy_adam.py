@@ -328,15 +328,19 @@ class LazyAdam(Optimizer):
         """The L2 norm over what the gradients of all groups will apply, a scalar; see `fastbert.clip_grad_norm_`."""
         return gradients.total_norm(self._parameters(), rows, error_if_nonfinite)
 
-    def keep_copy(self, param: Tensor) -> Tensor:
+    def keep_copy(self, param: Tensor, out: Tensor | None = None) -> Tensor:
         """A bfloat16 copy of a float32 parameter, which steps from now on write together with it.
 
         That saves casting the weight for the next forward pass. Whoever changes the parameter by other means also
         changes the copy: `copy.copy_(param)`. The copy is not part of `state_dict`, nor of copies of the optimizer.
 
+        Args:
+            out: becomes the copy: contiguous bfloat16 of the parameter's shape, as the first rows of a larger tensor
+                are. None makes one, or gives the one that is kept.
+
         Raises:
             ValueError: the parameter is not this optimizer's, not contiguous float32, or has `missed="replay"`, which
-                moves rows between steps.
+                moves rows between steps; or `out` does not fit it.
         """
         group = self._group_of(param)
         if param.dtype != torch.float32 or not param.is_contiguous() or group["missed"] == "replay":
@@ -344,8 +348,16 @@ class LazyAdam(Optimizer):
                 f'a copy is kept of contiguous float32 parameters with missed="leave", got {param.dtype}, strides '
                 f"{list(param.stride())} and missed={group['missed']!r}"
             )
-        if param not in self._copies:
-            self._copies[param] = param.detach().bfloat16()
+        if out is not None and (
+            out.dtype != torch.bfloat16 or out.shape != param.shape or out.device != param.device
+            or not out.is_contiguous()
+        ):  # fmt: skip
+            raise ValueError(
+                f"out must be contiguous bfloat16 {list(param.shape)} on {param.device}, got {out.dtype} "
+                f"{list(out.shape)} with strides {list(out.stride())} on {out.device}"
+            )
+        if out is not None or param not in self._copies:
+            self._copies[param] = param.detach().bfloat16() if out is None else out.copy_(param.detach())
             self._forget_plans()
         return self._copies[param]
 

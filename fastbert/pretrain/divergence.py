@@ -22,21 +22,19 @@ class Watch:
     def __init__(self, config: PretrainConfig):
         self.config = config
         self.every_step = torch.device(config.device).type == "cpu"
-        self._numbers: Tensor | None = None  # step, loss and gradient norm of the latest step, or the first bad one
+        # Step, loss and gradient norm of the latest step, or of the first bad one; in one place, for captured steps.
+        self._numbers = torch.zeros(3, dtype=torch.float64, device=config.device)
 
-    def see(self, step: int, loss: Tensor, norm: Tensor) -> None:
+    def see(self, step: int | Tensor, loss: Tensor, norm: Tensor) -> None:
         """Before step `step`, counted from 1: its loss and gradient norm, scalars of one device."""
-        numbers = torch.stack([torch.full_like(norm, step), loss.to(norm.dtype), norm])
-        if self._numbers is not None:
-            numbers = torch.where(self._numbers.isfinite().all(), numbers, self._numbers)
-        self._numbers = numbers
+        step = step if isinstance(step, Tensor) else torch.full_like(norm, step)
+        numbers = torch.stack([step.double(), loss.double(), norm.double()])
+        self._numbers.copy_(torch.where(self._numbers.isfinite().all(), numbers, self._numbers))
         if self.every_step:
             self.look()
 
     def look(self) -> None:
         """Raises where a step seen so far was not finite; waits for the device."""
-        if self._numbers is None:
-            return
         step, loss, norm = self._numbers.tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._diverged(int(step), f"its loss is {loss:g} and its gradient norm {norm:g}")

@@ -33,7 +33,9 @@ class Frequencies:
 
 def forward(model: PreTrainingModel, batch: Batch) -> Predictions:
     """The model's output for a packed batch, logits and losses; logits are for the batch's own places first."""
-    filled = batch.filled(model.config.pad_token_id, longest=model.config.max_position_embeddings)
+    filled = batch
+    if batch.input_ids.is_cpu:
+        filled = batch.filled(model.config.pad_token_id, longest=model.config.max_position_embeddings)
     return model(
         filled.input_ids, token_type_ids=filled.token_type_ids, position_ids=filled.position_ids,
         cu_seqlens=filled.cu_seqlens, max_seqlen=filled.max_seqlen, masked_positions=filled.masked_positions,
@@ -88,14 +90,15 @@ def evaluate(
 
 @torch.no_grad()
 def guesses(model: PreTrainingModel, batches: PretrainBatches, tokenizer, device: str, count: int = 6) -> str:
-    """Fill-mask on held-out text: in `count` sequences one masked word, what stood there, and the five best guesses."""
+    """In `count` held-out sequences one masked word (or one that came next), and the five best guesses at it."""
     model.eval()
+    behind = int(model.config.is_decoder)  # what a decoder says of a token it says at the one before
     mask, continues = special_ids(tokenizer).mask, torch.from_numpy(continuations(tokenizer))
     lines = []
-    for ids, token_type_ids, place in itertools.islice(_masked_words(batches, tokenizer, continues), count):
+    for ids, token_type_ids, place in itertools.islice(_masked_words(batches, tokenizer, continues, behind), count):
         truth, ids[place] = int(ids[place]), mask
         out = model(ids.unsqueeze(0).to(device), token_type_ids=token_type_ids.unsqueeze(0).to(device))
-        best = out.prediction_logits[0, place].float().softmax(-1).topk(5)
+        best = out.prediction_logits[0, place - behind].float().softmax(-1).topk(5)
         whole = [*(~continues[ids]).tolist(), True]  # where a word may be cut
         start = next(i for i in range(max(0, place - 14), -1, -1) if whole[i])
         end = next(i for i in range(min(place + 10, len(ids)), len(whole)) if whole[i])
@@ -105,15 +108,21 @@ def guesses(model: PreTrainingModel, batches: PretrainBatches, tokenizer, device
     return "\n".join(["\nguesses on held-out text", *(lines or ["  none: no whole word of it is masked"])])
 
 
-def _masked_words(batches: PretrainBatches, tokenizer, continues: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Of each sequence that has one: its ids [T] before masking, token types [T], and the place of a masked word."""
+def _masked_words(
+    batches: PretrainBatches, tokenizer, continues: Tensor, behind: int
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Of each sequence that has one: its ids [T] before masking, token types [T], and the place of a masked word.
+
+    Labels belong `behind` the places where they are predicted; the last word is taken then, which most others precede.
+    """
     for batch in (batches[i] for i in range(min(len(batches), 32))):
         original = batch.input_ids.clone()
-        original[batch.masked_positions] = batch.labels
+        predicted = batch.masked_positions + behind
+        original[predicted] = batch.labels
         for start, end in itertools.pairwise(batch.cu_seqlens.tolist()):
             ids = original[start:end].clone()
-            places = [p - start for p in batch.masked_positions.tolist() if start <= p < end]
-            place = _whole_word(ids, places, tokenizer, continues)
+            places = [p - start for p in predicted.tolist() if start <= p < end]
+            place = _whole_word(ids, places[::-1] if behind else places, tokenizer, continues)
             if place is not None:
                 yield ids, batch.token_type_ids[start:end], place
 

@@ -1,8 +1,8 @@
 """From raw text to a model that `transformers` loads: what `fastbert pretrain` runs, in the order it happens.
 
-A run's folder holds everything: `tokenizer/`, `data/{train,held_out}/`, `config.json`, `snapshots/`, `metrics.jsonl`,
-`tensorboard/`, `loss.png` and, at the end, `model/` in Hugging Face's format. `config.json` makes it a run, which can
-be resumed from then on; it is written when the data is there and holds.
+A run's folder holds everything: `tokenizer/`, `data/{train,held_out}/`, `dictionary.txt` where the run has one,
+`config.json`, `snapshots/`, `metrics.jsonl`, `tensorboard/`, `loss.png` and, at the end, `model/` in Hugging Face's
+format. `config.json` makes it a run, which can be resumed from then on; it is written when the data is there and holds.
 """
 
 import contextlib
@@ -14,23 +14,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fastbert import allocator
 from fastbert.backends.gpu import check_device_errors
-from fastbert.backends.linear import use_linear
 from fastbert.data.batches import Batch, PretrainBatches
 from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import continuations, special_ids, vocab_size
 from fastbert.models.auto import PRETRAINING
 from fastbert.models.pretraining import PreTrainingModel
-from fastbert.optim.lazy_adam import LazyAdam, decay_groups
 from fastbert.pretrain import lock, snapshot
 from fastbert.pretrain.divergence import Watch
-from fastbert.pretrain.evaluate import Frequencies, evaluate, forward, guesses
-from fastbert.pretrain.prepare import check_fingerprints, fingerprints, prepare
+from fastbert.pretrain.evaluate import Frequencies, evaluate, guesses
+from fastbert.pretrain.prepare import check_fingerprints, fingerprints, prepare, prepare_dictionary
 from fastbert.pretrain.report import Metrics, last_scores, plot_loss, read_metrics, shown, summary
 from fastbert.pretrain.run import (
     PretrainConfig,
@@ -46,6 +43,7 @@ from fastbert.pretrain.run import (
 )
 from fastbert.pretrain.schedule import evaluation_steps, learning_rate, steps_in_time, steps_that_fit
 from fastbert.pretrain.signals import obey_the_parent_alone, stop_signals
+from fastbert.pretrain.step import make_optimizer, make_step, pair, products
 
 STATE = "model", "optimizer", "epoch", "index", "step", "tokens", "random", "environment", "data"  # of a snapshot
 
@@ -80,16 +78,24 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
     if not resume:
         refuse_a_second_run(folder)  # again: another process may have ended one since
     tokenizer, train_store, held_out_store = prepare(config, resume)
+    dictionary = prepare_dictionary(config, resume, tokenizer)
 
-    def batches(store: TokenStore) -> PretrainBatches:
+    def batches(store: TokenStore, static: bool = False) -> PretrainBatches:
         return PretrainBatches(
             store, special_ids(tokenizer), seq_len=config.seq_len, batch_tokens=config.batch_tokens, seed=config.seed,
-            objective=config.objective, continues=continuations(tokenizer) if config.masking == "ngram" else None,
+            objective=config.objective, inputs=config.inputs, static=static,
+            unit="word" if config.masking == "token" else config.masking,
+            continues=None if config.masking == "token" else continuations(tokenizer), dictionary=dictionary,
         )  # fmt: skip
 
-    train, held_out = batches(train_store), batches(held_out_store)
+    train, held_out = batches(train_store, config.static_shapes), batches(held_out_store)
+    if train.shape is not None:
+        print(
+            f"static shapes: {train.shape.tokens:,} tokens, {train.shape.samples} sequences and {train.shape.masked} "
+            f"predictions in every batch; {train.empty_share:.1%} of the tokens is padding"
+        )
     frequencies = Frequencies(train_store.token_counts())
-    data = fingerprints(tokenizer, train_store, held_out_store)
+    data = fingerprints(tokenizer, train_store, held_out_store, dictionary)
     if not resume:
         write_config(config)  # from here on it is a run
 
@@ -100,11 +106,12 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
         kind.config_class.preset(
             config.preset, vocab_size=vocab_size(tokenizer), hidden_dropout_prob=config.dropout,
             attention_probs_dropout_prob=config.dropout, max_position_embeddings=config.max_position_embeddings,
-            pad_token_id=special_ids(tokenizer).pad,
+            pad_token_id=special_ids(tokenizer).pad, is_decoder=config.objective == "clm",
         )
     ).to(config.device)  # fmt: skip
     with torch.no_grad():  # what the first steps would spend on learning
         model.predictions.bias.copy_(frequencies.log_probability)
+    model.base_model.checkpoint_layers = config.checkpoint_layers
     optimizer = make_optimizer(model, config)
     stream = Stream(train, config.workers)
 
@@ -144,6 +151,7 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
 
     # the loop
     watch = Watch(config)
+    take_step = make_step(model, optimizer, config, watch)
     metrics = Metrics(folder, step)
     bar = tqdm(total=config.steps, initial=step, unit="step", desc="training", dynamic_ncols=True)
     scores: dict[str, float] = {}
@@ -155,9 +163,9 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
         while step < config.steps and not stopped:
             micro = [next(batch) for _ in range(config.accumulate)]
             lr = learning_rate(step, config.steps, config.lr, config.warmup)
-            record = train_step(model, optimizer, micro, lr, config, watch, step + 1)
+            record = take_step(micro, lr, step + 1)
             step += 1
-            tokens += sum(len(each.input_ids) for each in micro)
+            tokens += sum(each.filled_tokens for each in micro)
             bar.update()
             if step % config.log_every == 0 or step == config.steps:
                 watch.look()
@@ -203,71 +211,6 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
     return folder / "model"
 
 
-# ---- one step ------------------------------------------------------------------------------------------------------
-
-
-def train_step(
-    model: PreTrainingModel,
-    optimizer: LazyAdam,
-    micro: list[Batch],
-    lr: float,
-    config: PretrainConfig,
-    watch: Watch | None = None,
-    number: int = 0,
-) -> dict[str, Tensor | float]:
-    """Forward and backward over the micro-batches, one step of the optimizer; losses as device scalars.
-
-    The MLM loss is the mean over all masked tokens of the step, the NSP or SOP loss over all its sequences, however
-    they are spread over micro-batches. A mean over nothing is 0: [UNK] is never masked, so a step may have nothing to
-    predict. `watch` sees the losses as step `number` before the optimizer does.
-    """
-    model.train()
-    masked = max(1, sum(len(batch.labels) for batch in micro))  # 1: a mean over nothing is 0
-    pairs = max(1, sum(len(batch.cu_seqlens) - 1 for batch in micro))
-    mlm_loss = sentence_loss = torch.zeros((), device=config.device)
-    touched = []
-    for batch in micro:
-        batch = batch.to(config.device)
-        with products(config):
-            out = forward(model, batch)
-        loss = out.mlm_loss * (len(batch.labels) / masked)
-        mlm_loss = mlm_loss + loss.detach()
-        if config.objective != "mlm":
-            part = out.sentence_loss * ((len(batch.cu_seqlens) - 1) / pairs)
-            sentence_loss = sentence_loss + part.detach()
-            loss = loss + part
-        loss.backward()
-        touched += [batch.input_ids, batch.labels]
-    rows = {model.word_embeddings: torch.cat(touched)} if config.embedding_update == "touched" else None
-    norm, factor = optimizer.clip_factor(config.clip, rows=rows)
-    if watch is not None:
-        watch.see(number, mlm_loss + sentence_loss, norm)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step(rows=rows, grad_factor=factor)
-    optimizer.zero_grad()
-    record = {"loss": mlm_loss + sentence_loss, "mlm_loss": mlm_loss, "lr": lr, "gradient_norm": norm}
-    return record | ({f"{pair(config)}_loss": sentence_loss} if config.objective != "mlm" else {})
-
-
-def pair(config: PretrainConfig) -> str:
-    """What the run predicts of a pair, "nsp" or "sop"; "" for nothing."""
-    return config.objective.removeprefix("mlm").removeprefix("+")
-
-
-def make_optimizer(model: PreTrainingModel, config: PretrainConfig) -> LazyAdam:
-    """BERT's own, with bias correction."""
-    return LazyAdam(decay_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, config.beta2), eps=1e-6)
-
-
-@contextlib.contextmanager
-def products(config: PretrainConfig) -> Iterator[None]:
-    """In which dtype and by which library the run computes its products."""
-    kind = torch.device(config.device).type
-    with use_linear(config.linear), torch.autocast(kind, torch.bfloat16, enabled=config.bf16):
-        yield
-
-
 class Stream:
     """Batches of epoch after epoch, and where it stands: the next batch is number `index` of `epoch`."""
 
@@ -298,12 +241,14 @@ def steps_within(
     """
     trial = copy.deepcopy(model)
     optimizer = make_optimizer(trial, config)
+    take_step = make_step(trial, optimizer, config)
     stream = iter(Stream(batches, 0))
     times = []
     with torch.random.fork_rng():
         while len(times) < 5 or (sum(times) < 5 and len(times) < 100):
             start = time.perf_counter()
-            train_step(trial, optimizer, [next(stream) for _ in range(config.accumulate)], config.lr, config)
+            record = take_step([next(stream) for _ in range(config.accumulate)], config.lr, len(times))
+            float(record["loss"])  # is there when the step is done
             times.append(time.perf_counter() - start)
         start = time.perf_counter()
         scores()

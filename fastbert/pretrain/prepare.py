@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from fastbert import files
 from fastbert.data.corpus import iter_documents
+from fastbert.data.dictionary import Dictionary, read_words
 from fastbert.data.sources import find_files
 from fastbert.data.store import TokenStore, write_stores
 from fastbert.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, special_ids, train_tokenizer
@@ -28,6 +29,7 @@ from fastbert.pretrain.run import RANDOM_NUMBERS, PretrainConfig, contract_of
 from fastbert.version import __version__
 
 MADE_OF = "corpus.json"
+DICTIONARY = "dictionary.txt"
 # Marks that stand for vowels, from Devanagari to Vedic; accents of Latin and Greek letters are not among them.
 VOWEL_SIGNS = re.compile(f"[{''.join(c for c in map(chr, range(0x900, 0x1D00)) if unicodedata.category(c) == 'Mn')}]")
 MANY_SIGNS = 0.001  # share of the characters from which that warning is worth its line
@@ -74,13 +76,34 @@ def prepare(config: PretrainConfig, resume: bool) -> tuple[Tokenizer, TokenStore
     return tokenizer, *stores
 
 
-def fingerprints(tokenizer: Tokenizer, train: TokenStore, held_out: TokenStore) -> dict[str, str]:
+def prepare_dictionary(config: PretrainConfig, resume: bool, tokenizer: Tokenizer) -> Dictionary | None:
+    """The run's dictionary, of which a new run keeps a copy in its folder; None where it has none.
+
+    Raises:
+        OSError, ValueError: a file that is gone or does not hold, or another file in the copy's place.
+    """
+    if config.dictionary is None:
+        return None
+    kept = config.output / DICTIONARY
+    words = Dictionary(read_words(kept if resume else config.dictionary), tokenizer)
+    if not resume:
+        content = config.dictionary.read_bytes()
+        if kept.exists() and kept.read_bytes() != content:
+            raise ValueError(
+                f"{kept} is there already, with other words than {config.dictionary}, whose copy it would be: remove "
+                "it, or choose another --output"
+            )
+        files.write(config.output, {DICTIONARY: content})
+    return words
+
+
+def fingerprints(
+    tokenizer: Tokenizer, train: TokenStore, held_out: TokenStore, dictionary: Dictionary | None = None
+) -> dict[str, str]:
     """What a snapshot was trained on, for `check_fingerprints`."""
-    return {
-        "tokenizer": fingerprint(tokenizer),
-        "training text": train.fingerprint,
-        "held-out text": held_out.fingerprint,
-    }
+    texts = {"tokenizer": fingerprint(tokenizer), "training text": train.fingerprint}
+    texts["held-out text"] = held_out.fingerprint
+    return texts if dictionary is None else texts | {"dictionary": dictionary.fingerprint()}
 
 
 def check_fingerprints(then: dict[str, str], now: dict[str, str], folder: Path) -> None:
@@ -89,7 +112,8 @@ def check_fingerprints(then: dict[str, str], now: dict[str, str], folder: Path) 
     if different:
         raise ValueError(
             f"the newest snapshot in {folder} was trained with another {' and another '.join(different)} than the "
-            "folder holds now: put back its tokenizer/ and data/ as they were, or start a new run in another --output"
+            f"folder holds now: put back its tokenizer/, data/ and {DICTIONARY} as they were, or start a new run in "
+            "another --output"
         )
 
 

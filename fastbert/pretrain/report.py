@@ -106,7 +106,7 @@ def summary(scores: Record) -> str:
         ("loss, this model", "mlm_loss", "8.3f"),
         ("accuracy, this model", "mlm_accuracy", "8.1%"),
     ]
-    lines = [f"\nheld-out, masked tokens       {'all':>8} {'rare':>8}"]
+    lines = [f"\nheld-out, predicted tokens    {'all':>8} {'rare':>8}"]
     for title, name, form in rows:
         lines.append(f"{title:29} {shown(scores[name], form)} {shown(scores[f'rare_{name}'], form)}")
     for title, name in (("next sentence: accuracy", "nsp_accuracy"), ("sentence order: accuracy", "sop_accuracy")):
@@ -116,7 +116,7 @@ def summary(scores: Record) -> str:
 
 
 def plot_loss(records: list[Record], path: Path, title: str) -> None:
-    """Draws training and held-out MLM loss over steps, beside the loss of always predicting token frequencies.
+    """Draws training and held-out loss over steps, beside the loss of always predicting token frequencies.
 
     Raises:
         OSError: the picture could not be written; the error names it.
@@ -140,7 +140,7 @@ def plot_loss(records: list[Record], path: Path, title: str) -> None:
         axes.annotate(f"{loss:.2f}", (step, loss), (0, -14), color="C1", ha="right", textcoords="offset points")
     if frequencies:
         axes.axhline(frequencies[-1][1], color="0.4", linestyle="--", label="held-out, token frequencies")
-    axes.set(xlabel="step", ylabel="MLM loss (nats per masked token)", title=title)
+    axes.set(xlabel="step", ylabel="loss (nats per predicted token)", title=title)
     axes.grid(alpha=0.3)
     if training or held_out or frequencies:
         axes.legend()

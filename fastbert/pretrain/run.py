@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fastbert import files
 from fastbert.backends import check_environment, linear, native, requested
-from fastbert.data.batches import LONGEST, Objective
+from fastbert.data.batches import LONGEST, Inputs, Objective
 from fastbert.data.corpus import check_corpus
+from fastbert.data.dictionary import read_words
 from fastbert.data.tables import Quoting
 from fastbert.data.tokenizer import LARGEST_VOCABULARY
 from fastbert.models.auto import PRETRAINING
@@ -60,13 +61,23 @@ class PretrainConfig:
     """Longest sequence in tokens, [CLS] and [SEP] included."""
     batch_tokens: int = 4096
     """Tokens of a batch; sequences are packed without padding."""
+    static_shapes: bool = False
+    """Give every batch the same shape, as CUDA graphs and compilers want it; less than a fiftieth of it is padding."""
     accumulate: int = 1
     """Batches whose gradients are added up for one step."""
     objective: Objective | None = None
     """What to train beside the masked language model (mlm): nothing, next-sentence prediction (nsp), sentence-order
-    prediction (sop); if not given mlm+nsp for BERT and mlm+sop for ALBERT."""
-    masking: Literal["token", "ngram"] = "token"
-    """What is masked: tokens, each for itself, or one to three whole words in a row, as ALBERT's."""
+    prediction (sop); if not given mlm+nsp for BERT and mlm+sop for ALBERT. clm instead predicts every next token from
+    those before it, and masks nothing."""
+    masking: Literal["token", "word", "ngram", "span"] = "token"
+    """What is masked: tokens, each for itself, whole words, one to three words in a row, as ALBERT's, or one to ten, as
+    SpanBERT's."""
+    dictionary: Path | None = None
+    """A file of words or names, one a line, that count as one word each where they have several tokens, for maskings of
+    words: Chinese words, or ERNIE's entities."""
+    inputs: Inputs = "doc-sentences"
+    """Sequences of one document's sentences, as many as fit; or, for mlm and clm, of rows that go on into the next
+    documents, each a sequence of its own (RoBERTa's names)."""
     held_out: float = 0.02
     """Share of the documents kept for evaluation."""
 
@@ -88,7 +99,13 @@ class PretrainConfig:
     embedding_update: Literal["touched", "all"] = "all"
     """Rows of the word embeddings that a step moves: all, or those whose word stands in its input or labels."""
     bf16: bool = False
-    """Compute in bfloat16 (autocast); weights stay float32."""
+    """Compute in bfloat16: on a CPU by autocast, on a GPU by a copy of the weights; weights stay float32."""
+    capture: bool = True
+    """On a GPU, where shapes are static, run the step as one CUDA graph; without, the same step is launched from
+    Python, more slowly, with the same bits."""
+    checkpoint_layers: bool = False
+    """Keep each layer's input alone for the backward pass, which computes the layer again: less memory, more time, the
+    same bits."""
     linear: Literal["auto", "torch", "onednn", "widened", "fastbert"] = "auto"
     """Library of the products on a CPU; auto: the fastest one, timed once, when the run starts, and kept; near-ties go
     to the one that is usual for the processor."""
@@ -136,6 +153,16 @@ class PretrainConfig:
         _expect(self.preset in presets, "preset", f"for model {self.model} one of {', '.join(presets)}", self.preset)
         if self.steps is None and self.minutes is None:
             raise ValueError("a run ends after so many steps or minutes: give --steps, --minutes or both")
+        objective = self.objective or OWN[self.model]["objective"]
+        if objective == "clm":
+            _expect(self.model != "albert", "objective", "one with mlm for model albert, which sees all words", "clm")
+            _expect(
+                self.masking == "token", "masking", "left out with objective clm, which masks nothing", self.masking
+            )
+        if self.dictionary is not None:
+            _expect(self.masking != "token", "masking", "word, ngram or span with a dictionary", self.masking)
+        if objective != "clm" and self.inputs == "full-sentences":
+            _expect(objective == "mlm", "objective", "mlm or clm with inputs full-sentences, no pairs", objective)
         rule = f"at most the rows of the position table, max_position_embeddings={self.max_position_embeddings}"
         _expect(self.seq_len <= self.max_position_embeddings, "seq_len", rule, self.seq_len)
         rule = f"at least one sample's, seq_len={self.seq_len}"
@@ -199,7 +226,11 @@ def new_run(config: PretrainConfig) -> PretrainConfig:
     if config.corpus is None:
         raise ValueError("a new run needs a corpus: a text file, a table with --column, or a folder of such")
     refuse_a_second_run(config.output)
+    if config.dictionary is not None:
+        read_words(config.dictionary)
     print(check_corpus(config.corpus, config.column, separator=config.separator, quoting=config.quoting))
+    if torch.device(config.device).type == "cuda":
+        config = dataclasses.replace(config, static_shapes=True)  # for its step is captured, or as if it were
     return with_choices(config)
 
 
@@ -262,7 +293,8 @@ def choose_linear(config: PretrainConfig) -> str:
 # Settings that runs did not have once, and what they did then.
 _ADDED_LATER = {
     "linear": "torch", "separator": None, "quoting": "auto", "model": "bert", "tokenizer": "wordpiece",
-    "masking": "token",
+    "masking": "token", "static_shapes": False, "inputs": "doc-sentences", "capture": False, "checkpoint_layers": False,
+    "dictionary": None,
 }  # fmt: skip
 _NSP = {True: "mlm+nsp", False: "mlm"}  # the setting that was there before the objective
 
@@ -292,7 +324,8 @@ def read_config(folder: Path) -> PretrainConfig:
         names = [field.name for field in dataclasses.fields(PretrainConfig)]
         if missing := [name for name in names if name not in stored]:
             raise ValueError(f"it lacks {', '.join(missing)}")
-        config = PretrainConfig(**stored | {"corpus": None if stored["corpus"] is None else Path(stored["corpus"])})
+        paths = {name: Path(stored[name]) for name in ("corpus", "dictionary") if stored[name] is not None}
+        config = PretrainConfig(**stored | paths)
         config.check()
     except (ValueError, TypeError) as error:
         raise ValueError(

@@ -10,12 +10,14 @@ A launcher is an `extern "C"` function that returns launch()'s number and takes,
 torch, arrays of numpy), int64_t (int), float (float) and last the stream. docs/emulator.md has the whole picture.
 """
 
+import contextlib
 import ctypes
 import os
 import platform
 import shutil
 import sys
 import sysconfig
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -168,6 +170,7 @@ class Library:
         self.path = path
         self._library = ctypes.CDLL(str(path))
         self._library.emulator_error.restype = ctypes.c_char_p
+        self._library.emulator_list.restype = ctypes.c_char_p
         if trace:
             self._library.emulator_accesses.restype = ctypes.c_char_p
             self._library.emulator_watch.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_char_p]
@@ -186,6 +189,19 @@ class Library:
         values = [self._convert(name, argument) for name, argument in arguments.items()]
         if getattr(self._library, launcher)(*values, ctypes.c_void_p(None)) != 0:
             self.check()
+
+    @contextlib.contextmanager
+    def listing(self) -> Iterator[list[tuple[str, int]]]:
+        """Within the block launchers run nothing; at its end the list gets the kernels, and blocks of each."""
+        self._library.emulator_clear()
+        self._library.emulator_list(1)
+        launches = []
+        try:
+            yield launches
+        finally:
+            for line in self._library.emulator_list(0).decode().splitlines():
+                kernel, blocks = line.split("\t")
+                launches.append((kernel, int(blocks)))
 
     # The steps of run(), for kernels that are called some other way.
 

@@ -125,6 +125,16 @@ def test_whole_sectors_and_no_bank_conflicts(traced, longest, head_size):
         assert sum(traffic[name, "read"] for name in "qkv") == traffic["dqkv", "write"] == 3 * each
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["without tensor cores", "on tensor cores"])
+def test_a_bound_far_past_the_tokens_changes_nothing(values, dtype):
+    qkv, cu_seqlens, dout = packed([5, 1, 12], 2, 24, dtype)
+    near, far = (
+        run(op.functions["cuda"], qkv, dout, cu_seqlens, longest, 0.2, 26, SEED, False, [3, 4])
+        for longest in (12, 2**31 - 1)
+    )
+    assert all(map(torch.equal, near, far))
+
+
 def test_many_sequences(values):
     """More than an axis of the grid takes, 1,024; of each 128 the longest come first, and all of them come."""
     lengths = [1] * 127 + [3, 0, 2] + [1] * 900 + [5]
@@ -135,8 +145,8 @@ def test_many_sequences(values):
 
 @pytest.mark.parametrize(
     ("bounds", "longest"),
-    [([0, 20, 12], 20), ([0, 5, 21], 20), ([0, 3, 20], 16)],
-    ids=["decreasing", "beyond", "too long"],
+    [([0, 20, 12], 20), ([0, 5, 21], 20), ([0, 3, 20], 16), ([0, 5, 19], 20), ([1, 5, 20], 2**31 - 1)],
+    ids=["decreasing", "beyond", "too long", "not to the end", "not from the start"],
 )
 def test_boundaries_that_do_not_hold_are_reported(module, bounds, longest):
     """By the next call; nothing is read or written outside."""
@@ -146,3 +156,11 @@ def test_boundaries_that_do_not_hold_are_reported(module, bounds, longest):
         op.kernels.attention_forward(*qkv, *options)
         with pytest.raises(ValueError, match="attention was given cu_seqlens that decrease"):
             module.compiled.check_faults()
+
+
+@pytest.mark.parametrize(("sequences", "longest"), [(0, 5), (2, 0)])
+def test_sequences_that_cannot_hold_the_tokens_are_refused_without_a_look(sequences, longest):
+    bounds = torch.empty(sequences + 1, dtype=torch.int32, device="meta")
+    with pytest.raises(ValueError, match=f"make up the 3 tokens, got {sequences} sequences of at most {longest}"):
+        op.kernels.check_sequences(bounds, longest, 3)
+    op.kernels.check_sequences(bounds, longest, 0)

@@ -115,7 +115,9 @@ def test_banks_and_sectors(module, dtype):
 
 
 @pytest.mark.parametrize(
-    ("bounds", "place"), [([0, 9, 5, 5], 1), ([0, 5, 13], 1), ([0, 12], 0)], ids=["decrease", "pass T", "too long"]
+    ("bounds", "place"),
+    [([0, 9, 5], 1), ([0, 5, 13], 1), ([0, 12], 0), ([0, 5, 11], 1), ([1, 5, 12], 0)],
+    ids=["decrease", "pass T", "too long", "not to the end", "not from the start"],
 )
 def test_sequences_that_cannot_be_are_reported_by_the_next_call(module, bounds, place):
     """And nothing is touched for them."""

@@ -114,7 +114,7 @@ def test_kernels_start_on_the_tensors_device_and_its_current_stream():
     module = SimpleNamespace(run=lambda *arguments: seen.append((current[0], arguments)))
     with (
         mock.patch.object(gpu, "module", module),
-        mock.patch.object(gpu, "_words", torch.zeros(1)),
+        mock.patch.object(gpu, "_reports", True),
         mock.patch.object(torch.cuda, "device", device),
         mock.patch.object(torch._C, "_cuda_getDevice", lambda: current[0], create=True),
         mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 100 + index, create=True),
@@ -161,6 +161,31 @@ def test_what_a_kernel_found_is_raised_once_by_the_next_call(emulated_cuda):
         with pytest.raises(ValueError, match=r"at sequence 0: .*; lazy_adam was given a row id .* place 0 of rows"):
             fastbert.check_device_errors()
         fastbert.check_device_errors()
+
+
+def test_reports_go_to_memory_of_the_modules_own_at_the_first_call(emulated_cuda):
+    """Once; it is allocated by CUDA itself, so that a graph may capture the first call."""
+    asked = []
+    module = SimpleNamespace(report_faults=lambda: asked.append(emulated_cuda.compiled.report_faults()))
+    try:
+        with (
+            mock.patch.object(gpu, "module", module),
+            mock.patch.object(gpu, "_reports", False),
+            mock.patch.object(torch.cuda, "device", contextlib.nullcontext),
+            mock.patch.object(torch._C, "_cuda_getDevice", lambda: 0, create=True),
+            mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, create=True),
+        ):
+            assert [gpu.launcher(0), gpu.launcher(0)] == [(module, 0)] * 2 and asked == [None]
+        x, labels, results = torch.zeros(2, 4), torch.tensor([1, 9]), torch.empty(3, 2)
+        emulated_cuda.library.start()
+        emulated_cuda.compiled.cross_entropy_forward(
+            x.data_ptr(), labels.data_ptr(), -100, *(each.data_ptr() for each in results), 2, 4, 4, 0, 0
+        )
+        with pytest.raises(ValueError, match="in row 1: "):
+            emulated_cuda.compiled.check_faults()
+        assert not emulated_cuda.fault_words.any()
+    finally:
+        emulated_cuda.compiled.report_faults_to(emulated_cuda.fault_words.data_ptr())
 
 
 # ---- the emulated backend ------------------------------------------------------------------------------------------
@@ -226,7 +251,23 @@ def test_nvcc_decides_whether_the_module_is_built(building):
     assert building(FASTBERT_BUILD="0")[1] == []
 
 
+def test_headers_and_ninja_are_found_where_there_is_no_package_of_them(building, monkeypatch):
+    """torch carries pybind11's headers; a system has a ninja."""
+    setup, _ = building()
+    there = {"torch": setup.find_spec("torch")}
+    monkeypatch.setitem(setup.find_ninja.__globals__, "find_spec", there.get)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    assert (Path(setup.pybind11_include()) / "pybind11/pybind11.h").exists() and setup.find_ninja() == "/usr/bin/ninja"
+    there.clear()
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    for find, name in ((setup.pybind11_include, "pybind11"), (setup.find_ninja, "ninja")):
+        with pytest.raises(SystemExit, match=f"which (is|are) not here: pip install {name}"):
+            find()
+
+
 def test_an_old_nvcc_compiles_for_the_gpus_that_it_knows(building):
+    plan = "\n".join(building(("50", "75", "120"))[0].cuda_plan("/usr/bin/g++", Path("/x/_cuda.so")))
+    assert "sm_120" in plan and "sm_50" not in plan and "compress" not in plan  # CUDA 12's needs a driver of its own
     assert building(("50", "75", "80", "86", "90"))[0].cuda_archs() == [75, 80, 90]
     assert building(("75", "86", "90"), FASTBERT_CUDA_ARCHS="86, 75")[0].cuda_archs() == [75, 86]
 

@@ -6,37 +6,25 @@ import emulated
 import emulated_backend
 import pytest
 import torch
-from bert_batches import batch, packed
+from bert_batches import batch, packed, training_step
 
 import fastbert
 
 
 @pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "working copy"], ids=str)
 def test_a_step_of_bert_tiny(dtype):
-    """Dropout draws the same masks; clipping and the step lie on the kernels too."""
+    """Dropout draws the same masks; clipping and the step lie on the kernels too. "working copy" is bfloat16 beside."""
     inputs = packed(batch())
     sizes = {"vocab_size": 50, "max_position_embeddings": 16}
     model = fastbert.BertForPreTraining(fastbert.BertConfig.preset("tiny", **sizes)).train()
     twin = copy.deepcopy(model)
     with emulated_backend.installed(emulated_backend.module(trace=False)), fastbert.use_backend("cuda"):
-        result = step(model, inputs, dtype)
-    expected = step(twin, inputs, dtype)
+        result = training_step(model, inputs, dtype)
+    expected = training_step(twin, inputs, dtype)
     bound = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(result, expected, rtol=bound, atol=bound)
     for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
         # a step of Adam is the sign of a gradient: where that is nothing but rounding, the weight may go either way
         changed = (ours - theirs).abs()
         assert changed.mean() < 3e-4 and changed.max() < 2.1e-3, name
-
-
-def step(model, inputs, dtype):
-    """Loss and norm of the gradients of one step."""
-    optimizer = fastbert.LazyAdam(model.parameters(), lr=1e-3)
-    torch.manual_seed(7)
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        loss = model(**inputs).loss
-    loss.backward()
-    norm, factor = optimizer.clip_factor(1.0)
-    optimizer.step(grad_factor=factor)
-    return loss.detach(), norm.detach()

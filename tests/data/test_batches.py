@@ -7,6 +7,8 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from fastbert.data import (
@@ -18,7 +20,7 @@ from fastbert.data import (
     train_tokenizer,
     write_store,
 )
-from fastbert.data.samples import Spans, cut_greedily, draw_next_pairs, find_spans
+from fastbert.data.samples import Spans, cut_greedily, draw_next_pairs, find_rows, find_spans
 
 SPECIAL = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
 V = 60_000
@@ -66,6 +68,32 @@ def test_spans_by_hand():
     ]  # fmt: skip
     assert spans(store, 10, shortest=2) == spans(store, 10)[:-1]
     assert spans(store, 100) == [[0, 12], [12, 14], [14, 42], [42, 43]]
+
+
+def test_rows_by_hand():
+    """Rows of 10 tokens, 2 of them special for every document: 4 + 4, then 3 and 2 + 1 of the next document."""
+    sequences, rows = find_rows(make_store([[4, 4, 3], [2, 1], [1], [9]]), 10, extra=2)
+    assert [x.tolist() for x in sequences] == [[0, 8, 11, 14, 15, 23], [8, 11, 14, 15, 23, 24]]
+    assert rows.tolist() == [0, 1, 3, 4, 5, 6]  # 3 + 2 and 3 + 2 are full; 1 is alone, for 9 is cut in 8 and 1
+    assert find_rows(make_store([[3], [1], [2]]), 12, extra=2)[1].tolist() == [0, 3]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=6), min_size=1, max_size=12), st.integers(8, 40))
+def test_rows_hold_all_text_and_are_full(documents, seq_len):
+    store = make_store(documents)
+    sequences, rows = find_rows(store, seq_len, extra=2)
+    assert sequences.starts[0] == 0 and sequences.ends[-1] == store.sentences[-1]
+    assert (sequences.starts[1:] == sequences.ends[:-1]).all()
+    ends = store.sentences[store.documents[1:]]
+    assert set(ends) <= set(sequences.ends), "a sequence goes on into another document"
+    full = np.add.reduceat(sequences.ends - sequences.starts + 2, rows[:-1])
+    assert full.max() <= seq_len and rows[-1] == len(sequences.starts)
+    for row, end in zip(full[:-1], sequences.ends[rows[1:-1] - 1], strict=True):
+        sentence = np.searchsorted(store.sentences, end, "right")  # the end of the one that comes next
+        following = store.sentences[sentence] - end
+        special = 2 * (end in ends)
+        assert row + min(following, seq_len - 2) + special > seq_len, "the next sentence would have fitted"
 
 
 def pairs(store, a_spans, seeds):
@@ -189,6 +217,28 @@ def test_an_epoch_without_pairs_is_the_corpus(store, tokenizer):
     assert all(size + following > 1024 for size, following in zip(sizes, firsts[1:], strict=False))
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_rows_and_next_tokens_in_batches(store, tokenizer, static):
+    """A batch of rows: every sequence is text of one document; of the language model every next token is a label."""
+    batches = make(store, tokenizer, objective="clm", inputs="full-sentences", static=static)
+    counts = torch.zeros(store.vocab_size, dtype=torch.int64)
+    documents, text = store.sentences[store.documents], store.tokens.astype(np.int64)
+    found = torch.zeros(len(text), dtype=torch.int64)
+    where = {tuple(text[a:b]): a for a, b in zip(batches.spans.starts, batches.spans.ends, strict=True)}
+    for batch in map(batches.__getitem__, range(len(batches))):
+        ids, real = batch.input_ids, batch.labels != -100
+        assert torch.equal(ids[batch.masked_positions[real] + 1], batch.labels[real]) and batch.sentence_label is None
+        counts += torch.bincount(batch.labels[real], minlength=store.vocab_size)
+        bounds = batch.cu_seqlens[batch.cu_seqlens <= batch.filled_tokens].tolist()
+        for a, b in pairwise(dict.fromkeys(bounds)):
+            assert ids[a] == 2 and ids[b - 1] == 3 and batch.position_ids[a:b].tolist() == list(range(b - a))
+            start = where[tuple(ids[a + 1 : b - 1].tolist())]
+            assert np.searchsorted(documents, start, "right") == np.searchsorted(documents, start + b - a - 2, "left")
+            found[start] += 1
+    assert torch.equal(counts, store.token_counts().index_fill(0, torch.arange(5), 0)), "every token is predicted once"
+    assert found.sum() == len(batches.spans.starts)
+
+
 def test_pairs_in_batches_are_text(store, tokenizer):
     """Without [CLS] and [SEP] a kept pair stands in the store as it is, a replaced one does not."""
     text = store.tokens.astype(np.uint16).tobytes()
@@ -225,15 +275,57 @@ def test_a_sample_is_the_same_in_any_batch(store, tokenizer):
     assert all(torch.equal(a, b) and m == n for (a, m), (b, n) in zip(alone, together, strict=True))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_and_starting_point_change_nothing(store, tokenizer, workers):
-    batches = make(store, tokenizer)
+ROWS = {"objective": "mlm", "inputs": "full-sentences", "unit": "span"}
+
+
+@pytest.mark.parametrize(("workers", "options"), [(1, {}), (2, {"static": True}), (7, ROWS)])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 7 worker")
+def test_workers_and_starting_point_change_nothing(store, tokenizer, workers, options):
+    batches = make(store, tokenizer, **options)
     loader = DataLoader(batches, batch_size=None, sampler=range(3, 12), num_workers=workers)
     loaded = list(loader)
     assert len(loaded) == 9
     for i, batch in enumerate(loaded, 3):
         assert type(batch) is type(batches[i])
         assert same(batch, batches[i])
+
+
+@pytest.mark.parametrize("objective", ["mlm", "mlm+nsp", "mlm+sop"])
+def test_static_batches_have_one_shape_and_the_same_samples(store, tokenizer, objective):
+    """Each sample once, with the masks that it has in any other batch; what is empty counts nowhere."""
+    options = {"objective": objective, "batch_tokens": 1000}
+    static, usual = make(store, tokenizer, static=True, **options), make(store, tokenizer, **options)
+
+    def samples(batch):
+        cu, where = batch.cu_seqlens.tolist(), batch.masked_positions
+        for b, (start, end) in enumerate(pairwise(cu)):
+            if start < end <= batch.filled_tokens:
+                own = batch.masked_positions[(where >= start) & (where < end) & (batch.labels >= 0)] - start
+                label = None if batch.sentence_label is None else int(batch.sentence_label[b])
+                fields = batch.input_ids, batch.token_type_ids, batch.position_ids
+                yield *(tuple(x[start:end].tolist()) for x in fields), tuple(own.tolist()), label
+
+    batches, others = static.at_epoch(3), usual.at_epoch(3)
+    assert len(static[0].input_ids) == static.shape.tokens == batches.shape.tokens
+    found, empty = [], 0
+    for batch in map(batches.__getitem__, range(len(batches))):
+        tokens, sequences, predictions = batches.shape
+        assert 936 < tokens == len(batch.input_ids) == len(batch.token_type_ids) == len(batch.position_ids)
+        assert len(batch.cu_seqlens) == sequences + 1 and len(batch.labels) == predictions
+        lengths, count = batch.cu_seqlens.diff(), int((batch.labels != -100).sum())
+        assert batch.cu_seqlens[0] == 0 and batch.cu_seqlens[-1] == tokens
+        assert lengths.min() >= 0 and lengths.max() <= batch.max_seqlen == 64
+        assert (batch.labels[count:] == -100).all() and (batch.masked_positions[count:] == 0).all()
+        assert (batch.masked_positions[:count] < batch.filled_tokens).all()
+        assert (batch.input_ids[batch.filled_tokens :] == 0).all()
+        if batch.sentence_label is not None:
+            real = (batch.cu_seqlens[1:] <= batch.filled_tokens) & (lengths > 0)
+            assert torch.equal(batch.sentence_label != -100, real)
+        found += samples(batch)
+        empty += tokens - batch.filled_tokens
+    assert empty / (tokens * len(batches)) == pytest.approx(batches.empty_share) and batches.empty_share < 0.02
+    expected = [sample for i in range(len(others)) for sample in samples(others[i])]
+    assert len(found) == len(expected) and set(found) == set(expected)
 
 
 def test_to_device(store, tokenizer):
@@ -268,7 +360,10 @@ def test_one_sentence_documents():
         ({"mask_prob": float("nan")}, "got nan"),
         ({"mask_share": 0.95}, "sum <= 1, got 0.95 and 0.1"),
         ({"random_share": -0.1}, "got 0.8 and -0.1"),
-        ({"objective": "sop"}, r"one of mlm, mlm\+nsp, mlm\+sop, got 'sop'"),
+        ({"objective": "sop"}, r"one of mlm, mlm\+nsp, mlm\+sop, clm, got 'sop'"),
+        ({"inputs": "sentences"}, "one of doc-sentences, full-sentences, got 'sentences'"),
+        ({"inputs": "full-sentences"}, r"no pairs of texts: expected objective mlm or clm, got 'mlm\+nsp'"),
+        ({"unit": "token"}, "one of word, ngram, span, got 'token'"),
         ({"continues": np.zeros(3, bool)}, r"bool \[\d+\], a flag for every id .* got bool \[3\]"),
         ({"epoch": -1}, "counted from 0 .* got -1"),
     ],

@@ -75,12 +75,16 @@ def pack(*contents):
 
 
 def chosen(ids, cu, samples, **options):
-    options = {"seed": 7, "epoch": 0, "continues": PIECES} | options
+    options = {"seed": 7, "epoch": 0, "continues": PIECES, "unit": "ngram"} | options
     return mask_tokens(ids, cu, np.asarray(samples), SPECIAL, V, **options)[1]
 
 
-def rules(ids, sample, share, seed=7):
+WEIGHTS = {"word": [1], "ngram": [1, 1 / 2, 1 / 3], "span": [0.2 * 0.8**n for n in range(10)]}
+
+
+def rules(ids, sample, share, unit, seed=7):
     """Which places are chosen, told word by word: what the program for ALBERT's data does with the same draws."""
+    weights = WEIGHTS[unit]
     keys, _, _, lengths = draw(Purpose.MASK, seed, 0, np.full(len(ids), sample), np.arange(len(ids)))
     words, runs = [], []
     for place, token in enumerate(ids.tolist()):
@@ -92,10 +96,10 @@ def rules(ids, sample, share, seed=7):
             words.append([place])
             runs[-1].append(words[-1])
     left, taken = max(1, round(sum(map(len, words)) * share)), set()
-    ngrams = {w[0]: [list(chain(*run[i : i + n])) for n in (1, 2, 3)] for run in runs for i, w in enumerate(run)}
+    ngrams = {w[0]: [list(chain(*run[i : i + n])) for n in range(1, 11)] for run in runs for i, w in enumerate(run)}
     for start in sorted(ngrams, key=lambda place: keys[place]):
-        weight = lengths[start] / 2**32 * (1 + 1 / 2 + 1 / 3)
-        n = 1 if weight < 1 else 2 if weight < 1.5 else 3
+        drawn = lengths[start] / 2**32 * sum(weights)
+        n = 1 + sum(drawn >= sum(weights[: i + 1]) for i in range(len(weights) - 1))
         for places in reversed(ngrams[start][:n]):
             if len(places) <= left:
                 if not taken.intersection(places):
@@ -105,17 +109,18 @@ def rules(ids, sample, share, seed=7):
     return sorted(taken)
 
 
-def test_ngrams_of_words_follow_the_rules():
+@pytest.mark.parametrize("unit", WEIGHTS)
+def test_units_of_words_follow_the_rules(unit):
     rng = np.random.default_rng(0)
     contents = [rng.integers(3 if n == 40 else 5, V, n) for n in (1, 2, 3, 40, 100, 300)]
     contents[3][[7, 20]] = SPECIAL.unk, SPECIAL.sep
     ids, cu = pack(*contents)
     for share in (0.15, 0.5, 0.9):
-        positions = chosen(ids, cu, range(6), mask_prob=share)
+        positions = chosen(ids, cu, range(6), mask_prob=share, unit=unit)
         assert (np.diff(positions) > 0).all()
         for sample, content in enumerate(contents):
             own = positions[(positions >= cu[sample]) & (positions < cu[sample + 1])] - cu[sample]
-            assert own.tolist() == rules(pack(content)[0], sample, share), (share, len(content))
+            assert own.tolist() == rules(pack(content)[0], sample, share, unit), (share, len(content))
 
 
 def test_lengths_of_ngrams_have_weights_one_half_and_a_third():

@@ -230,7 +230,7 @@ def test_a_config_that_is_none(folder, text):
     [
         ({"model_type": "roberta"}, "'roberta': this folder holds another kind of model"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type = 'relative_key'"),
-        ({"is_decoder": True}, "is_decoder = True"),
+        ({"is_decoder": "yes"}, "is_decoder must be True or False, got 'yes'"),
         ({"add_cross_attention": True}, "add_cross_attention = True"),
         ({"model_type": None, "architectures": ["RobertaModel"]}, r"got \['RobertaModel'\]: this folder holds another"),
         ({"pruned_heads": {"0": [1]}}, r"pruned_heads = .*layers lost some of their heads"),

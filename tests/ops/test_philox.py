@@ -74,3 +74,13 @@ def test_seed_comes_from_torchs_generator():
 def test_seed_is_checked():
     with pytest.raises(ValueError, match=r"int64 tensor of shape \[1\]"):
         philox.resolve_seed(torch.tensor(5), 1, torch.device("cpu"))
+
+
+def test_seeds_drawn_together_are_those_drawn_one_by_one():
+    torch.manual_seed(5)
+    together = philox.draw_seeds([0.1, 0.0, 0.5, 0.1], torch.device("cpu"))
+    end = torch.get_rng_state()
+    torch.manual_seed(5)
+    alone = [philox.resolve_seed(None, t, torch.device("cpu")) for t in (1, 0, 1, 1)]
+    assert together[1] is alone[1] is None and torch.equal(torch.get_rng_state(), end)
+    assert all(torch.equal(together[i], alone[i]) for i in (0, 2, 3))

@@ -327,6 +327,14 @@ def test_a_copy_in_bfloat16_is_kept_by_steps():
         for param, kept in zip(params, copies, strict=True):
             assert torch.equal(param.bfloat16(), kept)
         copies[1].data = copies[1].clone()
+        if step == 1:  # from here on the first rows of a larger tensor
+            rows = len(params[0])
+            larger = torch.zeros(rows + 3, *params[0].shape[1:], dtype=torch.bfloat16)
+            copies[0] = optimizer.keep_copy(params[0], out=larger[:rows])
+            assert copies[0].data_ptr() == larger.data_ptr()
+    assert not larger[rows:].any()
+    with pytest.raises(ValueError, match="out must be contiguous bfloat16"):
+        optimizer.keep_copy(params[0], out=larger)
     assert "bf16_copy" not in optimizer.state[params[0]]
     params[2].data = params[2].double()
     with pytest.raises(ValueError, match="contiguous float32"):

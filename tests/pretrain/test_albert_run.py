@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from fastbert import AlbertConfig, AlbertForPreTraining
 from fastbert.data import TokenStore, load_tokenizer
-from fastbert.pretrain import loop, presets, run, snapshot
+from fastbert.pretrain import presets, run, snapshot, step
 from fastbert.pretrain.loop import pretrain
 from fastbert.pretrain.report import read_metrics
 from fastbert.pretrain.run import PretrainConfig
@@ -42,18 +42,18 @@ def records(folder):
 
 def test_killed_and_resumed_it_ends_in_the_same_bits(settings, finished, tmp_path, monkeypatch):
     config = dataclasses.replace(settings, output=tmp_path / "killed")
-    step = loop.train_step
+    take = step.train_step
 
     def killed_at_7(*arguments):
         if arguments[-1] == 7:
             raise KeyboardInterrupt
-        return step(*arguments)
+        return take(*arguments)
 
-    monkeypatch.setattr(loop, "train_step", killed_at_7)
+    monkeypatch.setattr(step, "train_step", killed_at_7)
     with pytest.raises(KeyboardInterrupt):
         pretrain(config)
     assert snapshot.steps(config.output / "snapshots") == [4]
-    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(step, "train_step", take)
     pretrain(run.read_config(config.output), resume=True)
     assert records(config.output) == records(finished) and len(records(finished)) == 10
     ours, theirs = (load_file(folder / "model/model.safetensors") for folder in (config.output, finished))

@@ -35,6 +35,7 @@ def make_batch(lengths, masked_each=2, nsp=True):
         masked_positions=places,
         labels=torch.randint(5, 50, places.shape, generator=generator),
         sentence_label=torch.arange(len(lengths)) % 2 if nsp else None,
+        filled_tokens=total,
     )
 
 
@@ -152,7 +153,7 @@ def fill_mask(words, sentence, masked):
     ids[masked + 1] = vocab["<mask>"]
     zeros, bounds = torch.zeros(len(ids), dtype=torch.int64), torch.tensor([0, len(ids)], dtype=torch.int32)
     masked_positions = torch.tensor([masked + 1])
-    batch = Batch(ids, zeros, torch.arange(len(ids)), bounds, len(ids), masked_positions, labels, None)
+    batch = Batch(ids, zeros, torch.arange(len(ids)), bounds, len(ids), masked_positions, labels, None, len(ids))
     model = BertForPreTraining(BertConfig.preset("tiny", vocab_size=len(vocab)))
     with torch.no_grad():
         model.cls["predictions"].bias.copy_(torch.arange(len(vocab)) * 30.0)  # sure of the last word

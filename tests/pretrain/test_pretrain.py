@@ -14,7 +14,7 @@ from fastbert.models.bert import BertForPreTraining
 from fastbert.pretrain import loop, snapshot
 from fastbert.pretrain import run as runs
 from fastbert.pretrain.loop import pretrain
-from fastbert.pretrain.report import read_metrics
+from fastbert.pretrain.report import last_scores, read_metrics
 
 
 def test_a_run_leaves_everything(finished):
@@ -51,6 +51,26 @@ def test_it_learns_from_context(settings, tmp_path):
     pretrain(config)
     scores = [r for r in read_metrics(config.output / "metrics.jsonl") if "held_out/mlm_loss" in r][-1]
     assert scores["held_out/frequency_loss"] > 2.0 and scores["held_out/mlm_loss"] < 0.5
+
+
+def test_the_next_word_is_learned_from_those_before_it(settings, tmp_path, capsys):
+    """Every document counts on from a random letter; nobody can know its first, and everybody the next."""
+    draw, letters = random.Random(0), "abcdefghijklmnopqrstuvwxyz"
+    corpus = tmp_path / "alphabet.txt"
+    starts = [draw.randrange(26) for _ in range(1500)]
+    corpus.write_text("\n\n".join(" ".join(letters[(s + i) % 26] for i in range(12)) for s in starts))
+    config = dataclasses.replace(
+        settings, corpus=corpus, output=tmp_path / "run", vocab_size=64, steps=45, dropout=0.0, objective="clm",
+        inputs="full-sentences", static_shapes=True, lr=1e-2,
+    )  # fmt: skip
+    pretrain(config)
+    said = capsys.readouterr().out
+    scores = last_scores(read_metrics(config.output / "metrics.jsonl"))
+    chance = math.log(26)
+    assert scores["frequency_loss"] == pytest.approx(chance, rel=0.05) and scores["mlm_accuracy"] > 11 / 12 - 0.05
+    assert scores["mlm_loss"] < 1.3 * chance / 12, "one of twelve is a guess"
+    assert "held-out, predicted tokens" in said and "next sentence" not in said
+    assert BertForPreTraining.from_pretrained(config.output / "model").config.is_decoder
 
 
 def test_the_export_is_the_trained_model(finished):

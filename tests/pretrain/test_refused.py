@@ -54,6 +54,17 @@ def test_bad_input_gets_a_sentence(tmp_path, corpus, finished, capsys, monkeypat
         new = tmp_path / setting
         assert message in said("--corpus", corpus, "--steps", 5, f"--{setting}", value, output=new)
         assert not new.exists()
+    for settings, message in (
+        ("--model albert --objective clm", "objective must be one with mlm for model albert, which sees all words"),
+        (
+            "--masking span --objective clm",
+            "masking must be left out with objective clm, which masks nothing, got 'span'",
+        ),
+        (f"--dictionary {corpus}", "masking must be word, ngram or span with a dictionary, got 'token'"),
+        (f"--masking word --dictionary {empty}", "empty.txt has no word: expected one a line"),
+        ("--inputs full-sentences", "objective must be mlm or clm with inputs full-sentences, no pairs, got 'mlm+nsp'"),
+    ):
+        assert message in said("--corpus", corpus, "--steps", 5, *settings.split())
     damaged = tmp_path / "config.json"
     good = json.loads((finished / "config.json").read_text())
     for content, problem in (

@@ -51,7 +51,7 @@ def test_what_is_not_a_number_is_null_in_the_file_and_a_dash_on_the_screen(tmp_p
     scores = {"mlm_loss": 3.25, "frequency_loss": 4.5, "mlm_accuracy": 0.5, "nsp_accuracy": None}
     assert summary(scores | {f"rare_{name}": math.nan for name in scores}).splitlines() == [
         "",
-        "held-out, masked tokens            all     rare",
+        "held-out, predicted tokens         all     rare",
         "loss, always the frequencies     4.500        -",
         "loss, this model                 3.250        -",
         "accuracy, this model             50.0%        -",

@@ -2,11 +2,12 @@
 
 import dataclasses
 import os
+import re
 import shutil
 
 import pytest
 import torch
-from pretrain_runs import bad
+from pretrain_runs import assert_same_run, bad
 
 from fastbert.backends import linear
 from fastbert.ops import linear_timing
@@ -33,6 +34,38 @@ def test_a_run_exists_once_its_data_does(settings, tmp_path, capsys, monkeypatch
     (config.output / "config.json").unlink()
     text = bad(capsys, monkeypatch, "pretrain", "--output", config.output, "--corpus", corpus, "--steps", 5)
     assert "already holds a run (snapshots)" in text, "a new run must not go on from an old one's snapshots"
+
+
+def test_static_shapes_resume_in_the_same_bits(settings, tmp_path, capsys):
+    """With words of a dictionary masked, of which the run keeps a copy, over nothing that is there."""
+    words = tmp_path / "words.txt"
+    words.write_text("yield expression\ngenerator function\n")
+    config = dataclasses.replace(
+        settings, output=tmp_path / "static", static_shapes=True, embedding_update="touched", masking="word",
+        dictionary=words, steps=14, workers=1,
+    )  # fmt: skip
+    config.output.mkdir()
+    (config.output / "dictionary.txt").write_text("precious")
+    with pytest.raises(ValueError, match=r"dictionary\.txt is there already, with other words than .*words\.txt"):
+        pretrain(config)
+    (config.output / "dictionary.txt").unlink()
+    pretrain(config)
+    words.unlink()
+    said = capsys.readouterr().out
+    assert re.search(r"shapes: 512 tokens, 32 sequences and 96 predictions in every batch; 0\.\d% of the tokens", said)
+    run = tmp_path / "run"
+    shutil.copytree(config.output, run)
+    shutil.rmtree(run / "snapshots/step-00000014")
+    shutil.rmtree(run / "model")
+    pretrain(runs.read_config(run), resume=True)
+    assert "not bit for bit" not in capsys.readouterr().out
+    assert_same_run(run, config.output)
+    assert read_metrics(run / "metrics.jsonl")[-1]["step"] == 14
+    (run / "dictionary.txt").write_text("yield expression")
+    with pytest.raises(
+        ValueError, match=r"another dictionary than .* put back its tokenizer/, data/ and dictionary\.txt"
+    ):
+        pretrain(runs.read_config(run), resume=True)
 
 
 def test_resume_on_another_text_is_refused(settings, finished, tmp_path, capsys, monkeypatch):

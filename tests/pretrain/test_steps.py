@@ -5,25 +5,26 @@ import dataclasses
 import pytest
 import torch
 from pretrain_runs import bad, losses
+from torch._dynamo.testing import CompileCounter
 
 from fastbert.data.batches import PretrainBatches
 from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import load_tokenizer, special_ids
 from fastbert.models.bert import BertConfig, BertForPreTraining
-from fastbert.pretrain import loop, snapshot
+from fastbert.pretrain import loop, snapshot, step
 from fastbert.pretrain.loop import pretrain
 
 
 def small(config, **overrides):
     torch.manual_seed(0)
     model = BertForPreTraining(BertConfig.preset("tiny", vocab_size=1000, hidden_dropout_prob=0.0, **overrides))
-    return model, loop.make_optimizer(model, config)
+    return model, step.make_optimizer(model, config)
 
 
-def batches(finished, config):
+def batches(finished, config, static=False):
     special = special_ids(load_tokenizer(finished / "tokenizer"))
     store = TokenStore.open(finished / "data/train")
-    return PretrainBatches(store, special, seq_len=32, batch_tokens=config.batch_tokens, seed=0)
+    return PretrainBatches(store, special, seq_len=32, batch_tokens=config.batch_tokens, seed=0, static=static)
 
 
 def test_accumulated_is_one_large_batch(settings, finished):
@@ -32,7 +33,7 @@ def test_accumulated_is_one_large_batch(settings, finished):
     micro = [batches(finished, config)[i] for i in (0, 1)]
     model, optimizer = small(config, attention_probs_dropout_prob=0.0)
     optimizer.step = optimizer.zero_grad = lambda **_: None
-    record = loop.train_step(model, optimizer, micro, 0.0, config)
+    record = step.train_step(model, optimizer, micro, 0.0, config)
     gradients = [p.grad.clone() for p in model.parameters()]
 
     model.zero_grad()
@@ -61,7 +62,7 @@ def test_touched_moves_the_words_of_the_step_and_no_other(settings, finished):
     model, optimizer = small(config)
     words = model.bert.embeddings.word_embeddings.weight
     before = words.detach().clone()
-    loop.train_step(model, optimizer, micro, 1e-3, config)
+    step.train_step(model, optimizer, micro, 1e-3, config)
     touched = torch.zeros(len(words), dtype=torch.bool)
     for batch in micro:
         touched[batch.input_ids] = touched[batch.labels] = True
@@ -71,8 +72,65 @@ def test_touched_moves_the_words_of_the_step_and_no_other(settings, finished):
 
     all_rows = dataclasses.replace(config, embedding_update="all")
     model, optimizer = small(all_rows)
-    loop.train_step(model, optimizer, micro, 1e-3, all_rows)
+    step.train_step(model, optimizer, micro, 1e-3, all_rows)
     assert (model.bert.embeddings.word_embeddings.weight != before).any(1).float().mean() > 0.99
+
+
+def without_padding(batch):
+    """A static batch's samples alone."""
+    count, sequences = int((batch.labels >= 0).sum()), int((batch.sentence_label >= 0).sum())
+    tokens = {"input_ids", "token_type_ids", "position_ids"}
+    lengths = dict.fromkeys(tokens, batch.filled_tokens) | dict.fromkeys(("masked_positions", "labels"), count)
+    lengths |= {"cu_seqlens": sequences + 1, "sentence_label": sequences}
+    return batch._replace(**{name: getattr(batch, name)[:length] for name, length in lengths.items()})
+
+
+@pytest.mark.parametrize("rows", ["all", "touched"])
+def test_a_step_of_static_batches_is_that_of_their_samples(settings, finished, rows):
+    """Losses, gradient norm and every weight, where micro-batches hold unequally much: the last is mostly padding."""
+    config = dataclasses.replace(settings, steps=10, objective="mlm+nsp", embedding_update=rows)
+    static = batches(finished, config, static=True)
+    micro = [static[0], static[len(static) - 1]]
+    assert micro[1].filled_tokens < static.shape.tokens / 2
+    outcomes = []
+    for each, its in ((micro, True), ([without_padding(batch) for batch in micro], False)):
+        model, optimizer = small(config, attention_probs_dropout_prob=0.0)
+        record = step.train_step(model, optimizer, each, 1e-4, dataclasses.replace(config, static_shapes=its))
+        numbers = torch.tensor([float(record[name]) for name in ("loss", "mlm_loss", "nsp_loss", "gradient_norm")])
+        outcomes.append([numbers, *model.parameters()])
+    # Adam divides by the gradient's own size, so that a rounding error of a tiny gradient is one of the step.
+    torch.testing.assert_close(outcomes[0][0], outcomes[1][0], rtol=1e-5, atol=0)
+    for ours, theirs in zip(*outcomes, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+    untouched = (outcomes[0][1] == small(config)[0].word_embeddings).all(1)
+    assert untouched[0] == (rows == "touched"), "[PAD] stands in no text"
+
+
+def test_counts_of_static_batches_never_wait_for_the_device(settings, finished):
+    """On meta tensors, which have no values, whatever needs one raises."""
+    static = batches(finished, settings, static=True)
+    micro = [static[i].to("meta").filled(0) for i in (0, 1)]
+    assert [share.shape for share in step.shares([batch.labels for batch in micro], True)] == [(), ()]
+    tokens, _, masked = static.shape
+    assert step.words_of(micro, 0, True).shape == (2 * (tokens + masked),), "T and M are multiples of 64 and 32 already"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
+def test_a_model_compiles_once_for_static_batches(settings, finished):
+    torch.compiler.reset()
+    config = dataclasses.replace(settings, objective="mlm+nsp")
+    static, (model, _) = batches(finished, config, static=True), small(config)
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=counter)
+    for i in (0, 1, len(static) - 1):
+        batch = static[i]
+        out = compiled(
+            batch.input_ids, token_type_ids=batch.token_type_ids, position_ids=batch.position_ids,
+            cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, masked_positions=batch.masked_positions,
+            labels=batch.labels, next_sentence_label=batch.sentence_label,
+        )  # fmt: skip
+        assert out.loss.isfinite()
+    assert counter.frame_count == 1
 
 
 def test_a_run_that_diverges_stops_and_keeps_its_snapshots(settings, finished, tmp_path, monkeypatch, capsys):

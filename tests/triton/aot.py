@@ -96,6 +96,8 @@ class Compiler:
         self.found: dict[tuple[str, str], Compiled] = {}  # by target and by what Triton calls the compiled form
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        if self.target.startswith("gfx"):
+            constants.pop("maxnreg", None)  # as launch does
         form = kernel.warmup(*arguments, grid=grid, enable_fp_fusion=True, **constants)
         if (self.target, form.hash) in self.found:
             return

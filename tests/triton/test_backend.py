@@ -1,4 +1,4 @@
-"""Why the backend triton does not run, each time in a process that is so; and what is chosen on a GPU, which is none."""
+"""Why the backend triton does not run, in processes where it cannot; and what is chosen on a GPU, which is none."""
 
 import os
 import subprocess
@@ -25,7 +25,6 @@ def python(code, *, path=None, **environment):
 
 
 USE = "import torch, fastbert; print(fastbert.gelu(torch.ones(3), backend='triton'))"
-STATE = "from fastbert.backends import triton; print(triton.state(), triton.why_not())"
 
 
 def test_tensors_of_the_cpu_are_interpreted_or_refused():
@@ -45,11 +44,9 @@ def test_a_missing_triton_is_said(tmp_path):
 
 def test_a_broken_triton_is_an_error_and_not_a_missing_one(tmp_path):
     (tmp_path / "triton").mkdir()
-    (tmp_path / "triton/__init__.py").write_text("raise OSError('libtriton.so: file too short')")
+    (tmp_path / "triton/__init__.py").write_text("raise ImportError('libtriton.so: file too short')")
     said = python(USE, path=tmp_path, TRITON_INTERPRET="1")
-    assert "RuntimeError: Triton is installed and cannot be imported (OSError: libtriton.so: file too short)" in said
-    automatic = "from fastbert.backends import triton; triton.why_not()"
-    assert "RuntimeError: Triton is installed and cannot" in python(automatic, path=tmp_path, TRITON_INTERPRET="1")
+    assert "RuntimeError: Triton is installed and cannot be imported (ImportError: libtriton.so: file too short" in said
     info = python("from fastbert.backends import info; print(info())", path=tmp_path, TRITON_INTERPRET="1")
     assert "Traceback" not in info and "triton: Triton is installed and cannot be imported" in info
 

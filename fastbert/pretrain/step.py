@@ -1,0 +1,149 @@
+"""One step of a run: forward and backward over its micro-batches, clipping, the optimizer; on a GPU captured."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from fastbert.backends.linear import use_linear
+from fastbert.capture import WARMUP, Captured, capture
+from fastbert.data.batches import Batch
+from fastbert.models.inputs import IGNORED
+from fastbert.models.pretraining import PreTrainingModel
+from fastbert.models.working import WorkingCopy
+from fastbert.optim.lazy_adam import LazyAdam, decay_groups
+from fastbert.pretrain.divergence import Watch
+from fastbert.pretrain.evaluate import forward
+from fastbert.pretrain.run import PretrainConfig
+
+
+def train_step(
+    model: PreTrainingModel,
+    optimizer: LazyAdam,
+    micro: list[Batch],
+    lr: float | Tensor,
+    config: PretrainConfig,
+    watch: Watch | None = None,
+    number: int | Tensor = 0,
+    working: WorkingCopy | None = None,
+) -> dict[str, Tensor | float]:
+    """Forward and backward over the micro-batches, one step of the optimizer; losses as device scalars.
+
+    The MLM loss is the mean over all tokens of the step that are predicted, the NSP or SOP loss over all its sequences,
+    however they are spread over micro-batches. A mean over nothing is 0: [UNK] is never predicted, so a step may have
+    nothing to predict. `watch` sees the losses as step `number` before the optimizer does. `working` computes in place
+    of the model. With micro-batches, lr and number on a GPU nothing waits for it, and the step can be captured.
+    """
+    computes = model if working is None else working.model
+    computes.train()
+    micro = [batch.to(config.device) for batch in micro]
+    word_shares = shares([batch.labels for batch in micro], config.static_shapes)
+    pair_shares = [None] * len(micro)
+    if pair(config):
+        pair_shares = shares([batch.sentence_label for batch in micro], config.static_shapes)
+    mlm_loss, sentence_loss = [], []
+    for batch, words, pairs in zip(micro, word_shares, pair_shares, strict=True):
+        with products(config, autocast=working is None):
+            out = forward(computes, batch)
+        losses = [out.mlm_loss if words is None else out.mlm_loss * words]
+        mlm_loss += [losses[0].detach()]
+        if pair(config):
+            losses += [out.sentence_loss if pairs is None else out.sentence_loss * pairs]
+            sentence_loss += [losses[1].detach()]
+        total(losses).backward()
+    if working is not None:
+        working.hand_over_gradients()
+    rows = None
+    if config.embedding_update == "touched":
+        rows = {model.word_embeddings: words_of(micro, model.config.pad_token_id, config.static_shapes)}
+    norm, factor = optimizer.clip_factor(config.clip, rows=rows)
+    record = {"loss": total([*mlm_loss, *sentence_loss]), "mlm_loss": total(mlm_loss), "lr": lr, "gradient_norm": norm}
+    if watch is not None:
+        watch.see(number, record["loss"], norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step(rows=rows, grad_factor=factor)
+    optimizer.zero_grad()
+    return record | ({f"{pair(config)}_loss": total(sentence_loss)} if pair(config) else {})
+
+
+def total(losses: list[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, losses)
+
+
+def shares(labels: list[Tensor], static: bool) -> list[float] | list[Tensor] | list[None]:
+    """Of each micro-batch in the step's labels; with static shapes of those that count, which the device counts.
+
+    None is all of them.
+    """
+    if len(labels) == 1:
+        return [None]
+    if static:
+        counts = torch.stack([(each != IGNORED).sum() for each in labels])
+        return list(counts / counts.sum().clamp(min=1))
+    total = max(1, sum(len(each) for each in labels))
+    return [len(each) / total for each in labels]
+
+
+def words_of(micro: list[Batch], pad_id: int, static: bool) -> Tensor:
+    """Ids of the input and the labels, any number of times each; with static shapes without those of empty places."""
+    ids = torch.cat([ids for batch in micro for ids in (batch.input_ids, batch.labels)])
+    return torch.where((ids == IGNORED) | (ids == pad_id), micro[0].input_ids[0], ids) if static else ids
+
+
+def make_step(
+    model: PreTrainingModel, optimizer: LazyAdam, config: PretrainConfig, watch: Watch | None = None
+) -> Callable[[list[Batch], float, int], dict[str, Tensor | float]]:
+    """What takes a step of the run, of its micro-batches, learning rate and number.
+
+    On a GPU, where batches have one shape, that is a captured `train_step`, or with --no-capture one that differs in
+    being launched anew each time.
+    """
+    if not (on_gpu(config) and config.static_shapes):
+        return lambda micro, lr, number: train_step(model, optimizer, micro, lr, config, watch, number)
+    working = WorkingCopy(model, optimizer, config.accumulate) if config.bf16 else None
+    captured: list[Captured] = []
+
+    def step(inputs: tuple[list[Batch], Tensor]) -> dict[str, Tensor]:
+        micro, numbers = inputs
+        lr, number = numbers.unbind()
+        return train_step(model, optimizer, micro, lr, config, watch, number, working)
+
+    def call(micro: list[Batch], lr: float, number: int) -> dict[str, Tensor]:
+        micro = [
+            batch._replace(filled_tokens=0) for batch in micro
+        ]  # which no step reads, and differs from step to step
+        inputs = micro, torch.tensor([lr, number], dtype=torch.float64, device="cpu")
+        if not captured:
+            captured.append(capture(step, inputs, warmup=WARMUP if config.capture else None, device=config.device))
+        record = captured[0](inputs)
+        for group in optimizer.param_groups:
+            group["lr"] = lr  # a snapshot keeps the number, not the memory of a batch
+        return record
+
+    return call
+
+
+def pair(config: PretrainConfig) -> str:
+    """What the run predicts of a pair, "nsp" or "sop"; "" for nothing."""
+    return config.objective.partition("+")[2]
+
+
+def make_optimizer(model: PreTrainingModel, config: PretrainConfig) -> LazyAdam:
+    """BERT's own, with bias correction."""
+    return LazyAdam(decay_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, config.beta2), eps=1e-6)
+
+
+@contextlib.contextmanager
+def products(config: PretrainConfig, autocast: bool = True) -> Iterator[None]:
+    """In which dtype and by which library the run computes its products; `autocast` is of float32 weights."""
+    kind = torch.device(config.device).type
+    casts = torch.autocast(kind, torch.bfloat16) if config.bf16 and autocast else contextlib.nullcontext()
+    with use_linear(config.linear), casts:
+        yield
+
+
+def on_gpu(config: PretrainConfig) -> bool:
+    return torch.device(config.device).type == "cuda"

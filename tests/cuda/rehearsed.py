@@ -1,0 +1,72 @@
+"""What tests/cuda/test_rehearsal.py rehearses, each in a process in which autograd has not run before.
+
+Autograd's engine looks once for the devices that there are, so the stand-in for a GPU has to be there first.
+"""
+
+from pathlib import Path
+
+import pytest
+import rehearsal
+import torch
+
+import fastbert
+from fastbert.data.batches import Batch
+from fastbert.models.auto import PRETRAINING
+from fastbert.models.working import WorkingCopy
+from fastbert.pretrain.divergence import Watch
+from fastbert.pretrain.run import PretrainConfig
+from fastbert.pretrain.step import make_optimizer, train_step
+
+
+def pretraining_step(preset, tokens, sequences, masked, longest, *, model="bert", **settings):
+    """The launches of a model's second step, and their table; the first step makes the optimizer's state."""
+    objective = "mlm+sop" if model == "albert" else "mlm+nsp"
+    config = PretrainConfig(
+        output=Path("unused"), model=model, device="cuda", objective=objective, linear="torch", lr=1e-4, steps=10,
+        static_shapes=True, **{"bf16": True} | settings,
+    )  # fmt: skip
+    kind = PRETRAINING[model]
+
+    def ids(size, dtype=torch.int64):
+        return torch.empty(size, dtype=dtype, device="cuda")
+
+    with rehearsal.on_a_gpu() as rehearsed:
+        with torch.device("cuda"):
+            made = kind(kind.config_class.preset(preset, vocab_size=30522, hidden_dropout_prob=0.1))
+        made.base_model.checkpoint_layers = config.checkpoint_layers
+        optimizer, watch = make_optimizer(made, config), Watch(config)
+        working = WorkingCopy(made, optimizer, config.accumulate) if config.bf16 else None
+        batch = Batch(
+            ids(tokens), ids(tokens), ids(tokens), ids(sequences + 1, torch.int32), longest, ids(masked), ids(masked),
+            ids(sequences), 0,
+        )  # fmt: skip
+        lr, number = (ids((), torch.float64) for _ in range(2))
+        for _ in range(2):
+            rehearsed.launches.clear()
+            train_step(made, optimizer, [batch] * config.accumulate, lr, config, watch, number, working)
+    return rehearsed.launches, rehearsed.table()
+
+
+FORBIDDEN = [
+    lambda x: x.sum().item(), lambda x: bool((x > 0).any()), lambda x: (x > 0).nonzero(), lambda x: x[x > 0],
+    lambda x: x.unique(), lambda x: x.cpu(), lambda x: x + torch.ones(4, device="cpu").to("cuda"),
+]  # fmt: skip
+
+
+def what_waits():
+    with rehearsal.on_a_gpu() as rehearsed:
+        x = torch.ones(4, device="cuda")
+        y = x * 2.0 + torch.tensor(3.0)  # a number of the host is a kernel's argument
+        assert y.is_cuda and [launch.op for launch in rehearsed.launches][-2:] == ["mul.Tensor", "add.Tensor"]
+        for forbidden in FORBIDDEN:
+            with pytest.raises(rehearsal.Waits):
+                forbidden(x)
+
+
+def a_padded_batch():
+    with rehearsal.on_a_gpu(), torch.device("cuda"):
+        model = fastbert.BertModel(fastbert.BertConfig.preset("tiny"))
+        ids = torch.zeros(2, 8, dtype=torch.int64)
+        model(ids)
+        with pytest.raises(rehearsal.Waits, match="nonzero"):
+            model(ids, attention_mask=torch.ones_like(ids))
