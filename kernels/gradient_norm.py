@@ -63,12 +63,10 @@ def squares_kernel(
     squares = tl.zeros([BLOCK // 8, 8], tl.float32)
     eights = tl.arange(0, BLOCK // 8)[:, None] * 8
     for first in range(begin, tl.minimum(begin + CHUNK, whole), BLOCK):
-        first += eights
-        g = load_counted(grad, named, first, whole, first_row, first_column, columns, begin, NAMED, ALIGNED)
+        g = load_counted(grad, named, first + eights, whole, first_row, first_column, columns, begin, NAMED, ALIGNED)
         squares = tl.fma(g, g, squares)
     if (whole < elements) & (elements <= begin + CHUNK):  # this chunk is the last, and some elements are left
-        first = whole + eights
-        g = load_counted(grad, named, first, elements, first_row, first_column, columns, begin, NAMED, ALIGNED)
+        g = load_counted(grad, named, whole + eights, elements, first_row, first_column, columns, begin, NAMED, ALIGNED)
         squares = tl.fma(g, g, squares)
     squares = tl.sum(tl.sum(squares.to(tl.float64), 1), 0)
     tl.store(parts_ptr + first_part + tl.program_id(0), squares)

@@ -25,17 +25,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import faults
+from fastbert.kernels import lazy_adam_dense as dense
 from fastbert.kernels import lazy_adam_rows as rows
 from fastbert.kernels.launch import launch
-from fastbert.kernels.lazy_adam_dense import CHUNK, update_tensors_kernel
 from fastbert.kernels.lazy_adam_update import FORMULA_FLAGS, GRAD_BY_ROW, SKIP_ZERO, formula
 from fastbert.kernels.tensor_table import MOST, TYPES, make_tables
 
 PIECE, PIECE_BITS, FAN_BITS = rows.PIECE.value, rows.PIECE_BITS.value, rows.FAN_BITS.value
-WARPS, TILE = 4, 1024  # of a program of rows, and elements that it works on at a time: eight a thread
-BLOCK = 256  # of them in a row, at most: what a warp has
+WARPS, TILE = 4, 512  # of a program of rows, and elements that it works on at a time: four a thread, in every dtype
+BLOCK = 128  # of them in a row, at most: what a warp has
 IDS = 1024  # that a program checks
-DENSE_WARPS = 8
 
 
 class Plan(NamedTuple):
@@ -126,13 +125,13 @@ def update_tensors(steps: Sequence[Any], is_bad: Tensor | None) -> None:
     launches = [its[i : i + MOST] for its in kinds.values() for i in range(0, len(its), MOST)]
     if not launches:
         return
-    tables = make_tables([[_fields(s) for s in its] for its in launches], CHUNK, steps[0].param.device)
+    tables = make_tables([[_fields(s) for s in its] for its in launches], dense.CHUNK, steps[0].param.device)
     for (s, *_), (table, chunks) in zip(launches, tables, strict=True):
         launch(
-            update_tensors_kernel, (chunks,), table, s.lr, s.grad_factor, s.found_inf, is_bad, *formula(s),
+            dense.update_tensors_kernel, (chunks,), table, s.lr, s.grad_factor, s.found_inf, is_bad, *formula(s),
             PARAM=TYPES[s.param.dtype], EXP_AVG=TYPES[s.exp_avg.dtype], GRAD=TYPES[s.grad.dtype],
             AMSGRAD=s.max_exp_avg_sq is not None, COPY=s.bf16_copy is not None, ALIGNED=_are_aligned(s),
-            FLAGS=s.flags & FORMULA_FLAGS, CHUNK=CHUNK, MOST=MOST, num_warps=DENSE_WARPS,
+            FLAGS=s.flags & FORMULA_FLAGS, CHUNK=dense.CHUNK, MOST=MOST, num_warps=dense.WARPS,
         )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from fastbert.kernels.lazy_adam_update import (
 )
 from fastbert.kernels.tensor_table import address, find_tensor
 
-CHUNK = 2048
+CHUNK, WARPS = 1024, 8  # elements of a program, four a thread in every dtype
 
 
 @triton.jit

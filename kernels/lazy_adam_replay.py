@@ -31,7 +31,7 @@ KEEP_W, KEEP_M, KEEP_V, IS_EXPANDED, CENTER, CENTRAL = (tl.constexpr(i) for i in
 
 PLAN_PLACES, PLAN_STEPS = 8, 128  # of a program, and those of its steps that it adds up at a time
 IDS = 1024  # that a program checks
-TILE, WARPS = 1024, 4  # elements of rows that a program works on at a time: eight a thread
+TILE, WARPS = 512, 4  # elements of rows that a program works on at a time: four a thread
 
 
 # ---- history -------------------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def lazy_adam_replay(
     longest = 1 + int(math.log(END) / math.log(beta1 / math.sqrt(beta2))) if beta1 > 0.0 else 0
     walks = param.new_empty(steps + 1, FIELDS.value)
     is_bad, words = param.new_zeros(1, dtype=torch.int32), faults.words(param)
-    block = min(256, triton.next_power_of_2(columns))
+    block = min(128, triton.next_power_of_2(columns))
     launch(
         plan_walks_kernel, (triton.cdiv(steps + 1, PLAN_PLACES),), recorded, walks, steps, longest,
         PLACES=PLAN_PLACES, STEPS=PLAN_STEPS, num_warps=WARPS,

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastbert.ops.lazy_adam import Step
+from fastbert.ops.lazy_adam import GRAD_BY_ROW, Step
 
 ROWS = 4096, 4001  # that are 0 and 1 in many remainders
 
@@ -91,14 +91,18 @@ def lazy_adam(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable
         grad = table if ids is None else empty(dtype, len(ids), columns)
         none = dict.fromkeys(("max_exp_avg_sq", "row_steps", "seed", "grad_factor", "found_inf", "bf16_copy"))
         numbers = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "flags": 0, "padding_idx": -1}
-        given = none | numbers | {"number": 0, "lr": rate, "step": one} | other
-        kernels.lazy_adam_steps([Step(param=table, exp_avg=m, exp_avg_sq=v, rows=ids, grad=grad, **given)])
+        tensors = {"param": table, "exp_avg": m, "exp_avg_sq": v, "rows": ids, "grad": grad, "lr": rate, "step": one}
+        kernels.lazy_adam_steps([Step(**none | numbers | tensors | other, number=0)])
 
     for columns in (3, 128, 768):
         name(columns, "rows")
         step(columns, ids)
     name(128, "every row, its own steps")
     step(128, None, row_steps=empty(torch.int32, 1000))
+    name(768, "by row")
+    step(768, ids[:1000], grad=empty(dtype, 1000, 768), flags=GRAD_BY_ROW)
+    name(768, "rows, one v each")
+    step(768, ids, exp_avg_sq=empty(torch.float32, 1000, 1))
     name(128, "dense")
     step(128, None)
     if dtype == torch.bfloat16:
@@ -106,4 +110,28 @@ def lazy_adam(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable
         step(128, ids, seed=number)
 
 
-CASES = {function.__name__: function for function in (gelu, layer_norm, dropout, cross_entropy, attention, lazy_adam)}
+def lazy_adam_replay(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> None:
+    if dtype != torch.float32:
+        return
+    rate, steps = torch.zeros(rows, dtype=torch.float64), torch.zeros(1000, dtype=torch.int32)
+    for columns in (3, 768):
+        name(columns)
+        table = empty(dtype, 1000, columns)
+        given = steps, torch.zeros(rows, dtype=torch.int64), rate, rate, rows, 0.9, 0.999, 1e-8, 0, -1
+        kernels.lazy_adam_replay(table, table, table, *given)
+
+
+def gradient_norm(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> None:
+    named = empty(torch.uint8, rows)
+    name("all")
+    kernels.gradient_norm([(empty(dtype, rows, 768), None)], 1.0)
+    name("named")
+    kernels.gradient_norm([(empty(dtype, rows, 768), named)], 1.0)
+
+
+CASES = {
+    function.__name__: function
+    for function in (
+        gelu, layer_norm, dropout, cross_entropy, attention, lazy_adam, lazy_adam_replay, gradient_norm,
+    )
+}  # fmt: skip

@@ -157,5 +157,5 @@ def test_the_optimizer_trains_as_the_reference(kind):
 def test_plans_cover_every_column_and_fill_a_program(whole):
     for columns in (0, 1, 7, 8, 64, 100, 128, 300, 768, 1100, 4096):
         its = plan(columns, whole)
-        assert its.block * its.blocks * its.slices >= max(columns, 8) and its.places * its.block == 1024
+        assert its.block * its.blocks * its.slices >= max(columns, 8) and its.places * its.block == 512
         assert its.slices == 1 if whole else its.blocks == 1
