@@ -1,4 +1,4 @@
-"""LazyAdam, kernels for CPU and GPU, and a thin BERT and ALBERT: training BERT-like models without the wasted work."""
+"""LazyAdam, kernels for CPU and GPU, a thin BERT, ALBERT, RoBERTa and ERNIE: training them without wasted work."""
 
 from fastbert.allocator import keep_memory
 from fastbert.backends import backends, use_backend
@@ -8,7 +8,22 @@ from fastbert.capture import capture
 from fastbert.models.albert import AlbertConfig, AlbertForPreTraining, AlbertModel
 from fastbert.models.auto import AutoModel
 from fastbert.models.bert import BertConfig, BertForPreTraining, BertModel
+from fastbert.models.classification import (
+    AlbertForSequenceClassification,
+    BertForSequenceClassification,
+    ErnieForSequenceClassification,
+    RobertaForSequenceClassification,
+    XLMRobertaForSequenceClassification,
+)
+from fastbert.models.ernie import ErnieConfig, ErnieForPreTraining, ErnieModel
 from fastbert.models.frozen import freeze
+from fastbert.models.roberta import (
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaModel,
+    XLMRobertaForMaskedLM,
+    XLMRobertaModel,
+)
 from fastbert.ops.attention import attention, attention_qkv
 from fastbert.ops.cross_entropy import cross_entropy
 from fastbert.ops.dropout import dropout
@@ -22,12 +37,25 @@ from fastbert.version import __version__
 __all__ = [
     "AlbertConfig",
     "AlbertForPreTraining",
+    "AlbertForSequenceClassification",
     "AlbertModel",
     "AutoModel",
     "BertConfig",
     "BertForPreTraining",
+    "BertForSequenceClassification",
     "BertModel",
+    "ErnieConfig",
+    "ErnieForPreTraining",
+    "ErnieForSequenceClassification",
+    "ErnieModel",
     "LazyAdam",
+    "RobertaConfig",
+    "RobertaForMaskedLM",
+    "RobertaForSequenceClassification",
+    "RobertaModel",
+    "XLMRobertaForMaskedLM",
+    "XLMRobertaForSequenceClassification",
+    "XLMRobertaModel",
     "__version__",
     "all_gather_ids",
     "all_gather_rows",

@@ -15,7 +15,10 @@ from fastbert.version import __version__
 USAGE = """usage: fastbert COMMAND
 
   info        what runs here: every op by every backend, versions, instruction set, threads
-  pretrain    raw text to a BERT or ALBERT that transformers loads; see fastbert pretrain --help
+  pretrain    raw text to a BERT, ALBERT, RoBERTa or ERNIE that transformers loads; see fastbert pretrain --help
+  finetune    a table of texts with classes or numbers, and any such model, to a classifier; its score, a picture
+  predict     a classifier's labels for new texts
+  embed       vectors of texts or of their tokens by any such model, to .npy or .safetensors
   --version   the version of this package"""
 
 
@@ -29,7 +32,7 @@ def main() -> None:
             sys.stdout.flush()  # not when Python ends, where a closed pipe would be a traceback
     except BrokenPipeError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
-        trained = command == "pretrain" and {"-h", "--help"}.isdisjoint(arguments)
+        trained = command in ("pretrain", "finetune") and {"-h", "--help"}.isdisjoint(arguments)
         sys.exit(f"fastbert {command}: {error}" if trained else 128 + signal.SIGPIPE)  # `head` has read enough
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("FASTBERT_DEBUG"):
@@ -38,7 +41,11 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if os.environ.get("FASTBERT_DEBUG") or not _is_about_memory(error):
             raise
-        less = "a smaller --batch-tokens (and more of --accumulate), --checkpoint-layers or a smaller --preset"
+        less = {
+            "finetune": "a smaller --batch-size or --seq-len",
+            "pretrain": "a smaller --batch-tokens (with --accumulate), --checkpoint-layers or a smaller --preset",
+        }
+        less = less.get(command, "a smaller --batch-tokens")
         sys.exit(f"fastbert {command}: not enough memory; {less} takes less: {error}")
     except KeyboardInterrupt:
         print(f"fastbert {command}: interrupted", file=sys.stderr)
@@ -51,6 +58,8 @@ def run(command: str, arguments: list[str]) -> None:
         print(info(), linear.info(), waiting(), sep="\n")
     elif command == "pretrain":
         sys.exit(pretrain(arguments))
+    elif command in ("finetune", "predict", "embed"):
+        {"finetune": finetune, "predict": predict, "embed": embed}[command](arguments)
     elif command in ("-h", "--help") or arguments in (["-h"], ["--help"]):
         print(USAGE)
     elif command == "--version":
@@ -94,7 +103,7 @@ def pretrain(arguments: list[str]) -> int:
 
     @dataclasses.dataclass(frozen=True)
     class Command(PretrainConfig):
-        """Pretrain a BERT or an ALBERT on raw text; everything goes into the folder --output."""
+        """Pretrain a BERT, ALBERT, RoBERTa or ERNIE on raw text; everything goes into the folder --output."""
 
         resume: bool = False
         """Continue the run in --output from its newest snapshot, with the settings it was started with."""
@@ -113,6 +122,44 @@ def pretrain(arguments: list[str]) -> int:
         check_unchanged(stored, parse(default=stored))
     settings = {field.name: getattr(command, field.name) for field in dataclasses.fields(PretrainConfig)}
     return 0 if train(PretrainConfig(**settings), resume=command.resume) else 130
+
+
+def finetune(arguments: list[str]) -> None:
+    """`fastbert finetune`."""
+    _expect_packages("fine-tuning needs", "sklearn", "scipy", "matplotlib")
+    from fastbert.finetune import FinetuneConfig
+    from fastbert.finetune import finetune as train
+
+    train(_parse(FinetuneConfig, "finetune", "Train a classifier of texts, or a regression, over a model.", arguments))
+
+
+def predict(arguments: list[str]) -> None:
+    """`fastbert predict`."""
+    _expect_packages("predicting needs", "sklearn", "scipy", "matplotlib")
+    from fastbert.finetune import PredictConfig
+    from fastbert.finetune import predict as run_predict
+
+    run_predict(_parse(PredictConfig, "predict", "Predict the labels of texts by a classifier.", arguments))
+
+
+def embed(arguments: list[str]) -> None:
+    """`fastbert embed`."""
+    _expect_packages("embedding needs")
+    from fastbert.embed import EmbedConfig
+    from fastbert.embed import embed as run_embed
+
+    run_embed(_parse(EmbedConfig, "embed", "Write the vectors of texts, or of their tokens, by a model.", arguments))
+
+
+def _expect_packages(what: str, *more: str) -> None:
+    if why := extras.missing(what, "numpy", "tokenizers", "safetensors", "tyro", "tqdm", *more):
+        raise ImportError(why)
+
+
+def _parse(settings: type, command: str, description: str, arguments: list[str]) -> Any:
+    import tyro
+
+    return tyro.cli(settings, args=arguments, prog=f"fastbert {command}", description=description)
 
 
 def check_unchanged(stored: Any, given: Any) -> None:

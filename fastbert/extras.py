@@ -13,7 +13,8 @@ def missing(what: str, *packages: str) -> str | None:
     absent = [name for name in packages if find_spec(name) is None]
     if not absent:
         return None
+    extra = "finetune" if {"sklearn", "scipy"} & set(absent) else "pretrain"
     return (
-        f"{what} {', '.join(absent)}: pip install '.[pretrain]' in a checkout of this package. It is not on PyPI yet, "
+        f"{what} {', '.join(absent)}: pip install '.[{extra}]' in a checkout of this package. It is not on PyPI yet, "
         "and what PyPI calls fastbert is another project"
     )

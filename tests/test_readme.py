@@ -62,15 +62,27 @@ def test_examples_run_as_printed(page, readers_folder):
             assert printed.getvalue() == (text if following == "text" else "")
 
 
-def commands():
+def commands(*beginnings):
     for page in PAGES:
         for language, text in BLOCK.findall(page.read_text()):
             for line in text.splitlines():
-                if not language and line.startswith("fastbert pretrain "):
+                if not language and line.startswith(beginnings):
                     yield pytest.param(line, id=f"{page.name}: {line[:40]}")
 
 
-@pytest.mark.parametrize("command", list(commands()))
+@pytest.mark.parametrize("command", list(commands("fastbert finetune ", "fastbert predict ", "fastbert embed ")))
+def test_commands_on_models_are_understood(command, monkeypatch):
+    pytest.importorskip("sklearn")
+    seen, words = [], shlex.split(command, comments=True)
+    module = "fastbert.embed.embed" if words[1] == "embed" else f"fastbert.finetune.{words[1]}"
+    monkeypatch.setattr(module, seen.append)
+    monkeypatch.setattr(sys, "argv", words)
+    cli.main()
+    given = {str(value) for value in vars(seen[0]).values()}
+    assert given.issuperset(word for word in words[2:] if not word.startswith("--"))
+
+
+@pytest.mark.parametrize("command", list(commands("fastbert pretrain ")))
 def test_commands_are_understood(command, readers_folder, monkeypatch):
     seen = []
     monkeypatch.setattr("fastbert.pretrain.pretrain", lambda config, resume=False: seen.append((config, resume)))

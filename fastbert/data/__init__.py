@@ -9,6 +9,7 @@ if why := extras.missing("fastbert.data needs", "numpy", "tokenizers", "tqdm"):
     raise ImportError(why)
 
 from fastbert.data.batches import Batch, PretrainBatches
+from fastbert.data.byte_bpe import train_byte_bpe
 from fastbert.data.corpus import check_corpus, iter_documents
 from fastbert.data.dictionary import Dictionary, read_words
 from fastbert.data.masking import mask_tokens
@@ -39,6 +40,7 @@ __all__ = [
     "save_tokenizer",
     "special_ids",
     "split_sentences",
+    "train_byte_bpe",
     "train_tokenizer",
     "train_unigram",
     "write_store",

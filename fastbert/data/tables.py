@@ -1,4 +1,4 @@
-"""The column of text in a table: CSV, TSV and JSON lines, read row by row.
+"""Columns of a table: CSV, TSV and JSON lines, read row by row.
 
 A row that does not hold is an error that names all of its kind in the file, so a large table is mended in one go.
 """
@@ -6,7 +6,7 @@ A row that does not hold is an error that names all of its kind in the file, so 
 import csv
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain
 from pathlib import Path
@@ -61,9 +61,37 @@ def column_texts(
             harm); a quote that is not closed, or that swallows whole rows; a line that is no JSON object with a string
             in the field. All rows are looked at first, and the message counts them.
     """
+    return (row.cells[0] for row in table_rows(file, stream, [column], (), separator, quoting) if row.cells[0])
+
+
+class Row(NamedTuple):
+    """The line where a row begins, from 1, and the cells asked for or what is wrong with it."""
+
+    line: int
+    cells: tuple[str, ...] = ()
+    problem: str | None = None
+
+
+def table_rows(
+    file: Path,
+    stream: TextIO,
+    columns: Sequence[str],
+    labels: Sequence[str] = (),
+    separator: str | None = None,
+    quoting: Quoting = "auto",
+) -> Iterator[Row]:
+    """A table's rows that are not blank, with the cells of these columns in this order; arguments as in `column_texts`.
+
+    Args:
+        columns: of text, at least one.
+        labels: further columns, in which a JSON object may have numbers, true or false, read as JSON writes them.
+
+    Raises:
+        ValueError: as `column_texts`.
+    """
     if is_json(file, separator):
-        return _checked(file, _json_rows(file, stream, column))
-    return _checked(file, _separated_rows(file, stream, column, separator, quoting))
+        return _checked(file, _json_rows(stream, file, columns, labels))
+    return _checked(file, _separated_rows(file, stream, [*columns, *labels], separator, quoting))
 
 
 def column_names(file: Path, separator: str | None = None, quoting: Quoting = "auto") -> list[str]:
@@ -77,24 +105,16 @@ def column_names(file: Path, separator: str | None = None, quoting: Quoting = "a
             return []
 
 
-class _Row(NamedTuple):
-    """The line where a row begins, and its text or what is wrong with it."""
-
-    line: int
-    text: str = ""
-    problem: str | None = None
-
-
-def _checked(file: Path, rows: Iterator[_Row]) -> Iterator[str]:
-    bad: list[_Row] = []
+def _checked(file: Path, rows: Iterator[Row]) -> Iterator[Row]:
+    bad: list[Row] = []
     more = 0
     for row in rows:
         if row.problem and len(bad) < _LINES_NAMED:
             bad.append(row)
         elif row.problem:
             more += 1
-        elif row.text and not bad:
-            yield row.text
+        elif not bad:
+            yield row
     if bad:
         others = [f"{row.line:,}" for row in bad[1:]] + ([f"{more:,} more"] if more else [])
         also = f" (there is something wrong with other rows too, in lines {', '.join(others)})" if others else ""
@@ -104,25 +124,27 @@ def _checked(file: Path, rows: Iterator[_Row]) -> Iterator[str]:
 # ---- columns between separators --------------------------------------------------------------------------------------
 
 
-def _separated_rows(file: Path, stream: TextIO, column: str, separator: str | None, quoting: Quoting) -> Iterator[_Row]:
+def _separated_rows(
+    file: Path, stream: TextIO, columns: Sequence[str], separator: str | None, quoting: Quoting
+) -> Iterator[Row]:
     csv.field_size_limit(max(csv.field_size_limit(), MAX_CELL))  # the default, 131,072, is less than one long article
     rows = _reader(file, stream, separator, quoting)
     line = 1
     try:
         header = next(rows, [])
-        place = _place(file, header, column)
+        places = [_place(file, header, column) for column in columns]
         line = rows.line_num + 1
         for row in rows:
             if any(map(str.strip, row)):  # not a blank line, nor one of separators alone
                 if len(row) < len(header) or any(map(str.strip, row[len(header) :])):
-                    yield _Row(line, problem=_wrong_number(row, header))
-                elif _swallows(row[: len(header)], place, rows.dialect.delimiter):
-                    yield _Row(line, problem=_SWALLOWED)
+                    yield Row(line, problem=_wrong_number(row, header))
+                elif _swallows(row[: len(header)], places[0], rows.dialect.delimiter):
+                    yield Row(line, problem=_SWALLOWED)
                 else:
-                    yield _Row(line, row[place])
+                    yield Row(line, tuple(row[place] for place in places))
             line = rows.line_num + 1
     except csv.Error as error:
-        yield _Row(
+        yield Row(
             line,
             problem=f"{error}: look for a quote that is not closed or not doubled; where quotes are written with a "
             "backslash pass --quoting backslash, where they are characters like others --quoting none",
@@ -194,30 +216,42 @@ def _swallows(row: list[str], place: int, separator: str) -> bool:
 # ---- JSON lines ------------------------------------------------------------------------------------------------------
 
 
-def _json_rows(file: Path, stream: TextIO, column: str) -> Iterator[_Row]:
+def _json_rows(stream: TextIO, file: Path, columns: Sequence[str], labels: Sequence[str]) -> Iterator[Row]:
+    names = *columns, *labels
     for number, line in enumerate(iter(lambda: stream.readline(MAX_CELL), ""), 1):
         if line.isspace():
             continue
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            yield _Row(number, problem=f"not JSON ({error}): expected one object a line{_one_document(file, line)}")
+            yield Row(number, problem=f"not JSON ({error}): expected one object a line{_one_document(file, line)}")
             if number == 1:
                 return  # the file as a whole is something else
             continue
         if not isinstance(record, dict):
-            problem = f"expected a JSON object with a field {column!r}, got {_shown(line)}{_one_document(file, line)}"
-            yield _Row(number, problem=problem)
-        elif column not in record:
-            yield _Row(number, problem=f"no field {column!r}: expected one of {list(record)}")
-        elif not isinstance(text := record[column], str | None):
-            yield _Row(number, problem=f"the field {column!r} must be a string or null, got {_shown(json.dumps(text))}")
-        elif text and "\\u" in line and not _encodable(text):
-            yield _Row(
-                number, problem=f"the field {column!r} has half a character, \\ud800 to \\udfff: mend its escape"
-            )
+            field = f"a field {columns[0]!r}"
+            problem = f"expected a JSON object with {field}, got {_shown(line)}{_one_document(file, line)}"
+            yield Row(number, problem=problem)
+        elif problems := [*filter(None, (_problem(record, name, name in labels) for name in names))]:
+            yield Row(number, problem=problems[0])
         else:
-            yield _Row(number, text or "")
+            values = (record[name] for name in names)
+            yield Row(number, tuple(x if isinstance(x, str) else "" if x is None else json.dumps(x) for x in values))
+
+
+def _problem(record: dict[str, Any], field: str, is_label: bool) -> str | None:
+    """What is wrong with a field of a JSON object; None where nothing is."""
+    if field not in record:
+        return f"no field {field!r}: expected one of {list(record)}"
+    value = record[field]
+    if isinstance(value, str):
+        if value.isascii() or _encodable(value):
+            return None
+        return f"the field {field!r} has half a character, \\ud800 to \\udfff: mend its escape"
+    if value is None or (is_label and isinstance(value, int | float)):
+        return None
+    kinds = "a string, a number or null" if is_label else "a string or null"
+    return f"the field {field!r} must be {kinds}, got {_shown(json.dumps(value))}"
 
 
 def _one_document(file: Path, line: str) -> str:

@@ -20,6 +20,7 @@ from fastbert import files
 from fastbert.models import tokenizer_files
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+BYTE_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # RoBERTa's
 # The trainer sets about 100 bytes an entry aside before it starts, 1.6 GB here, and the word embeddings of a model of
 # 128 dimensions would take 8.6 GB. The largest vocabularies in use have a million entries.
 LARGEST_VOCABULARY = 1 << 24
@@ -87,6 +88,22 @@ def _bert_tokenizer(vocab: dict[str, int], lowercase: bool = True) -> Tokenizer:
     return tokenizer
 
 
+def byte_tokenizer(
+    vocab: dict[str, int], merges: list[tuple[str, str]], lowercase: bool = False, add_prefix_space: bool = True
+) -> Tokenizer:
+    """RoBERTa's tokenizer: byte-level BPE, <s> A </s> and <s> A </s></s> B </s>, <mask> without the space before."""
+    tokenizer = Tokenizer(models.BPE(vocab, merges, continuing_subword_prefix="", end_of_word_suffix=""))
+    if lowercase:
+        parts = [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
+        tokenizer.normalizer = normalizers.Sequence(parts)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    tokenizer.add_special_tokens([AddedToken(token, lstrip=token == "<mask>") for token in BYTE_TOKENS])
+    tokenizer.decoder = decoders.ByteLevel()
+    sep, cls = (("</s>", vocab["</s>"]), ("<s>", vocab["<s>"]))
+    tokenizer.post_processor = processors.RobertaProcessing(sep, cls, True, add_prefix_space)
+    return tokenizer
+
+
 def check_training(texts: Iterable[str], vocab_size: int) -> None:
     """Raises where a tokenizer cannot be trained with these."""
     if not 64 <= vocab_size <= LARGEST_VOCABULARY:
@@ -100,11 +117,13 @@ def check_training(texts: Iterable[str], vocab_size: int) -> None:
         )
 
 
-def count_words(normalizer: Normalizer, pre_tokenizer: PreTokenizer, texts: Iterable[str]) -> dict[str, int]:
+def count_words(normalizer: Normalizer | None, pre_tokenizer: PreTokenizer, texts: Iterable[str]) -> dict[str, int]:
     """How often each word occurs, which are what the two make of the texts; ValueError where there is none."""
     # The trainer counts words in parallel and keeps the counts in its pickled state, the only place that shows them.
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizer
     trainer = trainers.WordPieceTrainer(vocab_size=0, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     try:
@@ -169,10 +188,11 @@ def most_frequent(counts: Counter[str], n: int) -> list[str]:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, max_length: int | None = None) -> None:
-    """Writes vocab.txt, special_tokens_map.json, tokenizer_config.json and tokenizer.json into `folder`.
+    """Writes the vocabulary, special_tokens_map.json, tokenizer_config.json and tokenizer.json into `folder`.
 
     `transformers.AutoTokenizer.from_pretrained(folder)` gives the same ids. `max_length`: the model's longest sequence.
-    Tokens that were added to the vocabulary stand in added_tokens.json too. Each file appears whole or not at all,
+    The vocabulary is vocab.txt, of BPE vocab.json and merges.txt. Tokens that were added to it stand in
+    added_tokens.json too. Each file appears whole or not at all,
     tokenizer.json last, so where it is the others are; an earlier tokenizer's files are replaced or removed.
 
     Raises:
@@ -186,13 +206,14 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, max_length: int 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a folder that `save_tokenizer` or `transformers` wrote, without padding and truncation.
 
-    Reads tokenizer.json, or vocab.txt where there is none, as in older BERT folders; and beside it, as `transformers`
-    does, tokenizer_config.json, special_tokens_map.json and added_tokens.json.
+    Reads tokenizer.json, or where there is none vocab.txt, as in older BERT folders, or vocab.json and merges.txt, as
+    in older RoBERTa folders; and beside it, as `transformers` does, tokenizer_config.json, special_tokens_map.json and
+    added_tokens.json.
 
     Raises:
-        FileNotFoundError: neither tokenizer.json nor vocab.txt.
-        ValueError: a file that cannot be read, a vocab.txt with a token twice or without BERT's special tokens, or an
-            added token whose id another one has.
+        FileNotFoundError: none of these.
+        ValueError: a file that cannot be read, a vocabulary with a token twice or without the model's special tokens,
+            or an added token whose id another one has.
     """
     folder = Path(folder)
     file, vocabulary = folder / "tokenizer.json", folder / "vocab.txt"
@@ -205,10 +226,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             raise ValueError(f"{file} is damaged or of a newer format ({error}): write it again") from error
     elif vocabulary.is_file():
         tokenizer = _bert_tokenizer(_read_vocabulary(vocabulary))
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        tokenizer = _read_byte_tokenizer(folder, settings)
     else:
         raise FileNotFoundError(
-            f"{file} does not exist, nor vocab.txt: give a folder written by save_tokenizer or by transformers' "
-            "save_pretrained"
+            f"{file} does not exist, nor vocab.txt, nor vocab.json with merges.txt: give a folder written by "
+            "save_tokenizer or by transformers' save_pretrained"
         )
     if settings.get("tokenizer_class", "BertTokenizer") in ("BertTokenizer", "BertTokenizerFast"):
         _follow(settings, tokenizer.normalizer)
@@ -246,6 +269,20 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
     if missing := [token for token in SPECIAL_TOKENS if token not in vocab]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: BERT needs {', '.join(SPECIAL_TOKENS)}")
     return vocab
+
+
+def _read_byte_tokenizer(folder: Path, settings: dict[str, Any]) -> Tokenizer:
+    """RoBERTa's, of vocab.json and merges.txt: a pair a line, behind a first line with a version."""
+    vocab = _read_json(folder / "vocab.json")
+    path = folder / "merges.txt"
+    if missing := [token for token in BYTE_TOKENS if token not in vocab]:
+        raise ValueError(f"{folder / 'vocab.json'} lacks {', '.join(missing)}: RoBERTa needs {', '.join(BYTE_TOKENS)}")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        merges = [tuple(line.split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
+        return byte_tokenizer(vocab, merges, add_prefix_space=settings.get("add_prefix_space", False))
+    except Exception as error:  # tokenizers raises a bare Exception
+        raise ValueError(f"{path} does not hold the merges of vocab.json ({error}): fetch both again") from error
 
 
 def _follow(settings: dict[str, Any], normalizer: Any) -> None:
@@ -294,13 +331,13 @@ def vocab_size(tokenizer: Tokenizer) -> int:
 
 
 def special_ids(tokenizer: Tokenizer) -> SpecialIds:
-    """Ids of [PAD], [UNK], [CLS], [SEP] and [MASK], each also spelled as <pad> is; ValueError where one is missing."""
+    """Ids of [PAD], [UNK], [CLS], [SEP] and [MASK], or as others spell them; ValueError where one is missing."""
     vocab = tokenizer.get_vocab()
     tokens = tokenizer_files.special_tokens(vocab)
     if missing := [token for token in SPECIAL_TOKENS if token.strip("[]").lower() not in tokens]:
         raise ValueError(
             f"the tokenizer lacks {', '.join(missing)}: BERT and ALBERT need {', '.join(SPECIAL_TOKENS)}, each also "
-            "spelled as <pad> is"
+            f"spelled as <pad> is; RoBERTa {', '.join(BYTE_TOKENS)}"
         )
     return SpecialIds(**{role: vocab[token] for role, token in tokens.items()})
 
@@ -308,17 +345,24 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
 def continuations(tokenizer: Tokenizer) -> np.ndarray:
     """Which ids continue the word before them: bool [rows of an embedding, see `vocab_size`].
 
-    In WordPiece these are the pieces with "##". In Unigram they follow ALBERT's own program: pieces of letters and of
-    punctuation, but for a single mark; a piece with "▁", a digit or one of `'<=>` begins a word, as special tokens do.
-    That program knows the letters of English alone, and here letters of every script that is written with spaces are
-    such, so that words of other languages are masked whole too; Chinese characters begin a word in both.
+    In WordPiece these are the pieces with "##"; in byte-level BPE those without "Ġ", the space before a word, as in
+    RoBERTa's own program. In Unigram they follow ALBERT's own program: pieces of letters and of punctuation, but for a
+    single mark; a piece with "▁", a digit or one of `'<=>` begins a word. That program knows the letters of English
+    alone, and here letters of every script that is written with spaces are such, so that words of other languages are
+    masked whole too; Chinese characters begin a word in both. Special tokens, and others that were added to a
+    vocabulary, always begin one.
     """
     continues = np.zeros(vocab_size(tokenizer), bool)
-    unigram = isinstance(tokenizer.model, models.Unigram)
     vocab = tokenizer.get_vocab()
     for token, i in vocab.items():
-        continues[i] = _in_a_word(token) if unigram else token.startswith("##")
-    continues[[vocab[token] for token in tokenizer_files.special_tokens(vocab).values()]] = False
+        if isinstance(tokenizer.model, models.Unigram):
+            continues[i] = _in_a_word(token)
+        elif isinstance(tokenizer.model, models.BPE):
+            continues[i] = not token.startswith("Ġ")
+        else:
+            continues[i] = token.startswith("##")
+    special = [vocab[token] for token in tokenizer_files.special_tokens(vocab).values()]
+    continues[[*special, *tokenizer.get_added_tokens_decoder()]] = False
     return continues
 
 
@@ -331,15 +375,22 @@ def _in_a_word(piece: str) -> bool:
 
 def _is_letter(character: str) -> bool:
     """Of a script that is written with spaces between words, or a mark on such a letter."""
-    return unicodedata.category(character)[0] in "LM" and unicodedata.east_asian_width(character) not in "WF"
+    return unicodedata.category(character)[0] in "LM" and not is_wide(character)
+
+
+def is_wide(character: str) -> bool:
+    """Chinese, Japanese or Korean: of a script without spaces between words, or whose words take endings."""
+    return unicodedata.east_asian_width(character) in "WF"
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """SHA-256 (hex) of what decides the ids: vocabulary, Unigram's scores, normalisation and word splitting."""
+    """SHA-256 (hex) of what decides the ids: vocabulary, Unigram's scores, BPE's merges, normalisation, splitting."""
     whole = json.loads(tokenizer.to_str())
     parts = [_by_id(tokenizer), whole["normalizer"], whole["pre_tokenizer"]]
     if isinstance(tokenizer.model, models.Unigram):
         parts.append(whole["model"]["vocab"])
+    if isinstance(tokenizer.model, models.BPE):
+        parts.append(whole["model"]["merges"])
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

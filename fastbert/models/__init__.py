@@ -3,15 +3,43 @@
 from fastbert.models.albert import AlbertConfig, AlbertForPreTraining, AlbertModel
 from fastbert.models.auto import AutoModel
 from fastbert.models.bert import BertConfig, BertForPreTraining, BertModel
+from fastbert.models.classification import (
+    AlbertForSequenceClassification,
+    BertForSequenceClassification,
+    ErnieForSequenceClassification,
+    RobertaForSequenceClassification,
+    XLMRobertaForSequenceClassification,
+)
+from fastbert.models.ernie import ErnieConfig, ErnieForPreTraining, ErnieModel
 from fastbert.models.frozen import freeze
+from fastbert.models.roberta import (
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaModel,
+    XLMRobertaForMaskedLM,
+    XLMRobertaModel,
+)
 
 __all__ = [
     "AlbertConfig",
     "AlbertForPreTraining",
+    "AlbertForSequenceClassification",
     "AlbertModel",
     "AutoModel",
     "BertConfig",
     "BertForPreTraining",
+    "BertForSequenceClassification",
     "BertModel",
+    "ErnieConfig",
+    "ErnieForPreTraining",
+    "ErnieForSequenceClassification",
+    "ErnieModel",
+    "RobertaConfig",
+    "RobertaForMaskedLM",
+    "RobertaForSequenceClassification",
+    "RobertaModel",
+    "XLMRobertaForMaskedLM",
+    "XLMRobertaForSequenceClassification",
+    "XLMRobertaModel",
     "freeze",
 ]

@@ -108,7 +108,7 @@ class AlbertModel(Encoder):
 
     config_class, names = AlbertConfig, parameter_names.ALBERT
 
-    def __init__(self, config: AlbertConfig):
+    def __init__(self, config: AlbertConfig, add_pooling_layer: bool = True):
         super().__init__(config)
         self.embeddings = Embeddings(config, config.embedding_size)
         groups = ([Layer(config) for _ in range(config.inner_group_num)] for _ in range(config.num_hidden_groups))
@@ -118,13 +118,11 @@ class AlbertModel(Encoder):
                 nn.ModuleDict({"albert_layers": nn.ModuleList(layers)}) for layers in groups
             ),
         })  # fmt: skip
-        self.pooler = Linear(config.hidden_size, config.hidden_size)
+        self.pooler = Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
         self.apply(self._init_weights)
 
-    def embed(
-        self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor, seed: Tensor | None
-    ) -> Tensor:
-        x = self.embeddings(input_ids, token_type_ids, position_ids, seed)
+    def embed(self, *ids: Tensor | None, seed: Tensor | None) -> Tensor:
+        x = self.embeddings(*ids, seed=seed)
         return self.encoder["embedding_hidden_mapping_in"](x)
 
     def layers(self) -> list[Callable[..., Tensor]]:
@@ -189,20 +187,16 @@ class _Use(torch.autograd.Function):
 class AlbertForPreTraining(PreTrainingModel):
     """ALBERT with its two pretraining heads: masked words (decoder tied to the word embedding) and sentence order."""
 
-    config_class, names, sentence_label = AlbertConfig, parameter_names.ALBERT, "sentence_order_label"
+    encoder_class, sentence_label = AlbertModel, "sentence_order_label"
+    config_class, names = AlbertConfig, parameter_names.ALBERT
 
     def __init__(self, config: AlbertConfig):
         super().__init__(config)
-        self.albert = AlbertModel(config)
         self.predictions = WordPredictions(config, config.embedding_size)
         dropout, classifier = Dropout(config.classifier_dropout_prob), nn.Linear(config.hidden_size, 2)
         self.sop_classifier = nn.Sequential(OrderedDict(dropout=dropout, classifier=classifier))
         for head in (self.predictions, self.sop_classifier):
             head.apply(self._init_weights)
-
-    @property
-    def base_model(self) -> AlbertModel:
-        return self.albert
 
     @property
     def sentence_head(self) -> nn.Sequential:

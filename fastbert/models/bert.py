@@ -64,17 +64,19 @@ class BertModel(Encoder):
 
     config_class, names = BertConfig, parameter_names.BERT
 
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: BertConfig, add_pooling_layer: bool = True):
         super().__init__(config)
-        self.embeddings = Embeddings(config, config.hidden_size)
+        self.embeddings = self.make_embeddings(config)
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))})
-        self.pooler = nn.ModuleDict({"dense": Linear(config.hidden_size, config.hidden_size)})
+        pooler = nn.ModuleDict({"dense": Linear(config.hidden_size, config.hidden_size)})
+        self.pooler = pooler if add_pooling_layer else None
         self.apply(self._init_weights)
 
-    def embed(
-        self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor, seed: Tensor | None
-    ) -> Tensor:
-        return self.embeddings(input_ids, token_type_ids, position_ids, seed)
+    def make_embeddings(self, config: BertConfig) -> Embeddings:
+        return Embeddings(config, config.hidden_size)
+
+    def embed(self, *ids: Tensor | None, seed: Tensor | None, **more: Tensor | None) -> Tensor:
+        return self.embeddings(*ids, seed=seed, **more)
 
     def layers(self) -> nn.ModuleList:
         return self.encoder["layer"]
@@ -86,18 +88,14 @@ class BertModel(Encoder):
 class BertForPreTraining(PreTrainingModel):
     """BERT with its two pretraining heads: masked words (decoder tied to the word embedding) and next sentence."""
 
-    config_class, names, sentence_label = BertConfig, parameter_names.BERT, "next_sentence_label"
+    encoder_class, sentence_label = BertModel, "next_sentence_label"
+    config_class, names = BertConfig, parameter_names.BERT
 
     def __init__(self, config: BertConfig):
         super().__init__(config)
-        self.bert = BertModel(config)
         words = WordPredictions(config, config.hidden_size)
         self.cls = nn.ModuleDict({"predictions": words, "seq_relationship": nn.Linear(config.hidden_size, 2)})
         self.cls.apply(self._init_weights)
-
-    @property
-    def base_model(self) -> BertModel:
-        return self.bert
 
     @property
     def predictions(self) -> WordPredictions:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastbert import extras, files
 from fastbert.models import parameter_names, tokenizer_files
+from fastbert.models.config import ModelConfig
 from fastbert.models.parameter_names import Names
 
 # What no model here does, by configuration field: the one value it can take.
@@ -44,7 +45,7 @@ def load(folder: str | os.PathLike, names: Names) -> tuple[dict[str, Any], dict[
     tensors = _read_tensors(Path(folder))
     if fields.get("model_type") is None:
         prefix = parameter_names.encoder_prefix(list(tensors), folder, names)
-        if prefix.rstrip(".").rpartition(".")[2] not in (names.model_type, *_WRAPPERS):
+        if prefix.rstrip(".").rpartition(".")[2] not in (names.encoder, *_WRAPPERS):
             raise ValueError(
                 f'{path} names no "model_type" and the weights stand under {prefix!r}: where this is {names.article}, '
                 f'add "model_type": "{names.model_type}"'
@@ -143,11 +144,12 @@ def _safetensors() -> Any:
 def assign(model: nn.Module, tensors: dict[str, Tensor], source: str | os.PathLike) -> None:
     """Copies tensors under Hugging Face's names into the model, which is not touched unless all of them fit.
 
-    A pooler or a pretraining head that the checkpoint lacks keeps its fresh weights, and a warning names them; so does
-    one for tensors that the model has no place for. An encoder leaves the pretraining heads out without a word.
+    A pooler or a head that the checkpoint lacks keeps its fresh weights, and a warning names them; so does one for
+    tensors that the model has no place for. An encoder leaves heads, and one without a pooler leaves that, out without
+    a word.
 
     Args:
-        model: an encoder, or one with pretraining heads.
+        model: an encoder, or one with heads.
         tensors: by name; dtypes are converted to the model's.
         source: where they come from, for messages.
 
@@ -159,11 +161,14 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], source: str | os.PathLi
     state = model.state_dict()
     expected = parameter_names.to_hugging_face(state, names)
     with_heads = names.embedding in state
+    pooler = f"{names.base}pooler."
     wanted = {name if with_heads else names.base + name for name in expected}
     given = parameter_names.normalize(tensors, source, names)
     if not with_heads:  # the heads are nobody's here, but the decoder may be all there is of the word embedding
         kept = () if names.embedding in given else (names.decoder,)
         given = {name: x for name, x in given.items() if name in kept or not name.startswith(names.heads)}
+    if not any(name.startswith(pooler) for name in wanted):
+        given = {name: x for name, x in given.items() if not name.startswith(pooler)}
     _check_tensors(given, wanted | {names.decoder, names.decoder_bias}, source)
     _tie(given, names.embedding, names.decoder, source)
     _tie(given, names.bias, names.decoder_bias, source)
@@ -172,7 +177,7 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], source: str | os.PathLi
     missing = [name for name in expected if name not in given]
     unexpected = [name for name in given if name not in expected]
     # What a checkpoint may lack, because the model it was saved from had no such part.
-    optional = ("pooler.", f"{names.base}pooler.", *names.heads)
+    optional = ("pooler.", pooler, *names.heads)
     absent = [name for name in missing if not name.startswith(optional)]
     if absent:
         raise ValueError(
@@ -244,7 +249,7 @@ def save(model: nn.Module, folder: str | os.PathLike, fields: dict[str, Any], to
     while writing leaves an earlier export as it was.
 
     Args:
-        model: an encoder, or one with pretraining heads; stored in the dtype it has.
+        model: an encoder, or one with heads; stored in the dtype it has.
         folder: made where it does not exist.
         fields: the configuration.
         tokenizer: a `tokenizers.Tokenizer`, a folder to copy tokenizer files from, or None for none.
@@ -266,22 +271,22 @@ def save(model: nn.Module, folder: str | os.PathLike, fields: dict[str, Any], to
         "config.json": (files.json_text(dict(sorted(config.items())), 2) + "\n").encode(),
         "model.safetensors": safetensors.save(tensors, metadata={"format": "pt"}),
     }
-    tokenizer_contents = _tokenizer_files(tokenizer, fields)
+    tokenizer_contents = _tokenizer_files(tokenizer, model.config)
     files.write(folder, contents | tokenizer_contents)
     if tokenizer is not None:
         tokenizer_files.remove_others(folder, tokenizer_contents)
 
 
-def _tokenizer_files(tokenizer: Any, fields: dict[str, Any]) -> dict[str, bytes]:
+def _tokenizer_files(tokenizer: Any, config: ModelConfig) -> dict[str, bytes]:
     if tokenizer is None:
         return {}
     if isinstance(tokenizer, str | os.PathLike):
         return tokenizer_files.read(tokenizer)
-    contents = tokenizer_files.make(tokenizer, fields["max_position_embeddings"])
+    contents = tokenizer_files.make(tokenizer, config.longest)
     token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
-    if highest >= fields["vocab_size"]:
+    if highest >= config.vocab_size:
         raise ValueError(
-            f"the tokenizer's token {token!r} has id {highest}, but the model's vocab_size is {fields['vocab_size']}: "
+            f"the tokenizer's token {token!r} has id {highest}, but the model's vocab_size is {config.vocab_size}: "
             "save the tokenizer that the model was trained with"
         )
     return contents

@@ -1,6 +1,7 @@
 """What every model's configuration has: sizes and probabilities under Hugging Face's names, checked once."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 _GELU = {  # hidden_act -> approximate; transformers has several names, and ways to compute it, for each of the two
@@ -45,6 +46,12 @@ class ModelConfig:
     presets: ClassVar[dict[str, dict[str, int]]] = {}  # name -> the fields that differ from the class's defaults
 
     @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Self:
+        """The configuration in a config.json's fields, of which others are left out; raises as the class does."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in fields.items() if name in known})
+
+    @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:
         """The configuration that `presets` has under this name, with any field given by name instead.
 
@@ -81,6 +88,16 @@ class ModelConfig:
         pad = self.pad_token_id
         if pad is not None and not (_is_number(pad, int) and 0 <= pad < self.vocab_size):
             raise ValueError(f"pad_token_id must be None or an id in the vocabulary of {self.vocab_size}, got {pad!r}")
+
+    @property
+    def first_position(self) -> int:
+        """The row of the position table that a sequence's first token takes; the last row before it is padding's."""
+        return 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that the position table has rows for."""
+        return self.max_position_embeddings - self.first_position
 
     @property
     def approximate(self) -> str:

@@ -33,18 +33,18 @@ class EncoderOutput(NamedTuple):
 
     Attributes:
         sequence_output: [B, S, H], zeros at padding, or packed [T, H]; [M, H] where `masked_positions` were given.
-        pooled_output: [B, H], tanh of a dense layer over each sequence's first token.
+        pooled_output: [B, H], tanh of a dense layer over each sequence's first token; None without a pooler.
     """
 
     sequence_output: Tensor
-    pooled_output: Tensor
+    pooled_output: Tensor | None
 
     @property
     def last_hidden_state(self) -> Tensor:
         return self.sequence_output
 
     @property
-    def pooler_output(self) -> Tensor:
+    def pooler_output(self) -> Tensor | None:
         return self.pooled_output
 
 
@@ -54,18 +54,20 @@ class Embeddings(nn.Module):
     def __init__(self, config: ModelConfig, size: int):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
-        self.position_embeddings = SmallEmbedding(config.max_position_embeddings, size)
+        unused = config.first_position - 1 if config.first_position else None
+        self.position_embeddings = SmallEmbedding(config.max_position_embeddings, size, padding_idx=unused)
         self.token_type_embeddings = SmallEmbedding(config.type_vocab_size, size)
         self.LayerNorm = LayerNorm(size, config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def forward(
-        self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor, seed: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, *ids: Tensor | None, seed: Tensor | None = None, **more: Tensor | None) -> Tensor:
+        """Of the ids that `add_up` takes; `seed` is dropout's."""
+        return self.dropout(self.LayerNorm(self.add_up(*ids, **more)), seed)
+
+    def add_up(self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor) -> Tensor:
         types = self.token_type_embeddings
         x = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
-        x = x + (types.weight[0] if token_type_ids is None else types(token_type_ids))
-        return self.dropout(self.LayerNorm(x), seed)
+        return x + (types.weight[0] if token_type_ids is None else types(token_type_ids))
 
 
 class DenseAddLayerNorm(nn.Module):
@@ -136,21 +138,51 @@ class PreTrainedModel(nn.Module):
                 module.weight[module.padding_idx] = 0.0
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> Self:
-        """The model in a Hugging Face folder, in float32 and evaluation mode; see `checkpoint.load`."""
+    def from_pretrained(cls, folder: str | os.PathLike, **options: Any) -> Self:
+        """The model in a Hugging Face folder, in float32 and evaluation mode; see `checkpoint.load`.
+
+        `options` are the class's own, beside the configuration, such as an encoder's `add_pooling_layer`.
+        """
         fields, tensors = checkpoint.load(folder, cls.names)
-        known = {f.name for f in dataclasses.fields(cls.config_class)}
-        model = cls(cls.config_class(**{name: value for name, value in fields.items() if name in known}))
+        model = cls(cls.config_class.from_fields(fields), **cls.stored_options(fields), **options)
         checkpoint.assign(model, tensors, folder)
         return model.eval()
 
+    @classmethod
+    def stored_options(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """What the constructor takes beside the configuration and config.json's fields say."""
+        return {}
+
+    def fields(self) -> dict[str, Any]:
+        """What config.json says of the model."""
+        return dataclasses.asdict(self.config)
+
     def save_pretrained(self, folder: str | os.PathLike, tokenizer: Any = None) -> None:
         """Writes a folder that `transformers` and `from_pretrained` load; see `checkpoint.save`."""
-        checkpoint.save(self, folder, dataclasses.asdict(self.config), tokenizer)
+        checkpoint.save(self, folder, self.fields(), tokenizer)
+
+
+class ModelWithHead(PreTrainedModel):
+    """An encoder, under the name that it has in Hugging Face's models (`bert`, `albert`, ...), and what is on top.
+
+    Args:
+        config: the configuration.
+        options: the encoder's own.
+    """
+
+    encoder_class: ClassVar[type["Encoder"]]
+
+    def __init__(self, config: ModelConfig, **options: Any):
+        super().__init__(config)
+        self.add_module(self.names.encoder, self.encoder_class(config, **options))
+
+    @property
+    def base_model(self) -> "Encoder":
+        return getattr(self, self.names.encoder)
 
 
 class Encoder(PreTrainedModel):
-    """An encoder with its pooler; a subclass has `embed`, `layers` and `pool`.
+    """An encoder with its pooler, or without (`pooler` is None then); a subclass has `embed`, `layers` and `pool`.
 
     Weights start as N(0, initializer_range), biases as 0, LayerNorm as 1 and 0, the padding token's embedding as 0.
 
@@ -160,11 +192,13 @@ class Encoder(PreTrainedModel):
     """
 
     checkpoint_layers = False
+    pooler: nn.Module | None
 
-    def embed(
-        self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor, seed: Tensor | None
-    ) -> Tensor:
-        """All ids [T] -> [T, H]; `seed` is dropout's."""
+    def embed(self, *ids: Tensor | None, seed: Tensor | None, **more: Tensor | None) -> Tensor:
+        """`ids` of words, token types and positions, [T] -> [T, H].
+
+        `seed` is dropout's, and `more` are the ids that `encode` was given besides.
+        """
         raise NotImplementedError
 
     def layers(self) -> Sequence[Callable[..., Tensor]]:
@@ -209,20 +243,31 @@ class Encoder(PreTrainedModel):
                 a CPU outside torch.compile, ids or places out of range or boundaries that do not hold.
             RuntimeError: within `torch.jit.trace`.
         """
-        packing, position_ids = inputs.pack(
-            self.config,
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            cu_seqlens,
-            max_seqlen,
-            masked_positions,
+        return self.encode(
+            input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen, masked_positions
         )
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        masked_positions: Tensor | None,
+        **more: Tensor | None,
+    ) -> EncoderOutput:
+        """What `forward` says of its arguments; `more` are ids of further kinds for `embed`, each like `input_ids`."""
+        packing, position_ids = inputs.pack(
+            self.config, input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen,
+            masked_positions, more,
+        )  # fmt: skip
         ids = (packing.remove_padding(x) for x in (input_ids, token_type_ids, position_ids))
         *earlier, last = self.layers()
         seed, *seeds = self._draw_seeds(len(earlier) + 1, input_ids.device)
-        x = self.embed(*ids, seed)  # [T, H]
+        more = {name: packing.remove_padding(x) for name, x in more.items()}
+        x = self.embed(*ids, seed=seed, **more)  # [T, H]
         for number, layer in enumerate(earlier):
             x = self._through(layer, x, packing, None, seeds[number])
         first = packing.first_places()
@@ -233,6 +278,8 @@ class Encoder(PreTrainedModel):
             read = torch.cat([first, packing.packed_places(masked_positions)])
             x = self._through(last, x, packing, read, seeds[-1])
             first, sequence_output = x.split([len(first), len(masked_positions)])
+        if self.pooler is None:
+            return EncoderOutput(sequence_output, None)
         return EncoderOutput(sequence_output, torch.tanh(self.pool(packing.without_empty(first))))
 
     def _draw_seeds(self, layers: int, device: torch.device) -> tuple[Tensor | None, *tuple[Seeds, ...]]:

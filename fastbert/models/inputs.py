@@ -4,6 +4,8 @@ Values are looked at on the CPU only, where it costs nothing; elsewhere it would
 torch.compile it would break the graph. Shapes and dtypes are always checked.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -76,23 +78,30 @@ def pack(
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
     masked_positions: Tensor | None = None,
+    more: Mapping[str, Tensor | None] = MappingProxyType({}),
 ) -> tuple[Packing, Tensor]:
-    """Checks the arguments of an encoder's `forward`; returns the packing, and position ids of input_ids' shape."""
+    """Checks the arguments of an encoder's `forward`; returns the packing, and position ids of input_ids' shape.
+
+    `more` are ids of further kinds by name, `<kind>_ids`, below the configuration's `<kind>_vocab_size`.
+    """
     if torch.jit.is_tracing():
         raise RuntimeError(
             "torch.jit.trace would keep this batch's lengths for every other batch: use torch.compile or torch.export"
         )
     optional = {
         "attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids,
-        "cu_seqlens": cu_seqlens, "masked_positions": masked_positions,
+        "cu_seqlens": cu_seqlens, "masked_positions": masked_positions, **more,
     }  # fmt: skip
     _check_tensors({"input_ids": input_ids} | {name: x for name, x in optional.items() if x is not None})
-    shape, longest, real = input_ids.shape, config.max_position_embeddings, None
+    shape, longest, real = input_ids.shape, config.longest, None
+    counted = config.first_position > 0 and position_ids is None
     if cu_seqlens is not None:
         if attention_mask is not None:
             raise ValueError("a packed batch (cu_seqlens) has no padding: leave attention_mask out")
         max_seqlen = _check_packed(shape, cu_seqlens, max_seqlen, longest)
-        position_ids = _places(cu_seqlens, shape[0]) if position_ids is None else position_ids
+        if position_ids is None and not counted:
+            order, starts = _order(cu_seqlens, shape[0])
+            position_ids = (order - starts).long()
     else:
         _check_padded(shape, attention_mask, longest)
         max_seqlen = shape[1]
@@ -101,14 +110,20 @@ def pack(
         else:
             real = attention_mask.flatten().nonzero().squeeze(1)
             cu_seqlens = F.pad(attention_mask.bool().sum(1).cumsum(0), (1, 0)).int()
-        if position_ids is None:
+        if position_ids is None and not counted:
             position_ids = torch.arange(shape[1], device=input_ids.device).unsqueeze(0)
-        if position_ids.shape == (1, shape[1]):
+        if position_ids is not None and position_ids.shape == (1, shape[1]):
             position_ids = position_ids.expand(shape)
+    if counted:
+        position_ids = _counted_places(input_ids, config.pad_token_id, cu_seqlens)
     _check_ids("input_ids", input_ids, shape, config.vocab_size, "vocab_size")
     if token_type_ids is not None:
         _check_ids("token_type_ids", token_type_ids, shape, config.type_vocab_size, "type_vocab_size")
-    _check_ids("position_ids", position_ids, shape, longest, "max_position_embeddings")
+    _check_ids("position_ids", position_ids, shape, config.max_position_embeddings, "max_position_embeddings")
+    for name, ids in more.items():
+        if ids is not None:
+            limit = f"{name.removesuffix('_ids')}_vocab_size"
+            _check_ids(name, ids, shape, getattr(config, limit), limit)
     if masked_positions is not None:
         _check_positions(masked_positions, input_ids.numel())
     return Packing(shape, cu_seqlens, max_seqlen, real), position_ids
@@ -228,12 +243,22 @@ def _check_positions(masked_positions: Tensor, tokens: int) -> None:
             )
 
 
-def _places(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """Each packed token's place in its own sequence, int64 [T], without waiting for the device."""
+def _order(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """The packed tokens' places 0, 1, ..., T - 1, and where each one's sequence starts; waits for no device."""
     order = torch.arange(tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     # Never in a slice of cu_seqlens: compiled for a GPU, torch 2.11 searches as if it began at 0 (pytorch#182343).
     sequence = torch.searchsorted(cu_seqlens.contiguous(), order, right=True) - 1
-    return (order - cu_seqlens[sequence]).long()
+    return order, cu_seqlens[sequence]
+
+
+def _counted_places(ids: Tensor, pad_id: int, cu_seqlens: Tensor) -> Tensor:
+    """RoBERTa's position ids: a sequence's tokens count from pad_id + 1, wherever it is padded; padding has pad_id."""
+    real = (ids != pad_id).long()
+    counted = real.cumsum(-1)
+    if ids.dim() == 1:  # packed
+        _, starts = _order(cu_seqlens, ids.shape[0])
+        counted = counted - F.pad(counted, (1, 0))[starts.long()]
+    return counted * real + pad_id
 
 
 def _check_length(tokens: int, longest: int) -> None:

@@ -155,15 +155,16 @@ class Dropout(nn.Module):
 
 
 class SmallEmbedding(nn.Embedding):
-    """`nn.Embedding` of few rows, without padding: ids [T] -> [T, H].
+    """`nn.Embedding` of few rows: ids [T] -> [T, H].
 
     For a table's gradient on a GPU torch sorts the ids, by a dozen kernels. Of a 16-bit table of up to 1,024 rows it is
-    one product here, summed in float32 and always in the same order.
+    one product here, summed in float32 and always in the same order. A padding row keeps torch's way.
     """
 
     def forward(self, ids: Tensor) -> Tensor:
         table = self.weight
-        if table.is_cuda and table.dtype in (torch.bfloat16, torch.float16) and len(table) <= FEW_ROWS:
+        is_16_bit = table.dtype in (torch.bfloat16, torch.float16)
+        if table.is_cuda and is_16_bit and len(table) <= FEW_ROWS and self.padding_idx is None:
             return _LookUp.apply(ids, table)
         return super().forward(ids)
 

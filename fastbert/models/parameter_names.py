@@ -23,15 +23,17 @@ class Names(NamedTuple):
     """What one architecture is called in Hugging Face's folders.
 
     Attributes:
-        model_type: in config.json; the encoder's names begin with it in a model that has heads.
+        model_type: in config.json.
+        encoder: the encoder's name in a model that has heads.
         title: what its classes' names begin with.
         article: in a sentence.
         predictions: what the masked word head's names begin with.
-        heads: what the pretraining heads' names begin with.
+        heads: what the names of all heads begin with that stand on the encoder.
         renamed: parts of names, ours and theirs, in this order.
     """
 
     model_type: str
+    encoder: str
     title: str
     article: str
     predictions: str
@@ -41,7 +43,7 @@ class Names(NamedTuple):
     @property
     def base(self) -> str:
         """What the encoder's names begin with in a model that has heads."""
-        return f"{self.model_type}."
+        return f"{self.encoder}."
 
     @property
     def embedding(self) -> str:
@@ -62,13 +64,25 @@ class Names(NamedTuple):
         return f"{self.predictions}decoder.bias"
 
 
-BERT = Names("bert", "Bert", "a BERT", "cls.predictions.", ("cls.",))
+BERT = Names("bert", "bert", "Bert", "a BERT", "cls.predictions.", ("cls.", "classifier."))
+ERNIE = BERT._replace(model_type="ernie", encoder="ernie", title="Ernie", article="an ERNIE")
+ROBERTA = Names(
+    "roberta",
+    "roberta",
+    "Roberta",
+    "a RoBERTa",
+    "lm_head.",
+    ("lm_head.", "classifier."),
+    renamed=(("lm_head.transform.dense.", "lm_head.dense."), ("lm_head.transform.LayerNorm.", "lm_head.layer_norm.")),
+)
+XLM_ROBERTA = ROBERTA._replace(model_type="xlm-roberta", title="XLMRoberta", article="an XLM-RoBERTa")
 ALBERT = Names(
+    "albert",
     "albert",
     "Albert",
     "an ALBERT",
     "predictions.",
-    ("predictions.", "sop_classifier."),
+    ("predictions.", "sop_classifier.", "classifier."),
     renamed=(
         (".attention.self.", ".attention."),
         (".attention.output.", ".attention."),

@@ -1,4 +1,4 @@
-"""The two pretraining heads over an encoder: masked words, and one question about the two texts of a pair.
+"""The pretraining heads over an encoder: masked words, and in most models one question about the texts of a pair.
 
 A label of -100 is ignored by both.
 """
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastbert.models import inputs
 from fastbert.models.config import ModelConfig
-from fastbert.models.encoder import Encoder, PreTrainedModel
+from fastbert.models.encoder import ModelWithHead
 from fastbert.models.layers import LayerNorm, LinearGELU
 from fastbert.ops.cross_entropy import cross_entropy
 from fastbert.ops.linear import linear, padded_linear
@@ -49,8 +49,10 @@ class WordPredictions(nn.Module):
 class Predictions(NamedTuple):
     """Losses and logits of both heads, in the order of the models' outputs; a loss is None where labels were not given.
 
+    What is the sentence head's is None in a model that has none.
+
     Attributes:
-        loss: float32 scalar, the sum of the two below.
+        loss: float32 scalar, the sum of the losses below.
         mlm_loss: float32 scalar, the mean over labels that are not ignored; 0 where there are none.
         sentence_loss: float32 scalar, likewise over sequences.
         prediction_logits: [M, V] at the labelled positions in order; without labels at all: [B, S, V] or [T, V].
@@ -61,16 +63,16 @@ class Predictions(NamedTuple):
     mlm_loss: Tensor | None
     sentence_loss: Tensor | None
     prediction_logits: Tensor
-    sentence_logits: Tensor
+    sentence_logits: Tensor | None
 
 
-class PreTrainingModel(PreTrainedModel):
-    """An encoder with both heads; a subclass has `base_model`, `predictions` and `sentence_head`."""
+class PreTrainingModel(ModelWithHead):
+    """An encoder with its heads; a subclass has `predictions` and, if any, `sentence_head`."""
 
-    sentence_label: ClassVar[str]  # the argument of `forward` that holds the sentence head's labels
-    base_model: Encoder
+    # The argument of `forward` that holds the sentence head's labels; None for a model without that head.
+    sentence_label: ClassVar[str | None]
     predictions: WordPredictions
-    sentence_head: nn.Module
+    sentence_head: nn.Module | None = None
 
     @property
     def word_embeddings(self) -> nn.Parameter:
@@ -88,9 +90,10 @@ class PreTrainingModel(PreTrainedModel):
         labels: Tensor | None,
         sentence_label: Tensor | None,
         masked_positions: Tensor | None,
+        **more: Tensor | None,
     ) -> Predictions:
-        """What `forward` says of its arguments."""
-        named = {self.sentence_label: sentence_label}
+        """What `forward` says of its arguments; `more` as in `Encoder.encode`."""
+        named = {} if self.sentence_label is None else {self.sentence_label: sentence_label}
         inputs.check_targets(self.config, input_ids, cu_seqlens, labels, named, masked_positions)
         if labels is not None and masked_positions is None:
             masked_positions = (labels.flatten() != inputs.IGNORED).nonzero().squeeze(1)
@@ -103,6 +106,7 @@ class PreTrainingModel(PreTrainedModel):
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
             masked_positions=masked_positions,
+            **more,
         )
         if labels is not None and attention_mask is not None:
             padding = attention_mask.flatten().index_select(0, masked_positions) == 0
@@ -110,7 +114,7 @@ class PreTrainingModel(PreTrainedModel):
 
         logits = self.predictions(hidden.flatten(0, -2), self.word_embeddings)
         logits = logits.view(*hidden.shape[:-1], logits.shape[1])
-        sentence_logits = self.sentence_head(pooled)
+        sentence_logits = None if self.sentence_head is None else self.sentence_head(pooled)
 
         mlm_loss = None if labels is None else cross_entropy(logits, labels, inputs.IGNORED)
         sentence_loss = None

@@ -10,36 +10,41 @@ from pathlib import Path
 from typing import Any
 
 # What `transformers` reads: tokenizer.json, tokenizer_config.json, tokenizer.<version>.json, and the files beside them.
-_PATTERNS = ("vocab.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "tokenizer*.json")
+_PATTERNS = (
+    "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja",
+    "tokenizer*.json",
+)  # fmt: skip
 _ROLES = ("pad", "unk", "cls", "sep", "mask")
+_ROBERTAS = {"cls": "<s>", "sep": "</s>"}
 _FLAGS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 
 
 def special_tokens(tokens: Container[str]) -> dict[str, str]:
     """Which token has which role: pad, unk, cls, sep, mask; without those that no token has.
 
-    BERT spells them `[PAD]`, SentencePiece `<pad>`, and ALBERT's published vocabularies have some of either kind.
+    BERT spells them `[PAD]`, SentencePiece `<pad>`, ALBERT's published vocabularies have some of either kind, and
+    RoBERTa has `<s>` and `</s>` for cls and sep.
     """
-    spelled = {role: (f"[{role.upper()}]", f"<{role}>") for role in _ROLES}
-    known = {role: [token for token in both if token in tokens] for role, both in spelled.items()}
+    spelled = {role: (f"[{role.upper()}]", f"<{role}>", _ROBERTAS.get(role, "")) for role in _ROLES}
+    known = {role: [token for token in forms if token in tokens] for role, forms in spelled.items()}
     return {role: found[0] for role, found in known.items() if found}
 
 
 def make(tokenizer: Any, max_length: int | None = None) -> dict[str, bytes]:
     """The files from which `transformers` gives the same ids as `tokenizer`.
 
-    `transformers` builds its BertTokenizer and AlbertTokenizer from settings, a vocabulary and added tokens and not
-    from all that is in tokenizer.json. A tokenizer that does more than these can gets the class that takes
-    tokenizer.json as it is.
+    `transformers` builds its BertTokenizer, AlbertTokenizer and RobertaTokenizer from settings, a vocabulary and added
+    tokens and not from all that is in tokenizer.json. A tokenizer that does more than these can gets the class that
+    takes tokenizer.json as it is.
 
     Args:
         tokenizer: a `tokenizers.Tokenizer`.
         max_length: the model's longest sequence in tokens; None for no limit.
 
     Returns:
-        File name -> content: vocab.txt (a token's line is its id; a line is blank where no token has the id),
-        added_tokens.json where tokens were added to the vocabulary, special_tokens_map.json, tokenizer_config.json
-        and tokenizer.json, in this order.
+        File name -> content: vocab.txt (a token's line is its id; a line is blank where no token has the id), of BPE
+        vocab.json and merges.txt; added_tokens.json where tokens were added to the vocabulary, special_tokens_map.json,
+        tokenizer_config.json and tokenizer.json, in this order.
 
     Raises:
         TypeError: another kind of tokenizer.
@@ -52,9 +57,6 @@ def make(tokenizer: Any, max_length: int | None = None) -> dict[str, bytes]:
         )
     whole = json.loads(tokenizer.to_str())
     vocabulary, tokens = tokenizer.get_vocab(with_added_tokens=False), tokenizer.get_vocab()
-    lines = [""] * (1 + max(vocabulary.values(), default=-1))
-    for token, i in vocabulary.items():
-        lines[i] = token
     owners: dict[int, str] = {}
     for token, i in tokens.items():
         if owners.setdefault(i, token) != token:
@@ -64,6 +66,8 @@ def make(tokenizer: Any, max_length: int | None = None) -> dict[str, bytes]:
             )
     added = {token["content"]: token for token in whole["added_tokens"]}
     special: dict[str, Any] = {f"{role}_token": token for role, token in special_tokens(tokens).items()}
+    if special.get("cls_token") == _ROBERTAS["cls"]:
+        special |= {"bos_token": special["cls_token"], "eos_token": special.get("sep_token")}
     more = [token for token, fields in added.items() if fields["special"] and token not in special.values()]
     special |= {"additional_special_tokens": more} if more else {}
     config = {
@@ -72,7 +76,7 @@ def make(tokenizer: Any, max_length: int | None = None) -> dict[str, bytes]:
         "added_tokens_decoder": {str(x["id"]): {flag: x[flag] for flag in _FLAGS} for x in added.values()},
         **special,
     }
-    contents = {"vocab.txt": "".join(f"{token}\n" for token in lines)}
+    contents = _vocabulary(whole["model"], vocabulary)
     if beyond := {token: tokens[token] for token in added if token not in vocabulary}:
         contents["added_tokens.json"] = _json(beyond)
     contents |= {
@@ -83,11 +87,23 @@ def make(tokenizer: Any, max_length: int | None = None) -> dict[str, bytes]:
     return {name: text.encode() for name, text in contents.items()}
 
 
+def _vocabulary(model: dict[str, Any], vocabulary: dict[str, int]) -> dict[str, str]:
+    if model["type"] == "BPE":
+        merges = "".join(f"{' '.join(pair)}\n" for pair in model["merges"])
+        return {"vocab.json": _json(dict(sorted(vocabulary.items(), key=lambda item: item[1]))), "merges.txt": merges}
+    lines = [""] * (1 + max(vocabulary.values(), default=-1))
+    for token, i in vocabulary.items():
+        lines[i] = token
+    return {"vocab.txt": "".join(f"{token}\n" for token in lines)}
+
+
 def _settings(whole: dict[str, Any], tokens: dict[str, int]) -> dict[str, Any]:
     """The class that `transformers` loads the tokenizer with, and what that class must be told."""
     normalizer, model = whole["normalizer"] or {}, whole["model"]
     if (alberts := _albert_settings(whole)) is not None:
         return alberts
+    if (robertas := _roberta_settings(whole)) is not None:
+        return robertas
     berts = (
         normalizer.get("type") == "BertNormalizer"
         and normalizer["clean_text"]
@@ -133,6 +149,21 @@ def _albert_settings(whole: dict[str, Any]) -> dict[str, Any] | None:
     return {"tokenizer_class": "AlbertTokenizer", "keep_accents": form[0], "do_lower_case": form[1]}
 
 
+def _roberta_settings(whole: dict[str, Any]) -> dict[str, Any] | None:
+    """What RobertaTokenizer must be told to be this tokenizer; None where it cannot be."""
+    model, splits, frames = whole["model"], whole["pre_tokenizer"] or {}, whole["post_processor"] or {}
+    same = model.get("type") == "BPE" and whole["normalizer"] is None and splits.get("type") == "ByteLevel"
+    same = same and splits["use_regex"] and frames.get("type") == "RobertaProcessing"
+    if not same or (frames["cls"][0], frames["sep"][0]) != (_ROBERTAS["cls"], _ROBERTAS["sep"]):
+        return None
+    if model["dropout"] or model["unk_token"] or model["fuse_unk"] or model["byte_fallback"] or model["ignore_merges"]:
+        return None
+    spaces = {name: frames[name] for name in ("add_prefix_space", "trim_offsets")}
+    if splits["add_prefix_space"] != spaces["add_prefix_space"]:
+        return None
+    return {"tokenizer_class": "RobertaTokenizer", **spaces}
+
+
 def _frames_like_bert(post_processor: dict[str, Any]) -> bool:
     """Whether the special tokens of one and of two texts are [CLS] A [SEP] and [CLS] A [SEP] B [SEP]."""
     if post_processor.get("type") == "BertProcessing":
@@ -154,10 +185,10 @@ def read(folder: str | os.PathLike) -> dict[str, bytes]:
     """Every file in `folder` that `transformers` reads for its tokenizer, to be copied: name -> content.
 
     Raises:
-        FileNotFoundError: neither tokenizer.json nor vocab.txt is there.
+        FileNotFoundError: neither tokenizer.json nor a vocabulary is there.
     """
     contents = {path.name: path.read_bytes() for path in _present(folder)}
-    if not contents.keys() & {"tokenizer.json", "vocab.txt"}:
+    if not contents.keys() & {"tokenizer.json", "vocab.txt", "vocab.json"}:
         raise FileNotFoundError(f"{folder} has no tokenizer: expected the file tokenizer.json or vocab.txt")
     return contents
 

@@ -5,10 +5,11 @@ import unicodedata
 from collections.abc import Iterator
 
 import torch
+from tokenizers import decoders
 from torch import Tensor
 
 from fastbert.data.batches import Batch, PretrainBatches
-from fastbert.data.tokenizer import continuations, special_ids
+from fastbert.data.tokenizer import continuations, is_wide, special_ids
 from fastbert.models.pretraining import Predictions, PreTrainingModel
 from fastbert.ops.cross_entropy import cross_entropy
 
@@ -35,11 +36,14 @@ def forward(model: PreTrainingModel, batch: Batch) -> Predictions:
     """The model's output for a packed batch, logits and losses; logits are for the batch's own places first."""
     filled = batch
     if batch.input_ids.is_cpu:
-        filled = batch.filled(model.config.pad_token_id, longest=model.config.max_position_embeddings)
+        filled = batch.filled(model.config.pad_token_id, longest=model.config.longest)
+    first = model.config.first_position
+    sentences = {} if model.sentence_label is None else {model.sentence_label: filled.sentence_label}
     return model(
-        filled.input_ids, token_type_ids=filled.token_type_ids, position_ids=filled.position_ids,
+        filled.input_ids, token_type_ids=filled.token_type_ids,
+        position_ids=filled.position_ids + first if first else filled.position_ids,
         cu_seqlens=filled.cu_seqlens, max_seqlen=filled.max_seqlen, masked_positions=filled.masked_positions,
-        labels=filled.labels, **{model.sentence_label: filled.sentence_label},
+        labels=filled.labels, **sentences,
     )  # fmt: skip
 
 
@@ -103,8 +107,8 @@ def guesses(model: PreTrainingModel, batches: PretrainBatches, tokenizer, device
         start = next(i for i in range(max(0, place - 14), -1, -1) if whole[i])
         end = next(i for i in range(min(place + 10, len(ids)), len(whole)) if whole[i])
         before, after = (_readable(tokenizer.decode(x.tolist())) for x in (ids[start:place], ids[place + 1 : end]))
-        words = [f"{_bare(tokenizer.id_to_token(i))} {p:.0%}" for p, i in zip(*(x.tolist() for x in best), strict=True)]
-        lines.append(f"  ... {before} [{_bare(tokenizer.id_to_token(truth))}] {after} ...\n      {', '.join(words)}")
+        words = [f"{_bare(tokenizer, i)} {p:.0%}" for p, i in zip(*(x.tolist() for x in best), strict=True)]
+        lines.append(f"  ... {before} [{_bare(tokenizer, truth)}] {after} ...\n      {', '.join(words)}")
     return "\n".join(["\nguesses on held-out text", *(lines or ["  none: no whole word of it is masked"])])
 
 
@@ -131,27 +135,29 @@ def _whole_word(ids: Tensor, places: list[int], tokenizer, continues: Tensor) ->
     """The first of `places` whose token is a word of letters in one piece."""
     part = continues[ids].tolist()
     for place in places:
-        if _is_word(_bare(tokenizer.id_to_token(int(ids[place])))) and not (part[place] or part[place + 1]):
+        if _is_word(_bare(tokenizer, int(ids[place]))) and not (part[place] or part[place + 1]):
             return place
     return None
 
 
-def _bare(piece: str) -> str:
-    """A Unigram piece without the mark at a word's beginning, if there is more of it."""
+def _bare(tokenizer, i: int) -> str:
+    """A token as text; without the mark that Unigram and BPE have at a word's beginning, if there is more of it."""
+    piece = tokenizer.id_to_token(i)
+    if isinstance(tokenizer.decoder, decoders.ByteLevel):
+        return tokenizer.decode([i], skip_special_tokens=False).strip() or piece
     return piece.removeprefix("▁") or piece
 
 
 def _is_word(token: str) -> bool:
     """Letters and their marks: four or more, or wide ones (Chinese, Korean), of which one is a word or syllable."""
     letters = all(unicodedata.category(character)[0] in "LM" for character in token)
-    return letters and (len(token) > 3 or all(_wide(character) for character in token))
-
-
-def _wide(character: str) -> bool:
-    return unicodedata.east_asian_width(character) in "WF"
+    return letters and (len(token) > 3 or all(is_wide(character) for character in token))
 
 
 def _readable(text: str) -> str:
     """Without the spaces between wide characters, each of which is a token of its own."""
+    text = text.strip()
     neighbours = zip(f" {text}", text, f"{text[1:]} ", strict=False)
-    return "".join(here for before, here, after in neighbours if here != " " or not (_wide(before) and _wide(after)))
+    return "".join(
+        here for before, here, after in neighbours if here != " " or not (is_wide(before) and is_wide(after))
+    )

@@ -21,12 +21,12 @@ from fastbert import allocator
 from fastbert.backends.gpu import check_device_errors
 from fastbert.data.batches import Batch, PretrainBatches
 from fastbert.data.store import TokenStore
-from fastbert.data.tokenizer import continuations, special_ids, vocab_size
-from fastbert.models.auto import PRETRAINING
+from fastbert.data.tokenizer import continuations, special_ids
 from fastbert.models.pretraining import PreTrainingModel
 from fastbert.pretrain import lock, snapshot
 from fastbert.pretrain.divergence import Watch
 from fastbert.pretrain.evaluate import Frequencies, evaluate, guesses
+from fastbert.pretrain.init import take_settings, write_copy
 from fastbert.pretrain.prepare import check_fingerprints, fingerprints, prepare, prepare_dictionary
 from fastbert.pretrain.report import Metrics, last_scores, plot_loss, read_metrics, shown, summary
 from fastbert.pretrain.run import (
@@ -43,13 +43,14 @@ from fastbert.pretrain.run import (
 )
 from fastbert.pretrain.schedule import evaluation_steps, learning_rate, steps_in_time, steps_that_fit
 from fastbert.pretrain.signals import obey_the_parent_alone, stop_signals
-from fastbert.pretrain.step import make_optimizer, make_step, pair, products
+from fastbert.pretrain.start import starting_model
+from fastbert.pretrain.step import make_optimizer, make_step, pair, products, train_words
 
 STATE = "model", "optimizer", "epoch", "index", "step", "tokens", "random", "environment", "data"  # of a snapshot
 
 
 def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
-    """Trains a BERT or an ALBERT on a corpus and exports it.
+    """Trains a BERT, ALBERT, RoBERTa or ERNIE on a corpus and exports it.
 
     Args:
         config: the run's settings.
@@ -64,6 +65,8 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
     """
     refuse_many_processes()
     allocator.keep_memory()
+    if config.init is not None and not resume:
+        config = take_settings(config)
     config = resumed_run(config.output) if resume else new_run(config)
     config.output.mkdir(parents=True, exist_ok=True)
     with lock.hold(config.output):
@@ -97,20 +100,14 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
     frequencies = Frequencies(train_store.token_counts())
     data = fingerprints(tokenizer, train_store, held_out_store, dictionary)
     if not resume:
+        if config.init is not None:
+            write_copy(config, tokenizer)
         write_config(config)  # from here on it is a run
 
     # model and optimizer
     torch.manual_seed(config.seed)
-    kind = PRETRAINING[config.model]
-    model = kind(
-        kind.config_class.preset(
-            config.preset, vocab_size=vocab_size(tokenizer), hidden_dropout_prob=config.dropout,
-            attention_probs_dropout_prob=config.dropout, max_position_embeddings=config.max_position_embeddings,
-            pad_token_id=special_ids(tokenizer).pad, is_decoder=config.objective == "clm",
-        )
-    ).to(config.device)  # fmt: skip
-    with torch.no_grad():  # what the first steps would spend on learning
-        model.predictions.bias.copy_(frequencies.log_probability)
+    model, new_rows = starting_model(config, tokenizer, frequencies)
+    model, new_rows = model.to(config.device), new_rows.to(config.device)
     model.base_model.checkpoint_layers = config.checkpoint_layers
     optimizer = make_optimizer(model, config)
     stream = Stream(train, config.workers)
@@ -163,7 +160,10 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
         while step < config.steps and not stopped:
             micro = [next(batch) for _ in range(config.accumulate)]
             lr = learning_rate(step, config.steps, config.lr, config.warmup)
-            record = take_step(micro, lr, step + 1)
+            if step < config.rows_first:
+                record = train_words(new_rows, model, optimizer, micro, lr, config, watch, step + 1)
+            else:
+                record = take_step(micro, lr, step + 1)
             step += 1
             tokens += sum(each.filled_tokens for each in micro)
             bar.update()
@@ -202,11 +202,12 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
     # what came of it
     model.save_pretrained(folder / "model", tokenizer=tokenizer)
     records = read_metrics(folder / "metrics.jsonl")
-    title = f"{config.model} {config.preset}, {config.embedding_update} rows, {tokens / 1e6:.1f} M tokens"
+    start = config.preset if config.init is None else f"from {config.init.name}"
+    title = f"{config.model} {start}, {config.embedding_update} rows, {tokens / 1e6:.1f} M tokens"
     plot_loss(records, folder / "loss.png", title)
     print(summary(scores or last_scores(records) or held_out_scores()))
     print(guesses(model, held_out, tokenizer, config.device))
-    print(f"\nmodel     {folder / 'model'}  (transformers.{kind.__name__}.from_pretrained loads it)")
+    print(f"\nmodel     {folder / 'model'}  (transformers.{type(model).__name__}.from_pretrained loads it)")
     print(f"curve     {folder / 'loss.png'}\nmetrics   {folder / 'metrics.jsonl'}, tensorboard --logdir {folder}")
     return folder / "model"
 

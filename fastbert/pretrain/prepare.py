@@ -18,6 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from fastbert import files
+from fastbert.data.byte_bpe import train_byte_bpe
 from fastbert.data.corpus import iter_documents
 from fastbert.data.dictionary import Dictionary, read_words
 from fastbert.data.sources import find_files
@@ -25,6 +26,7 @@ from fastbert.data.store import TokenStore, write_stores
 from fastbert.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, special_ids, train_tokenizer
 from fastbert.data.unigram import train_unigram
 from fastbert.ops.philox import CONTRACT
+from fastbert.pretrain.init import COPY, extended_tokenizer
 from fastbert.pretrain.run import RANDOM_NUMBERS, PretrainConfig, contract_of
 from fastbert.version import __version__
 
@@ -53,11 +55,13 @@ def prepare(config: PretrainConfig, resume: bool) -> tuple[Tokenizer, TokenStore
         _expect_same_corpus(config)
     if not resume:
         _discard_what_differs(config, tokenizer_at, data_at)
-    if not (tokenizer_at / "tokenizer.json").exists():
+    if not (tokenizer_at / "tokenizer.json").exists() and config.init is not None:
+        save_tokenizer(extended_tokenizer(config), tokenizer_at)
+    elif not (tokenizer_at / "tokenizer.json").exists():
         texts = (sentence for document in _documents(config, "counting words") for sentence in document)
         if config.lowercase:
             texts = _vowel_signs_said(texts)
-        train = {"wordpiece": train_tokenizer, "unigram": train_unigram}[config.tokenizer]
+        train = {"wordpiece": train_tokenizer, "unigram": train_unigram, "bpe": train_byte_bpe}[config.tokenizer]
         save_tokenizer(train(texts, config.vocab_size, config.lowercase, progress=True), tokenizer_at)
     with _usable(tokenizer_at):
         tokenizer = load_tokenizer(tokenizer_at)
@@ -129,6 +133,8 @@ def made_of(config: PretrainConfig) -> dict[str, Any]:
         digest.update(os.fsencode(file.relative_to(path) if path.is_dir() else file.name) + b"\0" + content)
     corpus = {"files": len(read), "bytes": size, "sha256": digest.hexdigest()}
     tokenizer = {"kind": config.tokenizer, "vocab_size": config.vocab_size, "lowercase": config.lowercase}
+    if config.init is not None:
+        tokenizer = {"init": fingerprint(extended_tokenizer(config))}
     data = {"held_out": config.held_out, "seed": config.seed, RANDOM_NUMBERS: CONTRACT}
     return {
         "fastbert": __version__,
@@ -187,7 +193,8 @@ def _say_unknown(tokenizer: Tokenizer, stores: tuple[TokenStore, ...]) -> None:
 
 def _discard_what_differs(config: PretrainConfig, tokenizer_at: Path, data_at: Path) -> None:
     now, then = made_of(config), _read(config.output)
-    if then is None and (found := [str(path) for path in (tokenizer_at, data_at) if path.exists()]):
+    copied = [] if config.init is None else [config.output / COPY]
+    if then is None and (found := [str(path) for path in (tokenizer_at, data_at, *copied) if path.exists()]):
         raise ValueError(
             f"{' and '.join(found)} would be the new run's, and {MADE_OF} beside it does not say that a run made it: "
             "remove it, or choose another --output"

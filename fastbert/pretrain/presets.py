@@ -9,8 +9,9 @@ from fastbert.models.config import ModelConfig
 # layers goes with 1 / width (Yang et al., "Tensor programs V", 2022); base and large: Devlin et al., "BERT" (2019),
 # which deep post-norm encoders stand without diverging. Batches far above the default's 4,096 tokens take more:
 # Liu et al., "RoBERTa" (2019), has 6e-4 and 4e-4 at a million tokens and more.
-# ALBERT: the same at the same width, and on from there.
+# RoBERTa, ERNIE, ALBERT: the same at the same width; ALBERT on from there.
 LEARNING_RATES = {"bert": {"tiny": 3e-3, "mini": 1.5e-3, "small": 7.5e-4, "base": 1e-4, "large": 1e-4}}
+LEARNING_RATES |= dict.fromkeys(("roberta", "xlm-roberta", "ernie"), LEARNING_RATES["bert"])
 LEARNING_RATES["albert"] = LEARNING_RATES["bert"] | {"xlarge": 5e-5, "xxlarge": 2.5e-5}
 MASKED = 0.15  # share of tokens to predict
 FLOAT32 = 4  # bytes

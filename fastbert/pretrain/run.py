@@ -20,6 +20,7 @@ from fastbert.data.dictionary import read_words
 from fastbert.data.tables import Quoting
 from fastbert.data.tokenizer import LARGEST_VOCABULARY
 from fastbert.models.auto import PRETRAINING
+from fastbert.models.checkpoint import read_config as read_model_config
 from fastbert.ops import linear_timing
 from fastbert.ops.philox import CONTRACT
 from fastbert.pretrain.presets import LEARNING_RATES
@@ -42,20 +43,32 @@ class PretrainConfig:
     quoting: Quoting = "auto"
     """How a table's cells are quoted: double ("" for a quote within), backslash, none; auto looks at the header."""
 
-    model: Literal["bert", "albert"] = "bert"
-    """Architecture."""
+    init: Path | None = None
+    """A model folder, of this program or of transformers, that the run goes on from with its tokenizer: it decides what
+    --model, --preset, --tokenizer, --vocab-size, --lowercase and --max-position-embeddings say otherwise."""
+    add_words: Path | None = None
+    """With --init: a text file with a word a line. Those that the tokenizer does not have are added to it and to the
+    word embeddings, each as the mean of the pieces that it was read as."""
+    rows_first: int = 0
+    """With --add-words: so many steps at the start train the rows of the new words alone."""
+
+    model: Literal["bert", "albert", "roberta", "ernie", "xlm-roberta"] = "bert"
+    """Architecture; xlm-roberta is RoBERTa in the folders of XLM-RoBERTa."""
     preset: Literal["tiny", "mini", "small", "base", "large", "xlarge", "xxlarge"] = "tiny"
-    """Size of the model; below is what each costs, and which there are of either architecture."""
-    tokenizer: Literal["wordpiece", "unigram"] = "wordpiece"
-    """Kind of the vocabulary that is trained on the corpus: BERT's, or ALBERT's."""
+    """Size of the model; below is what each costs, and which there are of each architecture."""
+    tokenizer: Literal["wordpiece", "unigram", "bpe"] | None = None
+    """Kind of the vocabulary that is trained on the corpus: BERT's, ALBERT's, or RoBERTa's (of bytes); if not given bpe
+    for RoBERTa and wordpiece for the others."""
     vocab_size: int = 8192
     """Entries of the vocabulary."""
     lowercase: bool = True
-    """Lower-case the text and strip accents, as uncased BERT does."""
+    """Lower-case the text and strip accents, as uncased BERT does; RoBERTa as it was published does not."""
     max_position_embeddings: int = 512
-    """Rows of the position table: the longest sequence the model will ever take."""
+    """Rows of the position table: the longest sequence the model will ever take. (RoBERTa's table has some rows more
+    that no token takes.)"""
     dropout: float | None = None
-    """Probability of dropout, in hidden layers and in attention; if not given 0.1 for BERT and 0 for ALBERT."""
+    """Probability of dropout, in hidden layers and in attention; if not given 0 for ALBERT and 0.1 for the others, and
+    with --init the folder's."""
 
     seq_len: int = 128
     """Longest sequence in tokens, [CLS] and [SEP] included."""
@@ -67,8 +80,8 @@ class PretrainConfig:
     """Batches whose gradients are added up for one step."""
     objective: Objective | None = None
     """What to train beside the masked language model (mlm): nothing, next-sentence prediction (nsp), sentence-order
-    prediction (sop); if not given mlm+nsp for BERT and mlm+sop for ALBERT. clm instead predicts every next token from
-    those before it, and masks nothing."""
+    prediction (sop); if not given mlm for RoBERTa, which has no other, mlm+sop for ALBERT, mlm+nsp for the others. clm
+    instead predicts every next token from those before it, and masks nothing."""
     masking: Literal["token", "word", "ngram", "span"] = "token"
     """What is masked: tokens, each for itself, whole words, one to three words in a row, as ALBERT's, or one to ten, as
     SpanBERT's."""
@@ -87,7 +100,7 @@ class PretrainConfig:
     """Longest training time, kept to within a tenth: the steps that fit are measured at the start, and become fewer if
     the machine becomes slower. A run to be repeated bit for bit takes --steps alone."""
     lr: float | None = None
-    """Highest learning rate; if not given the preset's, see below."""
+    """Highest learning rate; if not given the preset's, see below, and 1e-4 with --init."""
     warmup: float = 0.1
     """Share of the steps in which the learning rate rises; then it falls linearly to 0."""
     weight_decay: float = 0.01
@@ -133,45 +146,61 @@ class PretrainConfig:
         for name, kind in get_type_hints(PretrainConfig).items():
             value = getattr(self, name)
             if get_origin(kind) is Literal:
-                _expect(value in get_args(kind), name, f"one of {', '.join(get_args(kind))}", value)
-            elif kind == Objective | None:
-                choices = get_args(Objective)
-                _expect(value is None or value in choices, name, f"one of {', '.join(choices)}", value)
+                expect(value in get_args(kind), name, f"one of {', '.join(get_args(kind))}", value)
+            elif any(get_origin(part) is Literal for part in get_args(kind)):  # or None
+                choices = [choice for part in get_args(kind) for choice in get_args(part)]
+                expect(value is None or value in choices, name, f"one of {', '.join(choices)}", value)
             elif kind in (bool, str):
-                _expect(type(value) is kind, name, "true or false" if kind is bool else "a string", value)
+                expect(type(value) is kind, name, "true or false" if kind is bool else "a string", value)
             elif kind == str | None:
-                _expect(value is None or type(value) is str, name, "a string", value)
+                expect(value is None or type(value) is str, name, "a string", value)
+            elif kind == Path | None:
+                expect(value is None or isinstance(value, Path), name, "a path", value)
         for name, (low, high) in _INTEGERS.items():
             value = getattr(self, name)
             holds = type(value) is int and low <= value <= high
-            _expect(holds or (name == "steps" and value is None), name, f"an integer from {low} to {high}", value)
+            expect(holds or (name == "steps" and value is None), name, f"an integer from {low} to {high}", value)
         for name, (rule, holds) in _NUMBERS.items():
             value = getattr(self, name)
             number = type(value) in (int, float) and holds(value)
-            _expect(number or (name in ("lr", "minutes", "dropout") and value is None), name, rule, value)
+            expect(number or (name in ("lr", "minutes", "dropout") and value is None), name, rule, value)
         presets = PRETRAINING[self.model].config_class.presets
-        _expect(self.preset in presets, "preset", f"for model {self.model} one of {', '.join(presets)}", self.preset)
+        expect(self.preset in presets, "preset", f"for model {self.model} one of {', '.join(presets)}", self.preset)
+        if self.add_words is not None and self.init is None:
+            raise ValueError("words are added to a folder's tokenizer: give --add-words with --init")
+        if self.rows_first and self.add_words is None:
+            raise ValueError("the rows to train first are those of new words: give --rows-first with --add-words")
+        words_alone = PRETRAINING[self.model].sentence_label is None
+        rule = f"mlm or clm for model {self.model}, which has no head for pairs of texts"
+        expect(not words_alone or self.objective in (None, "mlm", "clm"), "objective", rule, self.objective)
         if self.steps is None and self.minutes is None:
             raise ValueError("a run ends after so many steps or minutes: give --steps, --minutes or both")
         objective = self.objective or OWN[self.model]["objective"]
         if objective == "clm":
-            _expect(self.model != "albert", "objective", "one with mlm for model albert, which sees all words", "clm")
-            _expect(
-                self.masking == "token", "masking", "left out with objective clm, which masks nothing", self.masking
-            )
+            expect(self.model != "albert", "objective", "one with mlm for model albert, which sees all words", "clm")
+            expect(self.masking == "token", "masking", "left out with objective clm, which masks nothing", self.masking)
         if self.dictionary is not None:
-            _expect(self.masking != "token", "masking", "word, ngram or span with a dictionary", self.masking)
+            expect(self.masking != "token", "masking", "word, ngram or span with a dictionary", self.masking)
         if objective != "clm" and self.inputs == "full-sentences":
-            _expect(objective == "mlm", "objective", "mlm or clm with inputs full-sentences, no pairs", objective)
+            expect(objective == "mlm", "objective", "mlm or clm with inputs full-sentences, no pairs", objective)
         rule = f"at most the rows of the position table, max_position_embeddings={self.max_position_embeddings}"
-        _expect(self.seq_len <= self.max_position_embeddings, "seq_len", rule, self.seq_len)
+        expect(self.seq_len <= self.max_position_embeddings, "seq_len", rule, self.seq_len)
         rule = f"at least one sample's, seq_len={self.seq_len}"
-        _expect(self.batch_tokens >= self.seq_len, "batch_tokens", rule, self.batch_tokens)
-        _check_device(self.device)
+        expect(self.batch_tokens >= self.seq_len, "batch_tokens", rule, self.batch_tokens)
+        check_device(self.device)
 
 
 # What each architecture was published with.
-OWN = {"bert": {"objective": "mlm+nsp", "dropout": 0.1}, "albert": {"objective": "mlm+sop", "dropout": 0.0}}
+OWN = {
+    "bert": {"objective": "mlm+nsp", "dropout": 0.1, "tokenizer": "wordpiece"},
+    "albert": {"objective": "mlm+sop", "dropout": 0.0, "tokenizer": "wordpiece"},
+    "roberta": {"objective": "mlm", "dropout": 0.1, "tokenizer": "bpe"},
+    "xlm-roberta": {"objective": "mlm", "dropout": 0.1, "tokenizer": "bpe"},
+    "ernie": {"objective": "mlm+nsp", "dropout": 0.1, "tokenizer": "wordpiece"},
+}
+
+# Continued pretraining's usual rate: Gururangan et al., "Don't stop pretraining" (2020).
+CONTINUED_LR = 1e-4
 
 _MANY = 2**31 - 1  # the largest int32
 _INTEGERS = {  # setting: lowest and highest value
@@ -181,6 +210,7 @@ _INTEGERS = {  # setting: lowest and highest value
     "batch_tokens": (8, 2**30),  # places in a packed batch are int32, and batches are rounded up
     "accumulate": (1, _MANY),
     "steps": (1, _MANY),
+    "rows_first": (0, _MANY),
     "seed": (0, 2**64 - 1),
     "evaluations": (1, 10**6),
     "evaluation_batches": (1, _MANY),
@@ -201,16 +231,17 @@ _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {  # setting: the rul
 }
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
     """Raises ValueError unless torch has the device here, and it is one that a run can train on."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device must be one that torch has here, got {device!r}: {error}") from error
-    _expect(torch.device(device).type in ("cpu", "cuda"), "device", "cpu or cuda (or cuda:1, ...)", device)
+    expect(torch.device(device).type in ("cpu", "cuda"), "device", "cpu or cuda (or cuda:1, ...)", device)
 
 
-def _expect(holds: bool, name: str, rule: str, value: object) -> None:
+def expect(holds: bool, name: str, rule: str, value: object) -> None:
+    """Raises ValueError, which says the setting's name, its rule and what came, unless the rule holds."""
     if not holds:
         raise ValueError(f"{name} must be {rule}, got {value!r}")
 
@@ -243,6 +274,8 @@ def resumed_run(folder: Path) -> PretrainConfig:
 def with_choices(config: PretrainConfig) -> PretrainConfig:
     """The settings with those filled in that are chosen here: the model's own, and the library of products."""
     own = {"lr": LEARNING_RATES[config.model][config.preset]} | OWN[config.model]
+    if config.init is not None:
+        own = {"lr": CONTINUED_LR, "objective": own["objective"]}
     given = {name: getattr(config, name) for name in own if getattr(config, name) is not None}
     return dataclasses.replace(config, **(own | given), linear=choose_linear(config))
 
@@ -282,7 +315,8 @@ def choose_linear(config: PretrainConfig) -> str:
         return name
     if torch.device(config.device).type != "cpu":
         return "torch"
-    model = PRETRAINING[config.model].config_class.preset(config.preset)
+    kind = PRETRAINING[config.model].config_class
+    model = kind.preset(config.preset) if config.init is None else kind.from_fields(read_model_config(config.init))
     rows = min(config.batch_tokens, 512)  # more take longer and tell no more
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     name, why = linear_timing.fastest(rows, model.hidden_size, model.intermediate_size, dtype)
@@ -294,7 +328,7 @@ def choose_linear(config: PretrainConfig) -> str:
 _ADDED_LATER = {
     "linear": "torch", "separator": None, "quoting": "auto", "model": "bert", "tokenizer": "wordpiece",
     "masking": "token", "static_shapes": False, "inputs": "doc-sentences", "capture": False, "checkpoint_layers": False,
-    "dictionary": None,
+    "dictionary": None, "init": None, "add_words": None, "rows_first": 0,
 }  # fmt: skip
 _NSP = {True: "mlm+nsp", False: "mlm"}  # the setting that was there before the objective
 
@@ -324,7 +358,11 @@ def read_config(folder: Path) -> PretrainConfig:
         names = [field.name for field in dataclasses.fields(PretrainConfig)]
         if missing := [name for name in names if name not in stored]:
             raise ValueError(f"it lacks {', '.join(missing)}")
-        paths = {name: Path(stored[name]) for name in ("corpus", "dictionary") if stored[name] is not None}
+        paths = {
+            name: Path(stored[name])
+            for name in ("corpus", "dictionary", "init", "add_words")
+            if stored[name] is not None
+        }
         config = PretrainConfig(**stored | paths)
         config.check()
     except (ValueError, TypeError) as error:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,13 +29,15 @@ def train_step(
     watch: Watch | None = None,
     number: int | Tensor = 0,
     working: WorkingCopy | None = None,
+    words: Tensor | None = None,
 ) -> dict[str, Tensor | float]:
     """Forward and backward over the micro-batches, one step of the optimizer; losses as device scalars.
 
     The MLM loss is the mean over all tokens of the step that are predicted, the NSP or SOP loss over all its sequences,
     however they are spread over micro-batches. A mean over nothing is 0: [UNK] is never predicted, so a step may have
     nothing to predict. `watch` sees the losses as step `number` before the optimizer does. `working` computes in place
-    of the model. With micro-batches, lr and number on a GPU nothing waits for it, and the step can be captured.
+    of the model. `words`, int64 [R], are the ids whose embeddings move, whatever config says. With micro-batches, lr
+    and number on a GPU nothing waits for it, and the step can be captured.
     """
     computes = model if working is None else working.model
     computes.train()
@@ -44,20 +47,20 @@ def train_step(
     if pair(config):
         pair_shares = shares([batch.sentence_label for batch in micro], config.static_shapes)
     mlm_loss, sentence_loss = [], []
-    for batch, words, pairs in zip(micro, word_shares, pair_shares, strict=True):
+    for batch, word_share, pair_share in zip(micro, word_shares, pair_shares, strict=True):
         with products(config, autocast=working is None):
             out = forward(computes, batch)
-        losses = [out.mlm_loss if words is None else out.mlm_loss * words]
+        losses = [out.mlm_loss if word_share is None else out.mlm_loss * word_share]
         mlm_loss += [losses[0].detach()]
         if pair(config):
-            losses += [out.sentence_loss if pairs is None else out.sentence_loss * pairs]
+            losses += [out.sentence_loss if pair_share is None else out.sentence_loss * pair_share]
             sentence_loss += [losses[1].detach()]
         total(losses).backward()
     if working is not None:
         working.hand_over_gradients()
-    rows = None
-    if config.embedding_update == "touched":
-        rows = {model.word_embeddings: words_of(micro, model.config.pad_token_id, config.static_shapes)}
+    if words is None and config.embedding_update == "touched":
+        words = words_of(micro, model.config.pad_token_id, config.static_shapes)
+    rows = None if words is None else {model.word_embeddings: words}
     norm, factor = optimizer.clip_factor(config.clip, rows=rows)
     record = {"loss": total([*mlm_loss, *sentence_loss]), "mlm_loss": total(mlm_loss), "lr": lr, "gradient_norm": norm}
     if watch is not None:
@@ -67,6 +70,20 @@ def train_step(
     optimizer.step(rows=rows, grad_factor=factor)
     optimizer.zero_grad()
     return record | ({f"{pair(config)}_loss": total(sentence_loss)} if pair(config) else {})
+
+
+def train_words(
+    words: Tensor, model: PreTrainingModel, optimizer: LazyAdam, micro: list[Batch], *others: Any
+) -> dict[str, Tensor | float]:
+    """A `train_step` of `others` that moves nothing but the embeddings of `words`, int64 [R]."""
+    fixed = [parameter for parameter in model.parameters() if parameter is not model.word_embeddings]
+    for parameter in fixed:
+        parameter.requires_grad_(False)
+    try:
+        return train_step(model, optimizer, micro, *others, words=words)
+    finally:
+        for parameter in fixed:
+            parameter.requires_grad_(True)
 
 
 def total(losses: list[Tensor]) -> Tensor:

@@ -30,3 +30,11 @@ def finished(settings, tmp_path_factory):
     config = dataclasses.replace(settings, output=tmp_path_factory.mktemp("run") / "whole")
     pretrain(config)
     return config.output
+
+
+@pytest.fixture(scope="session")
+def transformers_quiet():
+    module = pytest.importorskip("transformers")
+    module.utils.logging.set_verbosity_error()
+    module.utils.logging.disable_progress_bar()
+    return module

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, decoders, models
 from fastbert.data.batches import Batch
 from fastbert.models.bert import BertConfig, BertForPreTraining
 from fastbert.pretrain.evaluate import Frequencies, evaluate, forward, guesses
-from fastbert.pretrain.loop import make_optimizer, train_step
 from fastbert.pretrain.run import PretrainConfig
+from fastbert.pretrain.step import make_optimizer, train_step
 
 
 def test_frequencies_by_hand():

@@ -15,7 +15,9 @@ from fastbert.pretrain.run import PretrainConfig
 def config(tmp_path):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n\n".join(f"the {animal} sleeps. it dreams of a {animal}." for animal in ["cat", "dog"] * 10))
-    return PretrainConfig(output=tmp_path / "run", corpus=corpus, vocab_size=64, held_out=0.2, steps=1)
+    return PretrainConfig(
+        output=tmp_path / "run", corpus=corpus, tokenizer="wordpiece", vocab_size=64, held_out=0.2, steps=1
+    )
 
 
 def test_the_share_of_unknown_words_is_said(config, capsys):

@@ -1,0 +1,85 @@
+"""Labels or numbers for new texts, by a classifier's folder: what `fastbert predict` runs."""
+
+import csv
+import io
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastbert import allocator, files
+from fastbert.data.texts import batches_by_length, encode, pack, read_texts
+from fastbert.data.tokenizer import load_tokenizer
+from fastbert.finetune.settings import PredictConfig
+from fastbert.models.auto import class_of
+from fastbert.models.classification import CLASSIFIERS, SequenceClassifier
+from fastbert.models.frozen import freeze
+
+
+def predict(config: PredictConfig) -> None:
+    """Predicts a row for every row of the table, or line of the text file, in its order; empty texts too.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: settings, folder or file that do not hold, before anything is written.
+    """
+    config.check()
+    allocator.keep_memory()
+    texts = read_texts(config.file, config.text, config.pair, separator=config.separator, quoting=config.quoting)
+    model = load(config.folder).to(config.device)
+    sizes = model.config
+    encoded = encode(load_tokenizer(config.folder), texts, sizes.longest)
+    if torch.device(config.device).type == "cpu":
+        freeze(model, torch.bfloat16 if config.bf16 else None)
+    outputs = torch.empty(len(encoded), len(model.labels))
+    bar = tqdm(total=len(encoded), desc="predicting", unit="text")
+    autocast = torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.bf16)
+    with torch.inference_mode(), autocast, bar:
+        for places in batches_by_length(encoded, config.batch_tokens):
+            some = [encoded[i] for i in places]
+            packed = pack(some, sizes.pad_token_id, sizes.type_vocab_size, sizes.longest)
+            outputs[places] = model(**packed.arguments(config.device)).logits[: len(some)].float().cpu()
+            bar.update(len(some))
+    content = _rows(outputs, model, ".tsv" if config.output is None else config.output.suffix)
+    if config.output is None:
+        sys.stdout.write(content)
+    else:
+        files.write(config.output.absolute().parent, {config.output.name: content.encode()})
+        print(f"{len(encoded):,} rows in {config.output}")
+
+
+def load(folder: Path) -> SequenceClassifier:
+    """The classifier in `folder`; raises ValueError where it has none that was trained."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        try:
+            return class_of(folder, CLASSIFIERS).from_pretrained(folder)
+        except UserWarning as warning:
+            raise ValueError(
+                f"{warning}: expected a classifier's folder, such as model/ of fastbert finetune"
+            ) from None
+
+
+def _rows(outputs: Tensor, model: SequenceClassifier, suffix: str) -> str:
+    """What is predicted, a row each: JSON lines, or a header and columns."""
+    if model.problem_type == "regression":
+        names, rows = [model.labels[0]], [[value] for value in outputs[:, 0].tolist()]
+        objects = [{names[0]: value} for (value,) in rows]
+    else:
+        probabilities = outputs.double().softmax(-1)
+        best, places = (x.tolist() for x in probabilities.max(-1))
+        names = ["label", "probability"]
+        rows = [[model.labels[place], f"{p:.6f}"] for place, p in zip(places, best, strict=True)]
+        objects = [
+            {"label": model.labels[place], "probabilities": dict(zip(model.labels, each, strict=True))}
+            for place, each in zip(places, probabilities.tolist(), strict=True)
+        ]
+    if suffix == ".jsonl":
+        return "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in objects)
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter="\t" if suffix == ".tsv" else ",", lineterminator="\n")
+    writer.writerows([names, *rows])
+    return text.getvalue()

@@ -1,0 +1,129 @@
+"""What fine-tuning and prediction can be told, and what of it holds."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+import tyro
+
+from fastbert.data.tables import Quoting
+from fastbert.pretrain.run import check_device, expect
+
+Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "rmse"]
+OF_CLASSES, OF_NUMBERS = ("accuracy", "f1", "matthews"), ("pearson", "spearman", "rmse")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """Settings of `fastbert finetune`; its --help shows them."""
+
+    init: Path
+    """The model folder to start from, BERT, ALBERT, RoBERTa or ERNIE, of this program or of transformers."""
+    train: Path
+    """The table (CSV, TSV, JSON lines) with a text and its label in each row."""
+    output: Path
+    """The folder for what comes of it, which must not exist: model/, scores.json and a picture."""
+    evaluate: Path | None = None
+    """A table like the first, to evaluate on; if not given a part of the first."""
+    held_out: float = 0.1
+    """Without --evaluate: the share of the rows to evaluate on, drawn so that every class has its share."""
+
+    text: str = "text"
+    """The column with the text."""
+    pair: str | None = None
+    """The column with a second text, where a pair of texts has the label."""
+    label: str = "label"
+    """The column with the label."""
+    regression: bool = False
+    """The labels are numbers to be predicted, not classes."""
+    separator: str | None = None
+    """The character between a table's columns; if not given a comma, in .tsv files a tab."""
+    quoting: Quoting = "auto"
+    """How a table's cells are quoted: double ("" for a quote within), backslash, none; auto looks at the header."""
+
+    seq_len: int | None = None
+    """Tokens at which texts are cut off; if not given what the model takes."""
+    epochs: int = 5
+    """Most passes over the rows."""
+    patience: int = 2
+    """Training ends after so many epochs that were no better than the best; that one's model is kept."""
+    metric: Metric | None = None
+    """Which score says what is best; if not given accuracy, with --regression pearson."""
+    batch_size: int = 32
+    """Rows of a step; they are packed without padding."""
+    lr: float | None = None
+    """Highest learning rate; if not given 5e-5 at BERT base's width 768, and inverse to the width."""
+    warmup: float = 0.1
+    """Share of the steps of all epochs in which the learning rate rises; then it falls linearly to 0."""
+    weight_decay: float = 0.01
+    """Decoupled; none on biases and LayerNorm, and of the word embeddings on the rows of a step's words alone."""
+    clip: float = 1.0
+    """Largest norm of the gradient that is applied."""
+    dropout: float | None = None
+    """Probability of dropout, in hidden layers and in attention; if not given the folder's."""
+    bf16: bool = False
+    """Compute in bfloat16 (autocast); weights stay float32."""
+    seed: int = 0
+    """Of everything random."""
+    device: str = "cpu"
+    """Where to train, as torch names it."""
+
+    def check(self) -> None:
+        """Raises ValueError with the rule, what came and what is expected, where a setting does not hold."""
+        for name, low in (("epochs", 1), ("patience", 1), ("batch_size", 1), ("seed", 0), ("seq_len", 3)):
+            value = getattr(self, name)
+            holds = (type(value) is int and low <= value < 2**31) or (name == "seq_len" and value is None)
+            expect(holds, name, f"an integer from {low} on", value)
+        for name, low, high in (("held_out", 0, 0.9), ("warmup", 0, 1), ("weight_decay", 0, 1e9), ("clip", 0, 1e9),
+                                ("lr", 0, 1e9), ("dropout", 0, 0.999)):  # fmt: skip
+            value = getattr(self, name)
+            holds = type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+            expect(holds or (value is None and name in ("lr", "dropout")), name, f"from {low} to {high}", value)
+        expect(self.held_out > 0 and self.clip > 0 and self.lr != 0, "held_out, clip and lr", "above 0", 0)
+        fitting = OF_NUMBERS if self.regression else OF_CLASSES
+        kind = "a regression" if self.regression else "classes"
+        expect(self.metric in (None, *fitting), "metric", f"for {kind} one of {', '.join(fitting)}", self.metric)
+        columns = [name for name in (self.text, self.pair, self.label) if name is not None]
+        expect(len(set(columns)) == len(columns), "text, pair and label", "different columns", columns)
+        expect(self.quoting in get_args(Quoting), "quoting", f"one of {', '.join(get_args(Quoting))}", self.quoting)
+        check_device(self.device)
+        if self.output.exists():
+            raise ValueError(f"{self.output} is there already, and it would be written over: choose another --output")
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictConfig:
+    """Settings of `fastbert predict`; its --help shows them."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """A classifier's folder: model/ of `fastbert finetune`, or one of transformers."""
+    file: Annotated[Path, tyro.conf.Positional]
+    """A table with a column of text, or a text file with a text a line."""
+    text: str | None = None
+    """The table's column with the text."""
+    pair: str | None = None
+    """The table's column with a second text."""
+    output: Path | None = None
+    """Where to write a row for each text: .jsonl with every label's probability, .csv or .tsv with the likeliest one's;
+    if not given they are printed as .tsv."""
+    separator: str | None = None
+    """The character between a table's columns; if not given a comma, in .tsv files a tab."""
+    quoting: Quoting = "auto"
+    """How a table's cells are quoted: double, backslash, none; auto looks at the header."""
+    batch_tokens: int = 4096
+    """Tokens computed at a time."""
+    bf16: bool = False
+    """Compute in bfloat16 (autocast)."""
+    device: str = "cpu"
+    """Where to compute, as torch names it."""
+
+    def check(self) -> None:
+        """Raises ValueError where a setting does not hold."""
+        holds = type(self.batch_tokens) is int and self.batch_tokens > 0
+        expect(holds, "batch_tokens", "an integer from 1 on", self.batch_tokens)
+        check_device(self.device)
+        if self.output is not None:
+            expect(self.output.suffix in (".jsonl", ".csv", ".tsv"), "output", "a .jsonl, .csv or .tsv", self.output)
+            if not self.output.absolute().parent.is_dir():
+                raise ValueError(f"the folder of {self.output} does not exist: make it, or choose another --output")

@@ -1,0 +1,62 @@
+"""Runs of RoBERTa and ERNIE from raw text: what is trained, and what transformers reads of the export."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from fastbert.data import TokenStore, load_tokenizer
+from fastbert.models.auto import PRETRAINING
+from fastbert.pretrain import run
+from fastbert.pretrain.loop import pretrain
+from fastbert.pretrain.report import read_metrics
+
+TEXTS = ["The yield expression is used when defining a generator.", "A class."]
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "tokenizer", "losses"),
+    [("roberta", "RobertaForMaskedLM", "RobertaTokenizer", set()),
+     ("ernie", "ErnieForPreTraining", "BertTokenizer", {"nsp_loss", "held_out/nsp_loss", "held_out/nsp_accuracy"})],
+)  # fmt: skip
+def test_raw_text_becomes_a_folder_of_transformers(settings, tmp_path, capsys, model, kind, tokenizer, losses):
+    transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.set_verbosity_error()
+    config = dataclasses.replace(
+        settings, output=tmp_path / "run", model=model, lowercase=model == "ernie", steps=4, masking="ngram",
+        max_position_embeddings=32,
+    )  # fmt: skip
+    folder = pretrain(config)
+    names = {name for record in read_metrics(config.output / "metrics.jsonl") for name in record}
+    assert {name for name in names if "nsp" in name or "sop" in name} == losses
+    assert f"transformers.{kind}.from_pretrained loads it" in capsys.readouterr().out
+
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert type(theirs).__name__ == tokenizer
+    batch = dict(theirs(TEXTS, padding=True, return_tensors="pt"))
+    assert load_tokenizer(folder).encode(TEXTS[0]).ids == batch["input_ids"][0].tolist()
+    assert TokenStore.open(config.output / "data/train").vocab_size == len(theirs) == 1000
+    model_of_theirs, report = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    expected = model_of_theirs.eval()(**batch)
+    ours = PRETRAINING[model].from_pretrained(folder)(**batch)
+    seen = batch["attention_mask"].bool()
+    logits = expected.logits if model == "roberta" else expected.prediction_logits
+    torch.testing.assert_close(ours.prediction_logits[seen], logits[seen], rtol=0, atol=1e-4)
+    longest = theirs("word " * 100, truncation=True, return_tensors="pt")["input_ids"]
+    assert longest.shape == (1, 32), "as many tokens as the setting says"
+    PRETRAINING[model].from_pretrained(folder)(longest)
+
+
+def test_what_is_not_given_is_the_model_s_own(settings):
+    chosen = {
+        model: run.with_choices(dataclasses.replace(settings, model=model, linear="torch"))
+        for model in ("roberta", "ernie", "albert")
+    }
+    assert {model: (c.objective, c.tokenizer, c.dropout) for model, c in chosen.items()} == {
+        "roberta": ("mlm", "bpe", 0.1), "ernie": ("mlm+nsp", "wordpiece", 0.1), "albert": ("mlm+sop", "wordpiece", 0.0),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"objective must be mlm for model roberta, .* got 'mlm\+sop'"):
+        dataclasses.replace(settings, model="roberta", objective="mlm+sop").check()
+    with pytest.raises(ValueError, match="tokenizer must be one of wordpiece, unigram, bpe, got 'words'"):
+        dataclasses.replace(settings, tokenizer="words").check()
