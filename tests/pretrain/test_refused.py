@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from pretrain_runs import bad
 
 from fastbert import cli
