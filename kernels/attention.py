@@ -133,7 +133,7 @@ _SQUARE = Plan(64, 64, 4, 3)
 PLANS = {
     "sm_80": {
         "forward": {32: _SQUARE, 64: _SQUARE, 128: Plan(64, 64, 8, 2), 256: Plan(64, 32, 8, 1)},
-        "dq": {32: _SQUARE, 64: Plan(64, 64, 8, 3), 128: Plan(64, 64, 8, 1), 256: Plan(32, 32, 8, 1)},
+        "dq": {32: _SQUARE, 64: Plan(64, 64, 8, 3), 128: Plan(32, 64, 8, 1), 256: Plan(32, 32, 8, 1)},
         "dk_dv": {32: Plan(64, 64, 8, 3), 64: Plan(32, 64, 4, 2), 128: Plan(32, 64, 8, 1), 256: Plan(32, 32, 8, 1)},
         "whole": {32: Plan(64, 128, 8, 1)},
     },
@@ -159,7 +159,7 @@ PLANS = {
 # float32, which has no matrix instructions on NVIDIA's GPUs, and heads above 256.
 FLOAT32 = {
     "forward": {32: Plan(32, 32, 8, 1), 64: Plan(32, 32, 8, 1), 128: Plan(16, 32, 8, 1)},
-    "dq": {32: Plan(32, 32, 8, 1), 64: Plan(32, 32, 8, 1)},
+    "dq": {32: Plan(16, 32, 8, 1), 64: Plan(32, 32, 8, 1), 128: Plan(16, 16, 8, 1)},
     "dk_dv": {32: Plan(32, 32, 8, 1), 64: Plan(32, 32, 8, 1), 128: Plan(32, 32, 8, 1)},
     "whole": {},
 }
@@ -169,7 +169,9 @@ LARGE = Plan(16, 16, 4, 1)
 def plan(kernel: str, D: int, dtype: torch.dtype, target: str) -> Plan | None:
     """Of attention_<kernel>_kernel, or of "whole", which is attention_dk_dv_kernel where it gives dq too, or None."""
     plans = FLOAT32 if dtype == torch.float32 else PLANS[target]
-    return plans[kernel].get(max(D, 32), None if kernel == "whole" else LARGE)
+    found = plans[kernel].get(max(D, 32), None if kernel == "whole" else LARGE)
+    # A warp of AMD's has 64 threads, and threads of eight would have half of the registers.
+    return found._replace(warps=4) if found and target == "amd" else found
 
 
 @functools.cache

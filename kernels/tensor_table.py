@@ -12,7 +12,8 @@ from torch import Tensor
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 MOST = 256  # tensors of one launch: what a program looks through at once
-_captured: list[Tensor] = []  # what replays of a captured graph copy from
+_spare: dict[tuple[int, ...], Tensor] = {}  # by shape; memory cannot be pinned while a graph is captured
+_captured: list[Tensor] = []  # what replays of captured graphs copy from
 
 
 @triton.jit
@@ -49,6 +50,19 @@ def make_tables(launches: list[list[tuple[int, ...]]], chunk: int, device: torch
             chunks += triton.cdiv(elements, chunk)
         table[:, : len(columns)] = torch.tensor(columns, dtype=torch.int64, device="cpu").T
         made.append(chunks)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured.append(host)
     return list(zip(host.to(device, non_blocking=True), made, strict=True))
+
+
+def _memory_of_host(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64 that `device` can copy from: of a captured graph for good, and pinned by an earlier call."""
+    if device.type != "cuda":
+        return torch.empty(shape, dtype=torch.int64, device="cpu")
+    if not torch.cuda.is_current_stream_capturing():
+        if shape not in _spare:
+            _spare[shape] = torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=True)
+        return torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=True)
+    its = _spare.pop(shape, None)
+    if its is None:
+        its = torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=True)
+    _captured.append(its)
+    return its

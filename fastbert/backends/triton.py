@@ -19,7 +19,7 @@ OLDEST = (3, 6)
 # Triton's own reading of the variable, here before Triton is imported.
 interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 _INSTALL = (
-    "pip install 'fastbert-kernels[triton]'"
+    "pip install triton"
     if torch.version.hip is None
     else "torch's wheels for ROCm bring their own, so install torch anew (pytorch.org/get-started)"
 )

@@ -56,7 +56,12 @@ class Carried:
 def installed(device: str, backend: str = "cuda") -> Iterator[None]:
     """Within the block the backend takes tensors of the CPU and computes on `device`."""
     if backend == "triton":
-        with taking_cpu_tensors(backend), functions_of(lambda kernels: Carried(_in_triton(kernels), device), backend):
+        norm = Carried(_in_triton(gradient_norm), device).gradient_norm
+        with (
+            taking_cpu_tensors(backend),
+            functions_of(lambda kernels: Carried(_in_triton(kernels), device), backend),
+            mock.patch.object(gradients, "norm_in_triton", norm),
+        ):
             yield
         return
     with (

@@ -130,10 +130,11 @@ def exceeded(kernel: Kernel, line: dict[str, str], arch: int) -> Iterator[str]:
 
 
 def missing(instructions: Counter | None, wanted: str, arch: int) -> Iterator[str]:
-    """Which of the instructions "LDG.128 HMMA@80 !CALL" are not there, or are though they must not be."""
+    """Which of the instructions "LDG.128 HMMA|HGMMA@80 !CALL" are not there, or are though they must not be."""
     for each in wanted.split() if instructions is not None else []:
         name, _, since = each.partition("@")
-        if arch >= int(since or 0) and (name.lstrip("!") in instructions) == name.startswith("!"):
+        is_there = any(one in instructions for one in name.lstrip("!").split("|"))
+        if arch >= int(since or 0) and is_there == name.startswith("!"):
             yield f"{name.lstrip('!')} {'is there' if name.startswith('!') else 'is missing'}"
 
 

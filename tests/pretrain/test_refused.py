@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from pretrain_runs import bad
 
 from fastbert import cli
+from fastbert.backends import triton
 from fastbert.pretrain.loop import pretrain
 from fastbert.pretrain.run import PretrainConfig, resumed_run
 
@@ -92,7 +94,9 @@ def test_info(monkeypatch, capsys):
     cli.main()
     said = capsys.readouterr().out
     assert "instruction set" in said and "attention" in said
-    for name, why in (("triton", "no triton kernels yet"), ("gpu", "no backend is called 'gpu'")):
+    monkeypatch.setattr(triton, "interpreted", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, why in (("triton", "torch sees no GPU"), ("gpu", "no backend is called 'gpu'")):
         # FASTBERT_BACKEND, read when the package is imported
         monkeypatch.setattr(sys.modules["fastbert.backends"], "_requested", name)
         assert why in bad(capsys, monkeypatch, "info")

@@ -56,7 +56,7 @@ def test_what_is_not_given_is_the_model_s_own(settings):
     assert {model: (c.objective, c.tokenizer, c.dropout) for model, c in chosen.items()} == {
         "roberta": ("mlm", "bpe", 0.1), "ernie": ("mlm+nsp", "wordpiece", 0.1), "albert": ("mlm+sop", "wordpiece", 0.0),
     }  # fmt: skip
-    with pytest.raises(ValueError, match=r"objective must be mlm for model roberta, .* got 'mlm\+sop'"):
+    with pytest.raises(ValueError, match=r"objective must be mlm or clm for model roberta, .* got 'mlm\+sop'"):
         dataclasses.replace(settings, model="roberta", objective="mlm+sop").check()
     with pytest.raises(ValueError, match="tokenizer must be one of wordpiece, unigram, bpe, got 'words'"):
         dataclasses.replace(settings, tokenizer="words").check()
