@@ -68,6 +68,8 @@ class FrozenWeight:
         self._library = "fastbert" if kernels.chosen(dtype) == "fastbert" else "onednn"
         with torch.no_grad():
             self._packed = kernels.pack(weight, dtype, self._library)
+        # No decorator: that would have `import fastbert` load torch's compiler, which takes a second.
+        self.product = torch.compiler.disable(self._product)
 
     @staticmethod
     def check(weight: Tensor, dtype: torch.dtype) -> None:
@@ -93,8 +95,7 @@ class FrozenWeight:
     def __reduce__(self):
         raise RuntimeError("a frozen weight cannot be saved: save the model before it is frozen")
 
-    @torch.compiler.disable
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., K] -> [..., N]; under autocast x and bias are cast, as by `F.linear`."""
         for name, given in (("x", x), ("bias", bias)):
             if given is not None or name == "x":
