@@ -194,6 +194,11 @@ class _Call:
         q, k, v = _heads(q), _heads(k), _heads(v)
         tokens, self.heads, head_size = q.shape
         self.sequences, self.longest = cu_seqlens.numel() - 1, min(max_seqlen, tokens)
+        if tokens > 0 and (self.longest <= 0 or self.sequences == 0):  # no program would run to report it
+            raise ValueError(
+                f"cu_seqlens and max_seqlen must make up the {tokens} tokens, got {self.sequences} sequences of at "
+                f"most {max_seqlen}"
+            )
         left, right = (NO_LIMIT, NO_LIMIT) if window is None else (min(limit, NO_LIMIT) for limit in window)
         right = min(right, 0) if causal else right
         self.inputs = q, k, v, cu_seqlens.contiguous(), seed

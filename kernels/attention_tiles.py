@@ -34,6 +34,9 @@ def work_of_program(cu_seqlens_ptr, faults_ptr, tokens, max_seqlen, heads, ROWS:
     end = tl.load(cu_seqlens_ptr + sequence + 1)
     length = end - start
     wrong = (start < 0) | (length < 0) | (length > max_seqlen) | (end > tokens)
+    # A token of no sequence would leave its results as nobody wrote them.
+    is_last = place + tiles * heads >= tl.num_programs(0)
+    wrong = wrong | ((sequence == 0) & (start != 0)) | (is_last & (end != tokens))
     faults.raise_fault(faults_ptr, faults.SEQUENCE, sequence, wrong & (row == 0) & (head == 0))
     return head, row, start.to(tl.int64), tl.where(wrong | (row >= length), 0, length)
 

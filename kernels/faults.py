@@ -25,8 +25,8 @@ _FOUND = (  # what, and the consequence; the place stands between them
         ": loss and gradient of that row are NaN",
     ),
     (
-        "attention was given cu_seqlens that decrease, pass the number of tokens, or make a sequence longer than "
-        "max_seqlen, at sequence ",
+        "attention was given cu_seqlens that decrease, do not go from 0 to the number of tokens, or make a sequence "
+        "longer than max_seqlen, at sequence ",
         ": its results are undefined",
     ),
     ("lazy_adam was given a row id outside its table, at place ", " of rows: that step changed nothing"),

@@ -41,8 +41,7 @@ def make_tables(launches: list[list[tuple[int, ...]]], chunk: int, device: torch
         launches: of each the tensors, at most MOST: elements and further fields of the table.
     """
     made, fields = [], 1 + len(launches[0][0])
-    shape, pinned = (len(launches), fields, MOST), device.type == "cuda"
-    host = torch.full(shape, 1 << 62, dtype=torch.int64, device="cpu", pin_memory=pinned)
+    host = _memory_of_host((len(launches), fields, MOST), device).fill_(1 << 62)
     for table, tensors in zip(host, launches, strict=True):
         chunks, columns = 0, []
         for elements, *others in tensors:

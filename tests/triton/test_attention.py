@@ -66,10 +66,20 @@ def test_keys_behind_the_end_of_a_short_sequence_do_not_count(triton):
         torch.testing.assert_close(result.double(), expected, rtol=2e-2, atol=5e-2)
 
 
-@pytest.mark.parametrize("wrong", [[0, 6, 4], [0, 3, 7], [-1, 3, 6], [0, 5, 6]], ids=str)
+@pytest.mark.parametrize("wrong", [[0, 6, 4], [0, 3, 7], [-1, 3, 6], [0, 5, 6], [1, 3, 6], [0, 3, 5]], ids=str)
 def test_sequences_that_do_not_hold_are_reported(triton, wrong):
-    """They neither read nor write; one that decreases, too many tokens, too few, one longer than max_seqlen."""
+    """They neither read nor write; those that decrease, pass the tokens on either side, are longer than max_seqlen, or
+    leave out the first token or the last."""
     qkv = torch.randn(6, 3, 1, 16)
     with pytest.raises(ValueError, match=r"attention was given cu_seqlens .* at sequence [01]"):
         fastbert.attention_qkv(qkv, torch.tensor(wrong, dtype=torch.int32), 4)
         fastbert.check_device_errors()
+
+
+@pytest.mark.parametrize(("sequences", "longest"), [(0, 5), (2, 0), (2, -1)])
+def test_sequences_that_cannot_hold_the_tokens_are_refused_without_a_look(triton, sequences, longest):
+    """Their grid is empty: no program could report them, and the result would be memory that nobody wrote."""
+    bounds = torch.zeros(sequences + 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"make up the 3 tokens, got {sequences} sequences of at most {longest}"):
+        fastbert.attention_qkv(torch.randn(3, 3, 1, 16), bounds, longest)
+    assert fastbert.attention_qkv(torch.randn(0, 3, 1, 16), bounds, max(longest, 0)).shape == (0, 1, 16)
