@@ -400,8 +400,8 @@ int run_kernel(const char* name, dim3 grid, dim3 block, size_t shared_bytes, Bod
 
 extern "C" {
 const char* emulator_error() { return emulator::error.c_str(); }
-// Launches are listed from here on, a line "kernel<tab>blocks" each, instead of run; or run again. Gives the list
-// that there was till now.
+// Launches are listed from here on, a line "kernel<tab>blocks" each, instead of run; or run again. Gives the
+// list that there was till now.
 const char* emulator_list(int on) {
   static std::string listed;
   listed.swap(emulator::launches);

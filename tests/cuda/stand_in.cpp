@@ -1,5 +1,5 @@
-// What torch asks of a GPU beside computing, answered where there is none: fake tensors on "cuda" then go through
-// autograd in a build of torch for the CPU. See rehearsal.py.
+// What torch asks of a GPU beside computing, answered where there is none: fake tensors on "cuda" then go
+// through autograd in a build of torch for the CPU. See rehearsal.py.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
