@@ -164,11 +164,15 @@ FLOAT32 = {
     "whole": {},
 }
 LARGE = Plan(16, 16, 4, 1)
+# sm_75 has 64 KB of shared memory, which the plans of sm_80 pass for heads above 64, and LARGE by 1 KB for float32.
+LARGE_75 = Plan(16, 16, 2, 1)
 
 
 def plan(kernel: str, D: int, dtype: torch.dtype, target: str) -> Plan | None:
     """Of attention_<kernel>_kernel, or of "whole", which is attention_dk_dv_kernel where it gives dq too, or None."""
-    plans = FLOAT32 if dtype == torch.float32 else PLANS[target]
+    if target == "sm_75" and D > 64:
+        return None if kernel == "whole" else LARGE_75
+    plans = FLOAT32 if dtype == torch.float32 else PLANS["sm_80" if target == "sm_75" else target]
     found = plans[kernel].get(max(D, 32), None if kernel == "whole" else LARGE)
     # A warp of AMD's has 64 threads, and threads of eight would have half of the registers.
     return found._replace(warps=4) if found and target == "amd" else found
@@ -181,7 +185,7 @@ def target_of(device: torch.device) -> str:
     if torch.version.hip:
         return "amd"
     major, _ = torch.cuda.get_device_capability(device)
-    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
+    return {7: "sm_75", 9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
 
 
 class _Call:

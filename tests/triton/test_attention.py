@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+pytest.importorskip("triton")
 import fastbert
+from fastbert.kernels.attention import LARGE_75, Plan, plan, target_of
 from fastbert.ops import philox
 from fastbert.testing import run
 
@@ -83,3 +85,14 @@ def test_sequences_that_cannot_hold_the_tokens_are_refused_without_a_look(triton
     with pytest.raises(ValueError, match=f"make up the 3 tokens, got {sequences} sequences of at most {longest}"):
         fastbert.attention_qkv(torch.randn(3, 3, 1, 16), bounds, longest)
     assert fastbert.attention_qkv(torch.randn(0, 3, 1, 16), bounds, max(longest, 0)).shape == (0, 1, 16)
+
+
+def test_heads_above_64_have_smaller_tiles_where_shared_memory_is_small(monkeypatch):
+    """Compiled for sm_75, the others' tiles ask for up to 96 KB of its 64."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert target_of.__wrapped__(torch.device("cuda", 0)) == "sm_75"
+    for D in (128, 256):
+        for dtype in (torch.float32, torch.float16):
+            assert {plan(kernel, D, dtype, "sm_75") for kernel in ("forward", "dq", "dk_dv")} == {LARGE_75}
+            assert plan("whole", D, dtype, "sm_75") is None
+    assert plan("dk_dv", 64, torch.float16, "sm_75") == plan("dk_dv", 64, torch.float16, "sm_80") == Plan(32, 64, 4, 2)
