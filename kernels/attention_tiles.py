@@ -35,8 +35,9 @@ def work_of_program(cu_seqlens_ptr, faults_ptr, tokens, max_seqlen, heads, ROWS:
     length = end - start
     wrong = (start < 0) | (length < 0) | (length > max_seqlen) | (end > tokens)
     # A token of no sequence would leave its results as nobody wrote them.
-    is_last = place + tiles * heads >= tl.num_programs(0)
-    wrong = wrong | ((sequence == 0) & (start != 0)) | (is_last & (end != tokens))
+    covered_from = tl.where(sequence == 0, 0, start)
+    covered_to = tl.where(sequence + 1 == tl.num_programs(0) // (tiles * heads), tokens, end)
+    wrong = wrong | (covered_from != start) | (covered_to != end)
     faults.raise_fault(faults_ptr, faults.SEQUENCE, sequence, wrong & (row == 0) & (head == 0))
     return head, row, start.to(tl.int64), tl.where(wrong | (row >= length), 0, length)
 
