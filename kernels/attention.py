@@ -72,7 +72,7 @@ def attention_forward_kernel(
     k_stride, v_stride, left, right, scale, keep_scale, bound, nought, D: tl.constexpr, HEAD: tl.constexpr,
     DROPOUT: tl.constexpr, WINDOW: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    head, row, start, length = work_of_program(cu_seqlens_ptr, faults_ptr, tokens, max_seqlen, heads, BQ)
+    head, row, start, length = work_of_program(cu_seqlens_ptr, faults_ptr, tokens, max_seqlen, heads, BQ, ALL=True)
     if length == 0:
         return
     out_stride = heads * HEAD

@@ -66,7 +66,7 @@ def attention_dq_kernel(
     max_seqlen, heads, q_stride, k_stride, v_stride, left, right, scale, keep_scale, bound, nought, D: tl.constexpr,
     HEAD: tl.constexpr, DROPOUT: tl.constexpr, WINDOW: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    head, row, start, length = work_of_program(cu_seqlens_ptr, faults_ptr, tokens, max_seqlen, heads, BQ)
+    head, row, start, length = work_of_program(cu_seqlens_ptr, faults_ptr, tokens, max_seqlen, heads, BQ, ALL=False)
     if length == 0:
         return
     stride = heads * HEAD
@@ -172,7 +172,7 @@ def attention_dk_dv_kernel(
     BK: tl.constexpr,
 ):  # fmt: skip
     """dk and dv, from what attention_dq_kernel left in rows; WHOLE: dq too, from lse, where there is no window."""
-    head, key, start, length = work_of_program(cu_seqlens_ptr, faults_ptr, tokens, max_seqlen, heads, BK)
+    head, key, start, length = work_of_program(cu_seqlens_ptr, faults_ptr, tokens, max_seqlen, heads, BK, ALL=False)
     if length == 0:
         return
     stride = heads * HEAD
