@@ -91,7 +91,7 @@ def triton(request):
         yield name
 
 
-@pytest.fixture(params=["reference", *KERNELS[-1:], *GPU, "cuda:values"])
+@pytest.fixture(params=["reference", *(["cpu"] if KERNELS else []), *GPU, "cuda:values"])
 def best(request):
     """Every backend once, the cpu backend by its best instruction set: what lies above the kernels."""
     with within(request.param) as name:
