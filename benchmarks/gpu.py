@@ -25,6 +25,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch._functorch.config
 from gpu_timing import Call, measure, rate
 from timing import gpu, results_path, write_csv
 from torch import Tensor
