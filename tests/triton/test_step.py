@@ -1,4 +1,4 @@
-"""A pretraining step of BERT tiny runs whole on the interpreted Triton kernels and gives what the CPU's and CUDA's give."""
+"""A step of BERT tiny runs whole on the interpreted Triton kernels and gives what the CPU's and CUDA's give."""
 
 import copy
 
