@@ -126,9 +126,9 @@ class Plan(NamedTuple):
     registers: int | None = None  # of a thread, at most; a window needs more
 
 
-# By target, kernel and head size. What sm_90 has up to a size of 64 was fastest on an H200; the rest is what leaves
-# no register in memory; a head of 256 leaves some. With 16-bit types a tile of keys, and for dk and dv one of queries,
-# is of 64 where dropout is to draw each call in one thread (philox.py).
+# By target, kernel and head size. What sm_90 has up to a size of 64 was fastest in a prototype on an H200; the rest is
+# what leaves no register in memory; a head of 256 leaves some. With 16-bit types a tile of keys, and for dk and dv one
+# of queries, is of 64 where dropout is to draw each call in one thread (philox.py).
 _SQUARE = Plan(64, 64, 4, 3)
 PLANS = {
     "sm_80": {

@@ -8,7 +8,8 @@ those at the two edges of the window and at the sequence's end. Others are not l
 
 The grid has programs for all tiles of `max_seqlen` rows, and those behind a sequence's end read two numbers and return:
 nothing waits for the device, and a batch whose sequences are shorter takes less time than one of full length (a
-prototype on an H200: 17 us instead of 20 for 64 sequences of 32 to 128 tokens), while a list of work would need a kernel of its own.
+prototype on an H200: 17 us instead of 20 for 64 sequences of 32 to 128 tokens), while a list of work would
+need a kernel of its own.
 """
 
 import triton

@@ -34,7 +34,7 @@ BACKWARD_BLOCK, BACKWARD_WARPS = 2048, 4
 
 
 class ForwardPlan(NamedTuple):
-    """What was fastest on an H200 for 2,458 x 30,522, and as many elements a thread for short rows."""
+    """What was fastest in a prototype on an H200, for 2,458 x 30,522, and as many elements a thread for short rows."""
 
     block: int  # elements of a row at a time
     warps: int

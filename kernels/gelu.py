@@ -32,7 +32,7 @@ MOST_COLUMNS = 512  # of them side by side
 
 
 class BackwardPlan(NamedTuple):
-    """What was fastest on an H200 for 16,384 x 3,072."""
+    """What was fastest in a prototype on an H200, for 16,384 x 3,072."""
 
     tile: int  # elements that a program has at a time
     most_columns: int  # of them side by side

@@ -55,7 +55,7 @@ def tile_of(columns: int, rows: int, warps: int) -> Tile:
 
 
 class BackwardPlan(NamedTuple):
-    """What was fastest on an H200 for 16,384 rows of 768, 1,024 and 4,096; between them by registers."""
+    """Fastest in a prototype on an H200, for 16,384 rows of 768, 1,024 and 4,096; between them by registers."""
 
     warps: int  # of a row
     rows: int  # of a tile
