@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import faults
-from fastbert.kernels.fast import exp2
+from fastbert.kernels.fast import exp
 from fastbert.kernels.launch import launch
 
 GROUP = tl.constexpr(8)  # elements that share a thread's running maximum: one or two accesses
@@ -43,12 +43,6 @@ class ForwardPlan(NamedTuple):
 def forward_plan(columns: int) -> ForwardPlan:
     block = min(4096, max(256, triton.next_power_of_2(columns)))
     return ForwardPlan(block, max(1, block // 512))
-
-
-@triton.jit
-def exp_of(x):
-    """exp(x) for x <= 0; the difference was rounded before, as it must be where logits are large."""
-    return exp2(x * 1.44269504)
 
 
 # ---- rows in groups of 16 bytes ------------------------------------------------------------------------------------
@@ -83,7 +77,10 @@ def shift_of(maximum):
 
 @triton.jit
 def softmax_of_row(x_ptr, columns, shift, first, last, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
-    """The maximum m of a row, and its sum of exp(x - m). NaN in the row shows in the sum."""
+    """The maximum m of a row, and its sum of exp(x - m). NaN in the row shows in the sum.
+
+    The difference is rounded before it is scaled to base 2: with large logits m * log2(e) would lose it.
+    """
     place = tl.arange(0, BLOCK // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     maxima = tl.full([BLOCK // GROUP], -float("inf"), tl.float32)
     totals = tl.zeros([BLOCK // GROUP], tl.float32)
@@ -91,12 +88,12 @@ def softmax_of_row(x_ptr, columns, shift, first, last, ALIGN: tl.constexpr, BLOC
         mask = (block + place >= first) & (block + place < last)
         x = tl.load(x_ptr + block + place, mask=mask, other=-float("inf")).to(tl.float32)
         larger = tl.maximum(maxima, tl.max(x, 1))
-        totals = totals * exp_of(maxima - shift_of(larger)) + tl.sum(exp_of(x - shift_of(larger)[:, None]), 1)
+        totals = totals * exp(maxima - shift_of(larger)) + tl.sum(exp(x - shift_of(larger)[:, None]), 1)
         maxima = larger
     place, mask = ends_of(shift, shift + columns, first, last, ALIGN, 2 * ALIGN)
     x = tl.load(x_ptr + place, mask=mask, other=-float("inf")).to(tl.float32)
     maximum = tl.maximum(tl.max(maxima, 0), tl.max(x, 0))
-    total = tl.sum(totals * exp_of(maxima - shift_of(maximum)), 0) + tl.sum(exp_of(x - shift_of(maximum)), 0)
+    total = tl.sum(totals * exp(maxima - shift_of(maximum)), 0) + tl.sum(exp(x - shift_of(maximum)), 0)
     return maximum, total
 
 
@@ -109,7 +106,7 @@ def cross_entropy_forward_kernel(
     row = tl.program_id(0)
     label = tl.load(labels_ptr + row)
     ignored = label == ignore_index
-    wrong = ((label < 0) | (label >= columns)) & (label != ignore_index)
+    wrong = ((label < 0) | (label >= columns)) & ~ignored
     if ignored | wrong:
         faults.raise_fault(faults_ptr, faults.LABEL, row, wrong)
         nothing = tl.where(wrong, float("nan"), 0.0)
@@ -133,7 +130,7 @@ def cross_entropy_forward_kernel(
 
 @triton.jit
 def gradient(x, place, label, maximum, scale, dloss):
-    share = exp_of(x.to(tl.float32) - maximum) * scale
+    share = exp(x.to(tl.float32) - maximum) * scale
     return tl.where(place == label, share - dloss, share)
 
 

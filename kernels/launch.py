@@ -31,7 +31,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     """
     if 0 in grid:
         return
-    if torch.version.hip:
+    if _IS_HIP:
         constants.pop("maxnreg", None)  # Triton refuses it there
     if not isinstance(kernel, JITFunction):  # interpreted
         kernel[grid](*arguments, **constants)

@@ -10,7 +10,6 @@ TRITON_INTERPRET=1 must be set before Triton is imported; tests/conftest.py does
   of, are refused.
 - Memory. Every address that is read or written must lie in a tensor: an argument of the kernel, or one whose address
   was asked for, as for a table of addresses. Without this check a kernel corrupts the heap, or reads what is not its.
-- libdevice, whose functions the interpreter lacks.
 - A bound on what is interpreted: it takes 1.5 ms a program.
 
 What it cannot show: layouts, registers, shared memory, races between programs, and the rounding of instructions that
@@ -28,7 +27,6 @@ import pytest
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import libdevice
 from triton.runtime import interpreter as its
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -215,25 +213,6 @@ def _asking(method: Callable) -> Callable:
     return data_ptr
 
 
-def _of_libdevice(function: Callable) -> Callable:
-    def call(*operands: Any, **_: Any) -> tl.tensor:
-        x = next(each for each in operands if isinstance(each, tl.tensor))
-        data = function(*(each.handle.data if isinstance(each, tl.tensor) else np.float32(each) for each in operands))
-        return tl.tensor(TensorHandle(data.astype(np.float32), tl.float32), x.type)
-
-    return call
-
-
-LIBDEVICE = {
-    "exp2": np.exp2,
-    "fast_expf": np.exp,
-    "fast_dividef": np.divide,
-    "tanh": np.tanh,
-    "erf": np.vectorize(math.erf, otypes=[np.float32]),
-    "rsqrt": lambda x: 1 / np.sqrt(x),
-}
-
-
 @contextlib.contextmanager
 def installed(most: int = 0) -> Iterator[None]:
     """Within the block kernels are interpreted as described above.
@@ -261,8 +240,6 @@ def installed(most: int = 0) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, method in patches.items():
             stack.enter_context(mock.patch.object(builder, name, method))
-        for name, function in LIBDEVICE.items():
-            stack.enter_context(mock.patch.object(libdevice, name, _of_libdevice(function)))
         patches = _Kept(its._patch_lang)
         stack.callback(patches.end)
         stack.enter_context(mock.patch.object(its, "_patch_lang", patches))

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from op_cases import assert_solves, problem
 
 pytest.importorskip("triton")
 import fastbert
-from fastbert.kernels.attention import LARGE_75, Plan, plan, target_of
+from fastbert.kernels.attention import LARGE_75, Plan, _Call, attention_backward, plan, target_of
 from fastbert.ops import philox
 from fastbert.testing import run
 
@@ -17,13 +18,6 @@ def packed(lengths):
     """cu_seqlens and each token's place in its sequence."""
     ends = torch.tensor(lengths).cumsum(0)
     return F.pad(ends, (1, 0)).int(), torch.cat([torch.arange(n) for n in lengths])
-
-
-def both(function, *inputs):
-    """out and dqkv by Triton, and by the twin in float64."""
-    with fastbert.use_backend("reference"):
-        truth = run(function, [x.double() for x in inputs[:-1]], inputs[-1].double())
-    return run(function, inputs[:-1], inputs[-1]), truth
 
 
 @pytest.mark.parametrize(("lengths", "head_size"), [([64, 40], 64), ([70], 128)], ids=["one kernel", "two kernels"])
@@ -53,9 +47,11 @@ def test_every_kernel_draws_the_contracts_mask(triton, lengths, head_size):
 def test_a_scale_below_0(triton, scale):
     cu_seqlens, _ = packed([20, 45])
     qkv, dout = torch.randn(65, 3, 1, 32).bfloat16(), torch.randn(65, 1, 32).bfloat16()
-    ours, truth = both(lambda x: fastbert.attention_qkv(x, cu_seqlens, 45, scale=scale), qkv, dout)
-    for result, expected in zip(ours, truth, strict=True):
-        torch.testing.assert_close(result.double(), expected, rtol=2e-2, atol=2e-2)
+
+    def attention(qkv):
+        return fastbert.attention_qkv(qkv, cu_seqlens, 45, scale=scale)
+
+    assert_solves(attention, problem((qkv,), dout, attention), ("out", "dqkv"))
 
 
 def test_keys_behind_the_end_of_a_short_sequence_do_not_count(triton):
@@ -63,19 +59,35 @@ def test_keys_behind_the_end_of_a_short_sequence_do_not_count(triton):
     cu_seqlens, _ = packed([5, 3])
     q = torch.full((8, 1, 16), 5.0).bfloat16()
     k, v, dout = -q, torch.randn(8, 1, 16).bfloat16(), torch.randn(8, 1, 16).bfloat16()
-    ours, truth = both(lambda *qkv: fastbert.attention(*qkv, cu_seqlens, 5, scale=1.0), q, k, v, dout)
-    for result, expected in zip(ours, truth, strict=True):
-        torch.testing.assert_close(result.double(), expected, rtol=2e-2, atol=5e-2)
+
+    def attention(q, k, v):
+        return fastbert.attention(q, k, v, cu_seqlens, 5, scale=1.0)
+
+    assert_solves(attention, problem((q, k, v), dout, attention), ("out", "dq", "dk", "dv"))
 
 
-@pytest.mark.parametrize("wrong", [[0, 6, 4], [0, 3, 7], [-1, 3, 6], [0, 5, 6], [1, 3, 6], [0, 3, 5]], ids=str)
-def test_sequences_that_do_not_hold_are_reported(triton, wrong):
-    """They neither read nor write; those that decrease, pass the tokens on either side, are longer than max_seqlen, or
-    leave out the first token or the last."""
-    qkv = torch.randn(6, 3, 1, 16)
-    with pytest.raises(ValueError, match=r"attention was given cu_seqlens .* at sequence [01]"):
-        fastbert.attention_qkv(qkv, torch.tensor(wrong, dtype=torch.int32), 4)
+# Boundaries of 6 tokens and the sequence at fault: one decreases, two pass the tokens, one is longer than max_seqlen.
+WRONG = [([0, 4, 2, 6], 1), ([0, 3, 7], 1), ([-1, 3, 6], 0), ([0, 5, 6], 0)]
+LEFT_OUT = [([1, 3, 6], 0), ([0, 3, 5], 1)]  # the first token, and the last
+
+
+@pytest.mark.parametrize(("bounds", "place"), [*WRONG, *LEFT_OUT], ids=str)
+def test_sequences_that_do_not_hold_are_reported(triton, bounds, place):
+    with pytest.raises(ValueError, match=rf"attention was given cu_seqlens .* at sequence {place}:"):
+        fastbert.attention_qkv(torch.randn(6, 3, 1, 16), torch.tensor(bounds, dtype=torch.int32), 4)
         fastbert.check_device_errors()
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["one kernel", "two kernels"])
+@pytest.mark.parametrize(("bounds", "place"), WRONG[1:3], ids=str)
+def test_backward_touches_nothing_by_sequences_that_do_not_hold(interpreted, monkeypatch, bounds, place, whole):
+    """A GPU runs it before anybody has read what forward reported; the interpreter refuses addresses outside."""
+    tile = Plan(16, 16, 4, 1)
+    monkeypatch.setattr(_Call, "plan", lambda call, kernel: tile if whole or kernel != "whole" else None)
+    q, k, v, out = torch.randn(4, 6, 1, 16)
+    bounds = torch.tensor(bounds, dtype=torch.int32)
+    with pytest.raises(ValueError, match=rf"attention was given cu_seqlens .* at sequence {place}:"):
+        attention_backward(out, q, k, v, out, torch.zeros(6, 1), bounds, 4, 0.25, 0, None, False, None)
 
 
 @pytest.mark.parametrize(("sequences", "longest"), [(0, 5), (2, 0), (2, -1)])

@@ -9,7 +9,6 @@ if torch.cuda.is_available():
     pytest.skip("kernels are compiled here", allow_module_level=True)
 
 import triton.language as tl  # noqa: E402
-from triton.language.extra import libdevice  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -117,21 +116,6 @@ def test_a_table_holds_addresses_that_were_asked_for():
     assert out.item() == 5.0
     with pytest.raises(IndexError, match="a load out of bounds, 1 of 1"):
         by_table[(1,)](torch.tensor([x.data_ptr() + 8]), out)
-
-
-@triton.jit
-def functions(x_ptr, out_ptr, N: tl.constexpr):
-    i = tl.arange(0, N)
-    x = tl.load(x_ptr + i)
-    tl.store(out_ptr + i, libdevice.exp2(x))
-    tl.store(out_ptr + N + i, libdevice.fast_dividef(1.0, x))
-    tl.store(out_ptr + 2 * N + i, libdevice.tanh(x))
-
-
-def test_libdevice():
-    x, out = torch.rand(64) + 0.5, torch.empty(3, 64)
-    functions[(1,)](x, out, N=64)
-    torch.testing.assert_close(out, torch.stack([x.exp2(), 1 / x, x.tanh()]))
 
 
 def test_a_launch_of_too_many_programs_skips():

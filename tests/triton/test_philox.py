@@ -1,25 +1,17 @@
 """Triton's random numbers, of rows and of attention's scores: bit for bit those of fastbert.ops.philox."""
 
-import interpreter
 import pytest
 import torch
 
-from fastbert.backends import why_not
 from fastbert.ops import philox as truth
 
-if torch.cuda.is_available() or why_not("triton"):
-    pytest.skip("kernels are not interpreted here", allow_module_level=True)
-
+pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
 from fastbert.kernels import philox
 
-
-@pytest.fixture(autouse=True)
-def installed():
-    with interpreter.installed():
-        yield
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 @triton.jit
