@@ -90,13 +90,7 @@ def embed(config: EmbedConfig) -> None:
     layers = wanted_layers(config.layers, len(model.layers()))
     longest = sizes.longest if config.seq_len is None else config.seq_len
     expect(longest <= sizes.longest, "seq_len", f"at most what the model takes, {sizes.longest}", longest)
-    encoded = encode(load_tokenizer(config.folder), texts, longest)
-    highest = max(max(each.ids, default=0) for each in encoded)
-    if highest >= sizes.vocab_size:
-        raise ValueError(
-            f"the tokenizer in {config.folder} gives ids up to {highest}, and the model there has {sizes.vocab_size} "
-            "words: they do not belong together"
-        )
+    encoded = encode(load_tokenizer(config.folder), texts, longest, sizes.vocab_size)
     cut = sum(each.cut for each in encoded)
     if cut:
         print(f"{cut:,} of {len(encoded):,} texts are cut at {longest} tokens")
