@@ -259,6 +259,11 @@ def test_bad_input_gets_a_sentence_and_nothing_is_written(bert, tables, tmp_path
     assert "output must be a .jsonl, .csv or .tsv" in said(
         monkeypatch, "predict", bert, tables[1], "--text", "text", "--output", tmp_path / "x.txt"
     )
+    before = tables[1].read_bytes()
+    assert "new.csv would be written over by what is predicted: choose another --output" in said(
+        monkeypatch, "predict", bert, tables[1], "--text", "text", "--output", tables[1]
+    )
+    assert tables[1].read_bytes() == before
 
 
 def test_a_tokenizer_of_another_model_is_refused(bert, tables, tmp_path, monkeypatch):
