@@ -44,8 +44,7 @@ def main() -> None:
         less = {
             "finetune": "a smaller --batch-size or --seq-len",
             "pretrain": "a smaller --batch-tokens (with --accumulate), --checkpoint-layers or a smaller --preset",
-        }
-        less = less.get(command, "a smaller --batch-tokens")
+        }.get(command, "a smaller --batch-tokens")
         sys.exit(f"fastbert {command}: not enough memory; {less} takes less: {error}")
     except KeyboardInterrupt:
         print(f"fastbert {command}: interrupted", file=sys.stderr)
@@ -92,9 +91,7 @@ def waiting() -> str:
 
 def pretrain(arguments: list[str]) -> int:
     """`fastbert pretrain`; the exit status: 0 when the run ended, 130 when Ctrl-C or SIGTERM stopped it."""
-    packages = "numpy", "tokenizers", "safetensors", "tyro", "tqdm", "tensorboard", "matplotlib"  # some at the end only
-    if why := extras.missing("pretraining needs", *packages):
-        raise ImportError(why)
+    _expect_packages("pretraining needs", "tensorboard", "matplotlib")  # these two at the end only
     import tyro
 
     from fastbert.pretrain import presets

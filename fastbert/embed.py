@@ -90,13 +90,7 @@ def embed(config: EmbedConfig) -> None:
     layers = wanted_layers(config.layers, len(model.layers()))
     longest = sizes.longest if config.seq_len is None else config.seq_len
     expect(longest <= sizes.longest, "seq_len", f"at most what the model takes, {sizes.longest}", longest)
-    encoded = encode(load_tokenizer(config.folder), texts, longest)
-    highest = max(max(each.ids, default=0) for each in encoded)
-    if highest >= sizes.vocab_size:
-        raise ValueError(
-            f"the tokenizer in {config.folder} gives ids up to {highest}, and the model there has {sizes.vocab_size} "
-            "words: they do not belong together"
-        )
+    encoded = encode(load_tokenizer(config.folder), texts, longest, sizes.vocab_size)
     cut = sum(each.cut for each in encoded)
     if cut:
         print(f"{cut:,} of {len(encoded):,} texts are cut at {longest} tokens")
@@ -107,7 +101,7 @@ def embed(config: EmbedConfig) -> None:
     bounds = np.append(0, np.cumsum(lengths))
     rows = bounds[-1] if config.vectors == "tokens" else len(encoded)
     with _whole_file(config.output) as path:
-        vectors = _allocate(path, int(rows), sizes.hidden_size)
+        vectors = _allocate(path, config.output.suffix, int(rows), sizes.hidden_size)
         for places, some in _batches(model, encoded, layers, config):
             if config.vectors == "tokens":
                 for place, each in zip(places, some, strict=True):
@@ -201,9 +195,9 @@ def _whole_file(path: Path) -> Iterator[Path]:
         writing.unlink(missing_ok=True)
 
 
-def _allocate(path: Path, rows: int, size: int) -> np.ndarray:
+def _allocate(path: Path, suffix: str, rows: int, size: int) -> np.ndarray:
     """Room for the vectors: the file itself for .npy, which need not fit in memory."""
-    if ".npy" in path.suffixes:
+    if suffix == ".npy":
         return np.lib.format.open_memmap(path, "w+", np.float32, (rows, size))
     return np.empty((rows, size), np.float32)
 

@@ -13,8 +13,8 @@ import torch
 
 pytest.importorskip("sklearn")
 
-from fastbert import cli
-from fastbert.data import load_tokenizer, train_byte_bpe, train_tokenizer
+from fastbert import BertConfig, BertForSequenceClassification, cli
+from fastbert.data import load_tokenizer, save_tokenizer, train_byte_bpe, train_tokenizer
 from fastbert.finetune import FinetuneConfig, PredictConfig, finetune, loop, predict, scores
 from fastbert.models.auto import ENCODERS, AutoModel
 
@@ -147,7 +147,7 @@ def test_a_regression_gives_numbers_in_their_own_units(bert, tables, tmp_path, c
 def test_the_best_epoch_is_kept_and_unread_words_keep_their_bits(bert, tables, tmp_path, monkeypatch, capsys):
     measured, states = iter([0.5, 0.9, 0.9, 0.7]), []
 
-    def recorded(model, encoded, config):
+    def recorded(model, encoded, config, tokens):
         states.append({name: x.clone() for name, x in model.state_dict().items()})
         return torch.zeros(len(encoded), 3)
 
@@ -259,6 +259,26 @@ def test_bad_input_gets_a_sentence_and_nothing_is_written(bert, tables, tmp_path
     assert "output must be a .jsonl, .csv or .tsv" in said(
         monkeypatch, "predict", bert, tables[1], "--text", "text", "--output", tmp_path / "x.txt"
     )
+    before = tables[1].read_bytes()
+    assert "new.csv would be written over by what is predicted: choose another --output" in said(
+        monkeypatch, "predict", bert, tables[1], "--text", "text", "--output", tables[1]
+    )
+    assert tables[1].read_bytes() == before
+
+
+def test_a_tokenizer_of_another_model_is_refused(bert, tables, tmp_path, monkeypatch):
+    small = BertConfig.preset("tiny", vocab_size=20)
+    BertForSequenceClassification(small, ["a", "b"]).save_pretrained(tmp_path / "small")
+    save_tokenizer(load_tokenizer(bert), tmp_path / "small")
+    rule = r"the tokenizer gives ids up to \d+, and the model has 20 words: they do not belong together"
+    commands = (
+        ["finetune", "--init", tmp_path / "small", "--train", tables[0], "--output", tmp_path / "out"],
+        ["predict", tmp_path / "small", tables[1], "--text", "text", "--output", tmp_path / "out.csv"],
+        ["embed", tmp_path / "small", tables[1], "--text", "text", "--output", tmp_path / "out.npy"],
+    )
+    for command in commands:
+        assert re.search(rule, said(monkeypatch, *command)), command[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
 def write_lines(path, lines):

@@ -89,14 +89,14 @@ def pack_samples(
                 arrived += 1
             oldest = untaken.index(1, oldest)
             first = sizes[oldest]
-            for lengths in [(first,)] if left is shape else waiting.candidates(left.tokens, first):
-                after = _after(left, lengths, needed, longest)
+            for chosen in [(first,)] if left is shape else waiting.candidates(left.tokens, first):
+                after = _after(left, chosen, needed, longest)
                 if after is not None:
                     break
             else:
                 break
             left = after
-            for length in lengths:
+            for length in chosen:
                 order.append(waiting.take(length))
                 untaken[order[-1]] = 0
         cuts.append(len(order))

@@ -81,13 +81,22 @@ class Encoded(NamedTuple):
     cut: bool
 
 
-def encode(tokenizer: Tokenizer, texts: Texts, longest: int) -> list[Encoded]:
+def encode(tokenizer: Tokenizer, texts: Texts, longest: int, words: int) -> list[Encoded]:
     """Tokenises all texts; of those beyond `longest` tokens the longer one of a pair is cut at its end.
 
     Special tokens that a text spells out are read as text.
 
+    Args:
+        tokenizer: left as it is.
+        texts: N texts or pairs.
+        longest: most tokens of a text or pair, special ones included.
+        words: rows of the model's word embedding.
+
+    Returns:
+        N of `Encoded`, in the order of the texts.
+
     Raises:
-        ValueError: a text of which the tokenizer makes no token, not even [CLS].
+        ValueError: a text of which the tokenizer makes no token, not even [CLS]; an id that the model has no row for.
     """
     tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy: the next lines change it
     tokenizer.no_padding()
@@ -99,6 +108,11 @@ def encode(tokenizer: Tokenizer, texts: Texts, longest: int) -> list[Encoded]:
         raise ValueError(
             f"the tokenizer makes no token of {len(bad):,} texts, the first in line {bad[0]:,}, and puts none around "
             "them: take them out"
+        )
+    highest = max((max(each.ids) for each in encoded), default=0)
+    if highest >= words:
+        raise ValueError(
+            f"the tokenizer gives ids up to {highest}, and the model has {words} words: they do not belong together"
         )
     return encoded
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastbert import allocator, files
-from fastbert.data.texts import Encoded, batches_by_length, encode, pack
+from fastbert.data.texts import Encoded, encode
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.finetune.examples import Examples, read_examples
+from fastbert.finetune.predict import autocast, logits_of, packed_logits
 from fastbert.finetune.scores import better, class_scores, confusion_picture, number_scores, scatter_picture
 from fastbert.finetune.settings import FinetuneConfig
 from fastbert.models.auto import ENCODERS, class_of
@@ -47,9 +48,8 @@ def finetune(config: FinetuneConfig) -> Path:
     longest = model.config.longest if config.seq_len is None else config.seq_len
     if longest > model.config.longest:
         raise ValueError(f"seq_len must be at most what the model takes, {model.config.longest}, got {longest}")
-    tokenizer = load_tokenizer(config.init)
-    encoded, held_out = encode(tokenizer, train.texts, longest), encode(tokenizer, evaluation.texts, longest)
-    _check_ids([*encoded, *held_out], model.config.vocab_size, config.init)
+    tokenizer, words = load_tokenizer(config.init), model.config.vocab_size
+    encoded, held_out = (encode(tokenizer, each.texts, longest, words) for each in (train, evaluation))
     model.to(config.device)
     scale = Scale.of(train.targets) if config.regression else None
     cut = sum(each.cut for each in encoded) / len(encoded)
@@ -64,7 +64,7 @@ def finetune(config: FinetuneConfig) -> Path:
     best = None  # the epoch's place, and what it predicted
     for epoch in range(config.epochs):
         loss = trainer.epoch(epoch)
-        logits = logits_of(model, held_out, config)
+        logits = logits_of(model, held_out, config, EVALUATED)
         predicted = logits.argmax(-1) if scale is None else scale.numbers(logits[:, 0])
         measure = class_scores if scale is None else number_scores
         scores = measure(evaluation.targets.numpy(), predicted.numpy())
@@ -148,7 +148,8 @@ class Trainer:
     def _step(self, places: Tensor, step: int) -> float:
         config, model = self.config, self.model
         lr = learning_rate(step, self.steps * config.epochs, self.lr, config.warmup)
-        logits = packed_logits(model, [self.encoded[i] for i in places.tolist()], config)
+        with autocast(config):
+            logits = packed_logits(model, [self.encoded[i] for i in places.tolist()])
         loss = model.loss(logits, self.targets[places].to(config.device))
         value = loss.item()
         if value != value or value in (float("inf"), float("-inf")):
@@ -163,33 +164,6 @@ class Trainer:
         self.optimizer.step(grad_factor=factor)
         self.optimizer.zero_grad()
         return value
-
-
-def packed_logits(model: SequenceClassifier, encoded: list[Encoded], config: FinetuneConfig) -> Tensor:
-    """[texts, labels], in float32."""
-    sizes = model.config
-    packed = pack(encoded, sizes.pad_token_id, sizes.type_vocab_size, sizes.longest)
-    with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.bf16):
-        return model(**packed.arguments(config.device)).logits[: len(encoded)].float()
-
-
-@torch.no_grad()
-def logits_of(model: SequenceClassifier, encoded: list[Encoded], config: FinetuneConfig) -> Tensor:
-    """[texts, labels] on the CPU, in the order of the texts, without dropout."""
-    model.eval()
-    logits = torch.empty(len(encoded), len(model.labels))
-    for places in batches_by_length(encoded, EVALUATED):
-        logits[places] = packed_logits(model, [encoded[i] for i in places], config).cpu()
-    return logits
-
-
-def _check_ids(encoded: list[Encoded], vocab_size: int, folder: Path) -> None:
-    highest = max(max(each.ids, default=0) for each in encoded)
-    if highest >= vocab_size:
-        raise ValueError(
-            f"the tokenizer in {folder} gives ids up to {highest}, and the model there has {vocab_size} words: they do "
-            "not belong together"
-        )
 
 
 def _write_report(

@@ -5,6 +5,7 @@ import io
 import json
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastbert import allocator, files
-from fastbert.data.texts import batches_by_length, encode, pack, read_texts
+from fastbert.data.texts import Encoded, batches_by_length, encode, pack, read_texts
 from fastbert.data.tokenizer import load_tokenizer
-from fastbert.finetune.settings import PredictConfig
+from fastbert.finetune.settings import FinetuneConfig, PredictConfig
 from fastbert.models.auto import class_of
 from fastbert.models.classification import CLASSIFIERS, SequenceClassifier
 from fastbert.models.frozen import freeze
@@ -30,25 +31,45 @@ def predict(config: PredictConfig) -> None:
     allocator.keep_memory()
     texts = read_texts(config.file, config.text, config.pair, separator=config.separator, quoting=config.quoting)
     model = load(config.folder).to(config.device)
-    sizes = model.config
-    encoded = encode(load_tokenizer(config.folder), texts, sizes.longest)
+    encoded = encode(load_tokenizer(config.folder), texts, model.config.longest, model.config.vocab_size)
     if torch.device(config.device).type == "cpu":
         freeze(model, torch.bfloat16 if config.bf16 else None)
-    outputs = torch.empty(len(encoded), len(model.labels))
-    bar = tqdm(total=len(encoded), desc="predicting", unit="text")
-    autocast = torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.bf16)
-    with torch.inference_mode(), autocast, bar:
-        for places in batches_by_length(encoded, config.batch_tokens):
-            some = [encoded[i] for i in places]
-            packed = pack(some, sizes.pad_token_id, sizes.type_vocab_size, sizes.longest)
-            outputs[places] = model(**packed.arguments(config.device)).logits[: len(some)].float().cpu()
-            bar.update(len(some))
+    outputs = logits_of(model, encoded, config, config.batch_tokens)
     content = _rows(outputs, model, ".tsv" if config.output is None else config.output.suffix)
     if config.output is None:
         sys.stdout.write(content)
     else:
         files.write(config.output.absolute().parent, {config.output.name: content.encode()})
         print(f"{len(encoded):,} rows in {config.output}")
+
+
+def autocast(config: FinetuneConfig | PredictConfig) -> torch.autocast:
+    """To bfloat16 on the configuration's device where it says so."""
+    return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.bf16)
+
+
+def packed_logits(model: SequenceClassifier, encoded: Sequence[Encoded]) -> Tensor:
+    """float32 [texts, labels], on the model's device."""
+    sizes = model.config
+    packed = pack(encoded, sizes.pad_token_id, sizes.type_vocab_size, sizes.longest)
+    return model(**packed.arguments(model.classifier.weight.device)).logits[: len(encoded)].float()
+
+
+def logits_of(
+    model: SequenceClassifier, encoded: Sequence[Encoded], config: FinetuneConfig | PredictConfig, tokens: int
+) -> Tensor:
+    """float32 [texts, labels] on the CPU, in the order of the texts, without dropout; `tokens` are computed at a time.
+
+    The model is left in evaluation mode.
+    """
+    model.eval()
+    logits = torch.empty(len(encoded), len(model.labels))
+    bar = tqdm(total=len(encoded), desc="predicting", unit="text", leave=False)
+    with torch.inference_mode(), autocast(config), bar:
+        for places in batches_by_length(encoded, tokens):
+            logits[places] = packed_logits(model, [encoded[i] for i in places]).cpu()
+            bar.update(len(places))
+    return logits
 
 
 def load(folder: Path) -> SequenceClassifier:

@@ -127,3 +127,5 @@ class PredictConfig:
             expect(self.output.suffix in (".jsonl", ".csv", ".tsv"), "output", "a .jsonl, .csv or .tsv", self.output)
             if not self.output.absolute().parent.is_dir():
                 raise ValueError(f"the folder of {self.output} does not exist: make it, or choose another --output")
+            if self.output.exists() and self.file.exists() and self.output.samefile(self.file):
+                raise ValueError(f"{self.file} would be written over by what is predicted: choose another --output")

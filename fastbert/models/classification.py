@@ -85,6 +85,7 @@ class SequenceClassifier(ModelWithHead):
         return model
 
     def take_encoder(self, encoder: Encoder) -> None:
+        """Copies the encoder's weights; a pooler that it lacks stays as it is."""
         self.base_model.load_state_dict(encoder.state_dict(), strict=encoder.pooler is not None)
 
     @classmethod
@@ -135,10 +136,12 @@ class SequenceClassifier(ModelWithHead):
         return SequenceClassifierOutput(None if labels is None else self.loss(logits, labels), logits)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """What `forward` says of its loss: logits [B, labels] and labels [B] -> float32 scalar."""
+        """What `forward` says of its loss: logits [B, labels] and labels [B] -> float32 scalar; raises as that does."""
         if labels.shape != logits.shape[:1]:
             raise ValueError(f"labels must have shape {list(logits.shape[:1])}, got {list(labels.shape)}")
         if self.problem_type == "regression":
+            if not labels.is_floating_point():
+                raise TypeError(f"labels of a regression must be floating point, got {labels.dtype}")
             return F.mse_loss(logits[:, 0].float(), labels.float())
         return cross_entropy(logits, labels, IGNORED)
 

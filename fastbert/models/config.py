@@ -20,9 +20,9 @@ class ModelConfig:
     """Sizes and probabilities of an encoder; names and defaults (BERT base) are Hugging Face's.
 
     `hidden_act` is "gelu" or "gelu_python" (erf), or one of "gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh",
-    "gelu_fast" and "gelu_accurate" (tanh). `pad_token_id` is the row of the word
-    embeddings that starts as zeros and gets no gradient from the input; None for no such row. With `is_decoder` a token
-    sees itself and those before it alone, as a language model that predicts the next token.
+    "gelu_fast" and "gelu_accurate" (tanh). `pad_token_id` is the row of the word embeddings that starts as zeros and
+    gets no gradient from the input; None for no such row. With `is_decoder` a token sees itself and those before it
+    alone, as a language model that predicts the next token.
 
     Raises:
         ValueError: a value that no such model can have.
@@ -83,8 +83,9 @@ class ModelConfig:
                 raise ValueError(f"{name} must be a number, finite and not negative, got {value!r}")
         if not isinstance(self.hidden_act, str) or self.hidden_act not in _GELU:
             raise ValueError(f"hidden_act must be one of {', '.join(_GELU)}, got {self.hidden_act!r}")
-        if type(self.is_decoder) is not bool:
-            raise ValueError(f"is_decoder must be True or False, got {self.is_decoder!r}")
+        for name in (f.name for f in dataclasses.fields(self) if f.type is bool):
+            if type(value := getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be True or False, got {value!r}")
         pad = self.pad_token_id
         if pad is not None and not (_is_number(pad, int) and 0 <= pad < self.vocab_size):
             raise ValueError(f"pad_token_id must be None or an id in the vocabulary of {self.vocab_size}, got {pad!r}")

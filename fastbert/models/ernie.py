@@ -26,11 +26,6 @@ class ErnieConfig(BertConfig):
     task_type_vocab_size: int = 3
     use_task_id: bool = False
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not isinstance(self.use_task_id, bool):
-            raise ValueError(f"use_task_id must be true or false, got {self.use_task_id!r}")
-
 
 class ErnieEmbeddings(Embeddings):
     """BERT's, and the task type's where the configuration has them. All ids [T] -> [T, H]."""

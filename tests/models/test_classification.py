@@ -71,6 +71,9 @@ def test_what_does_not_hold_is_refused(tmp_path):
     model = BertForSequenceClassification(SMALL, ("a", "b"))
     with pytest.raises(ValueError, match=rf"labels must have shape \[{B}\], got \[2\]"):
         model(**encoder_inputs(batch()), labels=torch.tensor([0, 1]))
+    number = BertForSequenceClassification(SMALL, ("score",), "regression")
+    with pytest.raises(TypeError, match=r"labels of a regression must be floating point, got torch\.int64"):
+        number(**encoder_inputs(batch()), labels=torch.ones(B, dtype=torch.int64))
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": ["a", "b"]}))

@@ -182,6 +182,8 @@ def test_what_there_is_is_named(tmp_path):
     with pytest.raises(ValueError, match=rf"positions start behind pad_token_id: .* = {S + 2}, got {S + 3}"):
         RobertaForMaskedLM.from_pretrained(tmp_path)
     without = ErnieForPreTraining(ErnieConfig(**vars(ERNIE) | {"use_task_id": False}))
+    with pytest.raises(ValueError, match="use_task_id must be True or False, got 1"):
+        ErnieConfig(use_task_id=1)
     ids = torch.ones(1, 4, dtype=torch.long)
     with pytest.raises(ValueError, match=r"has no task types \(use_task_id = False\): leave task_type_ids out"):
         without(ids, task_type_ids=ids)
