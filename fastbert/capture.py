@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 ALIGNMENT = 256  # bytes; kernels read 16 at once
 WARMUP = 3
@@ -162,7 +162,8 @@ class Layout:
     def tensors_of(self, batch: Any) -> list[Tensor]:
         """Its tensors in order; ValueError where it is not like the example."""
         leaves, spec = tree_flatten(batch)
-        _check_structure(spec, self._spec)
+        if spec != self._spec:
+            raise ValueError(f"a captured step takes batches like its example: expected {self._spec}, got {spec}")
         for number, (leaf, expected) in enumerate(zip(leaves, self._kinds, strict=True)):
             if _kind(leaf) != expected:
                 raise ValueError(
@@ -189,8 +190,3 @@ class Layout:
 def _kind(leaf: Any) -> Any:
     """What of a leaf a captured step depends on: of a tensor shape and dtype, of all else the value."""
     return f"{leaf.dtype} {list(leaf.shape)}" if isinstance(leaf, Tensor) else leaf
-
-
-def _check_structure(spec: TreeSpec, expected: TreeSpec) -> None:
-    if spec != expected:
-        raise ValueError(f"a captured step takes batches like its example: expected {expected}, got {spec}")

@@ -1,7 +1,8 @@
-"""A captured step's way to its graph, with CUDA's streams, events and graphs played by stand-ins that run late.
+"""A captured step's way to its graph, with CUDA's streams, events and graphs played by stand-ins.
 
-What a stream is given runs when something waits for it and not before: a batch that is overwritten too early, or read
-before it is there, shows as a wrong number. tests/test_gpu.py has the real ones.
+What a stream is given runs as late as it may, when something waits for it, or as soon, before anything that it does not
+wait for: a batch that is overwritten too early, or read before it is there, shows as a wrong number. tests/test_gpu.py
+has the real ones.
 """
 
 import contextlib
@@ -81,7 +82,7 @@ class Event:
 
 
 class Cuda:
-    current = Stream()
+    current, at_once = Stream(), False  # whether streams beside the current one run as soon as they may
     Stream, Event, device = Stream, Event, staticmethod(lambda _: contextlib.nullcontext())
     is_available = staticmethod(lambda: True)
 
@@ -95,6 +96,8 @@ class Cuda:
         before, Cuda.current = Cuda.current, stream
         yield
         Cuda.current = before
+        if Cuda.at_once:
+            stream.run()
 
     @staticmethod
     @contextlib.contextmanager
@@ -140,22 +143,23 @@ def late(function):
 
 
 @contextlib.contextmanager
-def without_a_gpu():
+def without_a_gpu(at_once):
     def empty(*shape, device=None, pin_memory=False, **named):
         made = torch.empty(*shape, **named)
         return made if pin_memory else made.as_subclass(OnGPU)
 
     stand_in = SimpleNamespace(**{name: getattr(torch, name) for name in ("Tensor", "device", "uint8", "empty_like")})
     stand_in.empty, stand_in.cuda, stand_in.OutOfMemoryError = empty, Cuda, torch.OutOfMemoryError
-    Cuda.current = Stream()
+    Cuda.current, Cuda.at_once = Stream(), at_once
     with mock.patch.object(module, "torch", stand_in):
         yield
 
 
 @pytest.mark.parametrize("warmup", [2, 3, None])
 @pytest.mark.parametrize("is_waited_for", [True, False])
-def test_every_call_is_one_step_of_its_batch(warmup, is_waited_for):
-    with without_a_gpu():
+@pytest.mark.parametrize("at_once", [True, False], ids=["soon", "late"])
+def test_every_call_is_one_step_of_its_batch(warmup, is_waited_for, at_once):
+    with without_a_gpu(at_once):
         captured = fastbert.capture(late(step), batch(1), warmup=warmup)
         results = []
         for number in range(8):

@@ -1,8 +1,7 @@
 """LazyAdam: one optimizer for dense parameters and for tables of which a batch touches a few rows.
 
 The update itself is an op (`fastbert.ops.lazy_adam`); here are parameter groups and what counts as touched. Options,
-gradients, state, plans and missed steps have a file each. Everything is checked before anything is changed. One class,
-and a third of its lines are docstrings: apart, its methods would say less.
+gradients, state, plans and missed steps have a file each. Everything is checked before anything is changed.
 """
 
 import contextlib

@@ -100,8 +100,8 @@ def shares(labels: list[Tensor], static: bool) -> list[float] | list[Tensor] | l
     if static:
         counts = torch.stack([(each != IGNORED).sum() for each in labels])
         return list(counts / counts.sum().clamp(min=1))
-    total = max(1, sum(len(each) for each in labels))
-    return [len(each) / total for each in labels]
+    count = max(1, sum(len(each) for each in labels))
+    return [len(each) / count for each in labels]
 
 
 def words_of(micro: list[Batch], pad_id: int, static: bool) -> Tensor:
@@ -129,9 +129,8 @@ def make_step(
         return train_step(model, optimizer, micro, lr, config, watch, number, working)
 
     def call(micro: list[Batch], lr: float, number: int) -> dict[str, Tensor]:
-        micro = [
-            batch._replace(filled_tokens=0) for batch in micro
-        ]  # which no step reads, and differs from step to step
+        # A captured step takes one number alone; no step reads how many tokens are filled.
+        micro = [batch._replace(filled_tokens=0) for batch in micro]
         inputs = micro, torch.tensor([lr, number], dtype=torch.float64, device="cpu")
         if not captured:
             captured.append(capture(step, inputs, warmup=WARMUP if config.capture else None, device=config.device))

@@ -65,12 +65,9 @@ class Launch(NamedTuple):
 class Rehearsal(TorchDispatchMode):
     """Notes what is launched within it, and raises `Waits`."""
 
-    def __init__(self, fake: FakeTensorMode) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.fake = fake
         self.launches: list[Launch] = []
-        self.waits: list[str] = []
-        self.tolerant = False  # copies between host and device are listed in `waits` and done
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         try:
@@ -79,17 +76,15 @@ class Rehearsal(TorchDispatchMode):
             raise Waits(f"{function} depends on data on the device") from error
         given, made = tensors((args, kwargs)), tensors(result)
         if self._crosses(function, given, made):
-            self.waits.append(str(function))
-            if not self.tolerant:
-                raise Waits(f"{function} copies between host and device")
+            raise Waits(f"{function} copies between host and device")
         if not any(x.is_cuda for x in (*given, *made)):
             return result
         name, size = str(function).removeprefix("aten.").removesuffix(".default"), bytes_of([*given, *made])
         if function.namespace == "fastbert":
             self.note(name.removeprefix("fastbert."), size, launches_of(function, args))
         elif function.namespace == "aten" and function not in FREE and not function.is_view:
-            count = KERNELS.get(function, len(made) if name.startswith("_foreach") and made else 1)
-            self.note(name, size, [("product" if function in PRODUCTS else "torch", 0)] * min(count, 20))
+            kernel = "product" if function in PRODUCTS else "torch"
+            self.note(name, size, [(kernel, 0)] * KERNELS.get(function, 1))
         return result
 
     def _crosses(self, function: Any, given: list[Tensor], made: list[Tensor]) -> bool:
@@ -227,8 +222,7 @@ def on_a_gpu() -> Iterator[Rehearsal]:
     """Within the block "cuda" is a GPU that runs our kernels; its tensors are fake, its stream is being captured."""
     stand_in()
     emulated_backend.module(trace=False)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    rehearsal = Rehearsal(fake)
+    rehearsal = Rehearsal()
     noted = StepsByArguments(rehearsal)
     refusal = BACKENDS._refusal
     with (
@@ -241,7 +235,7 @@ def on_a_gpu() -> Iterator[Rehearsal]:
         mock.patch.dict(emulated_backend.ops.lazy_adam.functions, cuda=noted),
         mock.patch.object(optimizers, "can_plan", False),
         mock.patch.object(optimizers, "check_param", lambda *_: None),  # which takes no fake tensors
-        fake,
+        FakeTensorMode(allow_non_fake_inputs=True),
         rehearsal,
     ):
         yield rehearsal

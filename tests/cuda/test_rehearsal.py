@@ -29,7 +29,7 @@ def test_a_step_waits_for_nothing(alone, settings):
 
 
 def test_the_launches_of_bert_base(alone):
-    """64 sequences of 32 to 128 tokens. Plain PyTorch with bfloat16 copies takes 724 kernels, compiled 574."""
+    """64 sequences of 32 to 128 tokens."""
     launches, table = alone(rehearsed.pretraining_step, "base", 5120, 64, 768, 128)
     print(table)
     ops = [launch.op for launch in launches]
