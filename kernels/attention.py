@@ -25,7 +25,17 @@ from torch import Tensor
 
 from fastbert.kernels import faults, philox
 from fastbert.kernels.attention_backward import attention_dk_dv_kernel, attention_dq_kernel
-from fastbert.kernels.attention_tiles import edge, edges, load_tile, product, sees, spans, store_tile, work_of_program
+from fastbert.kernels.attention_tiles import (
+    edge,
+    edges,
+    inputs_of,
+    load_tile,
+    product,
+    sees,
+    spans,
+    store_tile,
+    work_of_program,
+)
 from fastbert.kernels.fast import LOG2_E, exp2
 from fastbert.kernels.launch import launch
 
@@ -76,15 +86,12 @@ def attention_forward_kernel(
     if length == 0:
         return
     out_stride = heads * HEAD
-    q_ptr += start * q_stride + head * HEAD
-    k_ptr += start * k_stride + head * HEAD
-    v_ptr += start * v_stride + head * HEAD
+    q_ptr, k_ptr, v_ptr, seed = inputs_of(
+        q_ptr, k_ptr, v_ptr, seed_ptr, start, head, q_stride, k_stride, v_stride, HEAD, DROPOUT
+    )
     out_ptr += start * out_stride + head * HEAD
     lse_ptr += start * heads + head
     token = start.to(tl.int32) + row
-    seed = 0
-    if DROPOUT:
-        seed = tl.load(seed_ptr)
     q = load_tile(q_ptr, row, length, q_stride, BQ, D, HEAD, False)
     q = tl.where(scale < 0, -q, q)  # so that the highest product is the highest score
     exponent = tl.maximum(tl.abs(scale) * LOG2_E, 1e-30)  # -inf times 0 would be NaN

@@ -17,7 +17,17 @@ import triton
 import triton.language as tl
 
 from fastbert.kernels import philox
-from fastbert.kernels.attention_tiles import edge, edges, load_tile, product, sees, spans, store_tile, work_of_program
+from fastbert.kernels.attention_tiles import (
+    edge,
+    edges,
+    inputs_of,
+    load_tile,
+    product,
+    sees,
+    spans,
+    store_tile,
+    work_of_program,
+)
 from fastbert.kernels.fast import LOG2_E, exp2
 
 
@@ -70,15 +80,12 @@ def attention_dq_kernel(
     if length == 0:
         return
     stride = heads * HEAD
-    q_ptr += start * q_stride + head * HEAD
-    k_ptr += start * k_stride + head * HEAD
-    v_ptr += start * v_stride + head * HEAD
+    q_ptr, k_ptr, v_ptr, seed = inputs_of(
+        q_ptr, k_ptr, v_ptr, seed_ptr, start, head, q_stride, k_stride, v_stride, HEAD, DROPOUT
+    )
     dout_ptr += start * stride + head * HEAD
     out_ptr += start * stride + head * HEAD
     token = start.to(tl.int32) + row
-    seed = 0
-    if DROPOUT:
-        seed = tl.load(seed_ptr)
 
     q = load_tile(q_ptr, row, length, q_stride, BQ, D, HEAD, False)
 
@@ -176,9 +183,9 @@ def attention_dk_dv_kernel(
     if length == 0:
         return
     stride = heads * HEAD
-    q_ptr += start * q_stride + head * HEAD
-    k_ptr += start * k_stride + head * HEAD
-    v_ptr += start * v_stride + head * HEAD
+    q_ptr, k_ptr, v_ptr, seed = inputs_of(
+        q_ptr, k_ptr, v_ptr, seed_ptr, start, head, q_stride, k_stride, v_stride, HEAD, DROPOUT
+    )
     dout_ptr += start * stride + head * HEAD
     out_ptr += start * stride + head * HEAD
     dqkv_ptr += start * (3 * stride) + head * HEAD
@@ -187,9 +194,6 @@ def attention_dk_dv_kernel(
     else:
         statistics_ptr = rows_ptr + (tl.cast(head, tl.int64) * tokens + start) * 2
     token = start.to(tl.int32)
-    seed = 0
-    if DROPOUT:
-        seed = tl.load(seed_ptr)
 
     k = load_tile(k_ptr, key, length, k_stride, BK, D, HEAD, False)
     v = load_tile(v_ptr, key, length, v_stride, BK, D, HEAD, False)

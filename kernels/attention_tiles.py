@@ -45,6 +45,18 @@ def work_of_program(cu_seqlens_ptr, faults_ptr, tokens, max_seqlen, heads, ROWS:
 
 
 @triton.jit
+def inputs_of(
+    q_ptr, k_ptr, v_ptr, seed_ptr, start, head, q_stride, k_stride, v_stride, HEAD: tl.constexpr, DROPOUT: tl.constexpr
+):  # fmt: skip
+    """Where q, k and v of one head of a sequence begin, and the seed, 0 without dropout."""
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+    at = head * HEAD
+    return q_ptr + (start * q_stride + at), k_ptr + (start * k_stride + at), v_ptr + (start * v_stride + at), seed
+
+
+@triton.jit
 def spans(row, length, before, after, ROWS: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
     """first, full_first, full_last, last, where row i sees the others from i - before to i + after."""
     if WINDOW:
