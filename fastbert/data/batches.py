@@ -139,7 +139,7 @@ class PretrainBatches(Dataset[Batch]):
 
     Raises:
         ValueError: numbers outside these ranges, another objective, inputs or unit, special ids outside the vocabulary,
-            "mlm+nsp" with a single document.
+            `continues` or a dictionary of another vocabulary, "mlm+nsp" with a single document.
     """
 
     def __init__(
@@ -196,6 +196,11 @@ class PretrainBatches(Dataset[Batch]):
             raise ValueError(
                 f"continues must be bool [{store.vocab_size}], a flag for every id of the store's vocabulary, got "
                 f"{continues.dtype} {list(continues.shape)}: make it of the tokenizer that wrote the store"
+            )
+        if dictionary is not None and dictionary.vocab_size != store.vocab_size:
+            raise ValueError(
+                f"the dictionary's words are ids of a vocabulary of {dictionary.vocab_size}, and the store's has "
+                f"{store.vocab_size}: make it of the tokenizer that wrote the store"
             )
         self.store, self.special, self.objective = store, special, objective
         self.seed, self.seq_len, self.batch_tokens = seed, seq_len, batch_tokens

@@ -192,8 +192,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, max_length: int 
 
     `transformers.AutoTokenizer.from_pretrained(folder)` gives the same ids. `max_length`: the model's longest sequence.
     The vocabulary is vocab.txt, of BPE vocab.json and merges.txt. Tokens that were added to it stand in
-    added_tokens.json too. Each file appears whole or not at all,
-    tokenizer.json last, so where it is the others are; an earlier tokenizer's files are replaced or removed.
+    added_tokens.json too. Each file appears whole or not at all, tokenizer.json last, so where it is the others are; an
+    earlier tokenizer's files are replaced or removed.
 
     Raises:
         ValueError: two tokens have the same id.

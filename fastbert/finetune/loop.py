@@ -6,6 +6,7 @@ words alone. Sequences are packed: no product is computed of padding.
 
 import copy
 import dataclasses
+import math
 from pathlib import Path
 
 import torch
@@ -152,7 +153,7 @@ class Trainer:
             logits = packed_logits(model, [self.encoded[i] for i in places.tolist()])
         loss = model.loss(logits, self.targets[places].to(config.device))
         value = loss.item()
-        if value != value or value in (float("inf"), float("-inf")):
+        if not math.isfinite(value):
             raise ValueError(
                 f"the training diverged at step {step + 1} of {self.steps * config.epochs}: its loss is {value}. Use a "
                 f"lower --lr (now {self.lr:g}) or a smaller --clip (now {config.clip:g})"

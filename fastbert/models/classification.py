@@ -49,7 +49,7 @@ class SequenceClassifier(ModelWithHead):
         classifier_dropout: before the classifier; None takes what the configuration has for it.
 
     Raises:
-        ValueError: another problem type, or labels that do not fit it.
+        ValueError: another problem type, labels that do not fit it, or no probability.
     """
 
     takes_pooler: ClassVar[bool] = True  # from an encoder's folder
@@ -66,6 +66,9 @@ class SequenceClassifier(ModelWithHead):
             raise ValueError(f"problem_type must be {kinds}, got {problem_type!r}: there is no other head here")
         if len(set(labels)) != len(labels) or (len(labels) == 1) != (problem_type == "regression"):
             raise ValueError(f"labels must be two or more names, for a regression one, each once; got {list(labels)}")
+        p = classifier_dropout
+        if p is not None and (type(p) not in (int, float) or not 0.0 <= p <= 1.0):
+            raise ValueError(f"classifier_dropout is a probability: expected None or a number from 0 to 1, got {p!r}")
         super().__init__(config)
         self.labels, self.problem_type, self.classifier_dropout = tuple(labels), problem_type, classifier_dropout
         self.dropout = Dropout(self.dropout_p)

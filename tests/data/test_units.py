@@ -78,7 +78,6 @@ def test_spans_are_as_long_as_spanberts():
     _, positions, _ = mask_tokens(ids, cu, np.arange(2000), SPECIAL, V, seed=5, epoch=0, mask_prob=0.05, unit="span")
     neighbours = (np.diff(positions.reshape(2000, 2), axis=1) == 1).mean()
     longer = 1 - weights[0] / weights.sum()
-    share = (
-        longer * 39 / 40 + (1 - longer) * 2 / 40
-    )  # two words or more drawn, not at the end; or one, the next beside it
+    # Two words or more drawn, not at the end; or one, the next beside it.
+    share = longer * 39 / 40 + (1 - longer) * 2 / 40
     assert abs(neighbours - share) < 5 * np.sqrt(share * (1 - share) / 2000)

@@ -79,3 +79,6 @@ def test_what_does_not_hold_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": ["a", "b"]}))
     with pytest.raises(ValueError, match="id2label must name a label for each number"):
         BertForSequenceClassification.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"classifier_dropout": "0.1"}))
+    with pytest.raises(ValueError, match=r"expected None or a number from 0 to 1, got '0\.1'"):
+        BertForSequenceClassification.from_pretrained(tmp_path)
