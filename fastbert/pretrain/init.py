@@ -18,7 +18,7 @@ from fastbert.data.tokenizer import is_wide, load_tokenizer, special_ids, vocab_
 from fastbert.models import checkpoint
 from fastbert.models.auto import PRETRAINING, class_of
 from fastbert.models.pretraining import PreTrainingModel
-from fastbert.pretrain.run import PretrainConfig
+from fastbert.pretrain.settings import PretrainConfig
 
 COPY = "init"  # in the run's folder
 WORDS = "words.json"

@@ -14,7 +14,8 @@ from fastbert.data import load_tokenizer, save_tokenizer, train_byte_bpe, train_
 from fastbert.models.bert import BertForPreTraining
 from fastbert.pretrain import init, step
 from fastbert.pretrain.loop import pretrain
-from fastbert.pretrain.run import PretrainConfig, read_config
+from fastbert.pretrain.run import read_config
+from fastbert.pretrain.settings import PretrainConfig
 
 TABLE, BIAS = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"
 NEW = ["asynchronous", "Köln-Mülheim", "量子コンピュータ"]
