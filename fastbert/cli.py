@@ -96,7 +96,8 @@ def pretrain(arguments: list[str]) -> int:
 
     from fastbert.pretrain import presets
     from fastbert.pretrain import pretrain as train
-    from fastbert.pretrain.run import PretrainConfig, read_config
+    from fastbert.pretrain.run import read_config
+    from fastbert.pretrain.settings import PretrainConfig
 
     @dataclasses.dataclass(frozen=True)
     class Command(PretrainConfig):

@@ -13,9 +13,8 @@ from bert_batches import saved_bytes
 
 from fastbert import cli, extras
 from fastbert.models.bert import BertConfig, BertForPreTraining
-from fastbert.pretrain import presets
-from fastbert.pretrain import run as runs
-from fastbert.pretrain.run import PretrainConfig
+from fastbert.pretrain import presets, settings
+from fastbert.pretrain.settings import PretrainConfig
 from fastbert.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,7 +115,7 @@ GOOD = PretrainConfig(output=Path("run"), steps=5)
 
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(PretrainConfig) if f.type in (int, int | None)])
 def test_integers_have_ranges(name):
-    low, high = runs._INTEGERS[name]
+    low, high = settings._INTEGERS[name]
     for wrong in (low - 1, high + 1, 99999999999999999999, 1.5, math.nan, "7", True):
         with pytest.raises(ValueError, match=f"^{name} must be an integer from {low} to {high}, got {wrong!r}$"):
             dataclasses.replace(GOOD, **{name: wrong}).check()

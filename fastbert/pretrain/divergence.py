@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastbert.pretrain import snapshot
-from fastbert.pretrain.run import PretrainConfig
+from fastbert.pretrain.settings import PretrainConfig
 
 
 class Watch:

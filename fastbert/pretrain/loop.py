@@ -26,23 +26,14 @@ from fastbert.data.tokenizer import continuations, special_ids
 from fastbert.models.pretraining import PreTrainingModel
 from fastbert.pretrain import lock, snapshot
 from fastbert.pretrain.divergence import Watch
+from fastbert.pretrain.environment import environment, name_differences, random_state, set_random_state
 from fastbert.pretrain.evaluate import Frequencies, evaluate, guesses
 from fastbert.pretrain.init import take_settings, write_copy
 from fastbert.pretrain.prepare import check_fingerprints, fingerprints, prepare, prepare_dictionary
 from fastbert.pretrain.report import Metrics, last_scores, plot_loss, read_metrics, shown, summary
-from fastbert.pretrain.run import (
-    PretrainConfig,
-    environment,
-    name_differences,
-    new_run,
-    random_state,
-    refuse_a_second_run,
-    refuse_many_processes,
-    resumed_run,
-    set_random_state,
-    write_config,
-)
+from fastbert.pretrain.run import new_run, refuse_a_second_run, refuse_many_processes, resumed_run, write_config
 from fastbert.pretrain.schedule import evaluation_steps, learning_rate, steps_in_time, steps_that_fit
+from fastbert.pretrain.settings import PretrainConfig
 from fastbert.pretrain.signals import obey_the_parent_alone, stop_signals
 from fastbert.pretrain.start import starting_model
 from fastbert.pretrain.step import make_optimizer, make_step, pair, products, train_words

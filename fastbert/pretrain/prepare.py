@@ -26,8 +26,9 @@ from fastbert.data.store import TokenStore, write_stores
 from fastbert.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, special_ids, train_tokenizer
 from fastbert.data.unigram import train_unigram
 from fastbert.ops.philox import CONTRACT
+from fastbert.pretrain.environment import RANDOM_NUMBERS, contract_of
 from fastbert.pretrain.init import COPY, extended_tokenizer
-from fastbert.pretrain.run import RANDOM_NUMBERS, PretrainConfig, contract_of
+from fastbert.pretrain.settings import PretrainConfig
 from fastbert.version import __version__
 
 MADE_OF = "corpus.json"

@@ -17,7 +17,7 @@ from fastbert.models.working import WorkingCopy
 from fastbert.optim.lazy_adam import LazyAdam, decay_groups
 from fastbert.pretrain.divergence import Watch
 from fastbert.pretrain.evaluate import forward
-from fastbert.pretrain.run import PretrainConfig
+from fastbert.pretrain.settings import PretrainConfig
 
 
 def train_step(
