@@ -161,15 +161,9 @@ def _parse(settings: type, command: str, description: str, arguments: list[str])
 
 
 def check_unchanged(stored: Any, given: Any) -> None:
-    """Raises ValueError where a resumed run is given other settings than it has.
-
-    The steps of a run with --minutes are those that fit, so that asking for more, as when it was started, asks for what
-    it has.
-    """
+    """Raises ValueError where a resumed run is given other settings than it has."""
     now = dataclasses.asdict(given)
     changed = {name: value for name, value in dataclasses.asdict(stored).items() if value != now[name]}
-    if stored.minutes is not None and given.steps >= stored.steps:
-        changed.pop("steps", None)
     if changed:
         raise ValueError(
             "a resumed run keeps its settings; "

@@ -7,12 +7,7 @@ the data is there and holds.
 """
 
 import contextlib
-import copy
-import dataclasses
-import functools
-import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,17 +18,17 @@ from fastbert.backends.gpu import check_device_errors
 from fastbert.data.batches import PretrainBatches
 from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import continuations, special_ids
-from fastbert.models.pretraining import PreTrainingModel
 from fastbert.pretrain import lock, snapshot
 from fastbert.pretrain.divergence import Watch
 from fastbert.pretrain.environment import environment, name_differences, random_state, set_random_state
 from fastbert.pretrain.evaluate import Frequencies, evaluate, guesses
 from fastbert.pretrain.init import take_settings, write_copy
+from fastbert.pretrain.phases import current_phase
 from fastbert.pretrain.prepare import check_fingerprints, fingerprints, prepare, prepare_dictionary
 from fastbert.pretrain.processes import Processes, check_devices, expect_same_folder, joined
 from fastbert.pretrain.report import Metrics, last_scores, plot_loss, read_metrics, shown, summary
 from fastbert.pretrain.run import new_run, refuse_a_second_run, resumed_run, write_config
-from fastbert.pretrain.schedule import evaluation_steps, learning_rate, steps_in_time, steps_that_fit
+from fastbert.pretrain.schedule import Progress, learning_rate
 from fastbert.pretrain.settings import PretrainConfig
 from fastbert.pretrain.signals import stop_signals
 from fastbert.pretrain.start import starting_model
@@ -83,20 +78,19 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
     tokenizer, train_store, held_out_store = processes.first_then_others(lambda made: prepare(config, resume or made))
     dictionary = processes.first_then_others(lambda made: prepare_dictionary(config, resume or made, tokenizer))
 
-    def batches(store: TokenStore, static: bool = False) -> PretrainBatches:
+    def batches(store: TokenStore, seq_len: int, static: bool = False) -> PretrainBatches:
         return PretrainBatches(
-            store, special_ids(tokenizer), seq_len=config.seq_len, batch_tokens=config.batch_tokens, seed=config.seed,
+            store, special_ids(tokenizer), seq_len=seq_len, batch_tokens=config.batch_tokens, seed=config.seed,
             objective=config.objective, inputs=config.inputs, static=static,
             unit="word" if config.masking == "token" else config.masking,
             continues=None if config.masking == "token" else continuations(tokenizer), dictionary=dictionary,
         )  # fmt: skip
 
-    train, held_out = batches(train_store, config.static_shapes), batches(held_out_store)
-    if train.shape is not None:
-        print(
-            f"static shapes: {train.shape.tokens:,} tokens, {train.shape.samples} sequences and {train.shape.masked} "
-            f"predictions in every batch; {train.empty_share:.1%} of the tokens is padding"
-        )
+    phases = config.all_phases()
+    train = [batches(train_store, each.seq_len, config.static_shapes) for each in phases]
+    held_out = [batches(held_out_store, each.seq_len) for each in phases]
+    for each in train:
+        say_shape(each)
     frequencies = Frequencies(train_store.token_counts())
     data = fingerprints(tokenizer, train_store, held_out_store, dictionary)
     if not resume:
@@ -111,16 +105,10 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
     model.base_model.checkpoint_layers = config.checkpoint_layers
     processes.share_values(model.parameters())  # which were drawn alike, if all processors draw alike
     optimizer = make_optimizer(model, config)
-    stream = Stream(train, config.workers, config.accumulate, processes.share(config.accumulate))
-
-    def held_out_scores() -> dict[str, float]:
-        with products(config):
-            return evaluate(
-                model, held_out, config.evaluation_batches, frequencies, config.device, pair(config), processes
-            )
 
     # where the run stands
-    step = tokens = own_tokens = 0  # own ones are not yet counted among the tokens of all
+    clock = time.perf_counter if config.minutes is None else processes.clock  # of a run that ends by it
+    phase, tokens, progress = 0, 0, Progress(config.steps, config.minutes, clock=clock)
     state = snapshot.load(folder / "snapshots", STATE)
     if state is not None:
         check_fingerprints(state["data"], data, folder)
@@ -130,13 +118,21 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
         except RuntimeError as error:
             raise ValueError(f"{folder / 'config.json'} describes another model than the snapshot: {error}") from error
         optimizer.load_state_dict(state["optimizer"])
-        stream.epoch, stream.index = state["epoch"], state["index"]
-        step, tokens = state["step"], state["tokens"]
+        phase, tokens = state.get("phase", 0), state["tokens"]
+        progress = Progress(config.steps, config.minutes, state["step"], state.get("milliseconds", 0), clock)
         set_random_state(state["random"], config.device)
-    if config.steps is None or (config.minutes is not None and not resume):
-        config = dataclasses.replace(config, steps=steps_within(config, model, train, held_out_scores, processes))
-        processes.first(lambda: write_config(config))
-    evaluate_at = evaluation_steps(config.steps, config.evaluations)
+    stream = Stream(train[phase], config.workers, config.accumulate, processes.share(config.accumulate))
+    if state is not None:
+        stream.epoch, stream.index = state["epoch"], state["index"]
+
+    def held_out_scores() -> dict[str, float]:
+        with products(config):
+            scores = evaluate(
+                model, held_out[phase], config.evaluation_batches, frequencies, config.device, pair(config), processes
+            )
+        return scores | {"seq_len": phases[phase].seq_len}
+
+    own_tokens = 0  # of this process, not yet counted among those of all
 
     def count_tokens() -> None:
         nonlocal tokens, own_tokens
@@ -147,75 +143,76 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
         count_tokens()
         state = {
             "model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": stream.epoch,
-            "index": stream.index, "step": step, "tokens": tokens, "random": random_state(config.device),
-            "environment": environment(config), "data": data,
+            "index": stream.index, "phase": phase, "step": progress.step, "milliseconds": progress.milliseconds,
+            "tokens": tokens, "random": random_state(config.device), "environment": environment(config), "data": data,
         }  # fmt: skip
         watch.look()
         check_device_errors()
-        watch.state(step, state)
-        processes.first(lambda: snapshot.save(folder / "snapshots", step, state, config.keep))
+        watch.state(progress.step, state)
+        processes.first(lambda: snapshot.save(folder / "snapshots", progress.step, state, config.keep))
 
     # the loop
     watch = Watch(config)
     take_step = make_step(model, optimizer, config, watch, processes)
     words_alone = Together(processes, config.accumulate)  # of steps that train new words, exchanged by their rows
-    metrics = Metrics(folder, step, writes=processes.is_first)
+    metrics = Metrics(folder, progress.step, writes=processes.is_first)
     bar = tqdm(
-        total=config.steps, initial=step, unit="step", desc="training", dynamic_ncols=True,
+        total=config.steps, initial=progress.step, unit="step", desc="training", dynamic_ncols=True,
         disable=not processes.is_first,
     )  # fmt: skip
     scores: dict[str, float] = {}
-    first, began = step, time.perf_counter()
-    allowed = None if config.minutes is None else 60 * config.minutes * (1 - step / config.steps)  # for this process
-    clock, tokens_then = began, tokens
-    steps = iter(stream)
+    began, tokens_then = time.perf_counter(), tokens
+    batch = iter(stream)
     with stop_signals() as stopped, contextlib.closing(metrics), bar:
         stop_asked, stop = processes.stop_asked(stopped), False
-        while step < config.steps and not stop:
-            micro = next(steps)
-            lr = learning_rate(step, config.steps, config.lr, config.warmup)
-            if step < config.rows_first:
-                record = train_words(
-                    new_rows, model, optimizer, micro, lr, config, watch, step + 1, together=words_alone
-                )
+        while not (progress.over or stop):
+            if current_phase(phases, *progress.done()) > phase:
+                phase = current_phase(phases, *progress.done())
+                stream = stream.followed_by(train[phase])
+                batch = iter(stream)
+                bar.write(f"from step {progress.step + 1} on: sequences of up to {phases[phase].seq_len} tokens")
+            micro = next(batch)
+            lr = learning_rate(
+                *progress.done(), config.lr, config.warmup, config.schedule,
+                power=config.power, decay=config.decay, final=config.final_lr,
+            )  # fmt: skip
+            if progress.step < config.rows_first:
+                numbers = lr, config, watch, progress.step + 1
+                record = train_words(new_rows, model, optimizer, micro, *numbers, together=words_alone)
             else:
-                record = take_step(micro, lr, step + 1)
-            step += 1
-            stop = stop_asked()
+                record = take_step(micro, lr, progress.step + 1)
+            evaluated = progress.parts(config.evaluations)
+            progress.advance()
+            step, over, stop = progress.step, progress.over, stop_asked()
             own_tokens += sum(each.filled_tokens for each in micro)
             bar.update()
-            if step % config.log_every == 0 or step == config.steps:
+            if step % config.log_every == 0 or over:
                 watch.look()
                 count_tokens()
-                seconds = time.perf_counter() - clock
+                seconds = time.perf_counter() - began
                 record = {name: float(value) for name, value in record.items()}
                 speed = (tokens - tokens_then) / seconds
                 metrics.write({"step": step, **record, "tokens": tokens, "tokens_per_second": round(speed)})
-                postfix = {"loss": f"{record['loss']:.3f}", "tokens/s": f"{speed:,.0f}"}
+                postfix = {"loss": f"{record['loss']:.3f}", "lr": f"{lr:.2g}", "tokens/s": f"{speed:,.0f}"}
                 if scores:
                     postfix["held-out"] = shown(scores["mlm_loss"], ".3f")
+                bar.total = progress.expected_steps()
                 bar.set_postfix(postfix, refresh=False)
-                clock, tokens_then = time.perf_counter(), tokens
-            if step in evaluate_at:
+                began, tokens_then = time.perf_counter(), tokens
+            if progress.parts(config.evaluations) > evaluated:
                 watch.look()
                 scores = held_out_scores()
                 metrics.write({"step": step, **{f"held_out/{name}": value for name, value in scores.items()}})
                 watch.scores(step, scores)
-                clock, tokens_then = time.perf_counter(), tokens
-            if step % config.snapshot_every == 0 or step == config.steps or stop:
+                began, tokens_then = time.perf_counter(), tokens
+            if step % config.snapshot_every == 0 or over or stop:
                 take_snapshot()
-                clock, tokens_then = time.perf_counter(), tokens
-            if allowed is not None and step < config.steps and step % config.log_every == 0:
-                taken = processes.slowest(time.perf_counter() - began)
-                fitting = steps_in_time(config.steps, step, step - first, taken, allowed)
-                if fitting < config.steps:
-                    bar.write(f"{config.minutes:g} minutes have become too short: {fitting} steps, not {config.steps}")
-                    config = dataclasses.replace(config, steps=fitting)
-                    processes.first(functools.partial(write_config, config))
-                    bar.total, evaluate_at = fitting, evaluation_steps(fitting, config.evaluations)
-    if step < config.steps:
-        signal = stopped[0] if stopped else "a signal to another process"
-        print(f"stopped by {signal} after step {step} of {config.steps}; go on with: {resume_command(config)}")
+                began, tokens_then = time.perf_counter(), tokens
+    if not progress.over:
+        print(
+            f"stopped by {stopped[0] if stopped else 'a signal to another process'} after step {progress.step} of "
+            f"{progress.expected_steps()}; go on with: {resume_command(config)}"
+        )
         return None
 
     # what came of it
@@ -228,7 +225,7 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
         title = f"{config.model} {start}, {config.embedding_update} rows, {tokens / 1e6:.1f} M tokens"
         plot_loss(read_metrics(metrics_at), folder / "loss.png", title)
         print(summary(scores))
-        print(guesses(model, held_out, tokenizer, config.device))
+        print(guesses(model, held_out[phase], tokenizer, config.device))
         print(f"\nmodel     {folder / 'model'}  (transformers.{type(model).__name__}.from_pretrained loads it)")
         print(f"curve     {folder / 'loss.png'}\nmetrics   {metrics_at}, tensorboard --logdir {folder}")
 
@@ -236,41 +233,14 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
     return folder / "model"
 
 
-def steps_within(
-    config: PretrainConfig,
-    model: PreTrainingModel,
-    batches: PretrainBatches,
-    scores: Callable[[], object],
-    processes: Processes,
-) -> int:
-    """Steps that fit into `config.minutes` with their evaluations, measured on copies of model and optimizer.
-
-    Not more than `config.steps`, where that is given too.
-    """
-    trial = copy.deepcopy(model)
-    optimizer = make_optimizer(trial, config)
-    take_step = make_step(trial, optimizer, config, processes=processes)
-    stream = iter(Stream(batches, 0, config.accumulate, processes.share(config.accumulate)))
-    times = []
-    with torch.random.fork_rng():
-        while len(times) < 5 or (sum(times) < 5 and len(times) < 100):
-            start = time.perf_counter()
-            record = take_step(next(stream), config.lr, len(times))
-            float(record["loss"])  # is there when the step is done
-            times.append(processes.slowest(time.perf_counter() - start))
-        start = time.perf_counter()
-        scores()
-        evaluation = processes.slowest(time.perf_counter() - start)
-    usual = statistics.median(times[2:])  # the first steps also warm up; a busy moment must not cut the run short
-    fitting = steps_that_fit(60 * config.minutes, usual, evaluation, config.evaluations)
-    steps = fitting if config.steps is None else min(fitting, config.steps)
-    minutes = (steps * usual + config.evaluations * evaluation) / 60
-    asked = f" of the {config.steps} asked for" if config.steps is not None and steps < config.steps else ""
-    print(
-        f"{steps} steps of {1000 * usual:.0f} ms{asked} and {config.evaluations} evaluations: about {minutes:.2g} "
-        f"minutes, {config.minutes:g} allowed"
-    )
-    return steps
+def say_shape(batches: PretrainBatches) -> None:
+    """Prints the one shape of static batches."""
+    if batches.shape is not None:
+        tokens, samples, masked = batches.shape
+        print(
+            f"static shapes: {tokens:,} tokens, {samples} sequences and {masked} predictions in every batch; "
+            f"{batches.empty_share:.1%} of the tokens is padding"
+        )
 
 
 def resume_command(config: PretrainConfig) -> str:

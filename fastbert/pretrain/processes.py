@@ -10,6 +10,7 @@ import gc
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -79,9 +80,12 @@ class Processes:
         """The sum of what each has."""
         return sum(self.gathered(number)) if self.count > 1 else number
 
-    def slowest(self, seconds: float) -> float:
-        """The longest time that one of them took: a number that all decide by."""
-        return max(self.gathered(seconds)) if self.count > 1 else seconds
+    def clock(self) -> float:
+        """The first one's `time.perf_counter()`, in all of them, so that they decide alike."""
+        now = torch.tensor(time.perf_counter(), dtype=torch.float64, device="cpu")
+        if self.count > 1:
+            dist.broadcast(now, src=0)
+        return now.item()
 
     def share_values(self, tensors: Iterable[torch.Tensor]) -> None:
         """Gives all of them the first one's values."""

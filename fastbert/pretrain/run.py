@@ -90,7 +90,8 @@ def choose_linear(config: PretrainConfig) -> str:
 _ADDED_LATER = {
     "linear": "torch", "separator": None, "quoting": "auto", "model": "bert", "tokenizer": "wordpiece",
     "masking": "token", "static_shapes": False, "inputs": "doc-sentences", "capture": False, "checkpoint_layers": False,
-    "dictionary": None, "init": None, "add_words": None, "rows_first": 0,
+    "dictionary": None, "init": None, "add_words": None, "rows_first": 0, "phases": None, "schedule": "linear",
+    "decay": 0.2, "power": 1.0, "final_lr": 0.0,
 }  # fmt: skip
 _NSP = {True: "mlm+nsp", False: "mlm"}  # the setting that was there before the objective
 
@@ -125,6 +126,8 @@ def read_config(folder: Path) -> PretrainConfig:
             for name in ("corpus", "dictionary", "init", "add_words")
             if stored[name] is not None
         }
+        if isinstance(stored["phases"], list):
+            stored["phases"] = tuple(map(str, stored["phases"]))
         config = PretrainConfig(**stored | paths)
         config.check()
     except (ValueError, TypeError) as error:

@@ -142,7 +142,7 @@ def make_step(
     working = WorkingCopy(model, optimizer, config.accumulate) if config.bf16 else None
     computes = model if working is None else working.model
     together = Together(processes, config.accumulate, summed(computes, config))
-    captured: list[Captured] = []
+    captured: dict[int, Captured] = {}  # by the longest sequence, which with the shapes is the phase's
 
     def step(inputs: tuple[list[Batch], Tensor]) -> dict[str, Tensor]:
         micro, numbers = inputs
@@ -153,9 +153,11 @@ def make_step(
         # A captured step takes one number alone; no step reads how many tokens are filled.
         micro = [batch._replace(filled_tokens=0) for batch in micro]
         inputs = micro, torch.tensor([lr, number], dtype=torch.float64, device="cpu")
-        if not captured:
-            captured.append(capture(step, inputs, warmup=WARMUP if config.capture else None, device=config.device))
-        record = captured[0](inputs)
+        longest = micro[0].max_seqlen
+        if longest not in captured:
+            captured.clear()  # the memory of the phase before
+            captured[longest] = capture(step, inputs, warmup=WARMUP if config.capture else None, device=config.device)
+        record = captured[longest](inputs)
         for group in optimizer.param_groups:
             group["lr"] = lr  # a snapshot keeps the number, not the memory of a batch
         return record

@@ -43,3 +43,9 @@ class Stream:
                     micro = []
             before = (before + len(places)) % self.accumulate
             self.epoch, self.index = self.epoch + 1, 0
+
+    def followed_by(self, batches: PretrainBatches) -> "Stream":
+        """Other batches from here on, from the next epoch's first, so that no random number is drawn twice."""
+        stream = Stream(batches, self.workers, self.accumulate, self.own)
+        stream.epoch = self.epoch + 1
+        return stream

@@ -131,7 +131,10 @@ def test_what_does_not_hold_gets_a_sentence(going_on, tmp_path, capsys, monkeypa
     assert "seq_len must be at most what the model" in said("--seq-len", 600, "--batch-tokens", 900)
     assert "give --rows-first with --add-words" in said("--rows-first", 2)
     assert "do not exist" in said("--add-words", tmp_path / "missing.txt")
-    for content, message in (("\n \n", "holds no word"), ("the\nTHE\n", "has every word of")):
+    for content, message in (
+        ("\n \n", "holds no word"), ("the\nTHE\n", "has every word of"),
+        ("asynchronous\n\u0301\n", "of which the tokenizer leaves nothing"),
+    ):  # fmt: skip
         going_on.add_words.write_text(content)
         assert message in said("--add-words", going_on.add_words)
     config = json.loads((going_on.init / "config.json").read_text())
