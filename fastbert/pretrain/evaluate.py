@@ -70,9 +70,14 @@ def evaluate(
     model.eval()
     # per masked token: loss, frequency loss, hit, rare; per pair: loss, hit
     tokens, pairs = [torch.empty(0, 4, dtype=torch.float64)], []
-    for i in processes.share(min(count, len(batches))):
-        batch = batches[i].to(device)
+    count = min(count, len(batches))
+    own = processes.share(count)
+    for place in range(-(-count // processes.count)):  # as many passes in each: a split model needs all of them in each
+        is_own = place < len(own)
+        batch = batches[own[place] if is_own else 0].to(device)
         out = forward(model, batch)
+        if not is_own:
+            continue
         masked, sequences = len(batch.labels), len(batch.cu_seqlens) - 1
         logits = out.prediction_logits[:masked]
         loss = cross_entropy(logits, batch.labels, reduction="none").double().cpu()
