@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -68,16 +67,6 @@ def refuse_a_second_run(folder: Path) -> None:
                 f"{folder / name} is there already, and the run would write in its place: move it, or choose another "
                 "--output"
             )
-
-
-def refuse_many_processes() -> None:
-    """Raises ValueError where torchrun or its like started this process as one of several."""
-    world = os.environ.get("WORLD_SIZE", "")
-    if world not in ("", "1"):
-        raise ValueError(
-            f"a run trains in one process, and WORLD_SIZE={world} says that this is one of several: start it once, "
-            "without torchrun (on a CPU one process uses all cores; OMP_NUM_THREADS says how many)"
-        )
 
 
 def choose_linear(config: PretrainConfig) -> str:
