@@ -29,7 +29,7 @@ from fastbert.pretrain.divergence import Watch
 from fastbert.pretrain.environment import environment, name_differences, random_state, set_random_state
 from fastbert.pretrain.evaluate import Frequencies, evaluate, guesses
 from fastbert.pretrain.init import take_settings, write_copy
-from fastbert.pretrain.prepare import check_fingerprints, fingerprints, prepare, prepare_dictionary
+from fastbert.pretrain.prepare import check_fingerprints, fingerprints, prepare
 from fastbert.pretrain.report import Metrics, last_scores, plot_loss, read_metrics, shown, summary
 from fastbert.pretrain.run import new_run, refuse_a_second_run, refuse_many_processes, resumed_run, write_config
 from fastbert.pretrain.schedule import evaluation_steps, learning_rate, steps_in_time, steps_that_fit
@@ -73,14 +73,13 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
     if not resume:
         refuse_a_second_run(folder)  # again: another process may have ended one since
     tokenizer, train_store, held_out_store = prepare(config, resume)
-    dictionary = prepare_dictionary(config, resume, tokenizer)
 
     def batches(store: TokenStore, static: bool = False) -> PretrainBatches:
         return PretrainBatches(
             store, special_ids(tokenizer), seq_len=config.seq_len, batch_tokens=config.batch_tokens, seed=config.seed,
             objective=config.objective, inputs=config.inputs, static=static,
             unit="word" if config.masking == "token" else config.masking,
-            continues=None if config.masking == "token" else continuations(tokenizer), dictionary=dictionary,
+            continues=None if config.masking == "token" else continuations(tokenizer),
         )  # fmt: skip
 
     train, held_out = batches(train_store, config.static_shapes), batches(held_out_store)
@@ -90,7 +89,7 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
             f"predictions in every batch; {train.empty_share:.1%} of the tokens is padding"
         )
     frequencies = Frequencies(train_store.token_counts())
-    data = fingerprints(tokenizer, train_store, held_out_store, dictionary)
+    data = fingerprints(tokenizer, train_store, held_out_store)
     if not resume:
         if config.init is not None:
             write_copy(config, tokenizer)
