@@ -154,9 +154,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 (autocast), both")
     parser.add_argument("--workers", type=int, default=0, help="of Trainer, to prepare batches")
-    parser.add_argument(
-        "--quick", action="store_true", help="every 20th text, one epoch, no CSV: does it run?"
-    )
+    parser.add_argument("--quick", action="store_true", help="every 20th text, one epoch, no CSV: does it run?")
     return parser.parse_args()
 
 
