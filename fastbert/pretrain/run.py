@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -69,16 +68,6 @@ def refuse_a_second_run(folder: Path) -> None:
             )
 
 
-def refuse_many_processes() -> None:
-    """Raises ValueError where torchrun or its like started this process as one of several."""
-    world = os.environ.get("WORLD_SIZE", "")
-    if world not in ("", "1"):
-        raise ValueError(
-            f"a run trains in one process, and WORLD_SIZE={world} says that this is one of several: start it once, "
-            "without torchrun (on a CPU one process uses all cores; OMP_NUM_THREADS says how many)"
-        )
-
-
 def choose_linear(config: PretrainConfig) -> str:
     """The library of the run's products: FASTBERT_LINEAR's, the setting's, or for a new run the fastest one."""
     name = config.linear if linear.requested() == "auto" else linear.requested()
@@ -100,7 +89,8 @@ def choose_linear(config: PretrainConfig) -> str:
 _ADDED_LATER = {
     "linear": "torch", "separator": None, "quoting": "auto", "model": "bert", "tokenizer": "wordpiece",
     "masking": "token", "static_shapes": False, "inputs": "doc-sentences", "capture": False, "checkpoint_layers": False,
-    "dictionary": None, "words": None, "init": None, "add_words": None, "rows_first": 0,
+    "dictionary": None, "words": None, "init": None, "add_words": None, "rows_first": 0, "phases": None,
+    "schedule": "linear", "decay": 0.2, "power": 1.0, "final_lr": 0.0,
 }  # fmt: skip
 _NSP = {True: "mlm+nsp", False: "mlm"}  # the setting that was there before the objective
 
@@ -135,6 +125,8 @@ def read_config(folder: Path) -> PretrainConfig:
             for name in ("corpus", "dictionary", "init", "add_words")
             if stored[name] is not None
         }
+        if isinstance(stored["phases"], list):
+            stored["phases"] = tuple(map(str, stored["phases"]))
         config = PretrainConfig(**stored | paths)
         config.check()
     except (ValueError, TypeError) as error:
