@@ -15,6 +15,7 @@ from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
 from fastbert.ops.linear import linear
 from fastbert.optim.gradients import all_gather_ids, all_gather_rows, clip_grad_norm_
 from fastbert.optim.lazy_adam import LazyAdam
+from fastbert.patching import patch, patched, register_attention, unpatch
 from fastbert.version import __version__
 
 __all__ = [
@@ -35,6 +36,10 @@ __all__ = [
     "keep_memory",
     "layer_norm",
     "linear",
+    "patch",
+    "patched",
+    "register_attention",
+    "unpatch",
     "use_backend",
     "use_linear",
 ]

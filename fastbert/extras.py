@@ -14,6 +14,7 @@ def missing(what: str, *packages: str) -> str | None:
     if not absent:
         return None
     extra = "finetune" if {"sklearn", "scipy"} & set(absent) else "pretrain"
+    extra = "patch" if "transformers" in absent else extra
     return (
         f"{what} {', '.join(absent)}: pip install '.[{extra}]' in a checkout of this package. It is not on PyPI yet, "
         "and what PyPI calls fastbert is another project"
