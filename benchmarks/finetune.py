@@ -35,8 +35,9 @@ from fastbert.data.texts import encode
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.finetune import FinetuneConfig
 from fastbert.finetune.examples import Examples, read_examples
-from fastbert.finetune.loop import EVALUATED, Trainer, make_model
+from fastbert.finetune.loop import EVALUATED
 from fastbert.finetune.predict import logits_of
+from fastbert.finetune.training import Trainer, make_model
 
 OURS, THEIRS = "fastbert finetune", "transformers Trainer"
 HELD_OUT = 51 / 256  # share of the hashes' first bytes
@@ -64,9 +65,7 @@ class Ours:
         self.config, self.targets = config, test.targets
         self.model = make_model(config, classes)
         tokenizer, words = load_tokenizer(config.init), self.model.config.vocab_size
-        self.encoded, self.held_out = (
-            encode(tokenizer, each.texts, config.seq_len, words) for each in (train, test)
-        )
+        self.encoded, self.held_out = (encode(tokenizer, each.texts, config.seq_len, words) for each in (train, test))
         self.trainer = Trainer(config, self.model, self.encoded, train.targets)
         self.training, self.evaluation, self.accuracy = [], [], []
 
@@ -74,7 +73,8 @@ class Ours:
         with torch.random.fork_rng():
             torch.manual_seed((self.config.seed << 8) + len(self.training))
             start = time.perf_counter()
-            self.trainer.epoch(len(self.training))
+            for _ in self.trainer.epoch():
+                pass
             trained = time.perf_counter()
             predicted = logits_of(self.model, self.held_out, self.config, EVALUATED).argmax(-1)
         self.training.append(trained - start)
@@ -154,7 +154,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 (autocast), both")
     parser.add_argument("--workers", type=int, default=0, help="of Trainer, to prepare batches")
-    parser.add_argument("--quick", action="store_true", help="a twentieth of the texts, one epoch, no CSV: does it run?")
+    parser.add_argument("--quick", action="store_true", help="every 20th text, one epoch, no CSV: does it run?")
     return parser.parse_args()
 
 

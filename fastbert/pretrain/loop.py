@@ -28,7 +28,7 @@ from fastbert.pretrain.environment import environment, name_differences, random_
 from fastbert.pretrain.evaluate import Frequencies, evaluate, guesses
 from fastbert.pretrain.init import take_settings, write_copy
 from fastbert.pretrain.phases import current_phase
-from fastbert.pretrain.prepare import check_fingerprints, fingerprints, prepare, prepare_dictionary
+from fastbert.pretrain.prepare import check_fingerprints, fingerprints, prepare
 from fastbert.pretrain.processes import Processes, check_devices, expect_same_folder, joined
 from fastbert.pretrain.report import Metrics, last_scores, plot_loss, read_metrics, shown, summary
 from fastbert.pretrain.run import new_run, refuse_a_second_run, resumed_run, write_config
@@ -84,14 +84,13 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
     if not resume:
         processes.first(lambda: refuse_a_second_run(folder))  # again: another run may have ended since
     tokenizer, train_store, held_out_store = processes.first_then_others(lambda made: prepare(config, resume or made))
-    dictionary = processes.first_then_others(lambda made: prepare_dictionary(config, resume or made, tokenizer))
 
     def batches(store: TokenStore, seq_len: int, static: bool = False) -> PretrainBatches:
         return PretrainBatches(
             store, special_ids(tokenizer), seq_len=seq_len, batch_tokens=config.batch_tokens, seed=config.seed,
             objective=config.objective, inputs=config.inputs, static=static,
             unit="word" if config.masking == "token" else config.masking,
-            continues=None if config.masking == "token" else continuations(tokenizer), dictionary=dictionary,
+            continues=None if config.masking == "token" else continuations(tokenizer),
         )  # fmt: skip
 
     phases = config.all_phases()
@@ -100,7 +99,7 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
     for each in train:
         say_shape(each)
     frequencies = Frequencies(train_store.token_counts())
-    data = fingerprints(tokenizer, train_store, held_out_store, dictionary)
+    data = fingerprints(tokenizer, train_store, held_out_store)
     if not resume:
         if config.init is not None:
             processes.first(lambda: write_copy(config, tokenizer))

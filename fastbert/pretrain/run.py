@@ -9,13 +9,13 @@ import torch
 from fastbert import files
 from fastbert.backends import check_environment, linear
 from fastbert.data.corpus import check_corpus
-from fastbert.data.dictionary import read_words
 from fastbert.models.auto import PRETRAINING
 from fastbert.models.checkpoint import read_config as read_model_config
 from fastbert.ops import linear_timing
 from fastbert.pretrain.environment import environment
 from fastbert.pretrain.presets import LEARNING_RATES
 from fastbert.pretrain.settings import CONTINUED_LR, OWN, PretrainConfig
+from fastbert.pretrain.words import words_of
 
 
 def new_run(config: PretrainConfig) -> PretrainConfig:
@@ -29,8 +29,7 @@ def new_run(config: PretrainConfig) -> PretrainConfig:
     if config.corpus is None:
         raise ValueError("a new run needs a corpus: a text file, a table with --column, or a folder of such")
     refuse_a_second_run(config.output)
-    if config.dictionary is not None:
-        read_words(config.dictionary)
+    words_of(config, resume=False)
     print(check_corpus(config.corpus, config.column, separator=config.separator, quoting=config.quoting))
     if torch.device(config.device).type == "cuda":
         config = dataclasses.replace(config, static_shapes=True)  # for its step is captured, or as if it were
@@ -90,8 +89,8 @@ def choose_linear(config: PretrainConfig) -> str:
 _ADDED_LATER = {
     "linear": "torch", "separator": None, "quoting": "auto", "model": "bert", "tokenizer": "wordpiece",
     "masking": "token", "static_shapes": False, "inputs": "doc-sentences", "capture": False, "checkpoint_layers": False,
-    "dictionary": None, "init": None, "add_words": None, "rows_first": 0, "phases": None, "schedule": "linear",
-    "shard": False, "decay": 0.2, "power": 1.0, "final_lr": 0.0,
+    "dictionary": None, "words": None, "init": None, "add_words": None, "rows_first": 0, "phases": None,
+    "shard": False, "schedule": "linear", "decay": 0.2, "power": 1.0, "final_lr": 0.0,
 }  # fmt: skip
 _NSP = {True: "mlm+nsp", False: "mlm"}  # the setting that was there before the objective
 
