@@ -16,7 +16,10 @@ pytest.importorskip("datasets")
 pytest.importorskip("accelerate")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "patch.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-EXAMPLES = {block.split("## ")[1].split("\n")[0]: BLOCK.findall(block) for block in re.split(r"^(?=## )", PAGE.read_text(), flags=re.MULTILINE)[1:]}  # noqa: E501
+EXAMPLES = {
+    block.split("## ")[1].split("\n")[0]: BLOCK.findall(block)
+    for block in re.split(r"^(?=## )", PAGE.read_text(), flags=re.MULTILINE)[1:]
+}  # noqa: E501
 
 
 @pytest.fixture(scope="module")
