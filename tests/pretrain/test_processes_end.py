@@ -1,4 +1,4 @@
-"""How several processes of a run end: killed, out of memory, diverged, by a signal. All end, and what is kept is good."""
+"""How several processes of a run end: killed, out of memory, diverged, by a signal; and what is kept then."""
 
 import random
 import signal
