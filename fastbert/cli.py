@@ -21,6 +21,7 @@ USAGE = """usage: fastbert COMMAND
   finetune    a table of texts with classes or numbers, and any such model, to a classifier; its score, a picture
   predict     a classifier's labels for new texts
   embed       vectors of texts or of their tokens by any such model, to .npy or .safetensors
+  fill        the likeliest words for the [MASK]s of a text by any such model
   --version   the version of this package"""
 
 
@@ -59,8 +60,8 @@ def run(command: str, arguments: list[str]) -> None:
         print(info(), linear.info(), waiting(), sep="\n")
     elif command in ("pretrain", "finetune"):
         sys.exit({"pretrain": pretrain, "finetune": finetune}[command](arguments))
-    elif command in ("predict", "embed"):
-        {"predict": predict, "embed": embed}[command](arguments)
+    elif command in ("predict", "embed", "fill"):
+        {"predict": predict, "embed": embed, "fill": fill}[command](arguments)
     elif command in ("-h", "--help") or arguments in (["-h"], ["--help"]):
         print(USAGE)
     elif command == "--version":
@@ -184,6 +185,15 @@ def embed(arguments: list[str]) -> None:
     run_embed(_parse(EmbedConfig, "embed", "Write the vectors of texts, or of their tokens, by a model.", arguments))
 
 
+def fill(arguments: list[str]) -> None:
+    """`fastbert fill`."""
+    _expect_packages("filling gaps needs")
+    from fastbert.fill import FillConfig
+    from fastbert.fill import fill as run_fill
+
+    run_fill(_parse(FillConfig, "fill", "Show the likeliest words for the [MASK]s of texts by a model.", arguments))
+
+
 def _expect_packages(what: str, *more: str) -> None:
     if why := extras.missing(what, "numpy", "tokenizers", "safetensors", "tyro", "tqdm", *more):
         raise ImportError(why)
@@ -196,15 +206,9 @@ def _parse(settings: type, command: str, description: str, arguments: list[str])
 
 
 def check_unchanged(stored: Any, given: Any) -> None:
-    """Raises ValueError where a resumed run is given other settings than it has.
-
-    The steps of a run with --minutes are those that fit, so that asking for more, as when it was started, asks for what
-    it has.
-    """
+    """Raises ValueError where a resumed run is given other settings than it has."""
     now = dataclasses.asdict(given)
     changed = {name: value for name, value in dataclasses.asdict(stored).items() if value != now[name]}
-    if getattr(stored, "minutes", None) is not None and given.steps >= stored.steps:
-        changed.pop("steps", None)
     if changed:
         raise ValueError(
             "a resumed run keeps its settings; "

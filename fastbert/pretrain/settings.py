@@ -1,6 +1,7 @@
 """The settings of a pretraining run, and what each of them may be."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,10 @@ import torch
 from fastbert.data.batches import LONGEST, Inputs, Objective
 from fastbert.data.tables import Quoting
 from fastbert.data.tokenizer import LARGEST_VOCABULARY
+from fastbert.data.words import Segmentation
 from fastbert.models.auto import PRETRAINING
+from fastbert.pretrain.phases import Phase, parse_phases, phase_ends
+from fastbert.pretrain.schedule import Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +63,8 @@ class PretrainConfig:
 
     seq_len: int = 128
     """Longest sequence in tokens, [CLS] and [SEP] included."""
+    phases: tuple[str, ...] | None = None
+    """In place of --seq-len: lengths one after another, each with its share of the run, as 128:0.9 512:0.1 (BERT's)."""
     batch_tokens: int = 4096
     """Tokens of a batch; sequences are packed without padding."""
     static_shapes: bool = False
@@ -72,9 +78,12 @@ class PretrainConfig:
     masking: Literal["token", "word", "ngram", "span"] = "token"
     """What is masked: tokens, each for itself, whole words, one to three words in a row, as ALBERT's, or one to ten, as
     SpanBERT's."""
+    words: Segmentation | None = None
+    """Where words are in Chinese text, for maskings of words: jieba finds them; or they stand apart in the corpus, by
+    spaces, which are taken out."""
     dictionary: Path | None = None
-    """A file of words or names, one a line, that count as one word each where they have several tokens, for maskings of
-    words: Chinese words, or ERNIE's entities."""
+    """A file of words or names, one a line, that are found in the text and count as one word each, for maskings of
+    words: ERNIE's phrases and entities."""
     inputs: Inputs = "doc-sentences"
     """Sequences of one document's sentences, as many as fit; or, for mlm and clm, of rows that go on into the next
     documents, each a sequence of its own (RoBERTa's names)."""
@@ -84,12 +93,21 @@ class PretrainConfig:
     steps: int | None = None
     """Optimizer steps; with --minutes as well: at most so many."""
     minutes: float | None = None
-    """Longest training time, kept to within a tenth: the steps that fit are measured at the start, and become fewer if
-    the machine becomes slower. A run to be repeated bit for bit takes --steps alone."""
+    """Training time, which the learning rate then follows; the last evaluation comes after it. A run to be repeated
+    bit for bit takes --steps alone."""
     lr: float | None = None
     """Highest learning rate; if not given the preset's, see below, and 1e-4 with --init."""
+    schedule: Schedule = "linear"
+    """How the learning rate falls after the warm-up: linear, polynomial, cosine; wsd (warm-up, stable, decay) in the
+    last share --decay alone; constant not at all."""
     warmup: float = 0.1
-    """Share of the steps in which the learning rate rises; then it falls linearly to 0."""
+    """Share of the steps, or of the time, in which the learning rate rises."""
+    decay: float = 0.2
+    """With --schedule wsd: share in which the learning rate falls, as 1 - sqrt (Hägele et al., 2024)."""
+    power: float = 1.0
+    """With --schedule polynomial: what is left of the run, to this power; 1 is linear."""
+    final_lr: float = 0.0
+    """The learning rate at the end, as a share of the highest."""
     weight_decay: float = 0.01
     """Decoupled; none on biases and LayerNorm."""
     beta2: float = 0.98
@@ -162,19 +180,52 @@ class PretrainConfig:
         expect(not words_alone or self.objective in (None, "mlm", "clm"), "objective", rule, self.objective)
         if self.steps is None and self.minutes is None:
             raise ValueError("a run ends after so many steps or minutes: give --steps, --minutes or both")
+        self._check_schedule()
+        self._check_lengths()
         objective = self.objective or OWN[self.model]["objective"]
         if objective == "clm":
             expect(self.model != "albert", "objective", "one with mlm for model albert, which sees all words", "clm")
             expect(self.masking == "token", "masking", "left out with objective clm, which masks nothing", self.masking)
-        if self.dictionary is not None:
-            expect(self.masking != "token", "masking", "word, ngram or span with a dictionary", self.masking)
+        for given, what in ((self.dictionary is not None, "a dictionary"), (self.words == "jieba", "--words jieba")):
+            expect(not given or self.masking != "token", "masking", f"word, ngram or span with {what}", self.masking)
         if objective != "clm" and self.inputs == "full-sentences":
             expect(objective == "mlm", "objective", "mlm or clm with inputs full-sentences, no pairs", objective)
-        rule = f"at most the rows of the position table, max_position_embeddings={self.max_position_embeddings}"
-        expect(self.seq_len <= self.max_position_embeddings, "seq_len", rule, self.seq_len)
-        rule = f"at least one sample's, seq_len={self.seq_len}"
-        expect(self.batch_tokens >= self.seq_len, "batch_tokens", rule, self.batch_tokens)
         check_device(self.device)
+
+    def _check_schedule(self) -> None:
+        default = PretrainConfig
+        only = (
+            ("power", self.schedule == "polynomial", "polynomial"),
+            ("decay", self.schedule == "wsd", "wsd"),
+            ("final_lr", self.schedule != "constant", "other than constant"),
+        )
+        for name, used, schedule in only:
+            value = getattr(self, name)
+            expect(used or value == getattr(default, name), name, f"left out unless schedule is {schedule}", value)
+        if self.schedule == "wsd":
+            rule = f"at most what warmup={self.warmup:g} leaves"
+            expect(self.warmup + self.decay <= 1, "decay", rule, self.decay)
+
+    def _check_lengths(self) -> None:
+        """What `seq_len`, or the phases in its place, must hold to."""
+        if self.phases is not None:
+            expect(self.seq_len == PretrainConfig.seq_len, "seq_len", "left out with phases", self.seq_len)
+            if self.steps is not None:
+                bounds = [0, *phase_ends(parse_phases(self.phases), self.steps)]
+                rule = f"of a step each or more, of steps={self.steps}"
+                expect(all(a < b for a, b in itertools.pairwise(bounds)), "phases", rule, " ".join(self.phases))
+        low, high = _INTEGERS["seq_len"]
+        for length, _ in self.all_phases():
+            if self.phases is not None:
+                expect(low <= length <= high, "phases", f"of lengths from {low} to {high}", length)
+            rule = f"at most the rows of the position table, max_position_embeddings={self.max_position_embeddings}"
+            expect(length <= self.max_position_embeddings, "seq_len", rule, length)
+            rule = f"at least one sample's, seq_len={length}"
+            expect(self.batch_tokens >= length, "batch_tokens", rule, self.batch_tokens)
+
+    def all_phases(self) -> list[Phase]:
+        """The run's phases; without --phases it is one."""
+        return [Phase(self.seq_len, 1.0)] if self.phases is None else parse_phases(self.phases)
 
 
 # What each architecture was published with.
@@ -212,6 +263,9 @@ _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {  # setting: the rul
     "minutes": (f"above 0 and at most {60 * 24 * 366}, a year", lambda x: 0 < x <= 60 * 24 * 366),
     "lr": ("a number above 0", lambda x: 0 < x < math.inf),
     "warmup": ("a share from 0 to 1", lambda x: 0 <= x <= 1),
+    "decay": ("a share above 0 and at most 1", lambda x: 0 < x <= 1),
+    "power": ("a number above 0", lambda x: 0 < x < math.inf),
+    "final_lr": ("a share from 0 to 1", lambda x: 0 <= x <= 1),
     "weight_decay": ("a number of at least 0", lambda x: 0 <= x < math.inf),
     "beta2": ("a number from 0 to below 1", lambda x: 0 <= x < 1),
     "clip": ("a number above 0, 1e9 for gradients as they are", lambda x: 0 < x < math.inf),
