@@ -252,6 +252,21 @@ def test_compiled_it_gives_the_same():
     torch.testing.assert_close(compiled(**fewer).logits, model(**fewer).logits)
 
 
+def test_distributed_it_gives_the_same_gradients(tmp_path):
+    model = fastbert.patch(make("bert", "AutoModelForSequenceClassification", dropout=False)).train()
+    inputs = batch(model) | {"labels": torch.tensor([0, 1, 1, 0])}
+    model(**inputs).loss.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        nn.parallel.DistributedDataParallel(model)(**inputs).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for p, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+
+
 def test_importing_fastbert_does_not_import_transformers():
     code = "import sys, fastbert; assert fastbert.patch and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
