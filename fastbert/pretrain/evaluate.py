@@ -39,12 +39,14 @@ def forward(model: PreTrainingModel, batch: Batch) -> Predictions:
     if batch.input_ids.is_cpu:
         filled = batch.filled(model.config.pad_token_id, longest=model.config.longest)
     first = model.config.first_position
-    sentences = {} if model.sentence_label is None else {model.sentence_label: filled.sentence_label}
+    more = {} if model.sentence_label is None else {model.sentence_label: filled.sentence_label}
+    if filled.task_type_ids is not None:
+        more["task_type_ids"] = filled.task_type_ids
     return model(
         filled.input_ids, token_type_ids=filled.token_type_ids,
         position_ids=filled.position_ids + first if first else filled.position_ids,
         cu_seqlens=filled.cu_seqlens, max_seqlen=filled.max_seqlen, masked_positions=filled.masked_positions,
-        labels=filled.labels, **sentences,
+        labels=filled.labels, **more,
     )  # fmt: skip
 
 
@@ -106,7 +108,9 @@ def guesses(model: PreTrainingModel, batches: PretrainBatches, tokenizer, device
     lines = []
     for ids, token_type_ids, place in itertools.islice(_masked_words(batches, tokenizer, continues, behind), count):
         truth, ids[place] = int(ids[place]), mask
-        out = model(ids.unsqueeze(0).to(device), token_type_ids=token_type_ids.unsqueeze(0).to(device))
+        given = ids.unsqueeze(0).to(device)
+        more = {} if batches.task_type is None else {"task_type_ids": torch.full_like(given, batches.task_type)}
+        out = model(given, token_type_ids=token_type_ids.unsqueeze(0).to(device), **more)
         best = out.prediction_logits[0, place - behind].float().softmax(-1).topk(5)
         whole = [*(~continues[ids]).tolist(), True]  # where a word may be cut
         start = next(i for i in range(max(0, place - 14), -1, -1) if whole[i])
