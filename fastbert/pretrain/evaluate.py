@@ -106,11 +106,9 @@ def guesses(model: PreTrainingModel, batches: PretrainBatches, tokenizer, device
     behind = int(model.config.is_decoder)  # what a decoder says of a token it says at the one before
     mask, continues = special_ids(tokenizer).mask, torch.from_numpy(continuations(tokenizer))
     lines = []
-    for ids, token_type_ids, place in itertools.islice(_masked_words(batches, tokenizer, continues, behind), count):
+    for ids, types, place in itertools.islice(_masked_words(batches, tokenizer, continues, behind), count):
         truth, ids[place] = int(ids[place]), mask
-        given = ids.unsqueeze(0).to(device)
-        more = {} if batches.task_type is None else {"task_type_ids": torch.full_like(given, batches.task_type)}
-        out = model(given, token_type_ids=token_type_ids.unsqueeze(0).to(device), **more)
+        out = model(ids.unsqueeze(0).to(device), **{name: x.unsqueeze(0).to(device) for name, x in types.items()})
         best = out.prediction_logits[0, place - behind].float().softmax(-1).topk(5)
         whole = [*(~continues[ids]).tolist(), True]  # where a word may be cut
         start = next(i for i in range(max(0, place - 14), -1, -1) if whole[i])
@@ -123,8 +121,8 @@ def guesses(model: PreTrainingModel, batches: PretrainBatches, tokenizer, device
 
 def _masked_words(
     batches: PretrainBatches, tokenizer, continues: Tensor, behind: int
-) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Of each sequence that has one: its ids [T] before masking, token types [T], and the place of a masked word.
+) -> Iterator[tuple[Tensor, dict[str, Tensor], int]]:
+    """Of each sequence that has one: its ids [T] before masking, its types [T] by name, and the place of a masked word.
 
     Labels belong `behind` the places where they are predicted; the last word is taken then, which most others precede.
     """
@@ -137,7 +135,8 @@ def _masked_words(
             places = [p - start for p in predicted.tolist() if start <= p < end]
             place = _whole_word(ids, places[::-1] if behind else places, tokenizer, continues)
             if place is not None:
-                yield ids, batch.token_type_ids[start:end], place
+                types = {"token_type_ids": batch.token_type_ids, "task_type_ids": batch.task_type_ids}
+                yield ids, {name: x[start:end] for name, x in types.items() if x is not None}, place
 
 
 def _whole_word(ids: Tensor, places: list[int], tokenizer, continues: Tensor) -> int | None:
