@@ -95,8 +95,8 @@ def test_however_it_is_broken_off_it_ends_in_the_same_bits(config, changes, tmp_
     assert {path.name for path in broken.output.iterdir()} == {".lock", "config.json", "model", "scores.json", picture}
 
 
-def said(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["fastbert", "finetune", *map(str, arguments)])
+def said(monkeypatch, *arguments, command="finetune"):
+    monkeypatch.setattr(sys, "argv", ["fastbert", command, *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     return ended.value.code
@@ -140,3 +140,6 @@ def test_the_command_resumes_what_it_stopped_and_says_what_does_not_hold(config,
     assert len(json.loads((run / "scores.json").read_text())["epochs"]) == 2
     assert "has ended, its model is" in said(monkeypatch, *resume)
     assert "is there already" in said(monkeypatch, *given, "--output", run)
+    assert f"is the folder of a run, and its model is in {run / 'model'}: name that folder" in said(
+        monkeypatch, run, config.train, "--text", "text", command="predict"
+    )

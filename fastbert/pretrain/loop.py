@@ -7,8 +7,10 @@ the data is there and holds.
 """
 
 import contextlib
+import functools
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -18,7 +20,9 @@ from fastbert.backends.gpu import check_device_errors
 from fastbert.data.batches import PretrainBatches
 from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import continuations, special_ids
-from fastbert.pretrain import lock, snapshot
+from fastbert.models.pretraining import PreTrainingModel
+from fastbert.optim.lazy_adam import LazyAdam
+from fastbert.pretrain import lock, shards, snapshot
 from fastbert.pretrain.divergence import Watch
 from fastbert.pretrain.environment import environment, name_differences, random_state, set_random_state
 from fastbert.pretrain.evaluate import Frequencies, evaluate, guesses
@@ -109,15 +113,11 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
     # where the run stands
     clock = time.perf_counter if config.minutes is None else processes.clock  # of a run that ends by it
     phase, tokens, progress = 0, 0, Progress(config.steps, config.minutes, clock=clock)
-    state = snapshot.load(folder / "snapshots", STATE)
+    state = snapshot.load(folder / "snapshots", STATE, processes)
     if state is not None:
         check_fingerprints(state["data"], data, folder)
         name_differences(state["environment"], config)
-        try:
-            model.load_state_dict(state["model"])
-        except RuntimeError as error:
-            raise ValueError(f"{folder / 'config.json'} describes another model than the snapshot: {error}") from error
-        optimizer.load_state_dict(state["optimizer"])
+        load_trained(state, model, optimizer, folder)
         phase, tokens = state.get("phase", 0), state["tokens"]
         progress = Progress(config.steps, config.minutes, state["step"], state.get("milliseconds", 0), clock)
         set_random_state(state["random"], config.device)
@@ -141,15 +141,20 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
 
     def take_snapshot() -> None:
         count_tokens()
+        trained = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         state = {
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": stream.epoch,
-            "index": stream.index, "phase": phase, "step": progress.step, "milliseconds": progress.milliseconds,
-            "tokens": tokens, "random": random_state(config.device), "environment": environment(config), "data": data,
+            "epoch": stream.epoch, "index": stream.index, "phase": phase, "step": progress.step,
+            "milliseconds": progress.milliseconds, "tokens": tokens, "random": random_state(config.device),
+            "environment": environment(config), "data": data,
         }  # fmt: skip
         watch.look()
         check_device_errors()
-        watch.state(progress.step, state)
-        processes.first(lambda: snapshot.save(folder / "snapshots", progress.step, state, config.keep))
+        watch.state(progress.step, trained)
+        where = folder / "snapshots", progress.step
+        if processes.count == 1:
+            snapshot.save(*where, trained | state, config.keep)
+        else:
+            snapshot.save(*where, state, config.keep, processes, functools.partial(shards.save, model, optimizer))
 
     # the loop
     watch = Watch(config)
@@ -231,6 +236,25 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
 
     processes.first(export)
     return folder / "model"
+
+
+def load_trained(state: dict[str, Any], model: PreTrainingModel, optimizer: LazyAdam, folder: Path) -> None:
+    """Loads model and optimizer as a snapshot of the run in `folder` has them.
+
+    Raises:
+        ValueError: it has those of another model, or numbers that are not finite.
+    """
+    try:
+        if "shards" not in state:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            return
+        shards.load(model, optimizer, state["shards"])
+    except RuntimeError as error:
+        raise ValueError(f"{folder / 'config.json'} describes another model than the snapshot: {error}") from error
+    bad = snapshot.not_finite({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    if bad is not None:
+        raise snapshot.unusable(folder / "snapshots", f"{bad} is not finite")
 
 
 def say_shape(batches: PretrainBatches) -> None:

@@ -2,12 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import together
-from pretrain_runs import places
+from pretrain_runs import assert_same_run, places
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -25,11 +26,10 @@ CASES = {
 
 def run_together(folder, count, runs):
     """`runs` by so many processes, started; see tests/together.py."""
-    (folder / "runs.json").write_text(json.dumps(runs))
     return [
         subprocess.Popen(
-            [sys.executable, together.__file__, folder], env=os.environ | environment, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
+            [sys.executable, together.__file__, folder, json.dumps(runs)], env=os.environ | environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for environment in places(count)
     ]  # fmt: skip
@@ -50,14 +50,29 @@ def end_well(processes):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, corpus):
-    """Of the runs by two processes, `two NAME`, and of the same by one, `one NAME`."""
+    """Of runs by two processes, `two NAME`, the same by one, `one NAME`, and of some that were resumed."""
     folder = tmp_path_factory.mktemp("processes")
-    (folder / "manual.txt").write_bytes(corpus.read_bytes())
-    two = run_together(folder, 2, [{"name": f"two {name}", "settings": settings} for name, settings in CASES.items()])
-    for name, settings in CASES.items():
-        pretrain(together.settings_of(folder, {"name": f"one {name}", "settings": settings}))
-    said = end_well(two)
-    assert "counting words" in said[0] and not said[1].strip(), "the first one speaks for all"
+    (folder / "manual.txt").write_text(corpus.read_text()[:60_000])
+    resumed = [{"name": name, "resume": True} for name in ("broken, 1", "broken, 2", "broken, 3", "one, then two")]
+    runs = [{"name": f"two {name}", "settings": settings} for name, settings in CASES.items()]
+    two = run_together(folder, 2, [{"name": "broken", "broken_off": 8}, *runs, resumed[1], resumed[3]])
+    three = run_together(folder, 3, [resumed[2]])
+    try:
+        for name, settings in CASES.items():
+            pretrain(together.settings_of(folder, {"name": f"one {name}", "settings": settings}))
+        shutil.copytree(folder / "one plain", folder / "one, then two")
+        for step in (9, 12):
+            shutil.rmtree(folder / f"one, then two/snapshots/step-{step:08d}")
+        together.wait_for(folder / "broken is there")
+        for run in resumed[:3]:
+            shutil.copytree(folder / "broken", folder / run["name"])
+        for run in resumed:
+            (folder / f"{run['name']} is there").touch()
+        pretrain(together.settings_of(folder, resumed[0]), resume=True)
+    finally:
+        said = end_well(two), end_well(three)
+    assert "counting words" in said[0][0] and not said[0][1].strip(), "the first one speaks for all"
+    (folder / "resumed.txt").write_text(said[0][0] + said[1][0])
     return folder
 
 
@@ -76,6 +91,19 @@ def assert_close_runs(ours, theirs):
 def test_two_processes_take_the_steps_of_one(folder, case):
     """With dropout, whose numbers are those of one process."""
     assert_close_runs(folder / f"two {case}", folder / f"one {case}")
+
+
+def test_broken_off_and_resumed_by_as_many_it_ends_in_the_same_bits(folder):
+    assert sorted(path.name for path in (folder / "broken/snapshots").iterdir()) == ["step-00000003", "step-00000006"]
+    assert_same_run(folder / "broken, 2", folder / "two plain")
+
+
+@pytest.mark.parametrize("name", ["broken, 1", "broken, 3", "one, then two"])
+def test_resumed_by_more_or_fewer_it_takes_the_same_steps(folder, name):
+    assert_close_runs(folder / name, folder / "one plain")
+    said = (folder / "resumed.txt").read_text()
+    assert said.count("resumed elsewhere than it was stopped, so not bit for bit the unbroken run: ") == 2
+    assert "processes 2 -> 3" in said and "processes 1 -> 2" in said
 
 
 class Numbers:
