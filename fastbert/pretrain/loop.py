@@ -91,6 +91,7 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
             objective=config.objective, inputs=config.inputs, static=static,
             unit="word" if config.masking == "token" else config.masking,
             continues=None if config.masking == "token" else continuations(tokenizer),
+            task_type=config.task_type,
         )  # fmt: skip
 
     phases = config.all_phases()
