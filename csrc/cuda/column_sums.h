@@ -11,12 +11,12 @@ constexpr int kSumThreads = 256;
 
 namespace {
 
-// Output blockIdx.y [columns] of at most two: a thread adds four columns of every 64th part, then the 64 are
-// added up.
+// Output blockIdx.y [columns] of at most three: a thread adds four columns of every 64th part, then the 64
+// are added up.
 template <class T>
 __global__ void __launch_bounds__(kSumThreads)
     sum_parts_kernel(const float* __restrict__ scratch, int parts, int64_t stride, int64_t columns,
-                     T* __restrict__ first, T* __restrict__ second) {
+                     T* __restrict__ first, T* __restrict__ second, T* __restrict__ third) {
   constexpr int kQuads = kSumColumns / 4, kRows = kSumThreads / kQuads, kWarps = kSumThreads / kWarp;
   __shared__ __align__(16) float sums[kWarps][kSumColumns];
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kSumColumns;
@@ -42,16 +42,16 @@ __global__ void __launch_bounds__(kSumThreads)
   float total = 0;
 #pragma unroll
   for (int warp = 0; warp < kWarps; ++warp) total += sums[warp][i];
-  (blockIdx.y == 0 ? first : second)[column + i] = from_float<T>(total);
+  (blockIdx.y == 0 ? first : blockIdx.y == 1 ? second : third)[column + i] = from_float<T>(total);
 }
 
-// scratch [1 or 2, parts, part_stride(columns)] -> first [columns], and second where it is not null.
+// scratch [1 to 3, parts, part_stride(columns)] -> first [columns], second and third where they are not null.
 template <class T>
 int sum_parts(const char* name, const float* scratch, int parts, int64_t columns, void* first, void* second,
-              void* stream) {
-  const dim3 grid(part_stride(columns) / kSumColumns, second ? 2 : 1);
+              void* third, void* stream) {
+  const dim3 grid(part_stride(columns) / kSumColumns, third ? 3 : second ? 2 : 1);
   return launch(name, sum_parts_kernel<T>, grid, kSumThreads, 0, stream, scratch, parts, part_stride(columns),
-                columns, static_cast<T*>(first), static_cast<T*>(second));
+                columns, static_cast<T*>(first), static_cast<T*>(second), static_cast<T*>(third));
 }
 
 }  // namespace

@@ -327,7 +327,8 @@ int gelu_backward(const GeluBackward& a) {
   const int parts = static_cast<int>(gelu_parts(a.rows, a.columns));
   void* stream = reinterpret_cast<void*>(a.launch);
   return with_type(a.bias_dtype, [&](auto bias) {
-    return sum_parts<decltype(bias)>("gelu_backward", a.scratch, parts, a.columns, a.dbias, nullptr, stream);
+    return sum_parts<decltype(bias)>("gelu_backward", a.scratch, parts, a.columns, a.dbias, nullptr, nullptr,
+                                     stream);
   });
 }
 
