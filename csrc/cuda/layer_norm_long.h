@@ -122,11 +122,11 @@ __global__ void __launch_bounds__(kLongThreads, 1)
   }
 }
 
-// Parts of dweight, dbias and dx_bias: block (i, part) sums columns 32 * kVector * i and after over the
-// part's rows, a row a warp. dx has been written.
+// dweight, dbias and dx_bias: block (i, part) sums columns 32 * kVector * i and after over the part's rows, a
+// row a warp, and the last of the parts adds them up. dx has been written.
 template <class T, int kVector>
 __global__ void __launch_bounds__(kColumnsThreads)
-    layer_norm_columns_kernel(const LayerNormBackward a, int64_t stride) {
+    layer_norm_columns_kernel(const LayerNormBackward a, int64_t stride, const Counters counters) {
   constexpr int kColumns = kWarp * kVector;
   __shared__ __align__(16) float sums[3][kColumnsWarps][kColumns];
   const T *dy2 = static_cast<const T*>(a.dy2), *dx = static_cast<const T*>(a.t ? a.dx : a.dz);
@@ -154,12 +154,21 @@ __global__ void __launch_bounds__(kColumnsThreads)
   store<kVector>(&sums[1][warp][lane * kVector], dbias);
   store<kVector>(&sums[2][warp][lane * kVector], dx_bias);
   __syncthreads();
-  for (int i = threadIdx.x; i < (a.dx_bias ? 3 : 2) * kColumns; i += kColumnsThreads) {
+  const int outputs = a.dx_bias ? 3 : 2;
+  for (int i = threadIdx.x; i < outputs * kColumns; i += kColumnsThreads) {
     const int which = i / kColumns, within = i % kColumns;
     float total = 0;
 #pragma unroll
     for (int from = 0; from < kColumnsWarps; ++from) total += sums[which][from][within];
     if (first + within < stride) a.scratch[(which * parts + part) * stride + first + within] = total;
+  }
+  if (!is_last_block(counters.at(blockIdx.x), parts)) return;
+  for (int i = threadIdx.x; i < outputs * kColumns; i += kColumnsThreads) {
+    const int which = i / kColumns, within = i % kColumns;
+    if (first + within >= columns) continue;
+    float total[1] = {};
+    add_parts(a.scratch + which * parts * stride + first + within, 0, parts, 1, stride, total);
+    store_sums<T>(gradient_of(a, which), a.weight_dtype == DType::f32, first + within, total);
   }
 }
 

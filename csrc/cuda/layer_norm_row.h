@@ -137,4 +137,9 @@ DEVICE void normalize(const LayerNormForward& a, bool is_float, const float (&z)
   }
 }
 
+// Where the column sums of backward go, in the order that they have in scratch.
+DEVICE void* gradient_of(const LayerNormBackward& a, int which) {
+  return which == 0 ? a.dweight : which == 1 ? a.dbias : a.dx_bias;
+}
+
 }  // namespace fastbert::cuda

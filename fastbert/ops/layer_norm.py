@@ -139,9 +139,9 @@ def _dropped_and_added(
 
 def _run(
     backend: str | None, twice: bool, x: Tensor, x_bias: Tensor | None, residual: Tensor | None, weight: Tensor,
-    bias: Tensor, eps: float, t: int, seed: Tensor | None,
+    bias: Tensor, eps: float, *dropping: Any,
 ) -> Any:  # fmt: skip
-    """Weight, bias and eps are yet to be checked. y, or where it is wanted twice, a pair."""
+    """y, or where it is wanted twice, a pair. Weight, bias and eps are yet to be checked; `dropping` is t and seed."""
     check_vectors(x, weight=weight, bias=bias)
     if weight.dtype != bias.dtype:
         raise TypeError(f"weight and bias must have one dtype, got {weight.dtype} and {bias.dtype}")
@@ -149,7 +149,7 @@ def _run(
     if not 0.0 <= eps < math.inf:
         raise ValueError(f"eps is added to the variance: expected a finite number of at least 0, got {eps}")
     chosen = pick("layer_norm", requested(backend), x)
-    arguments = x, x_bias, residual, weight, bias, eps, t, seed
+    arguments = x, x_bias, residual, weight, bias, eps, *dropping
     if differentiated(x, x_bias, residual, weight, bias):
         return _LayerNorm.apply(chosen, twice, *arguments)
     y = functions[chosen].layer_norm(*arguments)

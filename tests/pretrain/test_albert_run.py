@@ -14,7 +14,7 @@ from fastbert.data import TokenStore, load_tokenizer
 from fastbert.pretrain import presets, run, snapshot, step
 from fastbert.pretrain.loop import pretrain
 from fastbert.pretrain.report import read_metrics
-from fastbert.pretrain.run import PretrainConfig
+from fastbert.pretrain.settings import PretrainConfig
 
 
 @pytest.fixture(scope="module")

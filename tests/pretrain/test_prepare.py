@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fastbert.pretrain.prepare import check_fingerprints, fingerprints, prepare
-from fastbert.pretrain.run import PretrainConfig
+from fastbert.pretrain.settings import PretrainConfig
 
 
 @pytest.fixture
