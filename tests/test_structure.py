@@ -26,7 +26,7 @@ ROOMS = {
     "backends": {"backends"},
     "ops": {"ops"},
     "optim": {"optim"},
-    "models": {"models"},
+    "models": {"models", "patching"},  # patching: models that transformers wired, over the same ops
     "data": {"data"},
     "programs": {"pretrain", "finetune", "embed", "fill"},
     "top": {"cli", "bert", "__init__", "__main__"},
