@@ -98,24 +98,41 @@ struct Dropout {  // y = dropout(x); its gradient is the same of dy, so one stru
   int64_t launch;
 };
 
+// ---- embedding --------------------------------------------------------------------------------------
+
+struct EmbeddingBackward {  // dtable[id] += sum of dx over the tokens of that id; on GPUs alone
+  const void* dx;           // [T, H] dtype
+  const int64_t* ids;       // [T] in [0, V)
+  int64_t padding_idx;      // nothing is added to this row; -1: none is left out
+  bool fills;               // dtable holds nothing yet
+  void* dtable;             // [V, H] dtype, changed in place
+  int64_t rows, columns, table_rows;
+  DType dtype;
+  int64_t launch;
+};
+
 // ---- cross_entropy -----------------------------------------------------------------------------------
 
 struct CrossEntropyForward {  // loss = log(sum_j exp(x_j)) - x_label
   const void* logits;         // [T, V] dtype, rows `stride` elements apart
   const int64_t* labels;      // [T] in [0, V), or ignore_index: the row does not count
   int64_t ignore_index;
+  bool mean;               // what becomes of the losses: their mean over rows that count, or their sum
   float* losses;           // [T]
   float *maximum, *total;  // [T]: max_j x_j and sum_j exp(x_j - maximum)
+  float *result, *count;   // [1]: mean or sum, and how many rows count, at least 1; null: losses alone
   int64_t rows, columns, stride;
   DType dtype;
   int64_t launch;
 };
 
 struct CrossEntropyBackward {
-  const float* dlosses;          // [T]
+  const float* dlosses;  // [T], or [1] for all rows
+  bool one_dloss;
   const void* logits;            // [T, V] dtype, rows `stride` elements apart
   const int64_t* labels;         // [T]
   const float *maximum, *total;  // [T]
+  const float* count;            // [1], which dlosses are divided by; null: by 1
   int64_t ignore_index;
   void* dlogits;  // [T, stride] dtype: 0 in columns from V on
   int64_t rows, columns, stride;

@@ -22,6 +22,7 @@ from fastbert.models.layers import (
     LinearGELU,
     MultiHeadAttention,
     SmallEmbedding,
+    WordEmbedding,
 )
 from fastbert.models.parameter_names import Names
 from fastbert.ops.philox import draw_seeds
@@ -52,7 +53,7 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: ModelConfig, size: int):
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
+        self.word_embeddings = WordEmbedding(config.vocab_size, size, padding_idx=config.pad_token_id)
         unused = config.first_position - 1 if config.first_position else None
         self.position_embeddings = SmallEmbedding(config.max_position_embeddings, size, padding_idx=unused)
         self.token_type_embeddings = SmallEmbedding(config.type_vocab_size, size)

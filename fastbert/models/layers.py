@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fastbert.ops.attention import attention_qkv
 from fastbert.ops.dropout import dropout
+from fastbert.ops.embedding import embedding, has_kernel, tied_embedding
 from fastbert.ops.gelu import gelu
 from fastbert.ops.layer_norm import dropout_add_layer_norm, dropout_add_layer_norm_twice, layer_norm
 from fastbert.ops.linear import linear
@@ -202,22 +203,48 @@ class Dropout(nn.Module):
         return f"p={self.p}"
 
 
+class WordEmbedding(nn.Embedding):
+    """`nn.Embedding` whose table also decodes: ids [T] -> [T, H].
+
+    Attributes:
+        is_tied: whether the next use of the table is a decoder that takes `as_decoder()`, and by `padded_linear`. On a
+            GPU the gradient of the look-up is then added to the decoder's by one kernel.
+    """
+
+    is_tied = False
+    _decoder: Tensor | None = None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.is_tied and torch.is_grad_enabled() and has_kernel(self.weight):
+            x, self._decoder = tied_embedding(ids, self.weight, self.padding_idx)
+            return x
+        return super().forward(ids)
+
+    def as_decoder(self) -> Tensor:
+        """The table as it decodes what became of the last look-up."""
+        table, self._decoder = self._decoder, None
+        return self.weight if table is None else table
+
+
 class SmallEmbedding(nn.Embedding):
     """`nn.Embedding` of few rows: ids [T] -> [T, H].
 
-    For a table's gradient on a GPU torch sorts the ids, by a dozen kernels. Of a 16-bit table of up to 1,024 rows it is
-    one product here, summed in float32 and always in the same order. A padding row keeps torch's way.
+    For a table's gradient on a GPU torch sorts the ids, by a dozen kernels. Here it is one kernel where the backend
+    "cuda" runs; of a 16-bit table of very few rows, or of up to 1,024 where that backend does not run, it is one product,
+    summed in float32 and always in the same order. A padding row keeps torch's way then.
     """
 
     def forward(self, ids: Tensor) -> Tensor:
         table = self.weight
         is_16_bit = table.dtype in (torch.bfloat16, torch.float16)
-        if table.is_cuda and is_16_bit and len(table) <= FEW_ROWS and self.padding_idx is None:
+        few = VERY_FEW_ROWS if has_kernel(table) else FEW_ROWS
+        if table.is_cuda and is_16_bit and len(table) <= few and self.padding_idx is None:
             return _LookUp.apply(ids, table)
-        return super().forward(ids)
+        return embedding(ids, table, self.padding_idx) if has_kernel(table) else super().forward(ids)
 
 
 FEW_ROWS = 1024
+VERY_FEW_ROWS = 16  # a block of the kernel would have all tokens
 
 
 class _LookUp(torch.autograd.Function):

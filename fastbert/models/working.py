@@ -54,6 +54,7 @@ class WorkingCopy:
         memo = {id(param): made.get(param, param) for param in model.parameters()}
         self.model = copy.deepcopy(model, memo)
         self.model.predictions.padded = tuple(padded)
+        self.model.base_model.embeddings.word_embeddings.is_tied = True
 
     def hand_over_gradients(self) -> None:
         """Moves the copy's gradients to the model's parameters; nothing is computed."""

@@ -33,7 +33,7 @@ def test_the_launches_of_bert_base(alone):
     launches, table = alone(rehearsed.pretraining_step, "base", 5120, 64, 768, 128)
     print(table)
     ops = [launch.op for launch in launches]
-    layer, heads = 4 + 8, 3 * 4 + 2  # products, forward and backward; two of heads and of tables' gradients
+    layer, heads = 4 + 8, 3 * 4 + 1  # products, forward and backward; of heads and of the token types' gradient
     assert ops.count("mm") + ops.count("addmm") == 12 * layer + heads
     assert ops.count("attention_forward") == ops.count("attention_backward") == 12
     assert ops.count("randint.low") == 1  # the seeds of 37 dropouts

@@ -65,8 +65,8 @@ def calls(dtype):
     yield "layer_norm_backward", (x, None, x, weight, rows, rows, 0, None, False)
     yield "layer_norm_backward", (x, x, x, weight, rows, rows, 6554, SEED, True)
     yield "dropout", (x.T, 6554, SEED)
-    yield "cross_entropy_forward", (x, labels, -100)
-    yield "cross_entropy_backward", (rows, x, labels, rows, rows, -100)
+    yield "cross_entropy_forward", (x, labels, -100, "mean")
+    yield "cross_entropy_backward", (rows, x, labels, rows, rows, None, -100)
     yield "attention_forward", (q, k, v, cu_seqlens, *how)
     yield "attention_backward", (out, q, k, v, out, lse, cu_seqlens, *how)
 
