@@ -20,7 +20,18 @@ PACKAGE = Path(fastbert.__file__).parent
 
 # The rooms of the house, from the ground up: what stands in one may import from those before it.
 ROOMS = {
-    "ground": {"version", "files", "extras", "allocator", "capture", "_cpu", "_cuda"},
+    "ground": {
+        "version",
+        "files",
+        "extras",
+        "counter_random",
+        "lock",
+        "tokenizer_files",
+        "allocator",
+        "capture",
+        "_cpu",
+        "_cuda",
+    },
     "testing": {"testing"},
     "kernels": {"kernels"},
     "backends": {"backends"},

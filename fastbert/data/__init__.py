@@ -14,7 +14,7 @@ from fastbert.data.corpus import check_corpus, iter_documents
 from fastbert.data.dictionary import Dictionary, read_words
 from fastbert.data.masking import mask_tokens
 from fastbert.data.sentences import split_sentences
-from fastbert.data.store import TokenStore, write_store, write_stores
+from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import (
     SpecialIds,
     continuations,
@@ -24,6 +24,7 @@ from fastbert.data.tokenizer import (
     train_tokenizer,
 )
 from fastbert.data.unigram import train_unigram
+from fastbert.data.writer import write_store, write_stores
 
 __all__ = [
     "Batch",

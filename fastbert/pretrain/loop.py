@@ -18,13 +18,13 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fastbert import allocator
+from fastbert import allocator, lock
 from fastbert.backends.gpu import check_device_errors
 from fastbert.data.batches import Batch, PretrainBatches
 from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import continuations, special_ids
 from fastbert.models.pretraining import PreTrainingModel
-from fastbert.pretrain import lock, snapshot
+from fastbert.pretrain import snapshot
 from fastbert.pretrain.divergence import Watch
 from fastbert.pretrain.evaluate import Frequencies, evaluate, guesses
 from fastbert.pretrain.init import take_settings, write_copy
@@ -98,7 +98,7 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
             f"static shapes: {train.shape.tokens:,} tokens, {train.shape.samples} sequences and {train.shape.masked} "
             f"predictions in every batch; {train.empty_share:.1%} of the tokens is padding"
         )
-    frequencies = Frequencies(train_store.token_counts())
+    frequencies = Frequencies(torch.from_numpy(train_store.token_counts()))
     data = fingerprints(tokenizer, train_store, held_out_store, dictionary)
     if not resume:
         if config.init is not None:
@@ -225,7 +225,7 @@ class Stream:
             batches = self.batches.at_epoch(self.epoch)
             # A generator of its own: the loader draws from it, and torch's default one is part of what resumes.
             loader = DataLoader(
-                batches, batch_size=None, sampler=range(self.index, len(batches)), num_workers=self.workers,
+                batches, batch_size=None, sampler=batches.numbers(self.index), num_workers=self.workers,
                 generator=torch.Generator(), worker_init_fn=obey_the_parent_alone,
             )  # fmt: skip
             for batch in loader:

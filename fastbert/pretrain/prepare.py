@@ -22,9 +22,10 @@ from fastbert.data.byte_bpe import train_byte_bpe
 from fastbert.data.corpus import iter_documents
 from fastbert.data.dictionary import Dictionary, read_words
 from fastbert.data.sources import find_files
-from fastbert.data.store import TokenStore, write_stores
+from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, special_ids, train_tokenizer
 from fastbert.data.unigram import train_unigram
+from fastbert.data.writer import write_stores
 from fastbert.ops.philox import CONTRACT
 from fastbert.pretrain.init import COPY, extended_tokenizer
 from fastbert.pretrain.run import RANDOM_NUMBERS, PretrainConfig, contract_of
@@ -181,7 +182,7 @@ def _vowel_signs_said(texts: Iterator[str]) -> Iterator[str]:
 
 def _say_unknown(tokenizer: Tokenizer, stores: tuple[TokenStore, ...]) -> None:
     counts = sum(store.token_counts() for store in stores)
-    share = counts[special_ids(tokenizer).unk].item() / counts.sum().item()
+    share = counts[special_ids(tokenizer).unk] / counts.sum()
     print(f"[UNK]: {share:.1%} of {counts.sum():,} tokens")
     if share > MANY_UNKNOWN:
         print(

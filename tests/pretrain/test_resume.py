@@ -9,9 +9,10 @@ import pytest
 import torch
 from pretrain_runs import assert_same_run, bad
 
+from fastbert import lock
 from fastbert.backends import linear
 from fastbert.ops import linear_timing
-from fastbert.pretrain import lock, loop, snapshot
+from fastbert.pretrain import loop, snapshot
 from fastbert.pretrain import run as runs
 from fastbert.pretrain.loop import pretrain
 from fastbert.pretrain.report import last_scores, read_metrics, summary
