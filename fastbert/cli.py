@@ -6,15 +6,13 @@ import signal
 import sys
 from typing import Any
 
-import torch
-
 from fastbert import extras
-from fastbert.backends import info, linear
 from fastbert.version import __version__
 
 USAGE = """usage: fastbert COMMAND
 
   info        what runs here: every op by every backend, versions, instruction set, threads
+  prepare     raw text, however much, to a folder of tokens that pretrain --store reads at once
   pretrain    raw text to a BERT, ALBERT, RoBERTa or ERNIE that transformers loads; see fastbert pretrain --help
   finetune    a table of texts with classes or numbers, and any such model, to a classifier; its score, a picture
   predict     a classifier's labels for new texts
@@ -43,6 +41,7 @@ def main() -> None:
             raise
         less = {
             "finetune": "a smaller --batch-size or --seq-len",
+            "prepare": "fewer --workers",
             "pretrain": "a smaller --batch-tokens (with --accumulate), --checkpoint-layers or a smaller --preset",
         }.get(command, "a smaller --batch-tokens")
         sys.exit(f"fastbert {command}: not enough memory; {less} takes less: {error}")
@@ -54,11 +53,13 @@ def main() -> None:
 def run(command: str, arguments: list[str]) -> None:
     """The command itself; raises SystemExit unless its status is 0 and there is nothing more to say."""
     if command == "info" and not arguments:
+        from fastbert.backends import info, linear
+
         print(info(), linear.info(), waiting(), sep="\n")
     elif command == "pretrain":
         sys.exit(pretrain(arguments))
-    elif command in ("finetune", "predict", "embed"):
-        {"finetune": finetune, "predict": predict, "embed": embed}[command](arguments)
+    elif command in ("prepare", "finetune", "predict", "embed"):
+        {"prepare": prepare, "finetune": finetune, "predict": predict, "embed": embed}[command](arguments)
     elif command in ("-h", "--help") or arguments in (["-h"], ["--help"]):
         print(USAGE)
     elif command == "--version":
@@ -71,6 +72,8 @@ def run(command: str, arguments: list[str]) -> None:
 
 def _is_about_memory(error: MemoryError | RuntimeError) -> bool:
     """torch raises a plain RuntimeError where the CPU's memory is used up."""
+    import torch  # here, as not every command needs it
+
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
@@ -96,7 +99,8 @@ def pretrain(arguments: list[str]) -> int:
 
     from fastbert.pretrain import presets
     from fastbert.pretrain import pretrain as train
-    from fastbert.pretrain.run import PretrainConfig, read_config
+    from fastbert.pretrain.run import read_config
+    from fastbert.pretrain.settings import PretrainConfig
 
     @dataclasses.dataclass(frozen=True)
     class Command(PretrainConfig):
@@ -119,6 +123,15 @@ def pretrain(arguments: list[str]) -> int:
         check_unchanged(stored, parse(default=stored))
     settings = {field.name: getattr(command, field.name) for field in dataclasses.fields(PretrainConfig)}
     return 0 if train(PretrainConfig(**settings), resume=command.resume) else 130
+
+
+def prepare(arguments: list[str]) -> None:
+    """`fastbert prepare`."""
+    _expect_packages("preparing needs")
+    from fastbert.prepare import PrepareConfig
+    from fastbert.prepare import prepare as run_prepare
+
+    run_prepare(_parse(PrepareConfig, "prepare", PrepareConfig.__doc__, arguments))
 
 
 def finetune(arguments: list[str]) -> None:
@@ -160,15 +173,9 @@ def _parse(settings: type, command: str, description: str, arguments: list[str])
 
 
 def check_unchanged(stored: Any, given: Any) -> None:
-    """Raises ValueError where a resumed run is given other settings than it has.
-
-    The steps of a run with --minutes are those that fit, so that asking for more, as when it was started, asks for what
-    it has.
-    """
+    """Raises ValueError where a resumed run is given other settings than it has."""
     now = dataclasses.asdict(given)
     changed = {name: value for name, value in dataclasses.asdict(stored).items() if value != now[name]}
-    if stored.minutes is not None and given.steps >= stored.steps:
-        changed.pop("steps", None)
     if changed:
         raise ValueError(
             "a resumed run keeps its settings; "

@@ -20,7 +20,7 @@ from fastbert.data.tokenizer import load_tokenizer
 from fastbert.models.auto import AutoModel
 from fastbert.models.encoder import Encoder
 from fastbert.models.frozen import freeze
-from fastbert.pretrain.run import check_device, expect
+from fastbert.pretrain.settings import check_device, expect
 
 Vectors = Literal["mean", "cls", "tokens"]
 SUFFIXES = (".npy", ".safetensors")

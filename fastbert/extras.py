@@ -2,6 +2,11 @@
 
 from importlib.util import find_spec
 
+# Where a package is not in the extra "pretrain": its import name, and the extra.
+_EXTRAS = {
+    "sklearn": "finetune", "scipy": "finetune", "pyarrow": "formats", "zstandard": "formats", "distributed": "cluster",
+}  # fmt: skip
+
 
 def missing(what: str, *packages: str) -> str | None:
     """What an ImportError is to say where some of these packages are not here; None where all are.
@@ -13,7 +18,7 @@ def missing(what: str, *packages: str) -> str | None:
     absent = [name for name in packages if find_spec(name) is None]
     if not absent:
         return None
-    extra = "finetune" if {"sklearn", "scipy"} & set(absent) else "pretrain"
+    extra = next((_EXTRAS[name] for name in absent if name in _EXTRAS), "pretrain")
     return (
         f"{what} {', '.join(absent)}: pip install '.[{extra}]' in a checkout of this package. It is not on PyPI yet, "
         "and what PyPI calls fastbert is another project"

@@ -25,6 +25,7 @@ ROOMS = {
         "files",
         "extras",
         "counter_random",
+        "signals",
         "lock",
         "tokenizer_files",
         "allocator",
@@ -39,7 +40,7 @@ ROOMS = {
     "optim": {"optim"},
     "models": {"models"},
     "data": {"data"},
-    "programs": {"pretrain", "finetune", "embed"},
+    "programs": {"pretrain", "prepare", "finetune", "embed"},
     "top": {"cli", "bert", "__init__", "__main__"},
 }
 ROOM = {name: room for room, names in ROOMS.items() for name in names}

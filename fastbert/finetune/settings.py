@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 import tyro
 
 from fastbert.data.tables import Quoting
-from fastbert.pretrain.run import check_device, expect
+from fastbert.pretrain.settings import check_device, expect
 
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "rmse"]
 OF_CLASSES, OF_NUMBERS = ("accuracy", "f1", "matthews"), ("pearson", "spearman", "rmse")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastbert.pretrain import snapshot
-from fastbert.pretrain.run import PretrainConfig
+from fastbert.pretrain.settings import PretrainConfig
 
 
 class Watch:
@@ -57,9 +57,10 @@ class Watch:
     def _diverged(self, step: int, what: str) -> ValueError:
         config = self.config
         known = snapshot.steps(config.output / "snapshots")
+        of = "" if config.steps is None else f" of {config.steps}"
         kept = f"the snapshot of step {known[-1]} is kept" if known else "no snapshot was taken before"
         return ValueError(
-            f"the run diverged at step {step} of {config.steps}: {what}. Nothing of it was written, {kept}. Start a "
+            f"the run diverged at step {step}{of}: {what}. Nothing of it was written, {kept}. Start a "
             f"new run in another --output with a lower --lr (now {config.lr:g}), a longer --warmup (now "
             f"{config.warmup:g}) or a smaller --clip (now {config.clip:g})"
         )

@@ -66,7 +66,7 @@ def evaluate(
     model.eval()
     # per masked token: loss, frequency loss, hit, rare; per pair: loss, hit
     tokens, pairs = [torch.empty(0, 4, dtype=torch.float64)], []
-    for batch in itertools.islice((batches[i] for i in range(len(batches))), count):
+    for batch in itertools.islice(map(batches.__getitem__, batches.numbers()), count):
         batch = batch.to(device)
         out = forward(model, batch)
         masked, sequences = len(batch.labels), len(batch.cu_seqlens) - 1
@@ -119,7 +119,7 @@ def _masked_words(
 
     Labels belong `behind` the places where they are predicted; the last word is taken then, which most others precede.
     """
-    for batch in (batches[i] for i in range(min(len(batches), 32))):
+    for batch in map(batches.__getitem__, itertools.islice(batches.numbers(), 32)):
         original = batch.input_ids.clone()
         predicted = batch.masked_positions + behind
         original[predicted] = batch.labels

@@ -19,16 +19,17 @@ from tokenizers import Tokenizer
 
 from fastbert import files
 from fastbert.data.byte_bpe import train_byte_bpe
-from fastbert.data.corpus import iter_documents
+from fastbert.data.corpus import Reading, iter_documents
 from fastbert.data.dictionary import Dictionary, read_words
+from fastbert.data.shards import PLAN, open_stores, prepare_store, read_index, read_tokenizer
 from fastbert.data.sources import find_files
 from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, special_ids, train_tokenizer
 from fastbert.data.unigram import train_unigram
-from fastbert.data.writer import write_stores
 from fastbert.ops.philox import CONTRACT
+from fastbert.pretrain.environment import RANDOM_NUMBERS, contract_of
 from fastbert.pretrain.init import COPY, extended_tokenizer
-from fastbert.pretrain.run import RANDOM_NUMBERS, PretrainConfig, contract_of
+from fastbert.pretrain.settings import PretrainConfig
 from fastbert.version import __version__
 
 MADE_OF = "corpus.json"
@@ -50,9 +51,10 @@ def prepare(config: PretrainConfig, resume: bool) -> tuple[Tokenizer, TokenStore
         ValueError: a corpus that does not hold; a corpus that is no longer what a resumed run began with; a tokenizer
             or a store that no run made, is damaged, or does not belong to the other.
     """
+    if config.store is not None:
+        return _from_store(config, resume)
     tokenizer_at, data_at = config.output / "tokenizer", config.output / "data"
-    complete = (tokenizer_at / "tokenizer.json").exists() and data_at.exists()
-    if resume and not complete:
+    if resume and not ((tokenizer_at / "tokenizer.json").exists() and _finished(data_at)):
         _expect_same_corpus(config)
     if not resume:
         _discard_what_differs(config, tokenizer_at, data_at)
@@ -66,18 +68,44 @@ def prepare(config: PretrainConfig, resume: bool) -> tuple[Tokenizer, TokenStore
         save_tokenizer(train(texts, config.vocab_size, config.lowercase, progress=True), tokenizer_at)
     with _usable(tokenizer_at):
         tokenizer = load_tokenizer(tokenizer_at)
-    made = not data_at.exists()
+    made = not _finished(data_at)
     if made:
-        write_stores(
-            data_at, _documents(config, "tokenising"), tokenizer, held_out_fraction=config.held_out, seed=config.seed,
-            nsp=config.objective == "mlm+nsp", progress=False,
+        prepare_store(
+            data_at, config.corpus, Reading(**_reading(config)), tokenizer, held_out=config.held_out, seed=config.seed,
+            processes=len(os.sched_getaffinity(0)), nsp=config.objective == "mlm+nsp",
         )  # fmt: skip
     with _usable(data_at):
-        stores = TokenStore.open(data_at / "train"), TokenStore.open(data_at / "held_out")
+        stores = open_stores(data_at, verify=True)
         for store in stores:
             store.check_tokenizer(tokenizer)
     if made:
         _say_unknown(tokenizer, stores)
+    return tokenizer, *stores
+
+
+def _finished(data_at: Path) -> bool:
+    """Whether the run's data is there, and if only in part: nothing of it is to be made before that is looked at."""
+    return data_at.exists() and not (data_at / PLAN).exists()
+
+
+def _from_store(config: PretrainConfig, resume: bool) -> tuple[Tokenizer, TokenStore, TokenStore]:
+    """Tokenizer and stores of `config.store`; a resumed run has the shards that it began with."""
+    made = (_read(config.output) or {}) if resume else {}
+    stores = open_stores(config.store, made.get("shards"))
+    tokenizer = read_tokenizer(config.store) if config.init is None else extended_tokenizer(config)
+    for store in stores:
+        store.check_tokenizer(tokenizer)
+    least = min(len(store.documents) - 1 for store in stores)
+    if config.objective == "mlm+nsp" and least < 2:
+        raise ValueError(
+            f"next-sentence prediction needs two documents to train on and two held out, and {config.store} has "
+            f"{least} on one side: train without it (--objective mlm+sop or mlm), or prepare a store of more"
+        )
+    if not resume:
+        save_tokenizer(tokenizer, config.output / "tokenizer")
+        made = {"fastbert": __version__, "store": config.store.resolve()}
+        made["shards"] = len(read_index(config.store)["shards"])
+        files.write(config.output, {MADE_OF: files.json_text(made, indent=2).encode()})
     return tokenizer, *stores
 
 

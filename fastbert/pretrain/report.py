@@ -112,6 +112,8 @@ def summary(scores: Record) -> str:
     for title, name in (("next sentence: accuracy", "nsp_accuracy"), ("sentence order: accuracy", "sop_accuracy")):
         if name in scores:
             lines.append(f"{title:29} {shown(scores[name], '8.1%')}")
+    if "seq_len" in scores:
+        lines.append(f"{'sequences of up to':29} {scores['seq_len']:8} tokens")
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from fastbert.models.auto import PRETRAINING
 from fastbert.models.pretraining import PreTrainingModel
 from fastbert.pretrain.evaluate import Frequencies
 from fastbert.pretrain.init import read_copy
-from fastbert.pretrain.run import PretrainConfig
+from fastbert.pretrain.settings import PretrainConfig
 
 
 def starting_model(

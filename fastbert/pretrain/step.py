@@ -17,7 +17,7 @@ from fastbert.models.working import WorkingCopy
 from fastbert.optim.lazy_adam import LazyAdam, decay_groups
 from fastbert.pretrain.divergence import Watch
 from fastbert.pretrain.evaluate import forward
-from fastbert.pretrain.run import PretrainConfig
+from fastbert.pretrain.settings import PretrainConfig
 
 
 def train_step(
@@ -121,7 +121,7 @@ def make_step(
     if not (on_gpu(config) and config.static_shapes):
         return lambda micro, lr, number: train_step(model, optimizer, micro, lr, config, watch, number)
     working = WorkingCopy(model, optimizer, config.accumulate) if config.bf16 else None
-    captured: list[Captured] = []
+    captured: dict[int, Captured] = {}  # by the longest sequence, which with the shapes is the phase's
 
     def step(inputs: tuple[list[Batch], Tensor]) -> dict[str, Tensor]:
         micro, numbers = inputs
@@ -132,9 +132,11 @@ def make_step(
         # A captured step takes one number alone; no step reads how many tokens are filled.
         micro = [batch._replace(filled_tokens=0) for batch in micro]
         inputs = micro, torch.tensor([lr, number], dtype=torch.float64, device="cpu")
-        if not captured:
-            captured.append(capture(step, inputs, warmup=WARMUP if config.capture else None, device=config.device))
-        record = captured[0](inputs)
+        longest = micro[0].max_seqlen
+        if longest not in captured:
+            captured.clear()  # the memory of the phase before
+            captured[longest] = capture(step, inputs, warmup=WARMUP if config.capture else None, device=config.device)
+        record = captured[longest](inputs)
         for group in optimizer.param_groups:
             group["lr"] = lr  # a snapshot keeps the number, not the memory of a batch
         return record

@@ -14,7 +14,7 @@ from fastbert.data.batches import Batch
 from fastbert.models.auto import PRETRAINING
 from fastbert.models.working import WorkingCopy
 from fastbert.pretrain.divergence import Watch
-from fastbert.pretrain.run import PretrainConfig
+from fastbert.pretrain.settings import PretrainConfig
 from fastbert.pretrain.step import make_optimizer, train_step
 
 

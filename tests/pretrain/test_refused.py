@@ -14,7 +14,8 @@ from pretrain_runs import bad
 from fastbert import cli
 from fastbert.backends import triton
 from fastbert.pretrain.loop import pretrain
-from fastbert.pretrain.run import PretrainConfig, resumed_run
+from fastbert.pretrain.run import resumed_run
+from fastbert.pretrain.settings import PretrainConfig
 
 
 @pytest.mark.parametrize("name", ["model", "loss.png", "tensorboard", "."])

@@ -12,7 +12,7 @@ from pretrain_runs import assert_same_run, bad
 from fastbert import lock
 from fastbert.backends import linear
 from fastbert.ops import linear_timing
-from fastbert.pretrain import loop, snapshot
+from fastbert.pretrain import environment, loop, snapshot
 from fastbert.pretrain import run as runs
 from fastbert.pretrain.loop import pretrain
 from fastbert.pretrain.report import last_scores, read_metrics, summary
@@ -79,7 +79,9 @@ def test_resume_on_another_text_is_refused(settings, finished, tmp_path, capsys,
     shutil.copy(settings.corpus, tmp_path / "manual.txt")
     pretrain(dataclasses.replace(settings, output=run), resume=True)  # elsewhere, the same text: its data is made again
     for name in ("train", "held_out"):
-        assert (run / f"data/{name}/meta.json").read_bytes() == (finished / f"data/{name}/meta.json").read_bytes()
+        assert (run / f"data/00000/{name}/meta.json").read_bytes() == (
+            finished / f"data/00000/{name}/meta.json"
+        ).read_bytes()
 
     shutil.rmtree(run / "data")
     (tmp_path / "manual.txt").write_text("\n\n".join("quite another text." for _ in range(100)))
@@ -87,9 +89,9 @@ def test_resume_on_another_text_is_refused(settings, finished, tmp_path, capsys,
         capsys, monkeypatch, "pretrain", "--output", run, "--resume"
     )
     shutil.copytree(finished / "data", run / "data")
-    shutil.rmtree(run / "data/held_out")
-    shutil.copytree(run / "data/train", run / "data/held_out")
-    assert "was trained with another held-out text than" in bad(
+    shutil.rmtree(run / "data/00000/held_out")
+    shutil.copytree(run / "data/00000/train", run / "data/00000/held_out")
+    assert "held_out is another shard than the store was written with" in bad(
         capsys, monkeypatch, "pretrain", "--output", run, "--resume"
     )
 
@@ -118,9 +120,9 @@ def test_a_run_goes_on_without_its_metrics(finished, tmp_path, capsys):
 def test_elsewhere_is_named(finished, capsys):
     state = snapshot.load(finished / "snapshots")
     config = runs.read_config(finished)
-    runs.name_differences(state["environment"], config)
+    environment.name_differences(state["environment"], config)
     assert capsys.readouterr().out == ""
-    runs.name_differences(state["environment"] | {"threads": 77, "torch": "1.0"}, config)
+    environment.name_differences(state["environment"] | {"threads": 77, "torch": "1.0"}, config)
     said = capsys.readouterr().out
     assert f"threads 77 -> {torch.get_num_threads()}" in said and "torch 1.0 ->" in said and "fastbert" not in said
 
@@ -131,10 +133,10 @@ def test_a_run_of_the_first_random_numbers_goes_on_and_says_so(settings, finishe
     shutil.copytree(finished, run)
     shutil.rmtree(run / "snapshots/step-00000040")
     state = snapshot.load(run / "snapshots")
-    assert state["environment"].pop("random numbers") == 2 and state["step"] == 35
+    assert state["environment"].pop("random numbers") == 3 and state["step"] == 35
     shutil.rmtree(run / "snapshots")
     snapshot.save(run / "snapshots", 35, state, keep=2)
-    said = "random numbers were drawn by contract 1, and are by contract 2 from here on: dropout, masking and the order"
+    said = "random numbers were drawn by contract 1, and are by contract 3 from here on: dropout, masking and the order"
     for times in (1, 0):
         assert pretrain(runs.read_config(run), resume=True) == run / "model"
         out = capsys.readouterr().out
@@ -158,7 +160,7 @@ def test_the_library_of_products_is_chosen_once(settings, finished, tmp_path, mo
     assert "linear products by onednn: a test says so" in capsys.readouterr().out
     with loop.products(config):
         assert linear.chosen() == "onednn"
-    assert runs.environment(config)["linear products"] == "onednn"
+    assert environment.environment(config)["linear products"] == "onednn"
     config.output.mkdir()
     runs.write_config(config)
     assert runs.resumed_run(config.output) == config and len(timed) == 1, "a resumed run was timed again"
@@ -167,7 +169,7 @@ def test_the_library_of_products_is_chosen_once(settings, finished, tmp_path, mo
     monkeypatch.setattr(linear, "_requested", "torch")
     forced = runs.resumed_run(config.output)
     assert forced.linear == "torch"
-    runs.name_differences(runs.environment(config), forced)
+    environment.name_differences(environment.environment(config), forced)
     assert "linear products onednn -> torch" in capsys.readouterr().out
     monkeypatch.setattr(linear, "_requested", "auto")
     in_bf16 = dataclasses.replace(settings, output=tmp_path / "bf16", bf16=True)
