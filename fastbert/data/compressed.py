@@ -136,8 +136,11 @@ class _Zstandard(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Forward only."""
+        """By reading on, where it goes back from the beginning."""
         target = offset if whence == io.SEEK_SET else self.place + offset
+        if target < self.place:
+            self.file.seek(0)
+            self.frame, self.data, self.place = None, memoryview(b""), 0
         while self.place < target and self.read(min(_CHUNK, target - self.place)):
             pass
         return self.place

@@ -55,19 +55,18 @@ def in_shards(pieces: Iterable[Piece], size: int) -> list[list[Piece]]:
 
 def _line_ends(file: Path, size: int, blank: bool) -> Iterator[int]:
     """Places behind a line, or behind a blank one, the first ones from each multiple of `size` on."""
-    window = min(size, _WINDOW)
     with opened(file) as stream:
         place = size
         while True:
             stream.seek(place)
-            read = stream.read(window)
+            read = stream.read(_WINDOW)
             if not read:
                 return
             line = _BLANK_LINE.search(read) if blank else None
             behind = line.end() if line else read.find(b"\n") + 1
             if behind:
                 yield place + behind
-            place += size
+            place = ((place + behind) // size + 1) * size
 
 
 def _first_beyond(ends: Iterable[int], size: int) -> list[int]:

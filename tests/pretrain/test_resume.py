@@ -142,7 +142,7 @@ def test_a_run_of_the_first_random_numbers_goes_on_and_says_so(settings, finishe
         out = capsys.readouterr().out
         assert out.count(said) == out.count("not bit for bit") == times
     state = snapshot.load(run / "snapshots")
-    assert state["step"] == 40 and state["environment"]["random numbers"] == 2
+    assert state["step"] == 40 and state["environment"]["random numbers"] == 3
 
 
 def test_the_library_of_products_is_chosen_once(settings, finished, tmp_path, monkeypatch, capsys):
