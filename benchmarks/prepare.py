@@ -151,7 +151,6 @@ def main() -> None:
         verify(corpus, tokenizer)
         size = corpus.stat().st_size
         quiet = {"env": os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}}
-        rival = [sys.executable, "-c", RIVAL]
         program = folder / "rival.py"
         program.write_text(RIVAL)
         rival = [sys.executable, program, corpus, tokenizer / "tokenizer.json"]
@@ -193,11 +192,10 @@ def main() -> None:
             "peak PSS MB": round(whole), "peak PSS MB without files": round(anonymous), "repeats": args.repeats,
         })  # fmt: skip
         print("  ".join(f"{column} {value}" for column, value in rows[-1].items()))
-    first, second = rows
-    print(
-        f"{first['MB/s'] / second['MB/s']:.1f} times the bytes a second, at {first['peak PSS MB'] / second['peak PSS MB']:.2f} "
-        f"of the memory ({first['peak PSS MB without files'] / second['peak PSS MB without files']:.2f} without files)"
+    faster, *less = (
+        rows[0][column] / rows[1][column] for column in ("MB/s", "peak PSS MB", "peak PSS MB without files")
     )
+    print(f"{faster:.1f} times the bytes a second, at {less[0]:.2f} of the memory ({less[1]:.2f} without files)")
     if args.csv:
         write_csv(results_path("prepare"), rows)
 

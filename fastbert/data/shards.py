@@ -100,9 +100,9 @@ def prepare_store(
         files.write(store, {PLAN: files.json_text(plan).encode()})
     else:
         _expect_same(store, plan, expected, "was begun with")
-    for rest in store.glob(".*.writing"):
-        shutil.rmtree(rest, ignore_errors=True)  # of processes that were killed
+    _remove_rests(store)
     counts = _write_missing(store, plan, processes, scheduler, progress)
+    _remove_rests(store)
     _finish(store, plan, before, counts, vocabulary, nsp)
 
 
@@ -243,6 +243,12 @@ def _shards(expected: dict[str, Any], reading: Reading, progress: bool) -> list[
             pieces += [piece._replace(file=number) for piece in cut(Path(file), reading, size)]
             bar.update(held)
     return [[list(piece) for piece in shard] for shard in in_shards(pieces, size)]
+
+
+def _remove_rests(store: Path) -> None:
+    """Removes what processes that were killed had not finished."""
+    for rest in store.glob(".*.writing"):
+        shutil.rmtree(rest, ignore_errors=True)
 
 
 # ---- the shards ------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from fastbert.data.tokenizer import fingerprint
 FORMAT = 1
 FILES = ("tokens.bin", "sentences.bin", "documents.bin")
 META = "meta.json"
-PIECE = 1 << 24  # tokens, or bytes, looked at together
+PIECE = 1 << 22  # tokens, or bytes, looked at together
 _REWRITE = "delete the folder and write the store again"
 
 

@@ -209,11 +209,23 @@ def _tokenised_parts(documents: Iterable[list[str]], encoder: Encoder) -> Iterat
 def _tokenise(documents: list[list[str]], encoder: Encoder) -> Iterator[_Part]:
     if not documents:
         return
-    tokens, lengths = encoder(list(chain.from_iterable(documents)))
+    parts = [encoder(part) for part in _slices(list(chain.from_iterable(documents)))]
+    tokens, lengths = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     document = np.repeat(np.arange(len(documents)), [len(sentences) for sentences in documents])
     filled = lengths > 0
     per_document = np.bincount(document[filled], minlength=len(documents))
     yield _Part(tokens, lengths[filled], per_document[per_document > 0])
+
+
+def _slices(sentences: list[str]) -> Iterator[list[str]]:
+    """The sentences of a long document, about a million characters at a time."""
+    ends = np.cumsum([len(sentence) for sentence in sentences])
+    first = 0
+    while first < len(sentences) or not first:
+        reached = ends[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, reached + 2 * _CHUNK_CHARACTERS, "right")))
+        yield sentences[first:last]
+        first = last
 
 
 def _chosen_parts(store: TokenStore, chosen: np.ndarray) -> Iterator[_Part]:

@@ -1,6 +1,6 @@
 """From raw text to a model that `transformers` loads: what `fastbert pretrain` runs, in the order it happens.
 
-A run's folder holds everything: `tokenizer/`, `data/{train,held_out}/`, `dictionary.txt` where the run has one, `init/`
+A run's folder holds everything: `tokenizer/`, `data/` with its token store, `dictionary.txt` where the run has one, `init/`
 where it goes on from a model, `config.json`, `snapshots/`, `metrics.jsonl`, `tensorboard/`, `loss.png` and, at the end,
 `model/` in Hugging Face's format. `config.json` makes it a run, which can be resumed from then on; it is written when
 the data is there and holds.

@@ -184,7 +184,7 @@ def test_the_library_of_products_is_chosen_once(settings, finished, tmp_path, mo
 def test_a_damaged_store_is_named(settings, finished, tmp_path, capsys, monkeypatch):
     config = dataclasses.replace(settings, output=tmp_path / "damaged", steps=3)
     pretrain(config)
-    tokens = config.output / "data/train/tokens.bin"
+    tokens = config.output / "data/00000/train/tokens.bin"
     tokens.write_bytes(tokens.read_bytes()[:-10])
     text = bad(capsys, monkeypatch, "pretrain", "--output", config.output, "--resume")
     assert "tokens.bin" in text
