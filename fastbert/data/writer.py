@@ -209,8 +209,8 @@ def _tokenised_parts(documents: Iterable[list[str]], encoder: Encoder) -> Iterat
 def _tokenise(documents: list[list[str]], encoder: Encoder) -> Iterator[_Part]:
     if not documents:
         return
-    parts = [encoder(part) for part in _slices(list(chain.from_iterable(documents)))]
-    tokens, lengths = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    parts = map(encoder, _slices(list(chain.from_iterable(documents))))
+    tokens, lengths = map(np.concatenate, zip(*((ids.astype(np.uint32), each) for ids, each in parts), strict=True))
     document = np.repeat(np.arange(len(documents)), [len(sentences) for sentences in documents])
     filled = lengths > 0
     per_document = np.bincount(document[filled], minlength=len(documents))
@@ -273,7 +273,8 @@ class _Writer:
         self.tokens += len(part.tokens)
         self.sentences += len(part.sentences)
         self.documents += len(part.documents)
-        self.counts += np.bincount(part.tokens, minlength=self.vocabulary.size)
+        for start in range(0, len(part.tokens), PIECE):
+            self.counts += np.bincount(part.tokens[start : start + PIECE], minlength=self.vocabulary.size)
 
     def finish(self) -> Written:
         """Writes meta.json."""
