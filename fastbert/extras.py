@@ -2,9 +2,10 @@
 
 from importlib.util import find_spec
 
-# Where a package is not in the extra "pretrain": its import name, and the extra.
-_EXTRAS = {
-    "sklearn": "finetune", "scipy": "finetune", "pyarrow": "formats", "zstandard": "formats", "distributed": "cluster",
+# What others than `pretrain` bring.
+EXTRAS = {
+    "finetune": {"sklearn", "scipy"}, "chinese": {"jieba", "ahocorasick_rs"}, "patch": {"transformers"},
+    "formats": {"pyarrow", "zstandard"}, "cluster": {"distributed"},
 }  # fmt: skip
 
 
@@ -18,7 +19,7 @@ def missing(what: str, *packages: str) -> str | None:
     absent = [name for name in packages if find_spec(name) is None]
     if not absent:
         return None
-    extra = next((_EXTRAS[name] for name in absent if name in _EXTRAS), "pretrain")
+    extra = next((extra for extra, names in EXTRAS.items() if names & set(absent)), "pretrain")
     return (
         f"{what} {', '.join(absent)}: pip install '.[{extra}]' in a checkout of this package. It is not on PyPI yet, "
         "and what PyPI calls fastbert is another project"

@@ -10,10 +10,12 @@ from tyro.conf import Positional
 from fastbert import lock
 from fastbert.data.byte_bpe import train_byte_bpe
 from fastbert.data.corpus import Reading, check_corpus, iter_documents
+from fastbert.data.dictionary import read_words
 from fastbert.data.shards import PLAN, TOKENIZER, is_store, open_stores, prepare_store, read_index, read_tokenizer
 from fastbert.data.tables import Quoting
 from fastbert.data.tokenizer import load_tokenizer, train_tokenizer
 from fastbert.data.unigram import train_unigram
+from fastbert.data.words import Segmentation, Words
 
 TRAINERS = {"wordpiece": train_tokenizer, "unigram": train_unigram, "bpe": train_byte_bpe}
 
@@ -49,6 +51,12 @@ class PrepareConfig:
     quoting: Quoting = "auto"
     """How a table's cells are quoted: double ("" for a quote within), backslash, none; auto looks at the header."""
 
+    words: Segmentation | None = None
+    """Where the words of a text are that its tokenizer does not show, for maskings of words: jieba, by that library, of
+    Chinese; spaces, as they stand apart in a text of a language that is written without."""
+    dictionary: Path | None = None
+    """A file of words or names, one a line, that count as one word each."""
+
     held_out: float = 0.02
     """Share of the documents kept for evaluation."""
     seed: int = 0
@@ -77,7 +85,8 @@ def prepare(config: PrepareConfig) -> Path:
         )
         return config.output
     print(check_corpus(config.corpus, config.column, separator=config.separator, quoting=config.quoting))
-    tokenizer = _tokenizer(config)
+    words = _words(config)
+    tokenizer = _tokenizer(config, words)
     config.output.mkdir(parents=True, exist_ok=True)
     with lock.hold(config.output, "writes there", "the same command goes on where it was"):
         made = read_index(config.output)["made"] if config.add and is_store(config.output) else {}
@@ -85,6 +94,7 @@ def prepare(config: PrepareConfig) -> Path:
             config.output, config.corpus, Reading(config.column, config.separator, config.quoting), tokenizer,
             held_out=made.get("held_out", config.held_out), seed=made.get("seed", config.seed), add=config.add,
             processes=config.workers or len(os.sched_getaffinity(0)), scheduler=config.scheduler,
+            words=words,
         )  # fmt: skip
     train, held_out = open_stores(config.output)
     shards = len(read_index(config.output)["shards"])
@@ -112,7 +122,15 @@ def _check(config: PrepareConfig) -> None:
         raise FileExistsError(f"{config.output} is a finished store: give --add to add to it, or another --output")
 
 
-def _tokenizer(config: PrepareConfig) -> Tokenizer:
+def _words(config: PrepareConfig) -> Words | None:
+    if config.words is None and config.dictionary is None:
+        return None
+    words = Words(config.words, tuple(read_words(config.dictionary)) if config.dictionary is not None else ())
+    words.check()
+    return words
+
+
+def _tokenizer(config: PrepareConfig, words: Words | None) -> Tokenizer:
     """The tokenizer that is given, the one that the store has, or one that is trained on the corpus."""
     begun = (config.output / PLAN).exists() or is_store(config.output)
     if config.tokenizer is not None and config.tokenizer not in TRAINERS:
@@ -123,5 +141,6 @@ def _tokenizer(config: PrepareConfig) -> Tokenizer:
     documents = iter_documents(
         config.corpus, config.column, separator=config.separator, quoting=config.quoting, progress="counting words"
     )
+    texts = (sentence for document in documents for sentence in document)
     train = TRAINERS[config.tokenizer or "wordpiece"]
-    return train((s for document in documents for s in document), config.vocab_size, config.lowercase, progress=True)
+    return train(map(words.plain, texts) if words else texts, config.vocab_size, config.lowercase, progress=True)

@@ -38,9 +38,9 @@ ROOMS = {
     "backends": {"backends"},
     "ops": {"ops"},
     "optim": {"optim"},
-    "models": {"models"},
+    "models": {"models", "patching"},  # patching: models that transformers wired, over the same ops
     "data": {"data"},
-    "programs": {"pretrain", "prepare", "finetune", "embed"},
+    "programs": {"pretrain", "prepare", "finetune", "embed", "fill"},
     "top": {"cli", "bert", "__init__", "__main__"},
 }
 ROOM = {name: room for room, names in ROOMS.items() for name in names}

@@ -25,6 +25,7 @@ from fastbert.data.tokenizer import (
     train_tokenizer,
 )
 from fastbert.data.unigram import train_unigram
+from fastbert.data.words import Words
 from fastbert.data.writer import write_store, write_stores
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Reading",
     "SpecialIds",
     "TokenStore",
+    "Words",
     "check_corpus",
     "continuations",
     "iter_documents",

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from fastbert.data.dictionary import Dictionary
 from fastbert.data.masking import Unit, budget, mask_tokens
 from fastbert.data.order import BLOCK, at_places
 from fastbert.data.packing import WINDOW, Shape, choose_shape, pack_samples
@@ -48,6 +47,7 @@ class Batch(NamedTuple):
         sentence_label: int64 [B], of next-sentence prediction 0 next and 1 random, of sentence-order prediction 0 in
             order and 1 swapped, -100 to ignore; None without either.
         filled_tokens: how many of the tokens are the samples'; those behind them are padding.
+        task_type_ids: int64 [T], ERNIE's; None without.
     """
 
     input_ids: Tensor
@@ -59,6 +59,7 @@ class Batch(NamedTuple):
     labels: Tensor
     sentence_label: Tensor | None
     filled_tokens: int
+    task_type_ids: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch with its tensors on `device`."""
@@ -108,6 +109,7 @@ class Batch(NamedTuple):
             labels=F.pad(self.labels, (0, ignored), value=-100),
             sentence_label=None if label is None else F.pad(label, (0, more), value=-100),
             filled_tokens=self.filled_tokens,
+            task_type_ids=None if self.task_type_ids is None else F.pad(self.task_type_ids, (0, padding)),
         )
 
 
@@ -140,13 +142,15 @@ class PretrainBatches(Dataset[Batch]):
         objective: "mlm", "mlm+nsp" (pairs by `draw_next_pairs`), "mlm+sop" (`draw_ordered_pairs`), or "clm": the next
             token is predicted wherever it is not special, and nothing is masked.
         inputs: "doc-sentences", or for "mlm" and "clm" also "full-sentences".
-        mask_prob, mask_share, random_share, unit, continues, dictionary: see `mask_tokens`; `continuations` makes the
-            last but one.
+        mask_prob, mask_share, random_share, unit: see `mask_tokens`.
+        continues: bool [V], whether an id continues the word before it, as `continuations` says; a store that knows its
+            words (`TokenStore.words`) says it of every token instead. None masks tokens, each for itself.
+        task_type: the task that the samples are of, every token's in `task_type_ids` (ERNIE 2.0); None for none.
         static: batches of one shape, for CUDA graphs and torch.compile.
 
     Raises:
         ValueError: numbers outside these ranges, another objective, inputs or unit, special ids outside the vocabulary,
-            `continues` or a dictionary of another vocabulary, "mlm+nsp" with a single document.
+            `continues` of another vocabulary, "mlm+nsp" with a single document.
     """
 
     def __init__(
@@ -165,7 +169,7 @@ class PretrainBatches(Dataset[Batch]):
         random_share: float = 0.1,
         unit: Unit = "word",
         continues: np.ndarray | None = None,
-        dictionary: Dictionary | None = None,
+        task_type: int | None = None,
         static: bool = False,
     ):
         if not 8 <= seq_len <= LONGEST:
@@ -204,17 +208,12 @@ class PretrainBatches(Dataset[Batch]):
                 f"continues must be bool [{store.vocab_size}], a flag for every id of the store's vocabulary, got "
                 f"{continues.dtype} {list(continues.shape)}: make it of the tokenizer that wrote the store"
             )
-        if dictionary is not None and dictionary.vocab_size != store.vocab_size:
-            raise ValueError(
-                f"the dictionary's words are ids of a vocabulary of {dictionary.vocab_size}, and the store's has "
-                f"{store.vocab_size}: make it of the tokenizer that wrote the store"
-            )
         self.store, self.special, self.objective = store, special, objective
         self.seed, self.seq_len, self.batch_tokens = seed, seq_len, batch_tokens
         self.masking = {
             "mask_prob": mask_prob, "mask_share": mask_share, "random_share": random_share, "unit": unit,
-            "continues": continues, "dictionary": dictionary,
         }  # fmt: skip
+        self.continues, self.task_type = continues, task_type
         self.pairs = {"mlm+nsp": draw_next_pairs, "mlm+sop": draw_ordered_pairs}.get(objective)
         self.extra = 3 if self.pairs else 2  # [CLS] and [SEP]s
         if inputs == "full-sentences":
@@ -328,15 +327,19 @@ class PretrainBatches(Dataset[Batch]):
         input_ids[cu_seqlens[:-1]] = self.special.cls
         source, target = starts.ravel(), ends - 1 - lengths.ravel()
         within = _ranges(lengths.ravel())
-        input_ids[np.repeat(target, lengths.ravel()) + within] = self.store.tokens[
-            np.repeat(source, lengths.ravel()) + within
-        ]
+        places = np.repeat(target, lengths.ravel()) + within
+        input_ids[places], words = self.store.ids_and_words(
+            self.store.tokens[np.repeat(source, lengths.ravel()) + within]
+        )
         token_types = np.repeat(np.tile(np.arange(sizes.shape[1]), len(samples)), sizes.ravel())
         seqlens = np.diff(cu_seqlens)
         if self.objective == "clm":
             masked, positions = input_ids, np.flatnonzero(~np.isin(input_ids[1:], self.special))
             labels = input_ids[positions + 1]
         else:
+            continued = None if self.continues is None else self.continues[input_ids]
+            if continued is not None and words is not None:
+                continued[places] = words
             masked, positions, labels = mask_tokens(
                 input_ids,
                 cu_seqlens,
@@ -345,6 +348,7 @@ class PretrainBatches(Dataset[Batch]):
                 self.store.vocab_size,
                 seed=self.seed,
                 epoch=self.epoch,
+                continued=continued,
                 **self.masking,
             )
         batch = Batch(
@@ -357,6 +361,7 @@ class PretrainBatches(Dataset[Batch]):
             labels=torch.from_numpy(labels),
             sentence_label=None if sentence_label is None else torch.from_numpy(sentence_label),
             filled_tokens=len(masked),
+            task_type_ids=None if self.task_type is None else torch.full((len(masked),), self.task_type),
         )
         if self.shape is None:
             return batch

@@ -34,8 +34,17 @@ from fastbert.data.pieces import cut, in_shards, shard_size
 from fastbert.data.sources import find_files
 from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer
-from fastbert.data.wordwise import Encoder
-from fastbert.data.writer import SIDES, Vocabulary, Written, check_fraction, expect_text, write_sides
+from fastbert.data.words import Words
+from fastbert.data.writer import (
+    SIDES,
+    Encode,
+    Vocabulary,
+    Written,
+    check_fraction,
+    encoder_of,
+    expect_text,
+    write_sides,
+)
 
 FORMAT = 2
 STORE, PLAN, COUNTS, TOKENIZER = "store.json", "unfinished.json", "counts.bin", "tokenizer"
@@ -58,6 +67,7 @@ def prepare_store(
     processes: int = 1,
     scheduler: str | None = None,
     nsp: bool = False,
+    words: Words | None = None,
     shard_bytes: int | None = None,
     progress: bool = True,
 ) -> None:
@@ -70,6 +80,7 @@ def prepare_store(
         processes: how many work at the same time on this machine; 1 works in this one.
         scheduler: address of a Dask scheduler, whose workers do it instead; they see both folders by the same path.
         nsp: refuses a store too small for next-sentence prediction.
+        words: what the store shall know of words beside the vocabulary's pieces.
         shard_bytes: text in a shard; None for a 64th of the corpus, from 8 to 256 MiB.
         progress: shows a bar of bytes.
 
@@ -80,7 +91,7 @@ def prepare_store(
     """
     check_fraction(held_out)
     store, corpus = store.resolve(), corpus.resolve()
-    vocabulary = Vocabulary.of(tokenizer)
+    vocabulary = Vocabulary.of(tokenizer, words)
     before = read_index(store) if is_store(store) else None
     plan = _read_json(store / PLAN)
     if before is not None and plan is not None and len(before["shards"]) > plan["first"]:
@@ -88,6 +99,7 @@ def prepare_store(
         return
     _check_place(store, before, plan, add)
     expected = _conditions(corpus, reading, vocabulary, held_out, seed, shard_bytes, before)
+    expected["words"] = None if words is None else [words.segmentation, list(words.dictionary)]
     if before is not None:
         _expect_same(store, before["made"], expected["made"], "was made with")
         if expected["corpus"]["digest"] in [part["digest"] for part in before["corpora"]]:
@@ -202,7 +214,8 @@ def _conditions(
     digest = hashlib.sha256(json.dumps([named, sizes, reading]).encode()).hexdigest()
     return {
         "made": {
-            "tokenizer": vocabulary.fingerprint, "vocab_size": vocabulary.size, "held_out": held_out, "seed": seed,
+            "tokenizer": vocabulary.fingerprint, "vocab_size": vocabulary.size, "words": vocabulary.words,
+            "held_out": held_out, "seed": seed,
         },
         "special": vocabulary.special,
         "reading": list(reading),
@@ -288,14 +301,15 @@ def write_shard(store: str | Path, number: int, progress: Callable[[int], None] 
 
 
 @functools.lru_cache(1)
-def _tools(store: Path, plan: bytes) -> tuple[dict[str, Any], Encoder, Vocabulary]:
+def _tools(store: Path, plan: bytes) -> tuple[dict[str, Any], Encode, Vocabulary]:
     plan = json.loads(plan)
-    made = plan["made"]
+    made, listed = plan["made"], plan["words"]
+    words = None if listed is None else Words(listed[0], tuple(listed[1]))
     tokenizer = load_tokenizer(store / TOKENIZER)
-    vocabulary = Vocabulary.of(tokenizer)
+    vocabulary = Vocabulary.of(tokenizer, words)
     if vocabulary.fingerprint != made["tokenizer"]:
         raise ValueError(f"{store / TOKENIZER} is another tokenizer than the store was begun with: put it back")
-    return plan, Encoder(tokenizer), vocabulary
+    return plan, encoder_of(tokenizer, words), vocabulary
 
 
 def _documents(plan: dict[str, Any], pieces: list[Any], progress: Callable[[int], None]) -> Iterator[list[str]]:

@@ -27,13 +27,17 @@ class CorpusFiles(NamedTuple):
         return f"{said}; left out: {_counted(self.left_out)}" if self.left_out else said
 
 
-def find_files(path: str | Path, column: str | None = None, separator: str | None = None) -> CorpusFiles:
+def find_files(
+    path: str | Path, column: str | None = None, separator: str | None = None, option: str = "--column"
+) -> CorpusFiles:
     """The files that `iter_documents` reads with these arguments.
 
     Of a folder these are its `.txt` and `.text` files, with `column` its `.csv`, `.tsv`, `.jsonl`, `.ndjson` and
     `.parquet` files, all but the last also with `.gz` or `.zst` behind, recursively, sorted by path. Left out, and
     counted, are other files, names that begin with a dot, links to folders, and folders that hold a tokenizer, a model
     or a run of `fastbert pretrain`: their vocabularies and logs are no text.
+
+    `option` is what the program calls the setting `column`, for the messages.
 
     Raises:
         FileNotFoundError: no such path, or a folder without such files. OSError: a folder that cannot be listed.
@@ -43,7 +47,7 @@ def find_files(path: str | Path, column: str | None = None, separator: str | Non
     if path.is_dir():
         files = _folder(path, TEXTS if column is None else TABLES)
     elif path.is_file():
-        _check_file(path, column, separator)
+        _check_file(path, column, separator, option)
         files = CorpusFiles([path], Counter())
     elif path.exists():
         raise ValueError(
@@ -60,11 +64,11 @@ def find_files(path: str | Path, column: str | None = None, separator: str | Non
     return files
 
 
-def _check_file(path: Path, column: str | None, separator: str | None) -> None:
+def _check_file(path: Path, column: str | None, separator: str | None, option: str) -> None:
     table = kind(path) in TABLES or is_json(path, separator) or separator is not None
     if table and column is None:
         names = column_names(path, separator)
-        raise ValueError(f"{path} is a table: say which column holds the text (--column), one of {names}")
+        raise ValueError(f"{path} is a table: say which column holds the text ({option}), one of {names}")
     if column is not None and not table:
         raise ValueError(
             f"{path} is read as plain text, which has no column {column!r}: leave it out, or, for a table, name the "

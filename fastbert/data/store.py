@@ -1,6 +1,7 @@
 """The token store: a corpus as numbers on disk, memory-mapped, with its sentences and documents.
 
-    tokens.bin      uint16 [tokens], uint32 where the vocabulary does not fit
+    tokens.bin      uint16 [tokens], uint32 where the vocabulary does not fit; in a store with words V is added to the
+                    id of a token that goes on with the word of the one before
     sentences.bin   int64 [sentences + 1], sentence i is tokens[sentences[i] : sentences[i + 1]]
     documents.bin   int64 [documents + 1], document i is sentences documents[i] to documents[i + 1]
     meta.json       counts, dtype, vocabulary size, the tokenizer's fingerprint, a CRC-32 of each file
@@ -22,6 +23,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from fastbert.data.tokenizer import fingerprint
+from fastbert.data.words import Words
 
 FORMAT = 1
 FILES = ("tokens.bin", "sentences.bin", "documents.bin")
@@ -94,13 +96,14 @@ class TokenStore:
     """A store opened for reading; the arrays are memory-mapped and read-only, or `Joined` of such.
 
     Attributes:
-        tokens: uint16 or uint32 [tokens].
+        tokens: uint16 or uint32 [tokens]; with words as in the file, see `ids_and_words`.
         sentences: int64 [sentences + 1], offsets into tokens.
         documents: int64 [documents + 1], offsets into sentences.
         vocab_size: every token is below it.
         tokenizer: fingerprint of the tokenizer that wrote it.
         fingerprint: SHA-256 (hex) of meta.json's counts, tokenizer and checksums: stores of equal content share it, and
             none has to be read for it.
+        words: what its words are (`Words.meta`); None where it knows of none but the vocabulary's pieces.
         counts: how often each id occurs, int64 [vocab_size], where that was counted before; None where it was not.
         reopen: a function and its arguments that give the same store again, for another process.
     """
@@ -112,6 +115,7 @@ class TokenStore:
     vocab_size: int
     tokenizer: str
     fingerprint: str = ""
+    words: dict[str, Any] | None = None
     counts: np.ndarray | None = None
     reopen: tuple[Any, tuple[Any, ...]] | None = None
 
@@ -132,6 +136,7 @@ class TokenStore:
         try:
             meta = json.loads(file.read_text(encoding="utf-8"))
             version, vocab_size, tokenizer = meta["format"], meta["vocab_size"], meta["tokenizer"]
+            words = meta.get("words")
             counts = meta["tokens"], meta["sentences"] + 1, meta["documents"] + 1
             types = np.dtype(meta["dtype"]), np.dtype(np.int64), np.dtype(np.int64)
             checksums = [meta["crc32"][name] for name in FILES]
@@ -149,9 +154,9 @@ class TokenStore:
             if verify and _crc32(array) != checksum:
                 raise ValueError(f"{file} is damaged, its checksum differs from the one in {META}: {_REWRITE}")
             arrays.append(array)
-        content = json.dumps([vocab_size, tokenizer, counts, types[0].name, checksums])
+        content = json.dumps([vocab_size, tokenizer, counts, types[0].name, checksums, *([words] if words else [])])
         digest = hashlib.sha256(content.encode()).hexdigest()
-        return cls(folder, *arrays, vocab_size, tokenizer, digest, reopen=(cls.open, (folder, False)))
+        return cls(folder, *arrays, vocab_size, tokenizer, digest, words, reopen=(cls.open, (folder, False)))
 
     @classmethod
     def join(cls, folder: Path, shards: Sequence["TokenStore"], reopen: Any, counts: np.ndarray) -> "TokenStore":
@@ -167,7 +172,7 @@ class TokenStore:
                 Joined([shard.sentences for shard in filled], offsets=True),
                 Joined([shard.documents for shard in filled], offsets=True),
             )
-        return cls(folder, *arrays, one.vocab_size, one.tokenizer, content, counts, reopen)
+        return cls(folder, *arrays, one.vocab_size, one.tokenizer, content, one.words, counts, reopen)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker process maps the files again instead of receiving a copy of them.
@@ -176,7 +181,17 @@ class TokenStore:
     def document(self, i: int) -> list[np.ndarray]:
         """The sentences of document i, each its token ids."""
         first, end = self.documents[np.array([i, i + 1])]
-        return [self.tokens[a:b] for a, b in pairwise(self.sentences[first : end + 1])]
+        return [self.ids_and_words(self.tokens[a:b])[0] for a, b in pairwise(self.sentences[first : end + 1])]
+
+    def ids_and_words(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Ids of some of its tokens, of their shape and dtype, and whether each goes on with the word before, bool.
+
+        The latter is None in a store without words.
+        """
+        if self.words is None:
+            return tokens, None
+        continued = tokens >= self.vocab_size
+        return np.where(continued, tokens - tokens.dtype.type(self.vocab_size), tokens), continued
 
     def shards(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Of each shard the number of its first token, its sentences and its documents, each counted from 0."""
@@ -191,7 +206,8 @@ class TokenStore:
             return self.counts
         total = np.zeros(self.vocab_size, np.int64)
         for start in range(0, len(self.tokens), PIECE):
-            total += np.bincount(self.tokens[start : start + PIECE], minlength=self.vocab_size)
+            ids, _ = self.ids_and_words(self.tokens[start : start + PIECE])
+            total += np.bincount(ids, minlength=self.vocab_size)
         return total
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
@@ -200,6 +216,14 @@ class TokenStore:
             raise ValueError(
                 f"the token store {self.folder} is of another tokenizer ({self.vocab_size} entries, this one "
                 f"has {tokenizer.get_vocab_size()}): use that one, or {_REWRITE}"
+            )
+
+    def check_words(self, words: Words | None) -> None:
+        """Raises ValueError unless the store knows of these words."""
+        if self.words != (None if words is None else words.meta()):
+            raise ValueError(
+                f"the token store {self.folder} was written with other words (--words, --dictionary) than these: use "
+                f"those, or {_REWRITE}"
             )
 
 

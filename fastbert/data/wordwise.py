@@ -68,10 +68,10 @@ class Encoder:
 
     def _words(self, words: list[str]) -> Ids:
         tokenize = self.tokenizer.model.tokenize
-        return _ids([piece.id for piece in tokenize(word)] if word != " " else [] for word in words)
+        return joined_ids([piece.id for piece in tokenize(word)] if word != " " else [] for word in words)
 
     def _whole(self, texts: list[str]) -> Ids:
-        return _ids(each.ids for each in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        return joined_ids(each.ids for each in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
 
 
 class _Memory(dict[str, int]):
@@ -122,7 +122,8 @@ def _joined(memory: _Memory, parts: list[str], separator: str) -> Ids:
     return ids, np.diff(np.append(total[between], len(ids)), prepend=0)
 
 
-def _ids(texts: Iterable[list[int]]) -> Ids:
+def joined_ids(texts: Iterable[list[int]]) -> Ids:
+    """The ids of texts in a row."""
     texts = list(texts)
     lengths = np.fromiter(map(len, texts), np.int64, len(texts))
     return np.fromiter(chain.from_iterable(texts), np.int64, lengths.sum()), lengths

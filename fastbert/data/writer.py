@@ -2,12 +2,12 @@
 
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -17,7 +17,8 @@ from fastbert import files, tokenizer_files
 from fastbert.data.draws import Purpose, below, draw
 from fastbert.data.store import FILES, FORMAT, META, PIECE, TokenStore
 from fastbert.data.tokenizer import LONGEST_WORD, fingerprint, vocab_size
-from fastbert.data.wordwise import Encoder
+from fastbert.data.words import Words
+from fastbert.data.wordwise import Encoder, Ids, joined_ids
 
 SIDES = "train", "held_out"
 _CHUNK_CHARACTERS = 1 << 20  # tokenised at a time
@@ -31,25 +32,51 @@ class Vocabulary:
 
     Attributes:
         size: every id is below it. fingerprint: see `tokenizer.fingerprint`. special: ids of its special tokens.
+        words: `Words.meta` of a store that knows of words; None without.
     """
 
     size: int
     fingerprint: str
     special: list[int]
+    words: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "Vocabulary":
+    def of(cls, tokenizer: Tokenizer, words: Words | None = None) -> "Vocabulary":
         vocab = tokenizer.get_vocab()
         special = [vocab[token] for token in tokenizer_files.special_tokens(vocab).values()]
-        return cls(vocab_size(tokenizer), fingerprint(tokenizer), special)
+        return cls(vocab_size(tokenizer), fingerprint(tokenizer), special, None if words is None else words.meta())
 
     @property
     def dtype(self) -> np.dtype:
-        return np.dtype(np.uint16 if self.size <= 1 << 16 else np.uint32)
+        numbers = self.size if self.words is None else 2 * self.size
+        return np.dtype(np.uint16 if numbers <= 1 << 16 else np.uint32)
+
+
+Encode = Callable[[list[str]], Ids]
+
+
+def encoder_of(tokenizer: Tokenizer, words: Words | None) -> Encode:
+    """What gives the numbers that a store keeps of sentences; V is added to the id of a token that continues a word."""
+    encoder = Encoder(tokenizer)
+    if words is None:
+        return encoder
+    finder, size = words.finder(encoder.tokenizer), vocab_size(tokenizer)
+
+    def encode(sentences: list[str]) -> Ids:
+        ids, continued = finder.encode(sentences)
+        tokens, lengths = joined_ids(ids)
+        return tokens + size * continued, lengths
+
+    return encode
 
 
 def write_store(
-    folder: str | Path, documents: Iterable[list[str]], tokenizer: Tokenizer, *, progress: bool = True
+    folder: str | Path,
+    documents: Iterable[list[str]],
+    tokenizer: Tokenizer,
+    *,
+    words: Words | None = None,
+    progress: bool = True,
 ) -> None:
     """Tokenises `documents` into a new store; the folder appears at once when all is written, or not at all.
 
@@ -57,16 +84,17 @@ def write_store(
         folder: must not exist.
         documents: lists of sentences, read once; memory holds about a million characters of them.
         tokenizer: no special tokens are added, and special tokens spelled out in the text are read as plain text.
+        words: what the store shall know of words beside the vocabulary's pieces.
         progress: shows a bar.
 
     Raises:
         FileExistsError: `folder` exists. ValueError: no token at all, or none but special ones such as [UNK].
         OSError: the disk is full or fails; nothing is left behind.
     """
-    vocabulary = Vocabulary.of(tokenizer)
+    vocabulary = Vocabulary.of(tokenizer, words)
     bar = tqdm(documents, "tokenising", unit=" documents", disable=not progress)
     with _whole_folder(Path(folder)) as temporary:
-        expect_words(write_tokenised(temporary, bar, Encoder(tokenizer), vocabulary), vocabulary)
+        expect_words(write_tokenised(temporary, bar, encoder_of(tokenizer, words), vocabulary), vocabulary)
 
 
 def write_stores(
@@ -77,6 +105,7 @@ def write_stores(
     held_out_fraction: float = 0.05,
     seed: int = 0,
     nsp: bool = False,
+    words: Words | None = None,
     progress: bool = True,
 ) -> None:
     """As `write_store`, into two stores, `folder/train` and `folder/held_out`; on the way it takes their size twice.
@@ -94,10 +123,10 @@ def write_stores(
             token but special ones; and as `write_store`.
     """
     check_fraction(held_out_fraction)
-    vocabulary = Vocabulary.of(tokenizer)
+    vocabulary = Vocabulary.of(tokenizer, words)
     bar = tqdm(documents, "tokenising", unit=" documents", disable=not progress)
     with _whole_folder(Path(folder)) as temporary:
-        sides = write_sides(temporary, bar, Encoder(tokenizer), vocabulary, held_out_fraction, seed)
+        sides = write_sides(temporary, bar, encoder_of(tokenizer, words), vocabulary, held_out_fraction, seed)
         expect_text(sides, vocabulary, nsp)
 
 
@@ -148,7 +177,7 @@ def expect_words(written: Written, vocabulary: Vocabulary) -> None:
         )
 
 
-def write_tokenised(folder: Path, documents: Iterable[list[str]], encoder: Encoder, vocabulary: Vocabulary) -> Written:
+def write_tokenised(folder: Path, documents: Iterable[list[str]], encoder: Encode, vocabulary: Vocabulary) -> Written:
     """Tokenises documents into the files of a store, which may turn out empty."""
     with _Writer(folder, vocabulary) as writer:
         for part in _tokenised_parts(documents, encoder):
@@ -159,7 +188,7 @@ def write_tokenised(folder: Path, documents: Iterable[list[str]], encoder: Encod
 def write_sides(
     folder: Path,
     documents: Iterable[list[str]],
-    encoder: Encoder,
+    encoder: Encode,
     vocabulary: Vocabulary,
     held_out_fraction: float,
     seed: int,
@@ -190,7 +219,7 @@ class _Part(NamedTuple):
     documents: np.ndarray
 
 
-def _tokenised_parts(documents: Iterable[list[str]], encoder: Encoder) -> Iterator[_Part]:
+def _tokenised_parts(documents: Iterable[list[str]], encoder: Encode) -> Iterator[_Part]:
     pending: list[list[str]] = []
     characters = 0
     for document in documents:
@@ -206,7 +235,7 @@ def _tokenised_parts(documents: Iterable[list[str]], encoder: Encoder) -> Iterat
     yield from _tokenise(pending, encoder)
 
 
-def _tokenise(documents: list[list[str]], encoder: Encoder) -> Iterator[_Part]:
+def _tokenise(documents: list[list[str]], encoder: Encode) -> Iterator[_Part]:
     if not documents:
         return
     parts = map(encoder, _slices(list(chain.from_iterable(documents))))
@@ -274,7 +303,8 @@ class _Writer:
         self.sentences += len(part.sentences)
         self.documents += len(part.documents)
         for start in range(0, len(part.tokens), PIECE):
-            self.counts += np.bincount(part.tokens[start : start + PIECE], minlength=self.vocabulary.size)
+            ids = part.tokens[start : start + PIECE] % self.vocabulary.size
+            self.counts += np.bincount(ids, minlength=self.vocabulary.size)
 
     def finish(self) -> Written:
         """Writes meta.json."""
@@ -288,6 +318,8 @@ class _Writer:
             "tokenizer": self.vocabulary.fingerprint,
             "crc32": self.checksums,
         }
+        if self.vocabulary.words is not None:
+            meta["words"] = self.vocabulary.words
         with self._writing(META):
             self.files[META].write(files.json_text(meta, indent=2).encode())
         for name, file in self.files.items():
