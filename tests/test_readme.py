@@ -70,12 +70,12 @@ def commands(*beginnings):
                     yield pytest.param(line, id=f"{page.name}: {line[:40]}")
 
 
-@pytest.mark.parametrize("command", list(commands("fastbert finetune ", "fastbert predict ", "fastbert embed ")))
+@pytest.mark.parametrize("command", list(commands("fastbert finetune ", "fastbert predict ", "fastbert embed ", "fastbert fill ")))
 def test_commands_on_models_are_understood(command, monkeypatch):
     pytest.importorskip("sklearn")
     seen, words = [], shlex.split(command, comments=True)
-    module = "fastbert.embed.embed" if words[1] == "embed" else f"fastbert.finetune.{words[1]}"
-    monkeypatch.setattr(module, seen.append)
+    module = f"fastbert.{words[1]}" if words[1] in ("embed", "fill") else "fastbert.finetune"
+    monkeypatch.setattr(f"{module}.{words[1]}", seen.append)
     monkeypatch.setattr(sys, "argv", words)
     cli.main()
     given = {str(value) for value in vars(seen[0]).values()}
