@@ -97,7 +97,7 @@ def draw(rows: list[dict], path: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, width_ratios=[5, 2], sharey=True)
-    lengths = ["all", *LENGTHS]
+    lengths = [length for length in ("all", *LENGTHS) if any(r["tokens"] == length for r in rows)]
     for axes, task, groups in zip(panels, TASKS.values(), (lengths, ["all"]), strict=True):
         for place, model in enumerate(NAMES.values()):
             of = [
