@@ -105,10 +105,15 @@ def _named(model: nn.Module, module: nn.Module, why: str) -> str:
 # ---- a call --------------------------------------------------------------------------------------------------------
 
 
-def in_call(model: nn.Module, given: dict[str, Any]) -> str | None:
-    """What in the arguments, by name, stands against packing."""
+def in_recording() -> str | None:
+    """Whether the call is recorded for later ones."""
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         return "a trace or an export would keep this batch's lengths for every other batch"
+    return None
+
+
+def in_call(model: nn.Module, given: dict[str, Any], shape: torch.Size) -> str | None:
+    """What in the arguments, by name, stands against packing; `shape` is [B, S]."""
     for name, value in given.items():
         if name not in HARMLESS and name not in TAKEN and value is not None and value is not False:
             return f"{name} was given"
@@ -119,21 +124,12 @@ def in_call(model: nn.Module, given: dict[str, Any]) -> str | None:
         return "output_hidden_states names single layers"
     if getattr(config, "is_causal", None):
         return "config.is_causal"
-    return _in_mask(given.get("attention_mask"), given.get("input_ids"), given.get("inputs_embeds"))
-
-
-def _in_mask(mask: Tensor | None, words: Tensor | None, embedded: Tensor | None) -> str | None:
+    mask = given.get("attention_mask")
     if mask is None:
         return None
-    shape = embedded.shape[:2] if words is None else words.shape
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         form = f"has shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"is a {type(mask).__qualname__}"
         return f"attention_mask {form}, where padding is marked by [batch, tokens]"
     if mask.shape != shape:
         return f"attention_mask has shape {list(mask.shape)} beside words of shape {list(shape)}"
-    return None if _begins_with_tokens(mask) else "a sequence begins with padding: pad on the right"
-
-
-@torch.compiler.disable  # it looks at the mask
-def _begins_with_tokens(mask: Tensor) -> bool:
-    return bool(mask[:, :1].all())
+    return None if mask[:, :1].all() else "a sequence begins with padding: pad on the right"

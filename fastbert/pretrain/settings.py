@@ -28,6 +28,9 @@ class PretrainConfig:
     corpus: Path | None = None
     """A text file (one sentence or more per line, blank lines between documents), a table (CSV, TSV, JSON lines), or a
     folder of such."""
+    store: Path | None = None
+    """In place of --corpus: a token store of fastbert prepare, which has a tokenizer, and documents held out. It is
+    read where it is, at once, however large it is; shards that are added later are for later runs."""
     column: str | None = None
     """The table's column, or the JSON objects' field, that holds the text; every row is a document."""
     separator: str | None = None
@@ -128,6 +131,9 @@ class PretrainConfig:
     checkpoint_layers: bool = False
     """Keep each layer's input alone for the backward pass, which computes the layer again: less memory, more time, the
     same bits."""
+    shard: bool = False
+    """Split parameters, gradients and the optimizer's state over the processes (FSDP2): each keeps its part alone, so
+    that a larger model fits, and more travels between them. On a GPU the step is not captured then."""
     linear: Literal["auto", "torch", "onednn", "widened", "fastbert"] = "auto"
     """Library of the products on a CPU; auto: the fastest one, timed once, when the run starts, and kept; near-ties go
     to the one that is usual for the processor."""
@@ -182,6 +188,8 @@ class PretrainConfig:
         expect(self.preset in presets, "preset", f"for model {self.model} one of {', '.join(presets)}", self.preset)
         if self.add_words is not None and self.init is None:
             raise ValueError("words are added to a folder's tokenizer: give --add-words with --init")
+        if self.rows_first and self.shard:
+            raise ValueError("--rows-first trains one table, which --shard splits with all others: leave one out")
         if self.rows_first and self.add_words is None:
             raise ValueError("the rows to train first are those of new words: give --rows-first with --add-words")
         if self.task_type is not None and self.init is None:
