@@ -20,6 +20,11 @@ def hooked(model, name, register="register_forward_hook"):
     getattr(model.get_submodule(name), register)(lambda *_: None)
 
 
+def with_own_forward(model):
+    model.forward = model.forward
+    return model
+
+
 def wrapped(model):
     model.encoder.layer[1].output = nn.Sequential(model.encoder.layer[1].output)
 
@@ -45,6 +50,14 @@ CALLS = {
     "a hook before": (
         lambda model, inputs: hooked(model, "encoder.layer.0", "register_forward_pre_hook") or inputs,
         r"of encoder\.layer\.0: it has hooks",
+    ),
+    "a hook of the embeddings": (
+        lambda model, inputs: hooked(model, "embeddings.LayerNorm") or inputs,
+        r"of embeddings\.LayerNorm: it has hooks",
+    ),
+    "a forward put over": (
+        lambda model, inputs: with_own_forward(model.encoder.layer[2].intermediate.dense) and inputs,
+        r"of encoder\.layer\.2\.intermediate\.dense: it has a `forward` of its own, which would not be called",
     ),
     "a wrapper": (
         lambda model, inputs: wrapped(model) or inputs,
@@ -116,11 +129,6 @@ class OwnForward(transformers.BertModel):
 
 class NoForward(transformers.BertModel):
     pass
-
-
-def with_own_forward(model):
-    model.forward = model.forward
-    return model
 
 
 REFUSED = {
