@@ -1,6 +1,7 @@
 """Why a model, or one call of it, is not computed by this package's ops: a sentence, or None where it is."""
 
 import warnings
+from types import MethodType
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ def _in_container(module: nn.Module, home: str) -> str | None:
 
 
 def _not_called(module: nn.Module) -> str | None:
-    if "forward" in vars(module):
+    if has_own_forward(module):
         return "it has a `forward` of its own, which would not be called"
     return "it has hooks, which would not be called" if _has_hooks(module) else None
 
@@ -96,6 +97,12 @@ def _foreign(module: nn.Module) -> str:
 def _name(module: Any) -> str:
     cls = module if isinstance(module, type) or not isinstance(module, nn.Module) else type(module)
     return f"{cls.__module__}.{getattr(cls, '__qualname__', cls)}"
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether something was put over its class's; transformers 5.0 leaves that itself behind on layers."""
+    own = vars(module).get("forward")
+    return own is not None and own != MethodType(type(module).forward, module)
 
 
 def _has_hooks(module: nn.Module) -> bool:
