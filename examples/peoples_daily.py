@@ -44,7 +44,7 @@ def corpus(folder: Path) -> Path:
 
 
 def hidden(store: TokenStore, special, task: str, rounds: int):
-    """Rows of held-out text with 15 % hidden: ids [T], bounds [B + 1], places, labels and numbers of words, [M] each."""
+    """Rows of held-out text, 15 % hidden: ids [T], bounds [B + 1]; places, labels and words' numbers, [M] each."""
     ids, continued = store.ids_and_words(np.asarray(store.tokens))
     size = SEQ_LEN - 2
     for first in range(0, len(ids), 32 * size):
@@ -109,7 +109,8 @@ def draw(rows: list[dict], path: Path) -> None:
             )  # fmt: skip
             axes.bar_label(bars, [f"{np.mean(x):.1%}" for x in of], fontsize=8, padding=2)
             for i, each in enumerate(of):
-                axes.plot([i + 0.4 * place - 0.2] * len(each), each, ".", color="black", markersize=3)
+                if len(each) > 1:  # seeds
+                    axes.plot([i + 0.4 * place - 0.2] * len(each), each, ".", color="black", markersize=3)
         axes.set_xticks(range(len(groups)), groups if len(groups) > 1 else ["all"])
         axes.set(title=task, xlabel="characters (tokens) of the word" if len(groups) > 1 else "")
         axes.spines[["top", "right"]].set_visible(False)
@@ -135,13 +136,12 @@ def main() -> None:
 
     text, rows = corpus(options.output), []
     for seed in range(options.seeds):
-        folders = {
-            masking: options.output / f"{masking}-{options.preset}-{options.steps}-seed{seed}" for masking in NAMES
-        }
+        folders = {name: options.output / f"{name}-{options.preset}-{options.steps}-seed{seed}" for name in NAMES}
         for masking, folder in folders.items():
             pretrain(
-                folder, text, words="spaces", masking=masking, objective="mlm", preset=options.preset, seq_len=SEQ_LEN,
-                batch_tokens=options.batch_tokens, dropout=0, bf16=options.bf16, held_out=0.1, steps=options.steps, lr=options.lr, seed=seed,
+                folder, text, words="spaces", masking=masking, objective="mlm", preset=options.preset,
+                seq_len=SEQ_LEN, batch_tokens=options.batch_tokens, dropout=0, bf16=options.bf16, held_out=0.1,
+                steps=options.steps, lr=options.lr, seed=seed,
             )  # fmt: skip
         store = TokenStore.open(folders["word"] / "data/held_out")
         special = special_ids(load_tokenizer(folders["word"] / "tokenizer"))

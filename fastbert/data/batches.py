@@ -43,6 +43,7 @@ class Batch(NamedTuple):
         sentence_label: int64 [B], of next-sentence prediction 0 next and 1 random, of sentence-order prediction 0 in
             order and 1 swapped, -100 to ignore; None without either.
         filled_tokens: how many of the tokens are the samples'; those behind them are padding.
+        task_type_ids: int64 [T], ERNIE's; None without.
     """
 
     input_ids: Tensor
@@ -54,6 +55,7 @@ class Batch(NamedTuple):
     labels: Tensor
     sentence_label: Tensor | None
     filled_tokens: int
+    task_type_ids: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch with its tensors on `device`."""
@@ -103,6 +105,7 @@ class Batch(NamedTuple):
             labels=F.pad(self.labels, (0, ignored), value=-100),
             sentence_label=None if label is None else F.pad(label, (0, more), value=-100),
             filled_tokens=self.filled_tokens,
+            task_type_ids=None if self.task_type_ids is None else F.pad(self.task_type_ids, (0, padding)),
         )
 
 
@@ -135,6 +138,7 @@ class PretrainBatches(Dataset[Batch]):
         mask_prob, mask_share, random_share, unit: see `mask_tokens`.
         continues: bool [V], whether an id continues the word before it, as `continuations` says; a store that knows its
             words (`TokenStore.words`) says it of every token instead. None masks tokens, each for itself.
+        task_type: the task that the samples are of, every token's in `task_type_ids` (ERNIE 2.0); None for none.
         static: batches of one shape, for CUDA graphs and torch.compile.
 
     Raises:
@@ -158,6 +162,7 @@ class PretrainBatches(Dataset[Batch]):
         random_share: float = 0.1,
         unit: Unit = "word",
         continues: np.ndarray | None = None,
+        task_type: int | None = None,
         static: bool = False,
     ):
         if not 8 <= seq_len <= LONGEST:
@@ -201,7 +206,7 @@ class PretrainBatches(Dataset[Batch]):
         self.masking = {
             "mask_prob": mask_prob, "mask_share": mask_share, "random_share": random_share, "unit": unit,
         }  # fmt: skip
-        self.continues = continues
+        self.continues, self.task_type = continues, task_type
         self.pairs = {"mlm+nsp": draw_next_pairs, "mlm+sop": draw_ordered_pairs}.get(objective)
         self.extra = 3 if self.pairs else 2  # [CLS] and [SEP]s
         if inputs == "full-sentences":
@@ -314,6 +319,7 @@ class PretrainBatches(Dataset[Batch]):
             labels=torch.from_numpy(labels),
             sentence_label=None if sentence_label is None else torch.from_numpy(sentence_label),
             filled_tokens=len(masked),
+            task_type_ids=None if self.task_type is None else torch.full((len(masked),), self.task_type),
         )
         if self.shape is None:
             return batch

@@ -22,6 +22,7 @@ from fastbert.finetune.predict import logits_of
 from fastbert.finetune.run import (
     fingerprint,
     read_config,
+    refuse_many_processes,
     refuse_what_is_there,
     resume_command,
     settings_text,
@@ -58,6 +59,7 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> Path | None:
         ValueError, OSError: settings, folder, tables or snapshot that do not hold, before anything is written; a
             training that diverged; a folder in which another process trains.
     """
+    refuse_many_processes()
     check_environment()
     if resume:
         config = read_config(config.output)

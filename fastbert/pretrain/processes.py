@@ -164,14 +164,24 @@ def joined() -> Iterator[Processes]:
     dist.destroy_process_group()
 
 
-def check_devices(device: str, accumulate: int, processes: Processes) -> None:
-    """Raises ValueError where `processes` cannot share the batches of a step, or the GPUs of a machine."""
+def check_devices(device: str, accumulate: int, processes: Processes, is_split: bool = False) -> None:
+    """Raises ValueError where `processes` cannot share the batches of a step, or the GPUs of a machine.
+
+    Args:
+        device, accumulate: the run's settings.
+        is_split: the model is split over them, so that each takes as many batches as the others.
+    """
     if processes.count == 1:
         return
     if accumulate < processes.count:
         raise ValueError(
             f"each process takes at least one of the --accumulate batches of a step, and of {accumulate} "
             f"{processes.count} processes cannot: give --accumulate {processes.count} or a multiple, or start fewer"
+        )
+    if is_split and accumulate % processes.count:
+        raise ValueError(
+            f"with --shard each process takes as many of the --accumulate batches of a step as the others: give a "
+            f"multiple of {processes.count}, got {accumulate}"
         )
     where = torch.device(device)
     if where.index is not None:
