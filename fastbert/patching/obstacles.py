@@ -23,7 +23,7 @@ def tell(why: str) -> None:
         _told.add(why)
         warnings.warn(
             f"a patched model computes this call as transformers does, without packing: {why}. This is said once.",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
