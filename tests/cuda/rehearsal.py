@@ -157,7 +157,7 @@ def freeze(tree: Any) -> Any:
 def _launches_of(name: str, described: tuple) -> list[tuple[str, int]]:
     with outside_modes():
         arguments = [x.made() if isinstance(x, Like) else list(x) if isinstance(x, tuple) else x for x in described]
-    files = (getattr(emulated_backend.ops, stem).kernels for stem in emulated_backend.OPS)
+    files = (getattr(emulated_backend.ops, stem).kernels for stem in (*emulated_backend.OPS, "embedding"))
     kernels = next(file for file in files if hasattr(file, name))
     return listed(lambda: getattr(kernels, name)(*arguments))
 
