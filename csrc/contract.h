@@ -54,8 +54,9 @@ struct GeluBackward {
 // t of the dropout contract: an element is kept where its lane >= t (see philox.h); 0 drops nothing. Then
 // there is no seed.
 
-struct LayerNormForward {  // z = residual + dropout(x); y = (z - mean) * rstd * weight + bias
+struct LayerNormForward {  // z = residual + dropout(x + x_bias); y = (z - mean) * rstd * weight + bias
   const void* x;           // [T, H] dtype
+  const void* x_bias;      // [H] weight_dtype
   const void* residual;    // [T, H] dtype
   const void* weight;      // [H] weight_dtype
   const void* bias;        // [H] weight_dtype
@@ -63,7 +64,7 @@ struct LayerNormForward {  // z = residual + dropout(x); y = (z - mean) * rstd *
   uint32_t t;
   const int64_t* seed;  // [1]
   void* y;              // [T, H] dtype
-  void* z;              // [T, H] dtype; null where it is x: neither residual nor dropout
+  void* z;              // [T, H] dtype; null where it is x: nothing added, nothing dropped
   float *mean, *rstd;   // [T]; null, and z with them, where y alone is wanted
   int64_t rows, columns;
   DType dtype, weight_dtype;
@@ -71,7 +72,7 @@ struct LayerNormForward {  // z = residual + dropout(x); y = (z - mean) * rstd *
 };
 
 struct LayerNormBackward {
-  const void* dy;            // [T, H] dtype
+  const void *dy, *dy2;      // [T, H] dtype, of y's two uses; dy2 is null where it has one
   const void* z;             // [T, H] dtype
   const void* weight;        // [H] weight_dtype
   const float *mean, *rstd;  // [T]
@@ -80,7 +81,8 @@ struct LayerNormBackward {
   void* dz;               // [T, H] dtype
   void* dx;               // [T, H] dtype; null where nothing was dropped: it is dz
   void *dweight, *dbias;  // [H] weight_dtype
-  float* scratch;         // [layer_norm_scratch(T, H)]
+  void* dx_bias;          // [H] weight_dtype; null where there was no x_bias
+  float* scratch;         // [layer_norm_scratch(T, H, whether there was)]
   int64_t rows, columns;
   DType dtype, weight_dtype;
   int64_t launch;

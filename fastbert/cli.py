@@ -1,24 +1,25 @@
 """The program `fastbert`: its commands, each a function, and how they end."""
 
+import argparse
 import dataclasses
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastbert import extras
-from fastbert.backends import info, linear
 from fastbert.version import __version__
 
 USAGE = """usage: fastbert COMMAND
 
   info        what runs here: every op by every backend, versions, instruction set, threads
+  prepare     raw text, however much, to a folder of tokens that pretrain --store reads at once
   pretrain    raw text to a BERT, ALBERT, RoBERTa or ERNIE that transformers loads; see fastbert pretrain --help
   finetune    a table of texts with classes or numbers, and any such model, to a classifier; its score, a picture
   predict     a classifier's labels for new texts
   embed       vectors of texts or of their tokens by any such model, to .npy or .safetensors
+  fill        the likeliest words for the [MASK]s of a text by any such model
   --version   the version of this package"""
 
 
@@ -43,6 +44,7 @@ def main() -> None:
             raise
         less = {
             "finetune": "a smaller --batch-size or --seq-len",
+            "prepare": "fewer --workers",
             "pretrain": "a smaller --batch-tokens (with --accumulate), --checkpoint-layers or a smaller --preset",
         }.get(command, "a smaller --batch-tokens")
         sys.exit(f"fastbert {command}: not enough memory; {less} takes less: {error}")
@@ -54,11 +56,13 @@ def main() -> None:
 def run(command: str, arguments: list[str]) -> None:
     """The command itself; raises SystemExit unless its status is 0 and there is nothing more to say."""
     if command == "info" and not arguments:
+        from fastbert.backends import info, linear
+
         print(info(), linear.info(), waiting(), sep="\n")
-    elif command == "pretrain":
-        sys.exit(pretrain(arguments))
-    elif command in ("finetune", "predict", "embed"):
-        {"finetune": finetune, "predict": predict, "embed": embed}[command](arguments)
+    elif command in ("pretrain", "finetune"):
+        sys.exit({"pretrain": pretrain, "finetune": finetune}[command](arguments))
+    elif command in ("prepare", "predict", "embed", "fill"):
+        {"prepare": prepare, "predict": predict, "embed": embed, "fill": fill}[command](arguments)
     elif command in ("-h", "--help") or arguments in (["-h"], ["--help"]):
         print(USAGE)
     elif command == "--version":
@@ -71,6 +75,8 @@ def run(command: str, arguments: list[str]) -> None:
 
 def _is_about_memory(error: MemoryError | RuntimeError) -> bool:
     """torch raises a plain RuntimeError where the CPU's memory is used up."""
+    import torch  # here, as not every command needs it
+
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
@@ -96,7 +102,8 @@ def pretrain(arguments: list[str]) -> int:
 
     from fastbert.pretrain import presets
     from fastbert.pretrain import pretrain as train
-    from fastbert.pretrain.run import PretrainConfig, read_config
+    from fastbert.pretrain.run import read_config
+    from fastbert.pretrain.settings import PretrainConfig
 
     @dataclasses.dataclass(frozen=True)
     class Command(PretrainConfig):
@@ -121,13 +128,55 @@ def pretrain(arguments: list[str]) -> int:
     return 0 if train(PretrainConfig(**settings), resume=command.resume) else 130
 
 
-def finetune(arguments: list[str]) -> None:
-    """`fastbert finetune`."""
+def prepare(arguments: list[str]) -> None:
+    """`fastbert prepare`."""
+    _expect_packages("preparing needs")
+    from fastbert.prepare import PrepareConfig
+    from fastbert.prepare import prepare as run_prepare
+
+    run_prepare(_parse(PrepareConfig, "prepare", PrepareConfig.__doc__, arguments))
+
+
+def finetune(arguments: list[str]) -> int:
+    """`fastbert finetune`; the exit status: 0 when the run ended, 130 when Ctrl-C or SIGTERM stopped it."""
     _expect_packages("fine-tuning needs", "sklearn", "scipy", "matplotlib")
+    import tyro
+
     from fastbert.finetune import FinetuneConfig
     from fastbert.finetune import finetune as train
+    from fastbert.finetune.run import read_config
 
-    train(_parse(FinetuneConfig, "finetune", "Train a classifier of texts, or a regression, over a model.", arguments))
+    @dataclasses.dataclass(frozen=True)
+    class Command(FinetuneConfig):
+        """Train a classifier of texts, or a regression, over a model."""
+
+        resume: bool = False
+        """Continue the run in --output from its newest snapshot, with the settings it was started with."""
+
+    def parse(**default: Command) -> Command:
+        return tyro.cli(Command, args=arguments, prog="fastbert finetune", **default)
+
+    folder = _folder_to_resume(arguments)
+    if folder is None:
+        command = parse()
+    else:
+        stored = Command(**dataclasses.asdict(read_config(folder)), resume=True)
+        command = parse(default=stored)
+        check_unchanged(stored, command)
+    settings = {field.name: getattr(command, field.name) for field in dataclasses.fields(FinetuneConfig)}
+    return 0 if train(FinetuneConfig(**settings), resume=command.resume) else 130
+
+
+def _folder_to_resume(arguments: list[str]) -> Path | None:
+    """What --output says beside --resume; None without either, or where help is asked for."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    try:
+        given, others = parser.parse_known_args(arguments)
+    except argparse.ArgumentError:  # tyro says it better
+        return None
+    return given.output if given.resume and {"-h", "--help"}.isdisjoint(others) else None
 
 
 def predict(arguments: list[str]) -> None:
@@ -148,6 +197,15 @@ def embed(arguments: list[str]) -> None:
     run_embed(_parse(EmbedConfig, "embed", "Write the vectors of texts, or of their tokens, by a model.", arguments))
 
 
+def fill(arguments: list[str]) -> None:
+    """`fastbert fill`."""
+    _expect_packages("filling gaps needs")
+    from fastbert.fill import FillConfig
+    from fastbert.fill import fill as run_fill
+
+    run_fill(_parse(FillConfig, "fill", "Show the likeliest words for the [MASK]s of texts by a model.", arguments))
+
+
 def _expect_packages(what: str, *more: str) -> None:
     if why := extras.missing(what, "numpy", "tokenizers", "safetensors", "tyro", "tqdm", *more):
         raise ImportError(why)
@@ -160,15 +218,9 @@ def _parse(settings: type, command: str, description: str, arguments: list[str])
 
 
 def check_unchanged(stored: Any, given: Any) -> None:
-    """Raises ValueError where a resumed run is given other settings than it has.
-
-    The steps of a run with --minutes are those that fit, so that asking for more, as when it was started, asks for what
-    it has.
-    """
+    """Raises ValueError where a resumed run is given other settings than it has."""
     now = dataclasses.asdict(given)
     changed = {name: value for name, value in dataclasses.asdict(stored).items() if value != now[name]}
-    if stored.minutes is not None and given.steps >= stored.steps:
-        changed.pop("steps", None)
     if changed:
         raise ValueError(
             "a resumed run keeps its settings; "

@@ -23,7 +23,7 @@ from fastbert.models.bert import BertForPreTraining
 from fastbert.ops import philox
 from fastbert.pretrain.loop import pretrain
 from fastbert.pretrain.report import read_metrics
-from fastbert.pretrain.run import PretrainConfig
+from fastbert.pretrain.settings import PretrainConfig
 from fastbert.testing import assert_close, run
 
 GPU = "cuda"

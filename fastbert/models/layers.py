@@ -14,7 +14,7 @@ from fastbert.ops.attention import attention_qkv
 from fastbert.ops.dropout import dropout
 from fastbert.ops.embedding import embedding, has_kernel, tied_embedding
 from fastbert.ops.gelu import gelu
-from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
+from fastbert.ops.layer_norm import dropout_add_layer_norm, dropout_add_layer_norm_twice, layer_norm
 from fastbert.ops.linear import linear
 from fastbert.ops.register import once_differentiable
 
@@ -58,8 +58,16 @@ class DropoutAddLayerNorm(LayerNorm):
         self.dropout_p = dropout_p
 
     def forward(self, x: Tensor, residual: Tensor, seed: Tensor | None = None) -> Tensor:
-        dropout_p = self.dropout_p if self.training else 0.0
-        return dropout_add_layer_norm(x, residual, self.weight, self.bias, self.eps, dropout_p, seed)
+        return dropout_add_layer_norm(x, residual, *self._options(), seed)
+
+    def twice(
+        self, x: Tensor, residual: Tensor, seed: Tensor | None = None, x_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """For a result with two uses, see `dropout_add_layer_norm_twice`; `x_bias` [N] is added to x first."""
+        return dropout_add_layer_norm_twice(x, residual, *self._options(), seed, x_bias=x_bias)
+
+    def _options(self) -> tuple[Tensor, Tensor, float, float]:
+        return self.weight, self.bias, self.eps, self.dropout_p if self.training else 0.0
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, dropout_p={self.dropout_p}"
@@ -78,6 +86,46 @@ class Linear(nn.Linear):
 def _product(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
     """By `linear`, or where the weight is a `FrozenWeight`, by itself."""
     return linear(x, weight, bias) if isinstance(weight, Tensor) else weight.product(x, bias)
+
+
+class DenseAddLayerNorm(nn.Module):
+    """How both halves of a layer end: dense, dropout, residual, LayerNorm, for two uses of the result.
+
+    LayerNorm adds the dense layer's bias, and sums its gradient, in its own passes over memory. So that bias stays in
+    LayerNorm's dtype where products take another.
+
+    Args:
+        in_features: F.
+        hidden_size: H.
+        eps, dropout_p: as `DropoutAddLayerNorm`.
+
+    Shapes: x [T, F], residual [T, H] -> [T, H] twice, see `dropout_add_layer_norm_twice`.
+    """
+
+    def __init__(self, in_features: int, hidden_size: int, eps: float = 1e-12, dropout_p: float = 0.0):
+        super().__init__()
+        self.dense = Linear(in_features, hidden_size)
+        self.LayerNorm = DropoutAddLayerNorm(hidden_size, eps, dropout_p)
+
+    def forward(self, x: Tensor, residual: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        dense = self.dense
+        if type(dense) is Linear and not _has_hooks(dense):
+            return self.LayerNorm.twice(_product(x, dense.weight), residual, seed, dense.bias)
+        # What stands in its place, such as an adapter, adds the bias itself; a hook sees the layer's whole result.
+        return self.LayerNorm.twice(dense(x), residual, seed)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def with_own_bias(model: nn.Module) -> dict[str, nn.Linear]:
+    """By name the linear layers whose product adds the bias: all but those of `DenseAddLayerNorm`."""
+    others = {id(module.dense) for module in model.modules() if isinstance(module, DenseAddLayerNorm)}
+    named = model.named_modules()
+    return {name: module for name, module in named if isinstance(module, nn.Linear) and id(module) not in others}
 
 
 class LinearGELU(nn.Module):

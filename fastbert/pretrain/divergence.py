@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fastbert.pretrain import snapshot
-from fastbert.pretrain.run import PretrainConfig
+from fastbert.pretrain.processes import Processes
+from fastbert.pretrain.settings import PretrainConfig
 
 
 class Watch:
@@ -48,18 +49,19 @@ class Watch:
             if not math.isfinite(scores.get(name, 0.0)):
                 raise self._diverged(step, f"the held-out {name} after it is {scores[name]:g}")
 
-    def state(self, step: int, state: dict[str, Any]) -> None:
-        """What a snapshot after step `step` is to hold."""
-        name = snapshot.not_finite(state)
+    def state(self, step: int, state: dict[str, Any], processes: Processes = snapshot.ALONE) -> None:
+        """What a snapshot after step `step` is to hold; where processes hold different parts, all look at theirs."""
+        name = next(filter(None, processes.gathered(snapshot.not_finite(state))), None)
         if name is not None:
             raise self._diverged(step, f"{name} after it is not finite")
 
     def _diverged(self, step: int, what: str) -> ValueError:
         config = self.config
         known = snapshot.steps(config.output / "snapshots")
+        of = "" if config.steps is None else f" of {config.steps}"
         kept = f"the snapshot of step {known[-1]} is kept" if known else "no snapshot was taken before"
         return ValueError(
-            f"the run diverged at step {step} of {config.steps}: {what}. Nothing of it was written, {kept}. Start a "
+            f"the run diverged at step {step}{of}: {what}. Nothing of it was written, {kept}. Start a "
             f"new run in another --output with a lower --lr (now {config.lr:g}), a longer --warmup (now "
             f"{config.warmup:g}) or a smaller --clip (now {config.clip:g})"
         )

@@ -12,6 +12,7 @@ from fastbert.data.batches import Batch, PretrainBatches
 from fastbert.data.tokenizer import continuations, is_wide, special_ids
 from fastbert.models.pretraining import Predictions, PreTrainingModel
 from fastbert.ops.cross_entropy import cross_entropy
+from fastbert.pretrain.processes import Processes
 
 RARE_SHARE = 0.1  # the rarest words that together make up this share of the training text
 
@@ -38,12 +39,14 @@ def forward(model: PreTrainingModel, batch: Batch) -> Predictions:
     if batch.input_ids.is_cpu:
         filled = batch.filled(model.config.pad_token_id, longest=model.config.longest)
     first = model.config.first_position
-    sentences = {} if model.sentence_label is None else {model.sentence_label: filled.sentence_label}
+    more = {} if model.sentence_label is None else {model.sentence_label: filled.sentence_label}
+    if filled.task_type_ids is not None:
+        more["task_type_ids"] = filled.task_type_ids
     return model(
         filled.input_ids, token_type_ids=filled.token_type_ids,
         position_ids=filled.position_ids + first if first else filled.position_ids,
         cu_seqlens=filled.cu_seqlens, max_seqlen=filled.max_seqlen, masked_positions=filled.masked_positions,
-        labels=filled.labels, **sentences,
+        labels=filled.labels, **more,
     )  # fmt: skip
 
 
@@ -55,8 +58,11 @@ def evaluate(
     frequencies: Frequencies,
     device: str,
     pairs_are: str = "nsp",
+    processes: Processes = Processes(),  # noqa: B008 - it is frozen
 ) -> dict[str, float]:
     """Scores over the first `count` batches (all, where there are fewer), without dropout.
+
+    Each of several processes computes its share of the batches; the scores are of all, and those of one process.
 
     Returns:
         mlm_loss, frequency_loss (nats per masked token: the model's, and of always predicting token frequencies),
@@ -66,9 +72,14 @@ def evaluate(
     model.eval()
     # per masked token: loss, frequency loss, hit, rare; per pair: loss, hit
     tokens, pairs = [torch.empty(0, 4, dtype=torch.float64)], []
-    for batch in itertools.islice((batches[i] for i in range(len(batches))), count):
-        batch = batch.to(device)
+    count = sum(1 for _ in itertools.islice(batches.numbers(), count))  # as many as there are
+    own = processes.share(count)
+    for place in range(-(-count // processes.count)):  # as many passes in each: a split model needs all of them in each
+        is_own = place < len(own)
+        batch = batches[own[place] if is_own else 0].to(device)
         out = forward(model, batch)
+        if not is_own:
+            continue
         masked, sequences = len(batch.labels), len(batch.cu_seqlens) - 1
         logits = out.prediction_logits[:masked]
         loss = cross_entropy(logits, batch.labels, reduction="none").double().cpu()
@@ -80,11 +91,12 @@ def evaluate(
             loss = cross_entropy(logits, batch.sentence_label, reduction="none")
             hit = logits.argmax(-1) == batch.sentence_label
             pairs.append(torch.stack([loss.double().cpu(), hit.double().cpu()], 1))
-    table = torch.cat(tokens)
+    table = torch.cat(list(itertools.chain(*processes.gathered(tokens))))
     names = "mlm_loss", "frequency_loss", "mlm_accuracy"
     scores = dict(zip(names, table[:, :3].mean(0).tolist(), strict=True))
     rare = table[table[:, 3] == 1, :3].mean(0).tolist()
     scores |= {f"rare_{name}": value for name, value in zip(names, rare, strict=True)}
+    pairs = list(itertools.chain(*processes.gathered(pairs)))
     if pairs:
         scores |= dict(
             zip((f"{pairs_are}_loss", f"{pairs_are}_accuracy"), torch.cat(pairs).mean(0).tolist(), strict=True)
@@ -99,9 +111,9 @@ def guesses(model: PreTrainingModel, batches: PretrainBatches, tokenizer, device
     behind = int(model.config.is_decoder)  # what a decoder says of a token it says at the one before
     mask, continues = special_ids(tokenizer).mask, torch.from_numpy(continuations(tokenizer))
     lines = []
-    for ids, token_type_ids, place in itertools.islice(_masked_words(batches, tokenizer, continues, behind), count):
+    for ids, types, place in itertools.islice(_masked_words(batches, tokenizer, continues, behind), count):
         truth, ids[place] = int(ids[place]), mask
-        out = model(ids.unsqueeze(0).to(device), token_type_ids=token_type_ids.unsqueeze(0).to(device))
+        out = model(ids.unsqueeze(0).to(device), **{name: x.unsqueeze(0).to(device) for name, x in types.items()})
         best = out.prediction_logits[0, place - behind].float().softmax(-1).topk(5)
         whole = [*(~continues[ids]).tolist(), True]  # where a word may be cut
         start = next(i for i in range(max(0, place - 14), -1, -1) if whole[i])
@@ -114,12 +126,12 @@ def guesses(model: PreTrainingModel, batches: PretrainBatches, tokenizer, device
 
 def _masked_words(
     batches: PretrainBatches, tokenizer, continues: Tensor, behind: int
-) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Of each sequence that has one: its ids [T] before masking, token types [T], and the place of a masked word.
+) -> Iterator[tuple[Tensor, dict[str, Tensor], int]]:
+    """Of each sequence that has one: its ids [T] before masking, its types [T] by name, and the place of a masked word.
 
     Labels belong `behind` the places where they are predicted; the last word is taken then, which most others precede.
     """
-    for batch in (batches[i] for i in range(min(len(batches), 32))):
+    for batch in map(batches.__getitem__, itertools.islice(batches.numbers(), 32)):
         original = batch.input_ids.clone()
         predicted = batch.masked_positions + behind
         original[predicted] = batch.labels
@@ -128,7 +140,8 @@ def _masked_words(
             places = [p - start for p in predicted.tolist() if start <= p < end]
             place = _whole_word(ids, places[::-1] if behind else places, tokenizer, continues)
             if place is not None:
-                yield ids, batch.token_type_ids[start:end], place
+                types = {"token_type_ids": batch.token_type_ids, "task_type_ids": batch.task_type_ids}
+                yield ids, {name: x[start:end] for name, x in types.items() if x is not None}, place
 
 
 def _whole_word(ids: Tensor, places: list[int], tokenizer, continues: Tensor) -> int | None:

@@ -18,7 +18,7 @@ from fastbert.data.tokenizer import is_wide, load_tokenizer, special_ids, vocab_
 from fastbert.models import checkpoint
 from fastbert.models.auto import PRETRAINING, class_of
 from fastbert.models.pretraining import PreTrainingModel
-from fastbert.pretrain.run import PretrainConfig
+from fastbert.pretrain.settings import PretrainConfig
 
 COPY = "init"  # in the run's folder
 WORDS = "words.json"
@@ -40,7 +40,10 @@ def take_settings(config: PretrainConfig) -> PretrainConfig:
     if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(f"with --init the folder {config.init} decides {flags}: leave that out")
-    longest = kind.from_pretrained(config.init).config.longest
+    sizes = kind.from_pretrained(config.init).config
+    longest = sizes.longest
+    if config.task_type is not None and not getattr(sizes, "use_task_id", False):
+        raise ValueError(f"the model in {config.init} has no task types (use_task_id): leave --task-type out")
     extended_tokenizer(config)
     if config.seq_len > longest:
         raise ValueError(
@@ -68,7 +71,8 @@ def new_words(path: Path, tokenizer: Tokenizer) -> list[str]:
     """The words in a text file, one a line, that the tokenizer does not have as one token yet; each once.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: no text, no word, or none that is new.
+        FileNotFoundError: no such file.
+        ValueError: no text, no word, none that is new, or one of which the tokenizer's normalizer leaves nothing.
     """
     if not path.is_file():
         raise FileNotFoundError(f"the words {path} do not exist: give a text file with one a line (--add-words)")
@@ -80,8 +84,11 @@ def new_words(path: Path, tokenizer: Tokenizer) -> list[str]:
     encoded = tokenizer.encode_batch(words, add_special_tokens=False)
     by_form: dict[str, str] = {}
     for word, encoding in zip(words, encoded, strict=True):
+        form = word if normalizer is None else normalizer.normalize_str(word)
+        if not form.strip():
+            raise ValueError(f"{path} holds {word!r}, of which the tokenizer leaves nothing: take it out")
         if len(encoding.ids) != 1 or encoding.ids == [unk]:
-            by_form.setdefault(word if normalizer is None else normalizer.normalize_str(word), word)
+            by_form.setdefault(form, word)
     if not by_form:
         raise ValueError(f"the tokenizer has every word of {path} already: leave --add-words out")
     return list(by_form.values())

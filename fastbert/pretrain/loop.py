@@ -1,51 +1,45 @@
 """From raw text to a model that `transformers` loads: what `fastbert pretrain` runs, in the order it happens.
 
-A run's folder holds everything: `tokenizer/`, `data/{train,held_out}/`, `dictionary.txt` where the run has one, `init/`
-where it goes on from a model, `config.json`, `snapshots/`, `metrics.jsonl`, `tensorboard/`, `loss.png` and, at the end,
-`model/` in Hugging Face's format. `config.json` makes it a run, which can be resumed from then on; it is written when
-the data is there and holds.
+A run's folder holds everything: `tokenizer/`, `data/` with its token store, `dictionary.txt` where the run has one,
+`init/` where it goes on from a model, `config.json`, `snapshots/`, `metrics.jsonl`, `tensorboard/`, `loss.png` and, at
+the end, `model/` in Hugging Face's format. `config.json` makes it a run, which can be resumed from then on; it is
+written when the data is there and holds.
 """
 
 import contextlib
-import copy
-import dataclasses
-import statistics
+import functools
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fastbert import allocator
+from fastbert import allocator, lock
 from fastbert.backends.gpu import check_device_errors
-from fastbert.data.batches import Batch, PretrainBatches
+from fastbert.data.batches import PretrainBatches
 from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import continuations, special_ids
 from fastbert.models.pretraining import PreTrainingModel
-from fastbert.pretrain import lock, snapshot
+from fastbert.optim.lazy_adam import LazyAdam
+from fastbert.pretrain import shards, snapshot
 from fastbert.pretrain.divergence import Watch
+from fastbert.pretrain.environment import environment, name_differences, random_state, set_random_state
 from fastbert.pretrain.evaluate import Frequencies, evaluate, guesses
 from fastbert.pretrain.init import take_settings, write_copy
-from fastbert.pretrain.prepare import check_fingerprints, fingerprints, prepare, prepare_dictionary
+from fastbert.pretrain.phases import current_phase
+from fastbert.pretrain.prepare import check_fingerprints, fingerprints, prepare
+from fastbert.pretrain.processes import Processes, check_devices, expect_same_folder, joined
 from fastbert.pretrain.report import Metrics, last_scores, plot_loss, read_metrics, shown, summary
-from fastbert.pretrain.run import (
-    PretrainConfig,
-    environment,
-    name_differences,
-    new_run,
-    random_state,
-    refuse_a_second_run,
-    refuse_many_processes,
-    resumed_run,
-    set_random_state,
-    write_config,
-)
-from fastbert.pretrain.schedule import evaluation_steps, learning_rate, steps_in_time, steps_that_fit
-from fastbert.pretrain.signals import obey_the_parent_alone, stop_signals
+from fastbert.pretrain.run import new_run, refuse_a_second_run, resumed_run, write_config
+from fastbert.pretrain.schedule import Progress, learning_rate
+from fastbert.pretrain.settings import PretrainConfig
+from fastbert.pretrain.split import group_of_one, split, whole
 from fastbert.pretrain.start import starting_model
 from fastbert.pretrain.step import make_optimizer, make_step, pair, products, train_words
+from fastbert.pretrain.stream import Stream
+from fastbert.pretrain.together import Together
+from fastbert.signals import stop_signals
 
 STATE = "model", "optimizer", "epoch", "index", "step", "tokens", "random", "environment", "data"  # of a snapshot
 
@@ -64,207 +58,225 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
         ValueError, TypeError, OSError: settings, corpus, data or snapshot that do not hold, a run that diverged, a
             folder in which another process trains; the message says what to do.
     """
-    refuse_many_processes()
     allocator.keep_memory()
-    if config.init is not None and not resume:
-        config = take_settings(config)
-    config = resumed_run(config.output) if resume else new_run(config)
-    config.output.mkdir(parents=True, exist_ok=True)
-    with lock.hold(config.output):
-        return _pretrain(config, resume)
+    with joined() as processes, contextlib.ExitStack() as held:
+
+        def begin() -> PretrainConfig:
+            settings = take_settings(config) if config.init is not None and not resume else config
+            settings = resumed_run(config.output) if resume else new_run(settings)
+            check_devices(settings.device, settings.accumulate, processes, settings.shard)
+            config.output.mkdir(parents=True, exist_ok=True)
+            held.enter_context(lock.hold(config.output))
+            return settings
+
+        begun = processes.first(begin)
+        if begun.shard:
+            held.enter_context(group_of_one())
+        return _pretrain(begun, resume, processes)
 
 
-def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
-    """`pretrain` with checked settings, alone in the run's folder."""
+def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Path | None:
+    """`pretrain` with checked settings, alone in the run's folder but for the other processes of the run."""
     folder = config.output
+    expect_same_folder(folder, processes)
 
     # data
     if not resume:
-        refuse_a_second_run(folder)  # again: another process may have ended one since
-    tokenizer, train_store, held_out_store = prepare(config, resume)
-    dictionary = prepare_dictionary(config, resume, tokenizer)
+        processes.first(lambda: refuse_a_second_run(folder))  # again: another run may have ended since
+    tokenizer, train_store, held_out_store = processes.first_then_others(lambda made: prepare(config, resume or made))
 
-    def batches(store: TokenStore, static: bool = False) -> PretrainBatches:
+    def batches(store: TokenStore, seq_len: int, static: bool = False) -> PretrainBatches:
         return PretrainBatches(
-            store, special_ids(tokenizer), seq_len=config.seq_len, batch_tokens=config.batch_tokens, seed=config.seed,
+            store, special_ids(tokenizer), seq_len=seq_len, batch_tokens=config.batch_tokens, seed=config.seed,
             objective=config.objective, inputs=config.inputs, static=static,
             unit="word" if config.masking == "token" else config.masking,
-            continues=None if config.masking == "token" else continuations(tokenizer), dictionary=dictionary,
+            continues=None if config.masking == "token" else continuations(tokenizer),
+            task_type=config.task_type,
         )  # fmt: skip
 
-    train, held_out = batches(train_store, config.static_shapes), batches(held_out_store)
-    if train.shape is not None:
-        print(
-            f"static shapes: {train.shape.tokens:,} tokens, {train.shape.samples} sequences and {train.shape.masked} "
-            f"predictions in every batch; {train.empty_share:.1%} of the tokens is padding"
-        )
-    frequencies = Frequencies(train_store.token_counts())
-    data = fingerprints(tokenizer, train_store, held_out_store, dictionary)
+    phases = config.all_phases()
+    train = [batches(train_store, each.seq_len, config.static_shapes) for each in phases]
+    held_out = [batches(held_out_store, each.seq_len) for each in phases]
+    for each in train:
+        say_shape(each)
+    frequencies = Frequencies(torch.from_numpy(train_store.token_counts()))
+    data = fingerprints(tokenizer, train_store, held_out_store)
     if not resume:
         if config.init is not None:
-            write_copy(config, tokenizer)
-        write_config(config)  # from here on it is a run
+            processes.first(lambda: write_copy(config, tokenizer))
+        processes.first(lambda: write_config(config))  # from here on it is a run
 
     # model and optimizer
     torch.manual_seed(config.seed)
     model, new_rows = starting_model(config, tokenizer, frequencies)
     model, new_rows = model.to(config.device), new_rows.to(config.device)
     model.base_model.checkpoint_layers = config.checkpoint_layers
+    processes.share_values(model.parameters())  # which were drawn alike, if all processors draw alike
+    if config.shard:
+        split(model, config)
     optimizer = make_optimizer(model, config)
-    stream = Stream(train, config.workers)
-
-    def held_out_scores() -> dict[str, float]:
-        with products(config):
-            return evaluate(model, held_out, config.evaluation_batches, frequencies, config.device, pair(config))
 
     # where the run stands
-    step = tokens = 0
-    state = snapshot.load(folder / "snapshots", STATE)
+    clock = time.perf_counter if config.minutes is None else processes.clock  # of a run that ends by it
+    phase, tokens, progress = 0, 0, Progress(config.steps, config.minutes, clock=clock)
+    state = snapshot.load(folder / "snapshots", STATE, processes)
     if state is not None:
         check_fingerprints(state["data"], data, folder)
         name_differences(state["environment"], config)
-        try:
-            model.load_state_dict(state["model"])
-        except RuntimeError as error:
-            raise ValueError(f"{folder / 'config.json'} describes another model than the snapshot: {error}") from error
-        optimizer.load_state_dict(state["optimizer"])
-        stream.epoch, stream.index = state["epoch"], state["index"]
-        step, tokens = state["step"], state["tokens"]
+        load_trained(state, model, optimizer, folder, processes)
+        phase, tokens = state.get("phase", 0), state["tokens"]
+        progress = Progress(config.steps, config.minutes, state["step"], state.get("milliseconds", 0), clock)
         set_random_state(state["random"], config.device)
-    if config.steps is None or (config.minutes is not None and not resume):
-        config = dataclasses.replace(config, steps=steps_within(config, model, train, held_out_scores))
-        write_config(config)
-    evaluate_at = evaluation_steps(config.steps, config.evaluations)
+    stream = Stream(train[phase], config.workers, config.accumulate, processes.share(config.accumulate))
+    if state is not None:
+        stream.epoch, stream.index = state["epoch"], state["index"]
+
+    def held_out_scores() -> dict[str, float]:
+        with products(config):
+            scores = evaluate(
+                model, held_out[phase], config.evaluation_batches, frequencies, config.device, pair(config), processes
+            )
+        return scores | {"seq_len": phases[phase].seq_len}
+
+    own_tokens = 0  # of this process, not yet counted among those of all
+
+    def count_tokens() -> None:
+        nonlocal tokens, own_tokens
+        tokens += processes.total(own_tokens)
+        own_tokens = 0
 
     def take_snapshot() -> None:
+        count_tokens()
+        trained = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         state = {
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": stream.epoch,
-            "index": stream.index, "step": step, "tokens": tokens, "random": random_state(config.device),
+            "epoch": stream.epoch, "index": stream.index, "phase": phase, "step": progress.step,
+            "milliseconds": progress.milliseconds, "tokens": tokens, "random": random_state(config.device),
             "environment": environment(config), "data": data,
         }  # fmt: skip
         watch.look()
         check_device_errors()
-        watch.state(step, state)
-        snapshot.save(folder / "snapshots", step, state, config.keep)
+        watch.state(progress.step, trained, processes)
+        where = folder / "snapshots", progress.step
+        if processes.count == 1 and not config.shard:
+            snapshot.save(*where, trained | state, config.keep)
+        else:
+            snapshot.save(*where, state, config.keep, processes, functools.partial(shards.save, model, optimizer))
 
     # the loop
     watch = Watch(config)
-    take_step = make_step(model, optimizer, config, watch)
-    metrics = Metrics(folder, step)
-    bar = tqdm(total=config.steps, initial=step, unit="step", desc="training", dynamic_ncols=True)
+    take_step = make_step(model, optimizer, config, watch, processes)
+    words_alone = Together(processes, config.accumulate)  # of steps that train new words, exchanged by their rows
+    metrics = Metrics(folder, progress.step, writes=processes.is_first)
+    bar = tqdm(
+        total=config.steps, initial=progress.step, unit="step", desc="training", dynamic_ncols=True,
+        disable=not processes.is_first,
+    )  # fmt: skip
     scores: dict[str, float] = {}
-    first, began = step, time.perf_counter()
-    allowed = None if config.minutes is None else 60 * config.minutes * (1 - step / config.steps)  # for this process
-    clock, tokens_then = began, tokens
+    began, tokens_then = time.perf_counter(), tokens
     batch = iter(stream)
     with stop_signals() as stopped, contextlib.closing(metrics), bar:
-        while step < config.steps and not stopped:
-            micro = [next(batch) for _ in range(config.accumulate)]
-            lr = learning_rate(step, config.steps, config.lr, config.warmup)
-            if step < config.rows_first:
-                record = train_words(new_rows, model, optimizer, micro, lr, config, watch, step + 1)
+        stop_asked, stop = processes.stop_asked(stopped), False
+        while not (progress.over or stop):
+            if current_phase(phases, *progress.done()) > phase:
+                phase = current_phase(phases, *progress.done())
+                stream = stream.followed_by(train[phase])
+                batch = iter(stream)
+                bar.write(f"from step {progress.step + 1} on: sequences of up to {phases[phase].seq_len} tokens")
+            micro = next(batch)
+            lr = learning_rate(
+                *progress.done(), config.lr, config.warmup, config.schedule,
+                power=config.power, decay=config.decay, final=config.final_lr,
+            )  # fmt: skip
+            if progress.step < config.rows_first:
+                numbers = lr, config, watch, progress.step + 1
+                record = train_words(new_rows, model, optimizer, micro, *numbers, together=words_alone)
             else:
-                record = take_step(micro, lr, step + 1)
-            step += 1
-            tokens += sum(each.filled_tokens for each in micro)
+                record = take_step(micro, lr, progress.step + 1)
+            evaluated = progress.parts(config.evaluations)
+            progress.advance()
+            step, over, stop = progress.step, progress.over, stop_asked()
+            own_tokens += sum(each.filled_tokens for each in micro)
             bar.update()
-            if step % config.log_every == 0 or step == config.steps:
+            if step % config.log_every == 0 or over:
                 watch.look()
-                seconds = time.perf_counter() - clock
+                count_tokens()
+                seconds = time.perf_counter() - began
                 record = {name: float(value) for name, value in record.items()}
                 speed = (tokens - tokens_then) / seconds
                 metrics.write({"step": step, **record, "tokens": tokens, "tokens_per_second": round(speed)})
-                postfix = {"loss": f"{record['loss']:.3f}", "tokens/s": f"{speed:,.0f}"}
+                postfix = {"loss": f"{record['loss']:.3f}", "lr": f"{lr:.2g}", "tokens/s": f"{speed:,.0f}"}
                 if scores:
                     postfix["held-out"] = shown(scores["mlm_loss"], ".3f")
+                bar.total = progress.expected_steps()
                 bar.set_postfix(postfix, refresh=False)
-                clock, tokens_then = time.perf_counter(), tokens
-            if step in evaluate_at:
+                began, tokens_then = time.perf_counter(), tokens
+            if progress.parts(config.evaluations) > evaluated:
                 watch.look()
                 scores = held_out_scores()
                 metrics.write({"step": step, **{f"held_out/{name}": value for name, value in scores.items()}})
                 watch.scores(step, scores)
-                clock, tokens_then = time.perf_counter(), tokens
-            if step % config.snapshot_every == 0 or step == config.steps or stopped:
+                began, tokens_then = time.perf_counter(), tokens
+            if step % config.snapshot_every == 0 or over or stop:
                 take_snapshot()
-                clock, tokens_then = time.perf_counter(), tokens
-            if allowed is not None and step < config.steps and step % config.log_every == 0:
-                steps = steps_in_time(config.steps, step, step - first, time.perf_counter() - began, allowed)
-                if steps < config.steps:
-                    bar.write(f"{config.minutes:g} minutes have become too short: {steps} steps, not {config.steps}")
-                    config = dataclasses.replace(config, steps=steps)
-                    write_config(config)
-                    bar.total, evaluate_at = steps, evaluation_steps(steps, config.evaluations)
-    if step < config.steps:
-        take_snapshot()
-        print(f"stopped by {stopped[0]} after step {step} of {config.steps}; go on with: {resume_command(config)}")
+                began, tokens_then = time.perf_counter(), tokens
+    if not progress.over:
+        print(
+            f"stopped by {stopped[0] if stopped else 'a signal to another process'} after step {progress.step} of "
+            f"{progress.expected_steps()}; go on with: {resume_command(config)}"
+        )
         return None
 
     # what came of it
-    model.save_pretrained(folder / "model", tokenizer=tokenizer)
-    records = read_metrics(folder / "metrics.jsonl")
-    start = config.preset if config.init is None else f"from {config.init.name}"
-    title = f"{config.model} {start}, {config.embedding_update} rows, {tokens / 1e6:.1f} M tokens"
-    plot_loss(records, folder / "loss.png", title)
-    print(summary(scores or last_scores(records) or held_out_scores()))
-    print(guesses(model, held_out, tokenizer, config.device))
-    print(f"\nmodel     {folder / 'model'}  (transformers.{type(model).__name__}.from_pretrained loads it)")
-    print(f"curve     {folder / 'loss.png'}\nmetrics   {folder / 'metrics.jsonl'}, tensorboard --logdir {folder}")
+    metrics_at = folder / "metrics.jsonl"
+    scores = scores or processes.first(lambda: last_scores(read_metrics(metrics_at))) or held_out_scores()
+
+    if config.shard:
+        model = whole(model, config).to(config.device)
+
+    def export() -> None:
+        model.save_pretrained(folder / "model", tokenizer=tokenizer)
+        start = config.preset if config.init is None else f"from {config.init.name}"
+        title = f"{config.model} {start}, {config.embedding_update} rows, {tokens / 1e6:.1f} M tokens"
+        plot_loss(read_metrics(metrics_at), folder / "loss.png", title)
+        print(summary(scores))
+        print(guesses(model, held_out[phase], tokenizer, config.device))
+        print(f"\nmodel     {folder / 'model'}  (transformers.{type(model).__name__}.from_pretrained loads it)")
+        print(f"curve     {folder / 'loss.png'}\nmetrics   {metrics_at}, tensorboard --logdir {folder}")
+
+    processes.first(export)
     return folder / "model"
 
 
-class Stream:
-    """Batches of epoch after epoch, and where it stands: the next batch is number `index` of `epoch`."""
+def load_trained(
+    state: dict[str, Any], model: PreTrainingModel, optimizer: LazyAdam, folder: Path, processes: Processes
+) -> None:
+    """Loads model and optimizer as a snapshot of the run in `folder` has them.
 
-    def __init__(self, batches: PretrainBatches, workers: int):
-        self.batches, self.workers = batches, workers
-        self.epoch = self.index = 0
-
-    def __iter__(self) -> Iterator[Batch]:
-        while True:
-            batches = self.batches.at_epoch(self.epoch)
-            # A generator of its own: the loader draws from it, and torch's default one is part of what resumes.
-            loader = DataLoader(
-                batches, batch_size=None, sampler=range(self.index, len(batches)), num_workers=self.workers,
-                generator=torch.Generator(), worker_init_fn=obey_the_parent_alone,
-            )  # fmt: skip
-            for batch in loader:
-                self.index += 1
-                yield batch
-            self.epoch, self.index = self.epoch + 1, 0
-
-
-def steps_within(
-    config: PretrainConfig, model: PreTrainingModel, batches: PretrainBatches, scores: Callable[[], object]
-) -> int:
-    """Steps that fit into `config.minutes` with their evaluations, measured on copies of model and optimizer.
-
-    Not more than `config.steps`, where that is given too.
+    Raises:
+        ValueError: it has those of another model, or numbers that are not finite.
     """
-    trial = copy.deepcopy(model)
-    optimizer = make_optimizer(trial, config)
-    take_step = make_step(trial, optimizer, config)
-    stream = iter(Stream(batches, 0))
-    times = []
-    with torch.random.fork_rng():
-        while len(times) < 5 or (sum(times) < 5 and len(times) < 100):
-            start = time.perf_counter()
-            record = take_step([next(stream) for _ in range(config.accumulate)], config.lr, len(times))
-            float(record["loss"])  # is there when the step is done
-            times.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        scores()
-        evaluation = time.perf_counter() - start
-    usual = statistics.median(times[2:])  # the first steps also warm up; a busy moment must not cut the run short
-    fitting = steps_that_fit(60 * config.minutes, usual, evaluation, config.evaluations)
-    steps = fitting if config.steps is None else min(fitting, config.steps)
-    minutes = (steps * usual + config.evaluations * evaluation) / 60
-    asked = f" of the {config.steps} asked for" if config.steps is not None and steps < config.steps else ""
-    print(
-        f"{steps} steps of {1000 * usual:.0f} ms{asked} and {config.evaluations} evaluations: about {minutes:.2g} "
-        f"minutes, {config.minutes:g} allowed"
-    )
-    return steps
+    try:
+        if "shards" not in state:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            return
+        shards.load(model, optimizer, state["shards"])
+    except RuntimeError as error:
+        raise ValueError(f"{folder / 'config.json'} describes another model than the snapshot: {error}") from error
+    loaded = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    bad = next(filter(None, processes.gathered(snapshot.not_finite(loaded))), None)
+    if bad is not None:
+        raise snapshot.unusable(folder / "snapshots", f"{bad} is not finite")
+
+
+def say_shape(batches: PretrainBatches) -> None:
+    """Prints the one shape of static batches."""
+    if batches.shape is not None:
+        tokens, samples, masked = batches.shape
+        print(
+            f"static shapes: {tokens:,} tokens, {samples} sequences and {masked} predictions in every batch; "
+            f"{batches.empty_share:.1%} of the tokens is padding"
+        )
 
 
 def resume_command(config: PretrainConfig) -> str:

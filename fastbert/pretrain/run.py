@@ -1,249 +1,22 @@
-"""A pretraining run: its settings, its folder, and what must agree for it to resume bit for bit."""
+"""A run's beginning and its folder: what is checked before anything is written, and config.json."""
 
 import dataclasses
 import json
-import math
-import os
-import platform
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
-from torch import Tensor
 
 from fastbert import files
-from fastbert.backends import check_environment, linear, native, requested
-from fastbert.data.batches import LONGEST, Inputs, Objective
+from fastbert.backends import check_environment, linear
 from fastbert.data.corpus import check_corpus
-from fastbert.data.dictionary import read_words
-from fastbert.data.tables import Quoting
-from fastbert.data.tokenizer import LARGEST_VOCABULARY
+from fastbert.data.shards import is_store, read_tokenizer
 from fastbert.models.auto import PRETRAINING
 from fastbert.models.checkpoint import read_config as read_model_config
 from fastbert.ops import linear_timing
-from fastbert.ops.philox import CONTRACT
+from fastbert.pretrain.environment import environment
 from fastbert.pretrain.presets import LEARNING_RATES
-from fastbert.version import __version__
-
-
-@dataclasses.dataclass(frozen=True)
-class PretrainConfig:
-    """Settings of a run; `fastbert pretrain --help` shows them."""
-
-    output: Path
-    """The run's folder; made by a new run, continued with --resume."""
-    corpus: Path | None = None
-    """A text file (one sentence or more per line, blank lines between documents), a table (CSV, TSV, JSON lines), or a
-    folder of such."""
-    column: str | None = None
-    """The table's column, or the JSON objects' field, that holds the text; every row is a document."""
-    separator: str | None = None
-    """The character between a table's columns; if not given a comma, in .tsv files a tab."""
-    quoting: Quoting = "auto"
-    """How a table's cells are quoted: double ("" for a quote within), backslash, none; auto looks at the header."""
-
-    init: Path | None = None
-    """A model folder, of this program or of transformers, that the run goes on from with its tokenizer: it decides what
-    --model, --preset, --tokenizer, --vocab-size, --lowercase and --max-position-embeddings say otherwise."""
-    add_words: Path | None = None
-    """With --init: a text file with a word a line. Those that the tokenizer does not have are added to it and to the
-    word embeddings, each as the mean of the pieces that it was read as."""
-    rows_first: int = 0
-    """With --add-words: so many steps at the start train the rows of the new words alone."""
-
-    model: Literal["bert", "albert", "roberta", "ernie", "xlm-roberta"] = "bert"
-    """Architecture; xlm-roberta is RoBERTa in the folders of XLM-RoBERTa."""
-    preset: Literal["tiny", "mini", "small", "base", "large", "xlarge", "xxlarge"] = "tiny"
-    """Size of the model; below is what each costs, and which there are of each architecture."""
-    tokenizer: Literal["wordpiece", "unigram", "bpe"] | None = None
-    """Kind of the vocabulary that is trained on the corpus: BERT's, ALBERT's, or RoBERTa's (of bytes); if not given bpe
-    for RoBERTa and wordpiece for the others."""
-    vocab_size: int = 8192
-    """Entries of the vocabulary."""
-    lowercase: bool = True
-    """Lower-case the text and strip accents, as uncased BERT does; RoBERTa as it was published does not."""
-    max_position_embeddings: int = 512
-    """Rows of the position table: the longest sequence the model will ever take. (RoBERTa's table has some rows more
-    that no token takes.)"""
-    dropout: float | None = None
-    """Probability of dropout, in hidden layers and in attention; if not given 0 for ALBERT and 0.1 for the others, and
-    with --init the folder's."""
-
-    seq_len: int = 128
-    """Longest sequence in tokens, [CLS] and [SEP] included."""
-    batch_tokens: int = 4096
-    """Tokens of a batch; sequences are packed without padding."""
-    static_shapes: bool = False
-    """Give every batch the same shape, as CUDA graphs and compilers want it; less than a fiftieth of it is padding."""
-    accumulate: int = 1
-    """Batches whose gradients are added up for one step."""
-    objective: Objective | None = None
-    """What to train beside the masked language model (mlm): nothing, next-sentence prediction (nsp), sentence-order
-    prediction (sop); if not given mlm for RoBERTa, which has no other, mlm+sop for ALBERT, mlm+nsp for the others. clm
-    instead predicts every next token from those before it, and masks nothing."""
-    masking: Literal["token", "word", "ngram", "span"] = "token"
-    """What is masked: tokens, each for itself, whole words, one to three words in a row, as ALBERT's, or one to ten, as
-    SpanBERT's."""
-    dictionary: Path | None = None
-    """A file of words or names, one a line, that count as one word each where they have several tokens, for maskings of
-    words: Chinese words, or ERNIE's entities."""
-    inputs: Inputs = "doc-sentences"
-    """Sequences of one document's sentences, as many as fit; or, for mlm and clm, of rows that go on into the next
-    documents, each a sequence of its own (RoBERTa's names)."""
-    held_out: float = 0.02
-    """Share of the documents kept for evaluation."""
-
-    steps: int | None = None
-    """Optimizer steps; with --minutes as well: at most so many."""
-    minutes: float | None = None
-    """Longest training time, kept to within a tenth: the steps that fit are measured at the start, and become fewer if
-    the machine becomes slower. A run to be repeated bit for bit takes --steps alone."""
-    lr: float | None = None
-    """Highest learning rate; if not given the preset's, see below, and 1e-4 with --init."""
-    warmup: float = 0.1
-    """Share of the steps in which the learning rate rises; then it falls linearly to 0."""
-    weight_decay: float = 0.01
-    """Decoupled; none on biases and LayerNorm."""
-    beta2: float = 0.98
-    """Decay of Adam's second moment; RoBERTa's value, BERT's own 0.999 learns more slowly in short runs."""
-    clip: float = 1.0
-    """Largest norm of the gradient that is applied."""
-    embedding_update: Literal["touched", "all"] = "all"
-    """Rows of the word embeddings that a step moves: all, or those whose word stands in its input or labels."""
-    bf16: bool = False
-    """Compute in bfloat16: on a CPU by autocast, on a GPU by a copy of the weights; weights stay float32."""
-    capture: bool = True
-    """On a GPU, where shapes are static, run the step as one CUDA graph; without, the same step is launched from
-    Python, more slowly, with the same bits."""
-    checkpoint_layers: bool = False
-    """Keep each layer's input alone for the backward pass, which computes the layer again: less memory, more time, the
-    same bits."""
-    linear: Literal["auto", "torch", "onednn", "widened", "fastbert"] = "auto"
-    """Library of the products on a CPU; auto: the fastest one, timed once, when the run starts, and kept; near-ties go
-    to the one that is usual for the processor."""
-    seed: int = 0
-    """Of everything random. The same corpus, settings and seed give the same weights, bit for bit, where what
-    config.json names under "environment" is the same too, the library that --linear auto chose among it."""
-
-    evaluations: int = 8
-    """Evaluations on the held-out part, evenly over the run."""
-    evaluation_batches: int = 32
-    """Batches of one evaluation."""
-    snapshot_every: int = 1000
-    """Steps between snapshots, from which a run can be resumed; Ctrl-C and SIGTERM take one too."""
-    keep: int = 2
-    """Snapshots kept."""
-    log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
-    workers: int = 0
-    """Processes that prepare batches; 0 prepares them in the training process. The batches are the same."""
-    device: str = "cpu"
-    """Where to train, as torch names it."""
-
-    def check(self) -> None:
-        """Raises ValueError with the rule, what came and what is expected, where a setting does not hold."""
-        for name, kind in get_type_hints(PretrainConfig).items():
-            value = getattr(self, name)
-            if get_origin(kind) is Literal:
-                expect(value in get_args(kind), name, f"one of {', '.join(get_args(kind))}", value)
-            elif any(get_origin(part) is Literal for part in get_args(kind)):  # or None
-                choices = [choice for part in get_args(kind) for choice in get_args(part)]
-                expect(value is None or value in choices, name, f"one of {', '.join(choices)}", value)
-            elif kind in (bool, str):
-                expect(type(value) is kind, name, "true or false" if kind is bool else "a string", value)
-            elif kind == str | None:
-                expect(value is None or type(value) is str, name, "a string", value)
-            elif kind == Path | None:
-                expect(value is None or isinstance(value, Path), name, "a path", value)
-        for name, (low, high) in _INTEGERS.items():
-            value = getattr(self, name)
-            holds = type(value) is int and low <= value <= high
-            expect(holds or (name == "steps" and value is None), name, f"an integer from {low} to {high}", value)
-        for name, (rule, holds) in _NUMBERS.items():
-            value = getattr(self, name)
-            number = type(value) in (int, float) and holds(value)
-            expect(number or (name in ("lr", "minutes", "dropout") and value is None), name, rule, value)
-        presets = PRETRAINING[self.model].config_class.presets
-        expect(self.preset in presets, "preset", f"for model {self.model} one of {', '.join(presets)}", self.preset)
-        if self.add_words is not None and self.init is None:
-            raise ValueError("words are added to a folder's tokenizer: give --add-words with --init")
-        if self.rows_first and self.add_words is None:
-            raise ValueError("the rows to train first are those of new words: give --rows-first with --add-words")
-        words_alone = PRETRAINING[self.model].sentence_label is None
-        rule = f"mlm or clm for model {self.model}, which has no head for pairs of texts"
-        expect(not words_alone or self.objective in (None, "mlm", "clm"), "objective", rule, self.objective)
-        if self.steps is None and self.minutes is None:
-            raise ValueError("a run ends after so many steps or minutes: give --steps, --minutes or both")
-        objective = self.objective or OWN[self.model]["objective"]
-        if objective == "clm":
-            expect(self.model != "albert", "objective", "one with mlm for model albert, which sees all words", "clm")
-            expect(self.masking == "token", "masking", "left out with objective clm, which masks nothing", self.masking)
-        if self.dictionary is not None:
-            expect(self.masking != "token", "masking", "word, ngram or span with a dictionary", self.masking)
-        if objective != "clm" and self.inputs == "full-sentences":
-            expect(objective == "mlm", "objective", "mlm or clm with inputs full-sentences, no pairs", objective)
-        rule = f"at most the rows of the position table, max_position_embeddings={self.max_position_embeddings}"
-        expect(self.seq_len <= self.max_position_embeddings, "seq_len", rule, self.seq_len)
-        rule = f"at least one sample's, seq_len={self.seq_len}"
-        expect(self.batch_tokens >= self.seq_len, "batch_tokens", rule, self.batch_tokens)
-        check_device(self.device)
-
-
-# What each architecture was published with.
-OWN = {
-    "bert": {"objective": "mlm+nsp", "dropout": 0.1, "tokenizer": "wordpiece"},
-    "albert": {"objective": "mlm+sop", "dropout": 0.0, "tokenizer": "wordpiece"},
-    "roberta": {"objective": "mlm", "dropout": 0.1, "tokenizer": "bpe"},
-    "xlm-roberta": {"objective": "mlm", "dropout": 0.1, "tokenizer": "bpe"},
-    "ernie": {"objective": "mlm+nsp", "dropout": 0.1, "tokenizer": "wordpiece"},
-}
-
-# Continued pretraining's usual rate: Gururangan et al., "Don't stop pretraining" (2020).
-CONTINUED_LR = 1e-4
-
-_MANY = 2**31 - 1  # the largest int32
-_INTEGERS = {  # setting: lowest and highest value
-    "vocab_size": (64, LARGEST_VOCABULARY),
-    "max_position_embeddings": (8, LONGEST),
-    "seq_len": (8, LONGEST),
-    "batch_tokens": (8, 2**30),  # places in a packed batch are int32, and batches are rounded up
-    "accumulate": (1, _MANY),
-    "steps": (1, _MANY),
-    "rows_first": (0, _MANY),
-    "seed": (0, 2**64 - 1),
-    "evaluations": (1, 10**6),
-    "evaluation_batches": (1, _MANY),
-    "snapshot_every": (1, _MANY),
-    "keep": (1, _MANY),
-    "log_every": (1, _MANY),
-    "workers": (0, 1024),
-}
-_NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {  # setting: the rule, and whether a number keeps it
-    "dropout": ("a probability from 0 to below 1", lambda x: 0 <= x < 1),
-    "held_out": ("a share above 0 and at most 0.5", lambda x: 0 < x <= 0.5),
-    "minutes": (f"above 0 and at most {60 * 24 * 366}, a year", lambda x: 0 < x <= 60 * 24 * 366),
-    "lr": ("a number above 0", lambda x: 0 < x < math.inf),
-    "warmup": ("a share from 0 to 1", lambda x: 0 <= x <= 1),
-    "weight_decay": ("a number of at least 0", lambda x: 0 <= x < math.inf),
-    "beta2": ("a number from 0 to below 1", lambda x: 0 <= x < 1),
-    "clip": ("a number above 0, 1e9 for gradients as they are", lambda x: 0 < x < math.inf),
-}
-
-
-def check_device(device: str) -> None:
-    """Raises ValueError unless torch has the device here, and it is one that a run can train on."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device must be one that torch has here, got {device!r}: {error}") from error
-    expect(torch.device(device).type in ("cpu", "cuda"), "device", "cpu or cuda (or cuda:1, ...)", device)
-
-
-def expect(holds: bool, name: str, rule: str, value: object) -> None:
-    """Raises ValueError, which says the setting's name, its rule and what came, unless the rule holds."""
-    if not holds:
-        raise ValueError(f"{name} must be {rule}, got {value!r}")
+from fastbert.pretrain.settings import CONTINUED_LR, OWN, PretrainConfig
+from fastbert.pretrain.words import words_of
 
 
 def new_run(config: PretrainConfig) -> PretrainConfig:
@@ -254,15 +27,39 @@ def new_run(config: PretrainConfig) -> PretrainConfig:
     """
     config.check()
     check_environment()
-    if config.corpus is None:
-        raise ValueError("a new run needs a corpus: a text file, a table with --column, or a folder of such")
+    check_texts(config)
     refuse_a_second_run(config.output)
-    if config.dictionary is not None:
-        read_words(config.dictionary)
-    print(check_corpus(config.corpus, config.column, separator=config.separator, quoting=config.quoting))
+    words_of(config, resume=False)
+    if config.store is None:
+        print(check_corpus(config.corpus, config.column, separator=config.separator, quoting=config.quoting))
+    else:
+        read_tokenizer(config.store)
     if torch.device(config.device).type == "cuda":
         config = dataclasses.replace(config, static_shapes=True)  # for its step is captured, or as if it were
     return with_choices(config)
+
+
+def check_texts(config: PretrainConfig) -> None:
+    """Raises ValueError unless a new run has a corpus or a store, and of a store no setting that the store decides."""
+    if config.store is None:
+        if config.corpus is None:
+            raise ValueError(
+                "a new run needs a corpus: a text file, a table with --column, or a folder of such; or a token store "
+                "of fastbert prepare (--store)"
+            )
+        if is_store(config.corpus):
+            raise ValueError(f"{config.corpus} is a token store: give it as --store")
+        return
+    usual = {field.name: field.default for field in dataclasses.fields(config)}
+    if given := [name for name in _DECIDED_BY_A_STORE if getattr(config, name) != usual[name]]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"with --store the store {config.store} decides {flags}: leave that out")
+
+
+_DECIDED_BY_A_STORE = (
+    "corpus", "column", "separator", "quoting", "words", "dictionary", "tokenizer", "vocab_size", "lowercase",
+    "held_out",
+)  # fmt: skip
 
 
 def resumed_run(folder: Path) -> PretrainConfig:
@@ -297,16 +94,6 @@ def refuse_a_second_run(folder: Path) -> None:
             )
 
 
-def refuse_many_processes() -> None:
-    """Raises ValueError where torchrun or its like started this process as one of several."""
-    world = os.environ.get("WORLD_SIZE", "")
-    if world not in ("", "1"):
-        raise ValueError(
-            f"a run trains in one process, and WORLD_SIZE={world} says that this is one of several: start it once, "
-            "without torchrun (on a CPU one process uses all cores; OMP_NUM_THREADS says how many)"
-        )
-
-
 def choose_linear(config: PretrainConfig) -> str:
     """The library of the run's products: FASTBERT_LINEAR's, the setting's, or for a new run the fastest one."""
     name = config.linear if linear.requested() == "auto" else linear.requested()
@@ -328,7 +115,9 @@ def choose_linear(config: PretrainConfig) -> str:
 _ADDED_LATER = {
     "linear": "torch", "separator": None, "quoting": "auto", "model": "bert", "tokenizer": "wordpiece",
     "masking": "token", "static_shapes": False, "inputs": "doc-sentences", "capture": False, "checkpoint_layers": False,
-    "dictionary": None, "init": None, "add_words": None, "rows_first": 0,
+    "dictionary": None, "words": None, "init": None, "add_words": None, "rows_first": 0, "phases": None,
+    "shard": False, "schedule": "linear", "decay": 0.2, "power": 1.0, "final_lr": 0.0, "task_type": None,
+    "store": None,
 }  # fmt: skip
 _NSP = {True: "mlm+nsp", False: "mlm"}  # the setting that was there before the objective
 
@@ -360,9 +149,11 @@ def read_config(folder: Path) -> PretrainConfig:
             raise ValueError(f"it lacks {', '.join(missing)}")
         paths = {
             name: Path(stored[name])
-            for name in ("corpus", "dictionary", "init", "add_words")
+            for name in ("corpus", "store", "dictionary", "init", "add_words")
             if stored[name] is not None
         }
+        if isinstance(stored["phases"], list):
+            stored["phases"] = tuple(map(str, stored["phases"]))
         config = PretrainConfig(**stored | paths)
         config.check()
     except (ValueError, TypeError) as error:
@@ -377,53 +168,3 @@ def write_config(config: PretrainConfig) -> None:
     """Writes config.json: the settings, and the environment, all that the run's weights depend on beside its corpus."""
     content = dataclasses.asdict(config) | {"environment": environment(config)}
     files.write(config.output, {"config.json": (files.json_text(content, indent=2) + "\n").encode()})
-
-
-def random_state(device: str) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.startswith("cuda") else {})
-
-
-def set_random_state(states: dict[str, Tensor], device: str) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and device.startswith("cuda"):
-        torch.cuda.set_rng_state(states["cuda"], device)
-
-
-RANDOM_NUMBERS = "random numbers"  # in what a run keeps: the contract by which they were drawn
-
-
-def contract_of(kept: Any) -> int:
-    """The contract of random numbers that a dict which a run keeps names; the first where it names none."""
-    return kept.get(RANDOM_NUMBERS, 1) if isinstance(kept, dict) else 1
-
-
-def environment(config: PretrainConfig) -> dict[str, Any]:
-    """What a resumed run must share with the run before it to continue bit for bit."""
-    return {
-        "fastbert": __version__,
-        "torch": str(torch.__version__),
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "instruction set": native.isa or "none",
-        "backend": requested() or "by device",
-        "linear products": config.linear,
-        RANDOM_NUMBERS: CONTRACT,
-    }
-
-
-def name_differences(then: dict[str, Any], config: PretrainConfig) -> None:
-    """Says what is not as in `then`, the environment of the snapshot that the run goes on from."""
-    now = environment(config)
-    before = contract_of(then)
-    if before != CONTRACT:
-        print(
-            f"the run's random numbers were drawn by contract {before}, and are by contract {CONTRACT} from here on: "
-            "dropout, masking and the order of samples continue by the new one, so the continued run is not bit for "
-            "bit what an uninterrupted one would have been. In this epoch some samples come twice and others not at "
-            "all, and held-out scores are measured on other masks than before"
-        )
-    then = {**then, RANDOM_NUMBERS: CONTRACT}
-    different = [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]
-    if different:
-        print(f"resumed elsewhere than it was stopped, so not bit for bit the unbroken run: {', '.join(different)}")

@@ -82,6 +82,8 @@ class Rehearsal(TorchDispatchMode):
         name, size = str(function).removeprefix("aten.").removesuffix(".default"), bytes_of([*given, *made])
         if function.namespace == "fastbert":
             self.note(name.removeprefix("fastbert."), size, launches_of(function, args))
+        elif function.namespace == "c10d":
+            self.note(name.removeprefix("c10d."), size, [("exchange", 0)])
         elif function.namespace == "aten" and function not in FREE and not function.is_view:
             kernel = "product" if function in PRODUCTS else "torch"
             self.note(name, size, [(kernel, 0)] * KERNELS.get(function, 1))

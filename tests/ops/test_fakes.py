@@ -35,11 +35,12 @@ def layer_norm(shape, dtype, weight_dtype):
     x, residual, dy = torch.randn(3, *shape).to(dtype)
     weight, bias = torch.randn(2, shape[-1]).to(weight_dtype)
     mean = rstd = torch.ones(shape[:-1])
-    for added, t, seed in ((None, 0, None), (residual, 0, None), (residual, 6554, SEED)):
+    ways = (None, None, 0, None), (bias, None, 0, None), (None, residual, 0, None), (bias, residual, 6554, SEED)
+    for x_bias, added, t, seed in ways:
         strided = x.mT.contiguous().mT if added is not None and x.dim() > 1 else x
-        yield raw.layer_norm, (strided, added, weight, bias, 1e-5, t, seed)
-        yield raw.layer_norm_forward, (strided, added, weight, bias, 1e-5, t, seed)
-        yield raw.layer_norm_backward, (dy, x, weight, mean, rstd, t, seed)
+        yield raw.layer_norm, (strided, x_bias, added, weight, bias, 1e-5, t, seed)
+        yield raw.layer_norm_forward, (strided, x_bias, added, weight, bias, 1e-5, t, seed)
+        yield raw.layer_norm_backward, (dy, added, x, weight, mean, rstd, t, seed, x_bias is not None)
 
 
 def dropout(shape, dtype):

@@ -6,7 +6,7 @@ import pydoc_data.topics
 import pytest
 
 from fastbert.pretrain.loop import pretrain
-from fastbert.pretrain.run import PretrainConfig
+from fastbert.pretrain.settings import PretrainConfig
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import torch
 
 from fastbert.pretrain import snapshot
 from fastbert.pretrain.divergence import Watch
-from fastbert.pretrain.run import PretrainConfig
+from fastbert.pretrain.settings import PretrainConfig
 
 
 @pytest.fixture

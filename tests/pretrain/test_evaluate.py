@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models
 from fastbert.data.batches import Batch
 from fastbert.models.bert import BertConfig, BertForPreTraining
 from fastbert.pretrain.evaluate import Frequencies, evaluate, forward, guesses
-from fastbert.pretrain.run import PretrainConfig
+from fastbert.pretrain.settings import PretrainConfig
 from fastbert.pretrain.step import make_optimizer, train_step
 
 

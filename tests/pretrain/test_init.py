@@ -14,7 +14,8 @@ from fastbert.data import load_tokenizer, save_tokenizer, train_byte_bpe, train_
 from fastbert.models.bert import BertForPreTraining
 from fastbert.pretrain import init, step
 from fastbert.pretrain.loop import pretrain
-from fastbert.pretrain.run import PretrainConfig, read_config
+from fastbert.pretrain.run import read_config
+from fastbert.pretrain.settings import PretrainConfig
 
 TABLE, BIAS = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"
 NEW = ["asynchronous", "Köln-Mülheim", "量子コンピュータ"]
@@ -130,7 +131,10 @@ def test_what_does_not_hold_gets_a_sentence(going_on, tmp_path, capsys, monkeypa
     assert "seq_len must be at most what the model" in said("--seq-len", 600, "--batch-tokens", 900)
     assert "give --rows-first with --add-words" in said("--rows-first", 2)
     assert "do not exist" in said("--add-words", tmp_path / "missing.txt")
-    for content, message in (("\n \n", "holds no word"), ("the\nTHE\n", "has every word of")):
+    for content, message in (
+        ("\n \n", "holds no word"), ("the\nTHE\n", "has every word of"),
+        ("asynchronous\n\u0301\n", "of which the tokenizer leaves nothing"),
+    ):  # fmt: skip
         going_on.add_words.write_text(content)
         assert message in said("--add-words", going_on.add_words)
     config = json.loads((going_on.init / "config.json").read_text())

@@ -1,17 +1,19 @@
 """What a run leaves, learns and exports, and how many steps it takes."""
 
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import random
-import time
+import shutil
 
 import pytest
 import torch
 from pretrain_runs import losses
 
 from fastbert.models.bert import BertForPreTraining
-from fastbert.pretrain import loop, snapshot
+from fastbert.pretrain import loop, schedule, snapshot
 from fastbert.pretrain import run as runs
 from fastbert.pretrain.loop import pretrain
 from fastbert.pretrain.report import last_scores, read_metrics
@@ -87,32 +89,26 @@ def test_the_export_is_the_trained_model(finished):
     assert (ours - theirs)[seen].abs().max() < 1e-4
 
 
-def test_minutes_become_steps_once(settings, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(loop, "steps_in_time", lambda steps, *_: steps)  # whatever else this machine does
-    config = dataclasses.replace(settings, output=tmp_path / "timed", steps=None, minutes=0.02)
-    began = time.perf_counter()
-    pretrain(config)
-    steps = runs.read_config(config.output).steps
-    assert steps is not None and f"{steps} steps of" in capsys.readouterr().out
-    assert max(losses(config.output)) == steps
-    assert time.perf_counter() - began < 60
-    # A fixed number of steps gives the same run: the measurement left no trace.
-    fixed = dataclasses.replace(settings, output=tmp_path / "fixed", steps=steps)
-    pretrain(fixed)
-    assert losses(fixed.output) == losses(config.output)
+def a_second_a_step(monkeypatch, first=0):
+    seconds = itertools.count(first)
+    monkeypatch.setattr(loop, "Progress", functools.partial(schedule.Progress, clock=lambda: float(next(seconds))))
 
 
-def test_a_run_that_falls_behind_its_minutes_ends_early_and_whole(settings, tmp_path, capsys, monkeypatch):
-    """Steps and minutes together: as many steps, and fewer once the machine has become slower."""
-    config = dataclasses.replace(settings, output=tmp_path / "late", steps=30, minutes=30.0, log_every=5, warmup=0.0)
-    monkeypatch.setattr(loop, "steps_in_time", lambda steps, step, *_: 14 if step >= 10 else steps)
+def test_minutes_are_kept_and_the_rate_follows_the_clock(settings, tmp_path, monkeypatch):
+    """40 of 100 steps fit, and the rates are those of 40 steps; a resumed run goes on from the time that it had."""
+    config = dataclasses.replace(settings, output=tmp_path / "timed", steps=100, minutes=40 / 60, warmup=0.25)
+    a_second_a_step(monkeypatch)
     pretrain(config)
-    said = capsys.readouterr()
-    assert "30 steps of" in said.out and "30 allowed" in said.out
-    assert "30 minutes have become too short: 14 steps, not 30" in said.out + said.err
-    assert runs.read_config(config.output).steps == 14 and snapshot.steps(config.output / "snapshots") == [7, 14]
     records = read_metrics(config.output / "metrics.jsonl")
-    rates = {r["step"]: r["lr"] / settings.lr for r in records if "lr" in r}
-    assert rates == pytest.approx({5: 26 / 30, 10: 21 / 30, 14: 1 / 14})  # the schedule ends with the run
-    assert [r["step"] for r in records if "held_out/mlm_loss" in r] == [14]
-    assert (config.output / "model").is_dir()
+    rates = [r["lr"] / settings.lr for r in records if "lr" in r]
+    # at no time yet steps decide; then a step's rate is that of the millisecond in which it begins
+    assert rates[:10] == pytest.approx([1 / 25, *((1000 * step + 1) / 10_000 for step in range(1, 10))])
+    assert rates[10:] == pytest.approx([(40 - step) / 30 for step in range(10, 40)])
+    assert [r["step"] for r in records if "held_out/mlm_loss" in r] == [20, 40]
+    assert snapshot.steps(config.output / "snapshots") == [35, 40] and (config.output / "model").is_dir()
+    assert runs.read_config(config.output) == runs.with_choices(config)
+
+    shutil.rmtree(config.output / "snapshots/step-00000040")
+    a_second_a_step(monkeypatch, first=700)
+    pretrain(runs.read_config(config.output), resume=True)
+    assert [r["lr"] / settings.lr for r in read_metrics(config.output / "metrics.jsonl") if "lr" in r] == rates

@@ -9,9 +9,10 @@ import pytest
 import torch
 from pretrain_runs import assert_same_run, bad
 
+from fastbert import lock
 from fastbert.backends import linear
 from fastbert.ops import linear_timing
-from fastbert.pretrain import lock, loop, snapshot
+from fastbert.pretrain import environment, loop, snapshot
 from fastbert.pretrain import run as runs
 from fastbert.pretrain.loop import pretrain
 from fastbert.pretrain.report import last_scores, read_metrics, summary
@@ -62,9 +63,7 @@ def test_static_shapes_resume_in_the_same_bits(settings, tmp_path, capsys):
     assert_same_run(run, config.output)
     assert read_metrics(run / "metrics.jsonl")[-1]["step"] == 14
     (run / "dictionary.txt").write_text("yield expression")
-    with pytest.raises(
-        ValueError, match=r"another dictionary than .* put back its tokenizer/, data/ and dictionary\.txt"
-    ):
+    with pytest.raises(ValueError, match=r"was written with other words \(--words, --dictionary\) than these"):
         pretrain(runs.read_config(run), resume=True)
 
 
@@ -78,7 +77,9 @@ def test_resume_on_another_text_is_refused(settings, finished, tmp_path, capsys,
     shutil.copy(settings.corpus, tmp_path / "manual.txt")
     pretrain(dataclasses.replace(settings, output=run), resume=True)  # elsewhere, the same text: its data is made again
     for name in ("train", "held_out"):
-        assert (run / f"data/{name}/meta.json").read_bytes() == (finished / f"data/{name}/meta.json").read_bytes()
+        assert (run / f"data/00000/{name}/meta.json").read_bytes() == (
+            finished / f"data/00000/{name}/meta.json"
+        ).read_bytes()
 
     shutil.rmtree(run / "data")
     (tmp_path / "manual.txt").write_text("\n\n".join("quite another text." for _ in range(100)))
@@ -86,21 +87,17 @@ def test_resume_on_another_text_is_refused(settings, finished, tmp_path, capsys,
         capsys, monkeypatch, "pretrain", "--output", run, "--resume"
     )
     shutil.copytree(finished / "data", run / "data")
-    shutil.rmtree(run / "data/held_out")
-    shutil.copytree(run / "data/train", run / "data/held_out")
-    assert "was trained with another held-out text than" in bad(
+    shutil.rmtree(run / "data/00000/held_out")
+    shutil.copytree(run / "data/00000/train", run / "data/00000/held_out")
+    assert "held_out is another shard than the store was written with" in bad(
         capsys, monkeypatch, "pretrain", "--output", run, "--resume"
     )
 
 
-def test_one_process_trains_in_a_folder(finished, tmp_path, capsys, monkeypatch):
+def test_one_run_trains_in_a_folder(finished, capsys, monkeypatch):
     with lock.hold(finished):
         text = bad(capsys, monkeypatch, "pretrain", "--output", finished, "--resume")
         assert f"is in use: process {os.getpid()} on" in text
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    text = bad(capsys, monkeypatch, "pretrain", "--output", tmp_path / "new", "--corpus", finished, "--steps", 5)
-    assert "trains in one process, and WORLD_SIZE=4 says that this is one of several" in text
-    assert not (tmp_path / "new").exists()
 
 
 def test_a_run_goes_on_without_its_metrics(finished, tmp_path, capsys):
@@ -117,9 +114,9 @@ def test_a_run_goes_on_without_its_metrics(finished, tmp_path, capsys):
 def test_elsewhere_is_named(finished, capsys):
     state = snapshot.load(finished / "snapshots")
     config = runs.read_config(finished)
-    runs.name_differences(state["environment"], config)
+    environment.name_differences(state["environment"], config)
     assert capsys.readouterr().out == ""
-    runs.name_differences(state["environment"] | {"threads": 77, "torch": "1.0"}, config)
+    environment.name_differences(state["environment"] | {"threads": 77, "torch": "1.0"}, config)
     said = capsys.readouterr().out
     assert f"threads 77 -> {torch.get_num_threads()}" in said and "torch 1.0 ->" in said and "fastbert" not in said
 
@@ -130,16 +127,16 @@ def test_a_run_of_the_first_random_numbers_goes_on_and_says_so(settings, finishe
     shutil.copytree(finished, run)
     shutil.rmtree(run / "snapshots/step-00000040")
     state = snapshot.load(run / "snapshots")
-    assert state["environment"].pop("random numbers") == 2 and state["step"] == 35
+    assert state["environment"].pop("random numbers") == 3 and state["step"] == 35
     shutil.rmtree(run / "snapshots")
     snapshot.save(run / "snapshots", 35, state, keep=2)
-    said = "random numbers were drawn by contract 1, and are by contract 2 from here on: dropout, masking and the order"
+    said = "random numbers were drawn by contract 1, and are by contract 3 from here on: dropout, masking and the order"
     for times in (1, 0):
         assert pretrain(runs.read_config(run), resume=True) == run / "model"
         out = capsys.readouterr().out
         assert out.count(said) == out.count("not bit for bit") == times
     state = snapshot.load(run / "snapshots")
-    assert state["step"] == 40 and state["environment"]["random numbers"] == 2
+    assert state["step"] == 40 and state["environment"]["random numbers"] == 3
 
 
 def test_the_library_of_products_is_chosen_once(settings, finished, tmp_path, monkeypatch, capsys):
@@ -157,7 +154,7 @@ def test_the_library_of_products_is_chosen_once(settings, finished, tmp_path, mo
     assert "linear products by onednn: a test says so" in capsys.readouterr().out
     with loop.products(config):
         assert linear.chosen() == "onednn"
-    assert runs.environment(config)["linear products"] == "onednn"
+    assert environment.environment(config)["linear products"] == "onednn"
     config.output.mkdir()
     runs.write_config(config)
     assert runs.resumed_run(config.output) == config and len(timed) == 1, "a resumed run was timed again"
@@ -166,7 +163,7 @@ def test_the_library_of_products_is_chosen_once(settings, finished, tmp_path, mo
     monkeypatch.setattr(linear, "_requested", "torch")
     forced = runs.resumed_run(config.output)
     assert forced.linear == "torch"
-    runs.name_differences(runs.environment(config), forced)
+    environment.name_differences(environment.environment(config), forced)
     assert "linear products onednn -> torch" in capsys.readouterr().out
     monkeypatch.setattr(linear, "_requested", "auto")
     in_bf16 = dataclasses.replace(settings, output=tmp_path / "bf16", bf16=True)
@@ -181,7 +178,7 @@ def test_the_library_of_products_is_chosen_once(settings, finished, tmp_path, mo
 def test_a_damaged_store_is_named(settings, finished, tmp_path, capsys, monkeypatch):
     config = dataclasses.replace(settings, output=tmp_path / "damaged", steps=3)
     pretrain(config)
-    tokens = config.output / "data/train/tokens.bin"
+    tokens = config.output / "data/00000/train/tokens.bin"
     tokens.write_bytes(tokens.read_bytes()[:-10])
     text = bad(capsys, monkeypatch, "pretrain", "--output", config.output, "--resume")
     assert "tokens.bin" in text

@@ -1,6 +1,11 @@
-import pytest
+"""Learning rates against `transformers`, and how far a run is by its steps and by the clock."""
 
-from fastbert.pretrain.schedule import evaluation_steps, learning_rate, steps_in_time, steps_that_fit
+import math
+
+import pytest
+import torch
+
+from fastbert.pretrain.schedule import Progress, learning_rate
 
 
 def test_learning_rate_by_hand():
@@ -9,30 +14,74 @@ def test_learning_rate_by_hand():
     ]  # fmt: skip
     assert [learning_rate(step, 4, 1.0, 0.0) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
     assert [learning_rate(step, 2, 1.0, 1.0) for step in range(2)] == [0.5, 1.0]
-
-
-def test_the_last_step_is_evaluated():
-    assert evaluation_steps(40, 2) == {20, 40}
-    assert evaluation_steps(2, 8) >= {1, 2} and max(evaluation_steps(3, 1000)) == 3
-
-
-def test_steps_that_fit_by_hand():
-    assert steps_that_fit(60.0, 0.5, 1.0, 10) == 100
-    assert steps_that_fit(5.0, 0.5, 1.0, 10) == 1, "no time at all is still a step"
+    assert [learning_rate(step, 4, 2.0, 0.0, "polynomial", power=2.0) for step in range(4)] == [2.0, 1.125, 0.5, 0.125]
+    assert [learning_rate(step, 4, 2.0, 0.5, "constant") for step in range(4)] == [1.0, 2.0, 2.0, 2.0]
+    assert [learning_rate(step, 6, 1.0, 0.0, "wsd", decay=0.5, final=0.5) for step in range(6)] == [
+        1.0, 1.0, 1.0, 1.0, 1 - math.sqrt(1 / 3) / 2, 1 - math.sqrt(2 / 3) / 2,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("step", "taken", "seconds", "steps"),
+    ("theirs", "arguments", "schedule", "own"),
     [
-        (500, 500, 50.0, 1000),  # as planned
-        (500, 500, 55.0, 1000),  # a tenth behind
-        (500, 500, 60.0, 833),  # 0.12 s a step: 40 s are left, 333 steps
-        (500, 500, 120.0, 501),  # too late: one more, at the schedule's end
-        (50, 50, 9.0, 1000),  # still warming up
-        (500, 100, 60.0, 566),  # a resumed process: its own pace, 0.6 s
-        (999, 999, 5000.0, 1000),
+        ("linear", {}, "linear", {}),
+        ("polynomial", {"power": 3.0, "lr_end": 2e-4}, "polynomial", {"power": 3.0, "final": 0.1}),
+        ("cosine", {}, "cosine", {}),
+        ("constant_with_warmup", None, "constant", {}),
+        ("warmup_stable_decay", {"num_decay_steps": 8, "decay_type": "1-sqrt"}, "wsd", {"decay": 0.2}),
     ],
 )
-def test_a_slower_machine_takes_fewer_steps(step, taken, seconds, steps):
-    """1,000 steps within 100 s."""
-    assert steps_in_time(1000, step, taken, seconds, 100.0) == steps
+def test_learning_rates_are_those_of_transformers(theirs, arguments, schedule, own):
+    """40 steps, ten of them warming up, where transformers' first one has the rate 0: theirs are a step behind."""
+    transformers = pytest.importorskip("transformers")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-3)
+    steps = None if schedule == "constant" else 40
+    their = transformers.get_scheduler(theirs, optimizer, 10, steps, arguments)
+    expected = []
+    for _ in range(40):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        their.step()
+    ours = [learning_rate(step, 40, 2e-3, 0.25, schedule, **own) for step in range(40)]
+    assert ours == pytest.approx([*expected[1:11], *expected[10:]], rel=1e-12)
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_learning_rates_are_those_of_torch(power):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    polynomial = torch.optim.lr_scheduler.PolynomialLR(optimizer, 20, power)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([torch.zeros(1)], lr=1.0), 20, eta_min=0.1)
+    for step in range(20):
+        ours = learning_rate(step, 20, 1.0, 0.0, "polynomial", power=power)
+        assert ours == pytest.approx(polynomial.get_last_lr()[0])
+        ours = learning_rate(step, 20, 1.0, 0.0, "cosine", final=0.1)
+        assert ours == pytest.approx(cosine.get_last_lr()[0])
+        for scheduler in (polynomial, cosine):
+            scheduler.optimizer.step()
+            scheduler.step()
+
+
+def parts(progress, seconds, count):
+    """Takes steps at these seconds; how many of `count` parts are over behind each."""
+    found = []
+    for second in seconds:
+        progress.clock = lambda second=second: second
+        progress.advance()
+        found.append(progress.parts(count))
+    return found
+
+
+def test_a_run_is_as_far_as_steps_or_clock_whichever_is_further():
+    start = {"clock": lambda: 0.0}
+    assert parts(Progress(8, None, **start), range(100, 900, 100), 4) == [0, 1, 1, 2, 2, 3, 3, 4], "no clock counts"
+    timed = Progress(None, 1.0, **start)
+    assert timed.expected_steps() is None and timed.done() == (0, 60_000)
+    assert (
+        parts(timed, [14.9, 15.0, 59.999, 61.0], 4) == [0, 1, 3, 4] and timed.over and timed.done() == (61_000, 60_000)
+    )
+    both = Progress(4, 1.0, **start)
+    assert parts(both, [10.0], 4) == [1] and both.done() == (1, 4) and both.expected_steps() == 4
+    assert parts(both, [45.0], 4) == [3] and both.done() == (45_000, 60_000) and both.expected_steps() == 3
+    resumed = Progress(None, 1.0, step=7, milliseconds=30_000, clock=lambda: 1000.0)
+    assert parts(resumed, [1010.0], 6) == [4] and (resumed.step, resumed.milliseconds) == (8, 40_000)
+    assert parts(Progress(3, None), [0.0, 0.0, 0.0], 1000) == [333, 666, 1000], "more evaluations than steps"

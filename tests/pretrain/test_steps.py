@@ -8,7 +8,7 @@ from pretrain_runs import bad, losses
 from torch._dynamo.testing import CompileCounter
 
 from fastbert.data.batches import PretrainBatches
-from fastbert.data.store import TokenStore
+from fastbert.data.shards import open_stores
 from fastbert.data.tokenizer import load_tokenizer, special_ids
 from fastbert.models.bert import BertConfig, BertForPreTraining
 from fastbert.pretrain import loop, snapshot, step
@@ -23,7 +23,7 @@ def small(config, **overrides):
 
 def batches(finished, config, static=False):
     special = special_ids(load_tokenizer(finished / "tokenizer"))
-    store = TokenStore.open(finished / "data/train")
+    store = open_stores(finished / "data")[0]
     return PretrainBatches(store, special, seq_len=32, batch_tokens=config.batch_tokens, seed=0, static=static)
 
 
@@ -135,7 +135,7 @@ def test_a_model_compiles_once_for_static_batches(settings, finished):
 
 def test_a_run_that_diverges_stops_and_keeps_its_snapshots(settings, finished, tmp_path, monkeypatch, capsys):
     config = dataclasses.replace(settings, output=tmp_path / "diverged", snapshot_every=5, keep=1)
-    monkeypatch.setattr(loop, "learning_rate", lambda step, *_: 1e-3 if step < 11 else 1e30)
+    monkeypatch.setattr(loop, "learning_rate", lambda step, *_, **__: 1e-3 if step < 11 else 1e30)
     with pytest.raises(ValueError, match=r"diverged at step 1[34] of 40: its loss .* the snapshot of step 10 is kept"):
         pretrain(config)
     assert snapshot.steps(config.output / "snapshots") == [10]
