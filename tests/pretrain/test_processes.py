@@ -153,8 +153,8 @@ class Numbers:
     def at_epoch(self, epoch):
         return Numbers(epoch)
 
-    def __len__(self):
-        return self.size
+    def numbers(self, first):
+        return iter(range(first, self.size))
 
     def __getitem__(self, i):
         return self.first + i
