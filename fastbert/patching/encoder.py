@@ -24,20 +24,27 @@ from fastbert.patching.kinds import Encoder, LayerParts, gelu_form
 
 def encode(kind: Encoder, model: nn.Module, original: Callable, given: dict[str, Any]) -> Any:
     """What the `forward` of a patched encoder returns; `given` are its arguments by name."""
-    words, embedded = given.get("input_ids"), given.get("inputs_embeds")
-    if (words is None) == (embedded is None):
+    if (given.get("input_ids") is None) == (given.get("inputs_embeds") is None):
         return original(model, **given)  # for its message
-    why = obstacles.in_call(model, given) or obstacles.in_model(model, kind)
-    if why is not None:
-        obstacles.tell(why)
+    packing = obstacles.in_recording() or _packing(kind, model, given)
+    if isinstance(packing, str):
+        obstacles.tell(packing)
         return original(model, **given)
-    packing = pack(words if embedded is None else embedded, given.get("attention_mask"))
     wants_states = given.get("output_hidden_states", getattr(model.config, "output_hidden_states", False))
     states = [packing.put_padding_back(x) for x in _states(kind, model, packing, given, all_of_them=wants_states)]
     pooled = {} if kind.pool is None else {"pooler_output": kind.pool(model, states[-1])}
     output = kind.output(last_hidden_state=states[-1], hidden_states=tuple(states) if wants_states else None, **pooled)
     as_dict = given.get("return_dict")
     return output if (model.config.return_dict if as_dict is None else as_dict) else output.to_tuple()
+
+
+@torch.compiler.disable  # it looks at the mask, and many modules
+def _packing(kind: Encoder, model: nn.Module, given: dict[str, Any]) -> Packing | str:
+    """Where the batch's tokens stand, or why this call is not packed."""
+    words = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+    mask = given.get("attention_mask")
+    why = obstacles.in_call(model, given, words.shape[:2]) or obstacles.in_model(model, kind)
+    return why or pack(words, mask)
 
 
 @torch.compiler.disable  # how many tokens there are is known when they have been counted
@@ -68,7 +75,8 @@ def _states(
     theirs gives float32.
     """
     layers = kind.layers(model)
-    seed, *seeds = _draw_seeds(kind, model, layers, packing.cu_seqlens.device)
+    parts = [kind.parts(layer) for layer in layers]
+    seed, *seeds = _draw_seeds(model, parts, packing.cu_seqlens.device)
     x = _embed(model, packing, given)
     dtype = x.dtype
     dropped = model.embeddings.dropout
@@ -78,20 +86,19 @@ def _states(
     for number, layer in enumerate(layers):
         if all_of_them:
             yield x.to(dtype)
-        compute = functools.partial(_layer, kind.parts(layer), packing, seeds[3 * number : 3 * number + 3])
+        compute = functools.partial(_layer, parts[number], packing, seeds[3 * number : 3 * number + 3])
         if getattr(layer, "gradient_checkpointing", False) and layer.training:
             compute = functools.partial(layer._gradient_checkpointing_func, compute)
         x = compute(x)
     yield x.to(dtype)
 
 
-def _draw_seeds(kind: Encoder, model: nn.Module, layers: list[nn.Module], device: torch.device) -> list[Tensor | None]:
+def _draw_seeds(model: nn.Module, layers: list[LayerParts], device: torch.device) -> list[Tensor | None]:
     """The embeddings' of dropout, then three of each layer, all at once."""
     if not model.training:
         return [None] * (1 + 3 * len(layers))  # ops draw their own where a part is in training mode all the same
     probabilities = [model.embeddings.dropout.p]
-    for layer in layers:
-        parts = kind.parts(layer)
+    for parts in layers:
         dropouts = parts.attention_dropout, parts.dense_dropout, parts.outer_dropout
         probabilities += [0.0 if each is None else each.p for each in dropouts]
     return draw_seeds(probabilities, device)

@@ -21,12 +21,7 @@ def register() -> None:
 
 
 def mask(
-    *,
-    q_length: int,
-    kv_length: int,
-    mask_function: Callable = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    **_: Any,
+    *, mask_function: Callable = causal_mask_function, attention_mask: Tensor | None = None, **_: Any
 ) -> Tensor | None:
     """The padding mask [B, S] as it is, which `attend` reads; other arguments describe masks that are not made here.
 
@@ -38,7 +33,6 @@ def mask(
             f"attn_implementation={NAME!r} computes full and causal attention with padding; this model's mask is "
             'another, such as a window or several texts in a row: use attn_implementation="sdpa"'
         )
-    _check_lengths(q_length, kv_length)
     return attention_mask
 
 
@@ -59,7 +53,11 @@ def attend(
         ValueError: keys are others than the queries' own, heads share keys, a mask of another form, or arguments that
             change attention in other ways.
     """
-    _check_lengths(query.shape[2], key.shape[2])
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"attn_implementation={NAME!r} is self-attention of whole sequences, got {query.shape[2]} queries beside "
+            f'{key.shape[2]} keys: cross-attention and caches run with "sdpa" (or with use_cache=False)'
+        )
     given = [name for name in UNKNOWN_HERE if others.get(name) is not None]
     if given:
         raise ValueError(f'attn_implementation={NAME!r} does not compute {", ".join(given)}: use "sdpa"')
@@ -79,11 +77,3 @@ def attend(
     options = {"dropout_p": dropout, "scale": scaling, "causal": causal}
     out = attention(q, k, v, packing.cu_seqlens, packing.max_seqlen, **options)  # [T, N, D]
     return packing.put_padding_back(out.flatten(1)).unflatten(2, out.shape[1:]), None
-
-
-def _check_lengths(queries: int, keys: int) -> None:
-    if queries != keys:
-        raise ValueError(
-            f"attn_implementation={NAME!r} is self-attention of whole sequences, got {queries} queries beside {keys} "
-            'keys: cross-attention and caches run with "sdpa" (or with use_cache=False)'
-        )

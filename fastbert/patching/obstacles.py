@@ -1,6 +1,7 @@
 """Why a model, or one call of it, is not computed by this package's ops: a sentence, or None where it is."""
 
 import warnings
+from types import MethodType
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def tell(why: str) -> None:
         _told.add(why)
         warnings.warn(
             f"a patched model computes this call as transformers does, without packing: {why}. This is said once.",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
@@ -38,6 +39,10 @@ def in_model(model: nn.Module, kind: Encoder) -> str | None:
         why = _in_container(container, home)
         if why is not None:
             return _named(model, container, why)
+    for leaf in (model.embeddings.LayerNorm, model.embeddings.dropout, kind.project(model)):
+        why = _in_leaf(leaf)
+        if why is not None:
+            return _named(model, leaf, why)
     for layer in dict.fromkeys(kind.layers(model)):
         try:
             parts = kind.parts(layer)
@@ -63,20 +68,25 @@ def _in_layer(parts: LayerParts, home: str) -> tuple[nn.Module, str] | None:
     for dropout in (parts.attention_dropout, parts.dense_dropout, parts.outer_dropout):
         if dropout is not None and type(dropout) is not nn.Dropout:
             return dropout, f"it is {_name(dropout)}, not nn.Dropout"
-    for leaf in parts.leaves:
-        # A module that is none of torch's own is called, and its hooks with it.
-        if isinstance(leaf, nn.Module) and type(leaf) in (nn.Linear, nn.LayerNorm, nn.Dropout) and _has_hooks(leaf):
-            return leaf, "it has hooks, which would not be called"
-    return None
+    return next(((leaf, why) for leaf in parts.leaves if (why := _in_leaf(leaf)) is not None), None)
+
+
+def _in_leaf(leaf: Any) -> str | None:
+    """Of a module that the ops compute; one that is none of torch's own is called, and its hooks with it."""
+    return _not_called(leaf) if type(leaf) in (nn.Linear, nn.LayerNorm, nn.Dropout) else None
 
 
 def _in_container(module: nn.Module, home: str) -> str | None:
     if type(module).__module__ != home:
         return _foreign(module)
-    if "forward" in vars(module):
-        return "it has a `forward` of its own, which would not be called"
     if getattr(module, "chunk_size_feed_forward", 0):
         return f"chunk_size_feed_forward is {module.chunk_size_feed_forward}, and packed tokens are not cut into chunks"
+    return _not_called(module)
+
+
+def _not_called(module: nn.Module) -> str | None:
+    if has_own_forward(module):
+        return "it has a `forward` of its own, which would not be called"
     return "it has hooks, which would not be called" if _has_hooks(module) else None
 
 
@@ -89,11 +99,17 @@ def _name(module: Any) -> str:
     return f"{cls.__module__}.{getattr(cls, '__qualname__', cls)}"
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether something was put over its class's; transformers 5.0 leaves that itself behind on layers."""
+    own = vars(module).get("forward")
+    return own is not None and own != MethodType(type(module).forward, module)
+
+
 def _has_hooks(module: nn.Module) -> bool:
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return True
     # transformers leaves its own behind once hidden states were asked for; they are idle at other times.
-    return any(hook.__module__ != "transformers.utils.output_capturing" for hook in module._forward_hooks.values())
+    return any(not hook.__module__.startswith("transformers.") for hook in module._forward_hooks.values())
 
 
 def _named(model: nn.Module, module: nn.Module, why: str) -> str:
@@ -105,10 +121,15 @@ def _named(model: nn.Module, module: nn.Module, why: str) -> str:
 # ---- a call --------------------------------------------------------------------------------------------------------
 
 
-def in_call(model: nn.Module, given: dict[str, Any]) -> str | None:
-    """What in the arguments, by name, stands against packing."""
+def in_recording() -> str | None:
+    """Whether the call is recorded for later ones."""
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         return "a trace or an export would keep this batch's lengths for every other batch"
+    return None
+
+
+def in_call(model: nn.Module, given: dict[str, Any], shape: torch.Size) -> str | None:
+    """What in the arguments, by name, stands against packing; `shape` is [B, S]."""
     for name, value in given.items():
         if name not in HARMLESS and name not in TAKEN and value is not None and value is not False:
             return f"{name} was given"
@@ -119,21 +140,12 @@ def in_call(model: nn.Module, given: dict[str, Any]) -> str | None:
         return "output_hidden_states names single layers"
     if getattr(config, "is_causal", None):
         return "config.is_causal"
-    return _in_mask(given.get("attention_mask"), given.get("input_ids"), given.get("inputs_embeds"))
-
-
-def _in_mask(mask: Tensor | None, words: Tensor | None, embedded: Tensor | None) -> str | None:
+    mask = given.get("attention_mask")
     if mask is None:
         return None
-    shape = embedded.shape[:2] if words is None else words.shape
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         form = f"has shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"is a {type(mask).__qualname__}"
         return f"attention_mask {form}, where padding is marked by [batch, tokens]"
     if mask.shape != shape:
         return f"attention_mask has shape {list(mask.shape)} beside words of shape {list(shape)}"
-    return None if _begins_with_tokens(mask) else "a sequence begins with padding: pad on the right"
-
-
-@torch.compiler.disable  # it looks at the mask
-def _begins_with_tokens(mask: Tensor) -> bool:
-    return bool(mask[:, :1].all())
+    return None if mask[:, :1].all() else "a sequence begins with padding: pad on the right"

@@ -31,7 +31,7 @@ def patch(model: nn.Module) -> list[nn.Module]:
                 f"{names[module]} ({type(module).__name__}) has a `forward` of its own, which patching would leave "
                 f"out: fastbert.patch takes {base} and subclasses that keep its `forward`"
             )
-        if "forward" in vars(module):
+        if obstacles.has_own_forward(module):
             raise ValueError(
                 f"{names[module]} ({type(module).__name__}) has a `forward` of its own on the instance, which would "
                 "hide ours: patch the model before something wraps it"
@@ -42,6 +42,7 @@ def patch(model: nn.Module) -> list[nn.Module]:
             raise ValueError(f"{names[module]} ({type(module).__name__}) cannot be patched: {why}")
     changed = [module for module in found if _original(type(module)) is None]
     for module in changed:
+        vars(module).pop("forward", None)  # its class's own, see has_own_forward
         module.__class__ = _patched_class(type(module))
     return changed
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import MaskedLMOutput
 
@@ -17,16 +18,32 @@ def predict(head: Callable[[nn.Module], WordHead], model: nn.Module, original: C
 
     In evaluation mode and without labels it is the original's, whose logits are [B, S, V]. In training the logits of a
     batch are computed at labels that are not -100, and the output has none.
+
+    Raises:
+        ValueError: labels at padding, which would count predictions of zeros.
     """
     labels = given.get("labels")
     if labels is None or not model.training:
         return original(model, **given)
+    _check(labels, given.get("attention_mask"))
     others = {name: value for name, value in given.items() if name not in ("labels", "return_dict")}
     output = model.base_model(**others, return_dict=True)
     loss = _loss(head(model), output.last_hidden_state, labels)
     result = MaskedLMOutput(loss, hidden_states=output.hidden_states, attentions=output.attentions)
     as_dict = given.get("return_dict")
     return result if (model.config.return_dict if as_dict is None else as_dict) else result.to_tuple()
+
+
+@torch.compiler.disable  # it looks at the labels
+def _check(labels: Tensor, mask: Tensor | None) -> None:
+    if mask is None or mask.shape != labels.shape:
+        return
+    count = int(((labels != IGNORED) & (mask.to(labels.device) == 0)).sum())
+    if count:
+        raise ValueError(
+            f"{count} labels stand at padding, where a patched model's hidden states are 0: set them to {IGNORED}, as "
+            "transformers.DataCollatorForLanguageModeling does, or train without fastbert.patch"
+        )
 
 
 def _loss(head: WordHead, hidden: Tensor, labels: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """From raw text to a model that `transformers` loads: what `fastbert pretrain` runs, in the order it happens.
 
-A run's folder holds everything: `tokenizer/`, `data/{train,held_out}/`, `dictionary.txt` where the run has one, `init/`
-where it goes on from a model, `config.json`, `snapshots/`, `metrics.jsonl`, `tensorboard/`, `loss.png` and, at the end,
-`model/` in Hugging Face's format. `config.json` makes it a run, which can be resumed from then on; it is written when
-the data is there and holds.
+A run's folder holds everything: `tokenizer/`, `data/` with its token store, `dictionary.txt` where the run has one,
+`init/` where it goes on from a model, `config.json`, `snapshots/`, `metrics.jsonl`, `tensorboard/`, `loss.png` and, at
+the end, `model/` in Hugging Face's format. `config.json` makes it a run, which can be resumed from then on; it is
+written when the data is there and holds.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastbert import allocator
+from fastbert import allocator, lock
 from fastbert.backends.gpu import check_device_errors
 from fastbert.data.batches import PretrainBatches
 from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import continuations, special_ids
 from fastbert.models.pretraining import PreTrainingModel
 from fastbert.optim.lazy_adam import LazyAdam
-from fastbert.pretrain import lock, shards, snapshot
+from fastbert.pretrain import shards, snapshot
 from fastbert.pretrain.divergence import Watch
 from fastbert.pretrain.environment import environment, name_differences, random_state, set_random_state
 from fastbert.pretrain.evaluate import Frequencies, evaluate, guesses
@@ -34,11 +34,12 @@ from fastbert.pretrain.report import Metrics, last_scores, plot_loss, read_metri
 from fastbert.pretrain.run import new_run, refuse_a_second_run, resumed_run, write_config
 from fastbert.pretrain.schedule import Progress, learning_rate
 from fastbert.pretrain.settings import PretrainConfig
-from fastbert.pretrain.signals import stop_signals
+from fastbert.pretrain.split import group_of_one, split, whole
 from fastbert.pretrain.start import starting_model
 from fastbert.pretrain.step import make_optimizer, make_step, pair, products, train_words
 from fastbert.pretrain.stream import Stream
 from fastbert.pretrain.together import Together
+from fastbert.signals import stop_signals
 
 STATE = "model", "optimizer", "epoch", "index", "step", "tokens", "random", "environment", "data"  # of a snapshot
 
@@ -63,12 +64,15 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
         def begin() -> PretrainConfig:
             settings = take_settings(config) if config.init is not None and not resume else config
             settings = resumed_run(config.output) if resume else new_run(settings)
-            check_devices(settings.device, settings.accumulate, processes)
+            check_devices(settings.device, settings.accumulate, processes, settings.shard)
             config.output.mkdir(parents=True, exist_ok=True)
             held.enter_context(lock.hold(config.output))
             return settings
 
-        return _pretrain(processes.first(begin), resume, processes)
+        begun = processes.first(begin)
+        if begun.shard:
+            held.enter_context(group_of_one())
+        return _pretrain(begun, resume, processes)
 
 
 def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Path | None:
@@ -87,6 +91,7 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
             objective=config.objective, inputs=config.inputs, static=static,
             unit="word" if config.masking == "token" else config.masking,
             continues=None if config.masking == "token" else continuations(tokenizer),
+            task_type=config.task_type,
         )  # fmt: skip
 
     phases = config.all_phases()
@@ -94,7 +99,7 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
     held_out = [batches(held_out_store, each.seq_len) for each in phases]
     for each in train:
         say_shape(each)
-    frequencies = Frequencies(train_store.token_counts())
+    frequencies = Frequencies(torch.from_numpy(train_store.token_counts()))
     data = fingerprints(tokenizer, train_store, held_out_store)
     if not resume:
         if config.init is not None:
@@ -107,6 +112,8 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
     model, new_rows = model.to(config.device), new_rows.to(config.device)
     model.base_model.checkpoint_layers = config.checkpoint_layers
     processes.share_values(model.parameters())  # which were drawn alike, if all processors draw alike
+    if config.shard:
+        split(model, config)
     optimizer = make_optimizer(model, config)
 
     # where the run stands
@@ -116,7 +123,7 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
     if state is not None:
         check_fingerprints(state["data"], data, folder)
         name_differences(state["environment"], config)
-        load_trained(state, model, optimizer, folder)
+        load_trained(state, model, optimizer, folder, processes)
         phase, tokens = state.get("phase", 0), state["tokens"]
         progress = Progress(config.steps, config.minutes, state["step"], state.get("milliseconds", 0), clock)
         set_random_state(state["random"], config.device)
@@ -148,9 +155,9 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
         }  # fmt: skip
         watch.look()
         check_device_errors()
-        watch.state(progress.step, trained)
+        watch.state(progress.step, trained, processes)
         where = folder / "snapshots", progress.step
-        if processes.count == 1:
+        if processes.count == 1 and not config.shard:
             snapshot.save(*where, trained | state, config.keep)
         else:
             snapshot.save(*where, state, config.keep, processes, functools.partial(shards.save, model, optimizer))
@@ -223,6 +230,9 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
     metrics_at = folder / "metrics.jsonl"
     scores = scores or processes.first(lambda: last_scores(read_metrics(metrics_at))) or held_out_scores()
 
+    if config.shard:
+        model = whole(model, config).to(config.device)
+
     def export() -> None:
         model.save_pretrained(folder / "model", tokenizer=tokenizer)
         start = config.preset if config.init is None else f"from {config.init.name}"
@@ -237,7 +247,9 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
     return folder / "model"
 
 
-def load_trained(state: dict[str, Any], model: PreTrainingModel, optimizer: LazyAdam, folder: Path) -> None:
+def load_trained(
+    state: dict[str, Any], model: PreTrainingModel, optimizer: LazyAdam, folder: Path, processes: Processes
+) -> None:
     """Loads model and optimizer as a snapshot of the run in `folder` has them.
 
     Raises:
@@ -251,7 +263,8 @@ def load_trained(state: dict[str, Any], model: PreTrainingModel, optimizer: Lazy
         shards.load(model, optimizer, state["shards"])
     except RuntimeError as error:
         raise ValueError(f"{folder / 'config.json'} describes another model than the snapshot: {error}") from error
-    bad = snapshot.not_finite({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    loaded = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    bad = next(filter(None, processes.gathered(snapshot.not_finite(loaded))), None)
     if bad is not None:
         raise snapshot.unusable(folder / "snapshots", f"{bad} is not finite")
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastbert import files
+from fastbert.optim.shards import local
 from fastbert.pretrain.processes import Processes
 
 ALONE = Processes()
@@ -141,6 +142,7 @@ def steps(folder: Path) -> list[int]:
 def not_finite(state: Any, name: str = "") -> str | None:
     """The name of the first tensor or number within dicts and lists that holds NaN or an infinity; None where none."""
     if isinstance(state, Tensor):
+        state = local(state)
         if not state.is_floating_point() or not state.numel():
             return None
         return (

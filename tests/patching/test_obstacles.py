@@ -1,5 +1,6 @@
 """What is not packed: refused by name when a model is patched, or computed as before with one warning a reason."""
 
+import functools
 import warnings
 
 import pytest
@@ -18,6 +19,11 @@ def nothing_told_yet(monkeypatch):
 
 def hooked(model, name, register="register_forward_hook"):
     getattr(model.get_submodule(name), register)(lambda *_: None)
+
+
+def with_own_forward(model):
+    model.forward = functools.partial(model.forward)
+    return model
 
 
 def wrapped(model):
@@ -45,6 +51,14 @@ CALLS = {
     "a hook before": (
         lambda model, inputs: hooked(model, "encoder.layer.0", "register_forward_pre_hook") or inputs,
         r"of encoder\.layer\.0: it has hooks",
+    ),
+    "a hook of the embeddings": (
+        lambda model, inputs: hooked(model, "embeddings.LayerNorm") or inputs,
+        r"of embeddings\.LayerNorm: it has hooks",
+    ),
+    "a forward put over": (
+        lambda model, inputs: with_own_forward(model.encoder.layer[2].intermediate.dense) and inputs,
+        r"of encoder\.layer\.2\.intermediate\.dense: it has a `forward` of its own, which would not be called",
     ),
     "a wrapper": (
         lambda model, inputs: wrapped(model) or inputs,
@@ -92,6 +106,15 @@ def test_hooks_of_hidden_states_do_not_stay_in_the_way():
         torch.testing.assert_close(real(ours), real(theirs), atol=1e-5, rtol=0)
 
 
+def test_a_forward_that_is_the_classs_own_is_no_obstacle():
+    """transformers 5.0 leaves such behind where hidden states were asked for."""
+    model = make("bert")
+    for module in (model, model.encoder.layer[0]):
+        module.forward = module.forward
+    with torch.no_grad():
+        assert not fastbert.patch(model)(**batch(model))[0][MASK == 0].any()
+
+
 def test_hooks_of_what_is_called_are_called():
     model, seen = fastbert.patch(make("bert")), []
     for name in ("", "embeddings.word_embeddings", "pooler"):
@@ -116,11 +139,6 @@ class OwnForward(transformers.BertModel):
 
 class NoForward(transformers.BertModel):
     pass
-
-
-def with_own_forward(model):
-    model.forward = model.forward
-    return model
 
 
 REFUSED = {

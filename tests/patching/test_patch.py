@@ -239,8 +239,8 @@ def test_16_bit_weights_and_autocast_keep_their_dtypes(dtype):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore:The .grad attribute")  # the compiler's own
 def test_compiled_it_gives_the_same():
-    model = fastbert.patch(make("bert", "AutoModelForSequenceClassification", dropout=False)).train()
-    inputs = batch(model) | {"labels": torch.tensor([0, 1, 1, 0])}
+    model = fastbert.patch(make("bert", "AutoModelForSequenceClassification", dropout=False, num_hidden_layers=1))
+    inputs = batch(model.train()) | {"labels": torch.tensor([0, 1, 1, 0])}
     model(**inputs).loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -250,6 +250,21 @@ def test_compiled_it_gives_the_same():
         torch.testing.assert_close(p.grad, expected[name], atol=1e-6, rtol=0)
     fewer = {name: x[:2] for name, x in inputs.items()}
     torch.testing.assert_close(compiled(**fewer).logits, model(**fewer).logits)
+
+
+def test_distributed_it_gives_the_same_gradients(tmp_path):
+    model = fastbert.patch(make("bert", "AutoModelForSequenceClassification", dropout=False)).train()
+    inputs = batch(model) | {"labels": torch.tensor([0, 1, 1, 0])}
+    model(**inputs).loss.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        nn.parallel.DistributedDataParallel(model)(**inputs).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for p, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
 
 
 def test_importing_fastbert_does_not_import_transformers():

@@ -21,6 +21,7 @@ CASES = {
     "plain": {},  # three micro-batches: one process has one of them, the other two
     "touched": {"embedding_update": "touched", "accumulate": 2},
     "static": {"static_shapes": True, "embedding_update": "touched"},
+    "shard": {"shard": True, "embedding_update": "touched", "accumulate": 6},  # of one process it is not split
 }
 
 
@@ -53,22 +54,27 @@ def folder(tmp_path_factory, corpus):
     """Of runs by two processes, `two NAME`, the same by one, `one NAME`, and of some that were resumed."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "manual.txt").write_text(corpus.read_text()[:60_000])
-    resumed = [{"name": name, "resume": True} for name in ("broken, 1", "broken, 2", "broken, 3", "one, then two")]
+    names = "broken, 1", "broken, 2", "broken, 3", "one, then two", "shards, 1", "shards, 2", "shards, 3"
+    resumed = [{"name": name, "resume": True} for name in names]
     runs = [{"name": f"two {name}", "settings": settings} for name, settings in CASES.items()]
-    two = run_together(folder, 2, [{"name": "broken", "broken_off": 8}, *runs, resumed[1], resumed[3]])
-    three = run_together(folder, 3, [resumed[2]])
+    broken = {"name": "broken", "broken_off": 8}, {"name": "shards", "broken_off": 8, "settings": CASES["shard"]}
+    two = run_together(folder, 2, [*broken, *runs, resumed[1], resumed[3], resumed[5]])
+    three = run_together(folder, 3, [resumed[2], resumed[6]])
     try:
         for name, settings in CASES.items():
-            pretrain(together.settings_of(folder, {"name": f"one {name}", "settings": settings}))
+            alone = settings | {"shard": False}
+            pretrain(together.settings_of(folder, {"name": f"one {name}", "settings": alone}))
         shutil.copytree(folder / "one plain", folder / "one, then two")
         for step in (9, 12):
             shutil.rmtree(folder / f"one, then two/snapshots/step-{step:08d}")
-        together.wait_for(folder / "broken is there")
-        for run in resumed[:3]:
-            shutil.copytree(folder / "broken", folder / run["name"])
+        for name in ("broken", "shards"):
+            together.wait_for(folder / f"{name} is there")
+            for count in (1, 2, 3):
+                shutil.copytree(folder / name, folder / f"{name}, {count}")
         for run in resumed:
             (folder / f"{run['name']} is there").touch()
-        pretrain(together.settings_of(folder, resumed[0]), resume=True)
+        for run in resumed[0], resumed[4]:
+            pretrain(together.settings_of(folder, run), resume=True)
     finally:
         said = end_well(two), end_well(three)
     assert "counting words" in said[0][0] and not said[0][1].strip(), "the first one speaks for all"
@@ -96,13 +102,14 @@ def test_two_processes_take_the_steps_of_one(folder, case):
 def test_broken_off_and_resumed_by_as_many_it_ends_in_the_same_bits(folder):
     assert sorted(path.name for path in (folder / "broken/snapshots").iterdir()) == ["step-00000003", "step-00000006"]
     assert_same_run(folder / "broken, 2", folder / "two plain")
+    assert_same_run(folder / "shards, 2", folder / "two shard")
 
 
-@pytest.mark.parametrize("name", ["broken, 1", "broken, 3", "one, then two"])
+@pytest.mark.parametrize("name", ["broken, 1", "broken, 3", "one, then two", "shards, 1", "shards, 3"])
 def test_resumed_by_more_or_fewer_it_takes_the_same_steps(folder, name):
-    assert_close_runs(folder / name, folder / "one plain")
+    assert_close_runs(folder / name, folder / ("one shard" if "shards" in name else "one plain"))
     said = (folder / "resumed.txt").read_text()
-    assert said.count("resumed elsewhere than it was stopped, so not bit for bit the unbroken run: ") == 2
+    assert said.count("resumed elsewhere than it was stopped, so not bit for bit the unbroken run: ") == 3
     assert "processes 2 -> 3" in said and "processes 1 -> 2" in said
 
 
@@ -141,6 +148,8 @@ def test_what_does_not_go_together_is_refused(monkeypatch):
     check_devices("cpu", 4, four)
     with pytest.raises(ValueError, match="of 3 4 processes cannot: give --accumulate 4 or a multiple"):
         check_devices("cpu", 3, four)
+    with pytest.raises(ValueError, match=r"with --shard each .* give a multiple of 4, got 6"):
+        check_devices("cpu", 6, four, is_split=True)
     with pytest.raises(ValueError, match="expected device cuda, got cuda:1"):
         check_devices("cuda:1", 4, four)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
