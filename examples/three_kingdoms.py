@@ -90,7 +90,7 @@ def score(asked: list[tuple[str, str]], answers: list[list[str]], model: str, se
                 "names": len(some),
                 "first": round(first, 4),
                 "in five": round(five, 4),
-            }  # fmt: skip
+            }
         )
     return lines
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 pytest.importorskip("sklearn")
 
-from fastbert import cli
+from fastbert import cli, lock
 from fastbert.finetune import FinetuneConfig, finetune, loop
 from fastbert.finetune.training import Trainer
-from fastbert.pretrain import lock, snapshot
+from fastbert.pretrain import snapshot
 
 
 class Killed(BaseException):

@@ -4,6 +4,7 @@ Each process is started with two arguments: the folder of the runs, and the runs
 """
 
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -18,11 +19,12 @@ from fastbert.pretrain.settings import PretrainConfig
 
 def settings_of(folder, run):
     """A run's settings; its corpus and folder are in `folder`."""
-    return PretrainConfig(
+    usual = PretrainConfig(
         output=folder / run["name"], corpus=folder / "manual.txt", vocab_size=500, seq_len=32, batch_tokens=256,
         steps=12, lr=3e-3, held_out=0.1, evaluations=2, evaluation_batches=5, snapshot_every=3, keep=4, log_every=1,
-        linear="torch", **{"accumulate": 3} | run.get("settings", {}),
+        linear="torch", accumulate=3,
     )  # fmt: skip
+    return dataclasses.replace(usual, **run.get("settings", {}))
 
 
 def broken_off(config, step):

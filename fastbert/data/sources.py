@@ -5,7 +5,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from fastbert.data.tables import TABLES, column_names, is_json
+from fastbert.data.compressed import COMPRESSED, kind
+from fastbert.data.tables import PARQUET, TABLES, column_names, is_json, is_parquet
 
 TEXTS = (".text", ".txt")
 
@@ -31,9 +32,10 @@ def find_files(
 ) -> CorpusFiles:
     """The files that `iter_documents` reads with these arguments.
 
-    Of a folder these are its `.txt` and `.text` files, with `column` its `.csv`, `.tsv`, `.jsonl` and `.ndjson` files,
-    recursively, sorted by path. Left out, and counted, are other files, names that begin with a dot, links to folders,
-    and folders that hold a tokenizer, a model or a run of `fastbert pretrain`: their vocabularies and logs are no text.
+    Of a folder these are its `.txt` and `.text` files, with `column` its `.csv`, `.tsv`, `.jsonl`, `.ndjson` and
+    `.parquet` files, all but the last also with `.gz` or `.zst` behind, recursively, sorted by path. Left out, and
+    counted, are other files, names that begin with a dot, links to folders, and folders that hold a tokenizer, a model
+    or a run of `fastbert pretrain`: their vocabularies and logs are no text.
 
     `option` is what the program calls the setting `column`, for the messages.
 
@@ -53,16 +55,17 @@ def find_files(
         )
     else:
         raise FileNotFoundError(f"the corpus {path} does not exist: give a text file, a folder or a table")
-    if separator is not None and (column is None or all(is_json(file, separator) for file in files.read)):
+    without = (is_json(file, separator) or is_parquet(file) for file in files.read)
+    if separator is not None and (column is None or all(without)):
         raise ValueError(
             f"a separator stands between the columns of a table, and {path} is read as "
-            f"{'plain text' if column is None else 'JSON'}: leave the separator out"
+            f"{'plain text' if column is None else 'JSON or Parquet'}: leave the separator out"
         )
     return files
 
 
 def _check_file(path: Path, column: str | None, separator: str | None, option: str) -> None:
-    table = path.suffix.lower() in TABLES or is_json(path, separator) or separator is not None
+    table = kind(path) in TABLES or is_json(path, separator) or separator is not None
     if table and column is None:
         names = column_names(path, separator)
         raise ValueError(f"{path} is a table: say which column holds the text ({option}), one of {names}")
@@ -89,7 +92,7 @@ def _folder(path: Path, suffixes: tuple[str, ...]) -> CorpusFiles:
                 left_out["hidden"] += 1
             elif not file.is_file():
                 left_out["broken links or devices"] += 1
-            elif file.suffix.lower() in suffixes:
+            elif _holds(file, suffixes):
                 read.append(file)
             else:
                 left_out[file.suffix.lower() or "without suffix"] += 1
@@ -101,6 +104,10 @@ def _folder(path: Path, suffixes: tuple[str, ...]) -> CorpusFiles:
             "they are given alone, or renamed"
         )
     return CorpusFiles(sorted(read), left_out)
+
+
+def _holds(file: Path, suffixes: tuple[str, ...]) -> bool:
+    return kind(file) in suffixes and (file.suffix.lower() not in COMPRESSED or kind(file) != PARQUET)
 
 
 def _no_text(folder: Path) -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastbert import allocator, files
+from fastbert import allocator, files, lock
 from fastbert.backends import check_environment
 from fastbert.data.texts import encode
 from fastbert.data.tokenizer import load_tokenizer
@@ -32,9 +32,9 @@ from fastbert.finetune.scores import better, class_scores, confusion_picture, nu
 from fastbert.finetune.settings import FinetuneConfig
 from fastbert.finetune.training import Scale, Trainer, make_model
 from fastbert.models.classification import SequenceClassifier
-from fastbert.pretrain import lock, snapshot
+from fastbert.pretrain import snapshot
 from fastbert.pretrain.environment import environment, name_differences, random_state, set_random_state
-from fastbert.pretrain.signals import stop_signals
+from fastbert.signals import stop_signals
 
 EVALUATED = 8192  # tokens at a time
 KEPT = 2  # snapshots

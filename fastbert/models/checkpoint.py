@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert import extras, files
-from fastbert.models import parameter_names, tokenizer_files
+from fastbert import extras, files, tokenizer_files
+from fastbert.models import parameter_names
 from fastbert.models.config import ModelConfig
 from fastbert.models.parameter_names import Names
 

@@ -1,9 +1,9 @@
 """From raw text to a model that `transformers` loads: what `fastbert pretrain` runs, in the order it happens.
 
-A run's folder holds everything: `tokenizer/`, `data/{train,held_out}/`, `dictionary.txt` where the run has one, `init/`
-where it goes on from a model, `config.json`, `snapshots/`, `metrics.jsonl`, `tensorboard/`, `loss.png` and, at the end,
-`model/` in Hugging Face's format. `config.json` makes it a run, which can be resumed from then on; it is written when
-the data is there and holds.
+A run's folder holds everything: `tokenizer/`, `data/` with its token store, `dictionary.txt` where the run has one,
+`init/` where it goes on from a model, `config.json`, `snapshots/`, `metrics.jsonl`, `tensorboard/`, `loss.png` and, at
+the end, `model/` in Hugging Face's format. `config.json` makes it a run, which can be resumed from then on; it is
+written when the data is there and holds.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastbert import allocator
+from fastbert import allocator, lock
 from fastbert.backends.gpu import check_device_errors
 from fastbert.data.batches import PretrainBatches
 from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import continuations, special_ids
 from fastbert.models.pretraining import PreTrainingModel
 from fastbert.optim.lazy_adam import LazyAdam
-from fastbert.pretrain import lock, shards, snapshot
+from fastbert.pretrain import shards, snapshot
 from fastbert.pretrain.divergence import Watch
 from fastbert.pretrain.environment import environment, name_differences, random_state, set_random_state
 from fastbert.pretrain.evaluate import Frequencies, evaluate, guesses
@@ -34,12 +34,12 @@ from fastbert.pretrain.report import Metrics, last_scores, plot_loss, read_metri
 from fastbert.pretrain.run import new_run, refuse_a_second_run, resumed_run, write_config
 from fastbert.pretrain.schedule import Progress, learning_rate
 from fastbert.pretrain.settings import PretrainConfig
-from fastbert.pretrain.signals import stop_signals
 from fastbert.pretrain.split import group_of_one, split, whole
 from fastbert.pretrain.start import starting_model
 from fastbert.pretrain.step import make_optimizer, make_step, pair, products, train_words
 from fastbert.pretrain.stream import Stream
 from fastbert.pretrain.together import Together
+from fastbert.signals import stop_signals
 
 STATE = "model", "optimizer", "epoch", "index", "step", "tokens", "random", "environment", "data"  # of a snapshot
 
@@ -99,7 +99,7 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
     held_out = [batches(held_out_store, each.seq_len) for each in phases]
     for each in train:
         say_shape(each)
-    frequencies = Frequencies(train_store.token_counts())
+    frequencies = Frequencies(torch.from_numpy(train_store.token_counts()))
     data = fingerprints(tokenizer, train_store, held_out_store)
     if not resume:
         if config.init is not None:

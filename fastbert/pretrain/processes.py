@@ -138,7 +138,7 @@ def joined() -> Iterator[Processes]:
         return
     if not 0 <= rank < count:
         raise ValueError(f"RANK is a process's number among WORLD_SIZE: expected 0 to {count - 1}, got {rank}")
-    store, *_ = next(rendezvous("env://", timeout=TIMEOUT))
+    store, *_ = next(rendezvous("env://"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
@@ -150,7 +150,7 @@ def joined() -> Iterator[Processes]:
         with _silent_unless_first(processes):
             yield processes
     except Exception as error:
-        if store.add("fastbert failed", 1) > 1:
+        if not _is_first_to_fail(store):
             raise SystemExit(1) from error
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise ConnectionError(
@@ -162,6 +162,13 @@ def joined() -> Iterator[Processes]:
     # Not after an error: who still waits for this process would be waited for.
     gc.collect()  # what is freed after the group and holds a part of it may wait for gloo's threads for ever
     dist.destroy_process_group()
+
+
+def _is_first_to_fail(store: dist.Store) -> bool:
+    try:
+        return store.add("fastbert failed", 1) == 1
+    except dist.DistError:  # who keeps the store has ended
+        return True
 
 
 def check_devices(device: str, accumulate: int, processes: Processes, is_split: bool = False) -> None:

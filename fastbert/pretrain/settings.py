@@ -28,6 +28,9 @@ class PretrainConfig:
     corpus: Path | None = None
     """A text file (one sentence or more per line, blank lines between documents), a table (CSV, TSV, JSON lines), or a
     folder of such."""
+    store: Path | None = None
+    """In place of --corpus: a token store of fastbert prepare, which has a tokenizer, and documents held out. It is
+    read where it is, at once, however large it is; shards that are added later are for later runs."""
     column: str | None = None
     """The table's column, or the JSON objects' field, that holds the text; every row is a document."""
     separator: str | None = None

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from fastbert.data import TokenStore, load_tokenizer
+from fastbert.data import load_tokenizer, open_stores
 from fastbert.models.auto import PRETRAINING
 from fastbert.pretrain import run
 from fastbert.pretrain.loop import pretrain
@@ -35,7 +35,7 @@ def test_raw_text_becomes_a_folder_of_transformers(settings, tmp_path, capsys, m
     assert type(theirs).__name__ == tokenizer
     batch = dict(theirs(TEXTS, padding=True, return_tensors="pt"))
     assert load_tokenizer(folder).encode(TEXTS[0]).ids == batch["input_ids"][0].tolist()
-    assert TokenStore.open(config.output / "data/train").vocab_size == len(theirs) == 1000
+    assert open_stores(config.output / "data")[0].vocab_size == len(theirs) == 1000
     model_of_theirs, report = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
     expected = model_of_theirs.eval()(**batch)

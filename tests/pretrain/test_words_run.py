@@ -7,7 +7,7 @@ import shutil
 import pytest
 from pretrain_runs import assert_same_run
 
-from fastbert.data import TokenStore, Words, load_tokenizer
+from fastbert.data import Words, load_tokenizer, open_stores
 from fastbert.pretrain import run as runs
 from fastbert.pretrain.loop import pretrain
 
@@ -35,7 +35,7 @@ def test_spaces_are_boundaries_and_no_text(chinese, tmp_path):
     pretrain(together)
     tokenizers = [load_tokenizer(config.output / "tokenizer") for config in (chinese, together)]
     assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
-    apart, plain = (TokenStore.open(config.output / "data/train") for config in (chinese, together))
+    apart, plain = (open_stores(config.output / "data")[0] for config in (chinese, together))
     ids, continued = apart.ids_and_words(apart.tokens)
     assert (ids == plain.tokens).all() and continued.mean() > 0.2 and plain.words is None
     # The corpus is not read again, and the run goes on bit for bit.
@@ -53,7 +53,7 @@ def test_a_dictionary_and_jieba(chinese, tmp_path, capsys):
     pretrain(config)
     said = capsys.readouterr().out
     assert "of the dictionary's 4 words 1 have a character that the vocabulary lacks, such as 𠮷野" in said
-    store, words = TokenStore.open(config.output / "data/train"), ("诸葛亮", "二〇〇八年", "孔明真", "𠮷野")
+    store, words = open_stores(config.output / "data")[0], ("诸葛亮", "二〇〇八年", "孔明真", "𠮷野")
     store.check_words(Words("jieba", words))
     assert json.loads((config.output / "corpus.json").read_text())["data"]["words"] == Words("jieba", words).meta()
     # Other words make another store, of the same tokenizer; what was kept is not overwritten.
@@ -63,5 +63,5 @@ def test_a_dictionary_and_jieba(chinese, tmp_path, capsys):
     for name in ("snapshots", "tensorboard", "model"):
         shutil.rmtree(config.output / name)
     pretrain(dataclasses.replace(config, words=None))
-    assert TokenStore.open(config.output / "data/train").words == Words(None, words).meta()
+    assert open_stores(config.output / "data")[0].words == Words(None, words).meta()
     assert (config.output / "tokenizer/tokenizer.json").stat().st_mtime_ns == before
