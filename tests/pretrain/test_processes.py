@@ -153,7 +153,7 @@ class Numbers:
     def at_epoch(self, epoch):
         return Numbers(epoch)
 
-    def numbers(self, first=0):
+    def numbers(self, first):
         return iter(range(first, self.size))
 
     def __getitem__(self, i):
