@@ -83,9 +83,7 @@ def new_words(path: Path, tokenizer: Tokenizer) -> list[str]:
     for word, encoding in zip(words, encoded, strict=True):
         form = word if normalizer is None else normalizer.normalize_str(word)
         if not form.strip():
-            raise ValueError(
-                f"{path} holds {word!r}, of which the tokenizer leaves nothing: take it out"
-            )
+            raise ValueError(f"{path} holds {word!r}, of which the tokenizer leaves nothing: take it out")
         if len(encoding.ids) != 1 or encoding.ids == [unk]:
             by_form.setdefault(form, word)
     if not by_form:

@@ -7,7 +7,6 @@ the data is there and holds.
 """
 
 import contextlib
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from fastbert.pretrain.divergence import Watch
 from fastbert.pretrain.environment import environment, name_differences, random_state, set_random_state
 from fastbert.pretrain.evaluate import Frequencies, evaluate, guesses
 from fastbert.pretrain.init import take_settings, write_copy
+from fastbert.pretrain.meter import Meter
 from fastbert.pretrain.phases import current_phase
 from fastbert.pretrain.prepare import check_fingerprints, fingerprints, prepare, prepare_dictionary
 from fastbert.pretrain.report import Metrics, last_scores, plot_loss, read_metrics, shown, summary
@@ -36,6 +36,7 @@ from fastbert.pretrain.start import starting_model
 from fastbert.pretrain.step import make_optimizer, make_step, pair, products, train_words
 
 STATE = "model", "optimizer", "epoch", "index", "step", "tokens", "random", "environment", "data"  # of a snapshot
+WORTH_SAYING = 0.05  # of the time
 
 
 def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
@@ -138,11 +139,13 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
     # the loop
     watch = Watch(config)
     take_step = make_step(model, optimizer, config, watch)
+    meter = Meter(config, model.config)
+    print(meter)
     metrics = Metrics(folder, progress.step)
     bar = tqdm(total=config.steps, initial=progress.step, unit="step", desc="training", dynamic_ncols=True)
     scores: dict[str, float] = {}
-    clock, tokens_then = time.perf_counter(), tokens
     batch = iter(stream)
+    meter.start()
     with stop_signals() as stopped, contextlib.closing(metrics), bar:
         while not (progress.over or stopped):
             if current_phase(phases, *progress.done()) > phase:
@@ -150,7 +153,9 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
                 stream = stream.followed_by(train[phase])
                 batch = iter(stream)
                 bar.write(f"from step {progress.step + 1} on: sequences of up to {phases[phase].seq_len} tokens")
-            micro = [next(batch) for _ in range(config.accumulate)]
+            with meter.waiting():
+                micro = [next(batch) for _ in range(config.accumulate)]
+            meter.count(micro)
             lr = learning_rate(
                 *progress.done(), config.lr, config.warmup, config.schedule,
                 power=config.power, decay=config.decay, final=config.final_lr,
@@ -166,25 +171,27 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
             bar.update()
             if step % config.log_every == 0 or over:
                 watch.look()
-                seconds = time.perf_counter() - clock
                 record = {name: float(value) for name, value in record.items()}
-                speed = (tokens - tokens_then) / seconds
-                metrics.write({"step": step, **record, "tokens": tokens, "tokens_per_second": round(speed)})
-                postfix = {"loss": f"{record['loss']:.3f}", "lr": f"{lr:.2g}", "tokens/s": f"{speed:,.0f}"}
+                used = meter.used()
+                metrics.write({"step": step, **record, "tokens": tokens, **used})
+                postfix = {"loss": f"{record['loss']:.3f}", "lr": f"{lr:.2g}"}
+                postfix["tokens/s"] = f"{used['tokens_per_second']:,}"
+                if used["waiting"] > WORTH_SAYING:
+                    postfix["waits for data"] = f"{used['waiting']:.0%}"
                 if scores:
                     postfix["held-out"] = shown(scores["mlm_loss"], ".3f")
                 bar.total = progress.expected_steps()
                 bar.set_postfix(postfix, refresh=False)
-                clock, tokens_then = time.perf_counter(), tokens
+                meter.start()
             if progress.parts(config.evaluations) > evaluated:
                 watch.look()
                 scores = held_out_scores()
                 metrics.write({"step": step, **{f"held_out/{name}": value for name, value in scores.items()}})
                 watch.scores(step, scores)
-                clock, tokens_then = time.perf_counter(), tokens
+                meter.start()
             if step % config.snapshot_every == 0 or over or stopped:
                 take_snapshot()
-                clock, tokens_then = time.perf_counter(), tokens
+                meter.start()
     if not progress.over:
         take_snapshot()
         print(

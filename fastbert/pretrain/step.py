@@ -15,6 +15,7 @@ from fastbert.models.inputs import IGNORED
 from fastbert.models.pretraining import PreTrainingModel
 from fastbert.models.working import WorkingCopy
 from fastbert.optim.lazy_adam import LazyAdam, decay_groups
+from fastbert.pretrain.accuracy import accuracies, hits
 from fastbert.pretrain.divergence import Watch
 from fastbert.pretrain.evaluate import forward
 from fastbert.pretrain.settings import PretrainConfig
@@ -35,9 +36,10 @@ def train_step(
 
     The MLM loss is the mean over all tokens of the step that are predicted, the NSP or SOP loss over all its sequences,
     however they are spread over micro-batches. A mean over nothing is 0: [UNK] is never predicted, so a step may have
-    nothing to predict. `watch` sees the losses as step `number` before the optimizer does. `working` computes in place
-    of the model. `words`, int64 [R], are the ids whose embeddings move, whatever config says. With micro-batches, lr
-    and number on a GPU nothing waits for it, and the step can be captured.
+    nothing to predict. Accuracies come with the steps that are logged, and with all that are captured. `watch` sees the
+    losses as step `number` before the optimizer does. `working` computes in place of the model. `words`, int64 [R], are
+    the ids whose embeddings move, whatever config says. With micro-batches, lr and number on a GPU nothing waits for
+    it, and the step can be captured.
     """
     computes = model if working is None else working.model
     computes.train()
@@ -46,10 +48,14 @@ def train_step(
     pair_shares = [None] * len(micro)
     if pair(config):
         pair_shares = shares([batch.sentence_label for batch in micro], config.static_shapes)
-    mlm_loss, sentence_loss = [], []
+    mlm_loss, sentence_loss, found = [], [], []
+    captured = isinstance(number, Tensor)  # then steps are all alike
+    scored = captured or number % config.log_every == 0 or number == config.steps
     for batch, word_share, pair_share in zip(micro, word_shares, pair_shares, strict=True):
         with products(config, autocast=working is None):
             out = forward(computes, batch)
+        if scored:
+            found.append(hits(out, batch))
         losses = [out.mlm_loss if word_share is None else out.mlm_loss * word_share]
         mlm_loss += [losses[0].detach()]
         if pair(config):
@@ -63,6 +69,8 @@ def train_step(
     rows = None if words is None else {model.word_embeddings: words}
     norm, factor = optimizer.clip_factor(config.clip, rows=rows)
     record = {"loss": total([*mlm_loss, *sentence_loss]), "mlm_loss": total(mlm_loss), "lr": lr, "gradient_norm": norm}
+    if scored:
+        record |= accuracies(found, pair(config))
     if watch is not None:
         watch.see(number, record["loss"], norm)
     for group in optimizer.param_groups:
