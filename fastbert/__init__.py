@@ -13,12 +13,14 @@ from fastbert.ops.dropout import dropout
 from fastbert.ops.gelu import gelu
 from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
 from fastbert.ops.linear import linear
-from fastbert.optim.gradients import all_gather_ids, all_gather_rows, clip_grad_norm_
+from fastbert.optim.exchange import SummedGradients, all_gather_ids, all_gather_rows, sum_rows
+from fastbert.optim.gradients import clip_grad_norm_
 from fastbert.optim.lazy_adam import LazyAdam
 from fastbert.version import __version__
 
 __all__ = [
     "LazyAdam",
+    "SummedGradients",
     "__version__",
     "all_gather_ids",
     "all_gather_rows",
@@ -35,6 +37,7 @@ __all__ = [
     "keep_memory",
     "layer_norm",
     "linear",
+    "sum_rows",
     "use_backend",
     "use_linear",
 ]

@@ -1,9 +1,11 @@
 """The program `fastbert`: its commands, each a function, and how they end."""
 
+import argparse
 import dataclasses
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ USAGE = """usage: fastbert COMMAND
   finetune    a table of texts with classes or numbers, and any such model, to a classifier; its score, a picture
   predict     a classifier's labels for new texts
   embed       vectors of texts or of their tokens by any such model, to .npy or .safetensors
+  fill        the likeliest words for the [MASK]s of a text by any such model
   --version   the version of this package"""
 
 
@@ -55,10 +58,10 @@ def run(command: str, arguments: list[str]) -> None:
     """The command itself; raises SystemExit unless its status is 0 and there is nothing more to say."""
     if command == "info" and not arguments:
         print(info(), linear.info(), waiting(), sep="\n")
-    elif command == "pretrain":
-        sys.exit(pretrain(arguments))
-    elif command in ("finetune", "predict", "embed"):
-        {"finetune": finetune, "predict": predict, "embed": embed}[command](arguments)
+    elif command in ("pretrain", "finetune"):
+        sys.exit({"pretrain": pretrain, "finetune": finetune}[command](arguments))
+    elif command in ("predict", "embed", "fill"):
+        {"predict": predict, "embed": embed, "fill": fill}[command](arguments)
     elif command in ("-h", "--help") or arguments in (["-h"], ["--help"]):
         print(USAGE)
     elif command == "--version":
@@ -122,13 +125,46 @@ def pretrain(arguments: list[str]) -> int:
     return 0 if train(PretrainConfig(**settings), resume=command.resume) else 130
 
 
-def finetune(arguments: list[str]) -> None:
-    """`fastbert finetune`."""
+def finetune(arguments: list[str]) -> int:
+    """`fastbert finetune`; the exit status: 0 when the run ended, 130 when Ctrl-C or SIGTERM stopped it."""
     _expect_packages("fine-tuning needs", "sklearn", "scipy", "matplotlib")
+    import tyro
+
     from fastbert.finetune import FinetuneConfig
     from fastbert.finetune import finetune as train
+    from fastbert.finetune.run import read_config
 
-    train(_parse(FinetuneConfig, "finetune", "Train a classifier of texts, or a regression, over a model.", arguments))
+    @dataclasses.dataclass(frozen=True)
+    class Command(FinetuneConfig):
+        """Train a classifier of texts, or a regression, over a model."""
+
+        resume: bool = False
+        """Continue the run in --output from its newest snapshot, with the settings it was started with."""
+
+    def parse(**default: Command) -> Command:
+        return tyro.cli(Command, args=arguments, prog="fastbert finetune", **default)
+
+    folder = _folder_to_resume(arguments)
+    if folder is None:
+        command = parse()
+    else:
+        stored = Command(**dataclasses.asdict(read_config(folder)), resume=True)
+        command = parse(default=stored)
+        check_unchanged(stored, command)
+    settings = {field.name: getattr(command, field.name) for field in dataclasses.fields(FinetuneConfig)}
+    return 0 if train(FinetuneConfig(**settings), resume=command.resume) else 130
+
+
+def _folder_to_resume(arguments: list[str]) -> Path | None:
+    """What --output says beside --resume; None without either, or where help is asked for."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    try:
+        given, others = parser.parse_known_args(arguments)
+    except argparse.ArgumentError:  # tyro says it better
+        return None
+    return given.output if given.resume and {"-h", "--help"}.isdisjoint(others) else None
 
 
 def predict(arguments: list[str]) -> None:
@@ -147,6 +183,15 @@ def embed(arguments: list[str]) -> None:
     from fastbert.embed import embed as run_embed
 
     run_embed(_parse(EmbedConfig, "embed", "Write the vectors of texts, or of their tokens, by a model.", arguments))
+
+
+def fill(arguments: list[str]) -> None:
+    """`fastbert fill`."""
+    _expect_packages("filling gaps needs")
+    from fastbert.fill import FillConfig
+    from fastbert.fill import fill as run_fill
+
+    run_fill(_parse(FillConfig, "fill", "Show the likeliest words for the [MASK]s of texts by a model.", arguments))
 
 
 def _expect_packages(what: str, *more: str) -> None:

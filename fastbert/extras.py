@@ -2,6 +2,8 @@
 
 from importlib.util import find_spec
 
+EXTRAS = {"finetune": {"sklearn", "scipy"}, "chinese": {"jieba", "ahocorasick_rs"}}  # what others than `pretrain` bring
+
 
 def missing(what: str, *packages: str) -> str | None:
     """What an ImportError is to say where some of these packages are not here; None where all are.
@@ -13,7 +15,7 @@ def missing(what: str, *packages: str) -> str | None:
     absent = [name for name in packages if find_spec(name) is None]
     if not absent:
         return None
-    extra = "finetune" if {"sklearn", "scipy"} & set(absent) else "pretrain"
+    extra = next((extra for extra, names in EXTRAS.items() if names & set(absent)), "pretrain")
     return (
         f"{what} {', '.join(absent)}: pip install '.[{extra}]' in a checkout of this package. It is not on PyPI yet, "
         "and what PyPI calls fastbert is another project"

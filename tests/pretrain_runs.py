@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import socket
 import subprocess
 import sys
 
@@ -13,8 +14,8 @@ from fastbert import cli
 from fastbert.pretrain.report import read_metrics
 
 
-def start(config, *extra, code="from fastbert.cli import main; main()"):
-    """The run as a process of its own, so that it can be killed."""
+def start(config, *extra, code="from fastbert.cli import main; main()", environment=()):
+    """The run as a process of its own, so that it can be killed; `environment` are variables beside this process's."""
     arguments = ["pretrain", *extra]
     for name, value in dataclasses.asdict(config).items():
         if "--resume" not in extra and isinstance(value, bool):
@@ -23,9 +24,18 @@ def start(config, *extra, code="from fastbert.cli import main; main()"):
             arguments += [f"--{name.replace('_', '-')}", str(value)]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], env=os.environ | threads, stdout=subprocess.PIPE,
+        [sys.executable, "-c", code, *arguments], env=os.environ | threads | dict(environment), stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
+
+
+def places(count):
+    """For each of several processes of one run, what torchrun puts into its environment; one thread each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    same = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    return [same | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 def losses(folder):

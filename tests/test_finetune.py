@@ -1,51 +1,22 @@
 """`fastbert finetune` and `predict`: every encoder learns, transformers reads the result, the best epoch is kept."""
 
-import csv
 import json
 import math
-import random
 import re
 import sys
 
 import numpy as np
 import pytest
 import torch
+from finetune_tables import SIGNS, make_encoder, read, rows, write
 
 pytest.importorskip("sklearn")
 
 from fastbert import BertConfig, BertForSequenceClassification, cli
-from fastbert.data import load_tokenizer, save_tokenizer, train_byte_bpe, train_tokenizer
+from fastbert.data import load_tokenizer, save_tokenizer
 from fastbert.finetune import FinetuneConfig, PredictConfig, finetune, loop, predict, scores
-from fastbert.models.auto import ENCODERS, AutoModel
-
-SENTENCE = "the film was a story about two people who went to the sea and came back by night"
-SIGNS = {"good": ["great", "lovely"], "poor": ["awful", "boring"], "so, so": ["mixed", "uneven"]}
-
-
-def rows(count: int, seed: int = 0) -> list[dict[str, str]]:
-    draw = random.Random(seed)
-    made = []
-    for i in range(count):
-        label = list(SIGNS)[i % 3]
-        words = [*draw.choices(SENTENCE.split(), k=draw.randint(2, 12)), draw.choice(SIGNS[label])]
-        draw.shuffle(words)
-        made.append(
-            {"text": " ".join(words), "second": "the story", "label": label, "number": str(1000 + 50 * (i % 3))}
-        )
-    return made
-
-
-def write(path, table):
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, table[0])
-        writer.writeheader()
-        writer.writerows(table)
-    return path
-
-
-def read(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+from fastbert.models.auto import AutoModel
+from fastbert.models.classification import CLASSIFIERS
 
 
 @pytest.fixture(scope="module")
@@ -56,23 +27,7 @@ def tables(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def encoder_of(tmp_path_factory):
-    """A small encoder's folder of each kind, without training: words tell the classes."""
-    texts = [row["text"] for row in rows(60)]
-
-    def make(kind):
-        folder = tmp_path_factory.mktemp(kind)
-        tokenizer = train_byte_bpe(texts, 400) if kind == "roberta" else train_tokenizer(texts, 150)
-        torch.manual_seed(1)
-        cls = ENCODERS[kind]
-        size = max(tokenizer.get_vocab().values()) + 1
-        config = cls.config_class.preset(
-            "tiny", vocab_size=size, hidden_size=32, intermediate_size=64, max_position_embeddings=32,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_hidden_layers=1, initializer_range=0.1,
-        )  # fmt: skip
-        cls(config).save_pretrained(folder, tokenizer)
-        return folder
-
-    return make
+    return lambda kind: make_encoder(kind, tmp_path_factory.mktemp(kind))
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +112,7 @@ def test_the_best_epoch_is_kept_and_unread_words_keep_their_bits(bert, tables, t
     assert "no better for 2 epochs: the model of epoch 2 is kept" in capsys.readouterr().out
     stored = json.loads((tmp_path / "out/scores.json").read_text())
     assert stored["best_epoch"] == 2 and len(stored["epochs"]) == len(states) == 4
-    kept = loop.CLASSIFIERS["bert"].from_pretrained(folder).state_dict()
+    kept = CLASSIFIERS["bert"].from_pretrained(folder).state_dict()
     assert all(torch.equal(x, states[1][name]) for name, x in kept.items())
 
     table = "bert.embeddings.word_embeddings.weight"
@@ -178,7 +133,7 @@ def test_the_same_seed_gives_the_same_bits_whatever_the_folder_lacks(bert, table
             folder = finetune(
                 FinetuneConfig(tmp_path / "bare", tables[0], tmp_path / name, epochs=1, seed=seed, bf16=True)
             )
-        weights.append(loop.CLASSIFIERS["bert"].from_pretrained(folder).state_dict())
+        weights.append(CLASSIFIERS["bert"].from_pretrained(folder).state_dict())
     same, other = ([torch.equal(x, each[name]) for name, x in weights[0].items()] for each in weights[1:])
     assert all(same) and not all(other)
 

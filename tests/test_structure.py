@@ -28,7 +28,7 @@ ROOMS = {
     "optim": {"optim"},
     "models": {"models"},
     "data": {"data"},
-    "programs": {"pretrain", "finetune", "embed"},
+    "programs": {"pretrain", "finetune", "embed", "fill"},
     "top": {"cli", "bert", "__init__", "__main__"},
 }
 ROOM = {name: room for room, names in ROOMS.items() for name in names}

@@ -1,57 +1,63 @@
-// Column sums over rows are made in two steps: blocks leave the sums of their rows, parts, in scratch
-// [outputs, parts, stride], and a second kernel adds the parts up, always in the same order.
+// Column sums over rows: blocks leave the sums of their rows, parts, in scratch [outputs, parts, stride], and
+// the last block to be done adds the parts up, always in the same order.
 #pragma once
 #include "column_parts.h"
+#include "last_block.h"
 #include "reduce.h"
 #include "vectors.h"
 
 namespace fastbert::cuda {
-
-constexpr int kSumThreads = 256;
-
 namespace {
 
-// Output blockIdx.y [columns] of at most two: a thread adds four columns of every 64th part, then the 64 are
-// added up.
-template <class T>
-__global__ void __launch_bounds__(kSumThreads)
-    sum_parts_kernel(const float* __restrict__ scratch, int parts, int64_t stride, int64_t columns,
-                     T* __restrict__ first, T* __restrict__ second) {
-  constexpr int kQuads = kSumColumns / 4, kRows = kSumThreads / kQuads, kWarps = kSumThreads / kWarp;
-  __shared__ __align__(16) float sums[kWarps][kSumColumns];
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * kSumColumns;
-  const int quad = threadIdx.x % kQuads * 4;
-  const float* own = scratch + static_cast<int64_t>(blockIdx.y) * parts * stride + column + quad;
-
-  float sum[4] = {};
-#pragma unroll 4
-  for (int part = threadIdx.x / kQuads; part < parts; part += kRows) {
-    float values[4];
-    load<4>(own + part * stride, values);
+// kCount columns of every part from `first` to `parts`, `step` further each time; parts lie `stride` apart.
+template <int kCount>
+DEVICE void add_parts(const float* scratch, int first, int parts, int step, int64_t stride,
+                      float (&sum)[kCount]) {
+#pragma unroll 8
+  for (int part = first; part < parts; part += step) {
+    float values[kCount];
+    load<kCount, Cache::plain>(scratch + part * stride, values);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] += values[i];
+    for (int i = 0; i < kCount; ++i) sum[i] += values[i];
   }
-#pragma unroll
-  for (int offset = kWarp / 2; offset >= kQuads; offset /= 2)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] += __shfl_xor_sync(kAllLanes, sum[i], offset);
-  if (lane_of_warp() < kQuads) store<4>(&sums[warp_of_block()][quad], sum);
-  __syncthreads();
-  const int i = threadIdx.x;
-  if (i >= kSumColumns || column + i >= columns) return;
-  float total = 0;
-#pragma unroll
-  for (int warp = 0; warp < kWarps; ++warp) total += sums[warp][i];
-  (blockIdx.y == 0 ? first : second)[column + i] = from_float<T>(total);
 }
 
-// scratch [1 or 2, parts, part_stride(columns)] -> first [columns], and second where it is not null.
-template <class T>
-int sum_parts(const char* name, const float* scratch, int parts, int64_t columns, void* first, void* second,
-              void* stream) {
-  const dim3 grid(part_stride(columns) / kSumColumns, second ? 2 : 1);
-  return launch(name, sum_parts_kernel<T>, grid, kSumThreads, 0, stream, scratch, parts, part_stride(columns),
-                columns, static_cast<T*>(first), static_cast<T*>(second));
+// kCount sums as elements of a gradient in the dtype of its parameter, float32 or T.
+template <class T, int kCount>
+DEVICE void store_sums(void* gradient, bool is_float, int64_t column, const float (&sums)[kCount]) {
+  if (is_float)
+    store<kCount>(static_cast<float*>(gradient) + column, sums);
+  else
+    store<kCount>(static_cast<T*>(gradient) + column, sums);
+}
+
+// Where every block has left a part of all columns: kPartsOfGroup neighbours are a group, whose last block
+// adds them up into the first of them; the last of these blocks adds up the groups. One block for all parts
+// would take as long as the kernel. counters [1 + groups]. `finish(output, column, sums of four columns)`.
+template <int kThreads, class Finish>
+DEVICE void finish_column_sums(float* scratch, int outputs, int64_t stride, const Counters& counters,
+                               Finish finish) {
+  const int parts = gridDim.x, groups = (parts + kPartsOfGroup - 1) / kPartsOfGroup;
+  const int group = blockIdx.x / kPartsOfGroup, first = group * kPartsOfGroup;
+  const int end = min(parts, first + kPartsOfGroup), quads = static_cast<int>(stride / 4);
+  if (!is_last_block(counters.at(1 + group), end - first)) return;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < outputs * quads; i += kThreads) {
+    float* own = scratch + i / quads * parts * stride + i % quads * 4;
+    float sum[4] = {};
+    add_parts(own, first, end, 1, stride, sum);
+    if (groups > 1)
+      store<4>(own + first * stride, sum);
+    else
+      finish(i / quads, i % quads * 4, sum);
+  }
+  if (groups == 1 || !is_last_block(counters.at(0), groups)) return;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < outputs * quads; i += kThreads) {
+    float sum[4] = {};
+    add_parts(scratch + i / quads * parts * stride + i % quads * 4, 0, parts, kPartsOfGroup, stride, sum);
+    finish(i / quads, i % quads * 4, sum);
+  }
 }
 
 }  // namespace

@@ -10,7 +10,7 @@
 //
 // Arithmetic is float32 for every dtype. Backward reads x again rather than saving anything; dbias, the
 // column sums of dx before it is rounded, is taken in the same pass: blocks leave parts of it in scratch, and
-// a second kernel adds those in order. The 16-bit types take a shorter polynomial: with the long one
+// the last one adds those in order. The 16-bit types take a shorter polynomial: with the long one
 // arithmetic is the limit, not memory.
 #include "launch.h"
 //
@@ -184,19 +184,35 @@ DEVICE void load_rows(const T* dy, const T* x, const Plane& plane, int64_t row, 
   }
 }
 
-// The sums of a block's warps over its columns, as one part: scratch [parts, stride].
+// The sum of a block's warps for column threadIdx.x of its kWarp * kCount, where there is one.
 template <int kCount>
-DEVICE void store_part(const float (&dbias)[kCount], float* part, int64_t first_column, int64_t stride) {
+DEVICE float sum_of_warps(const float (&own)[kCount]) {
   constexpr int kColumns = kWarp * kCount;
   __shared__ __align__(16) float sums[kBackwardWarps][kColumns];
-  store<kCount>(&sums[warp_of_block()][lane_of_warp() * kCount], dbias);
+  store<kCount>(&sums[warp_of_block()][lane_of_warp() * kCount], own);
   __syncthreads();
-  const int column = threadIdx.x;
-  if (column >= kColumns || first_column + column >= stride) return;
   float sum = 0;
+  if (threadIdx.x < kColumns)
 #pragma unroll
-  for (int warp = 0; warp < kBackwardWarps; ++warp) sum += sums[warp][column];
-  part[first_column + column] = sum;
+    for (int warp = 0; warp < kBackwardWarps; ++warp) sum += sums[warp][threadIdx.x];
+  return sum;
+}
+
+// dbias of a block's columns: each block leaves a part, scratch [parts, stride], and the last adds them up, a
+// warp every kBackwardWarps-th.
+template <class T, int kCount>
+DEVICE void sum_columns(const float (&dbias)[kCount], int part, int parts, int64_t first_column,
+                        int64_t columns, int64_t stride, float* scratch, uint32_t* counter, void* result,
+                        bool is_wide) {
+  const int64_t own = first_column + threadIdx.x, lanes = first_column + lane_of_warp() * kCount;
+  const bool has_column = threadIdx.x < kWarp * kCount;
+  const float of_part = sum_of_warps(dbias);
+  if (has_column && own < stride) scratch[part * stride + own] = of_part;
+  if (!is_last_block(counter, parts)) return;
+  float sums[kCount] = {};
+  if (lanes < stride) add_parts(scratch + lanes, warp_of_block(), parts, kBackwardWarps, stride, sums);
+  const float total[1] = {sum_of_warps(sums)};
+  if (has_column && own < columns) store_sums<T>(result, is_wide, own, total);
 }
 
 // A block has a part of the rows, one more in the first `longer_parts`, and its warps take them in turn. The
@@ -204,8 +220,8 @@ DEVICE void store_part(const float (&dbias)[kCount], float* part, int64_t first_
 template <class T, int kCount, bool kTanh, bool kBias>
 __global__ void __launch_bounds__(kBackwardWarps* kWarp)
     gelu_backward_kernel(const T* __restrict__ dy, const T* __restrict__ x, const void* __restrict__ bias,
-                         bool is_wide, T* __restrict__ dx, float* __restrict__ scratch, int64_t stride,
-                         Plane plane, int64_t rows_of_part, int longer_parts) {
+                         bool is_wide, T* __restrict__ dx, void* dbias_result, float* scratch, int64_t stride,
+                         Plane plane, int64_t rows_of_part, int longer_parts, const Counters counters) {
   constexpr int kStep = kBackwardRows * kBackwardWarps;
   const int column_block = blockIdx.x % plane.column_blocks, part = blockIdx.x / plane.column_blocks;
   const int column = column_block * kWarp + lane_of_warp();
@@ -236,7 +252,9 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
     now = next;
   }
   if (kBias)
-    store_part(dbias, scratch + part * stride, static_cast<int64_t>(column_block) * kWarp * kCount, stride);
+    sum_columns<T>(dbias, part, gridDim.x / plane.column_blocks, int64_t{column_block} * kWarp * kCount,
+                   int64_t{plane.columns} * kCount, stride, scratch, counters.at(column_block), dbias_result,
+                   is_wide);
 }
 
 // ---- launchers --------------------------------------------------------------------------------------
@@ -270,12 +288,17 @@ int start(const GeluBackward& a) {
   const Plane plane = plane_of<kCount>(a.rows, a.columns, kBias);
   constexpr int64_t kRowsOfPart = 4 * kBackwardRows * kBackwardWarps;  // where parts cost nothing
   const int64_t parts = kBias ? gelu_parts(a.rows, a.columns) : (plane.rows + kRowsOfPart - 1) / kRowsOfPart;
-  const int64_t blocks = parts * plane.column_blocks;
+  const int64_t blocks = parts * plane.column_blocks, stride = part_stride(a.columns);
   if (blocks == 0) return 0;
+  void* stream = reinterpret_cast<void*>(a.launch);
+  Counters counters = {};
+  if (kBias)
+    if (const int error = take_counters("gelu_backward", plane.column_blocks, a.scratch + parts * stride,
+                                        stream, &counters))
+      return error;
   return launch("gelu_backward", gelu_backward_kernel<T, kCount, kTanh, kBias>, dim3(blocks),
-                dim3(kBackwardWarps * kWarp), 0, reinterpret_cast<void*>(a.launch), a.dy, a.x, a.bias,
-                a.bias_dtype == DType::f32, a.dx, a.scratch, part_stride(a.columns), plane,
-                plane.rows / parts, plane.rows % parts);
+                dim3(kBackwardWarps * kWarp), 0, stream, a.dy, a.x, a.bias, a.bias_dtype == DType::f32, a.dx,
+                a.dbias, a.scratch, stride, plane, plane.rows / parts, plane.rows % parts, counters);
 }
 
 bool is_aligned(const GeluForward& a) { return are_aligned(kAccessBytes, a.x, a.bias, a.y); }
@@ -322,12 +345,10 @@ int start_typed(const Arguments& a) {
 int gelu_forward(const GeluForward& a) { return start_typed(a); }
 
 int gelu_backward(const GeluBackward& a) {
-  const int error = start_typed(a);
-  if (error || !a.bias) return error;
-  const int parts = static_cast<int>(gelu_parts(a.rows, a.columns));
-  void* stream = reinterpret_cast<void*>(a.launch);
+  if (!a.bias || a.rows > 0) return start_typed(a);
   return with_type(a.bias_dtype, [&](auto bias) {
-    return sum_parts<decltype(bias)>("gelu_backward", a.scratch, parts, a.columns, a.dbias, nullptr, stream);
+    return zero("gelu_backward", static_cast<decltype(bias)*>(a.dbias), a.columns,
+                reinterpret_cast<void*>(a.launch));
   });
 }
 

@@ -145,7 +145,7 @@ DEVICE void sum_over_row(float (&sums)[2], float (&partial)[2][kBackwardWarps], 
 template <class T, int kGroups>
 __global__ void __launch_bounds__(kBackwardThreads, 2)
     layer_norm_backward_kernel(const LayerNormBackward a, float scale, float per_column, int warps_per_row,
-                               int stride) {
+                               int stride, const Counters counters) {
   constexpr int kColumns = kGroups * kGroup, kQuads = kColumns / (kWarp * kQuad);
   DYNAMIC_SHARED(unsigned char, memory);
   RowSums& partial = *reinterpret_cast<RowSums*>(memory + kRowsBytes<T, kGroups>);
@@ -241,6 +241,11 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
     }
     store<kQuad>(a.scratch + (static_cast<int64_t>(which) * gridDim.x + blockIdx.x) * stride + column, total);
   }
+  finish_column_sums<kBackwardThreads>(
+      a.scratch, 2, stride, counters, [&](int which, int column, const float (&total)[kQuad]) {
+        if (column < columns)
+          store_sums<T>(which == 0 ? a.dweight : a.dbias, a.weight_dtype == DType::f32, column, total);
+      });
 }
 
 // ---- launchers ---------------------------------------------------------------------------------------
@@ -297,42 +302,50 @@ int forward(const LayerNormForward& a) {
 }
 
 template <class T, int kGroups>
-int backward_in_registers(const LayerNormBackward& a, int warps_per_row, int* parts) {
-  const int64_t blocks = ceil_div(a.rows, kBackwardWarps / warps_per_row);
-  *parts = static_cast<int>(blocks < kLayerNormBlocks ? blocks : kLayerNormBlocks);
-  return launch("layer_norm_backward", layer_norm_backward_kernel<T, kGroups>, *parts, kBackwardThreads,
-                kRowsBytes<T, kGroups> + sizeof(RowSums), reinterpret_cast<void*>(a.launch), a,
-                dropout_scale(a.t, kLaneBits), one_over(a.columns), warps_per_row, part_stride(a.columns));
+int backward_in_registers(const LayerNormBackward& a, int warps_per_row) {
+  void* stream = reinterpret_cast<void*>(a.launch);
+  const int64_t most = ceil_div(a.rows, kBackwardWarps / warps_per_row), stride = part_stride(a.columns);
+  const int blocks = static_cast<int>(most < kLayerNormBlocks ? most : kLayerNormBlocks);
+  Counters counters;
+  if (const int error = take_counters("layer_norm_backward", 1 + sum_groups(blocks),
+                                      a.scratch + 2 * blocks * stride, stream, &counters))
+    return error;
+  return launch("layer_norm_backward", layer_norm_backward_kernel<T, kGroups>, blocks, kBackwardThreads,
+                kRowsBytes<T, kGroups> + sizeof(RowSums), stream, a, dropout_scale(a.t, kLaneBits),
+                one_over(a.columns), warps_per_row, stride, counters);
 }
 
 template <class T, int kVector>
-int backward_of_long_rows(const LayerNormBackward& a, int* parts) {
+int backward_of_long_rows(const LayerNormBackward& a) {
   void* stream = reinterpret_cast<void*>(a.launch);
-  *parts = static_cast<int>(layer_norm_long_parts(a.rows));
-  const dim3 grid(ceil_div(a.columns, kWarp * kVector), *parts);
+  const int64_t parts = layer_norm_long_parts(a.rows), stride = part_stride(a.columns);
+  const dim3 grid(ceil_div(a.columns, kWarp * kVector), parts);
+  Counters counters;
+  if (const int error =
+          take_counters("layer_norm_backward", grid.x, a.scratch + 2 * parts * stride, stream, &counters))
+    return error;
   if (const int error = launch("layer_norm_backward", layer_norm_columns_kernel<T, kVector>, grid,
-                               kColumnsThreads, 0, stream, a, part_stride(a.columns)))
+                               kColumnsThreads, 0, stream, a, stride, counters))
     return error;
   return launch("layer_norm_backward", layer_norm_long_backward_kernel<T, kVector>, a.rows,
                 long_threads(a.columns), 0, stream, a, dropout_scale(a.t, kLaneBits), one_over(a.columns));
 }
 
-// dz, dx and the parts of dweight and dbias.
 template <class T>
-int backward(const LayerNormBackward& a, int* parts) {
+int backward(const LayerNormBackward& a) {
   const int64_t columns = a.columns;
-  const bool aligned =
-      columns * sizeof(T) % kAccessBytes == 0 && are_aligned(kAccessBytes, a.dy, a.z, a.weight, a.dz, a.dx);
-  if (!aligned) return backward_of_long_rows<T, 1>(a, parts);
-  if (columns <= 512) return backward_in_registers<T, 2>(a, 1, parts);
-  if (columns <= 768) return backward_in_registers<T, 3>(a, 1, parts);
-  if (columns <= 1024) return backward_in_registers<T, 2>(a, 2, parts);
-  if (columns <= 1536) return backward_in_registers<T, 3>(a, 2, parts);
-  if (columns <= 2048) return backward_in_registers<T, 2>(a, 4, parts);
-  if (columns <= 3072) return backward_in_registers<T, 3>(a, 4, parts);
+  const bool aligned = columns * sizeof(T) % kAccessBytes == 0 &&
+                       are_aligned(kAccessBytes, a.dy, a.z, a.weight, a.dz, a.dx, a.dweight, a.dbias);
+  if (!aligned) return backward_of_long_rows<T, 1>(a);
+  if (columns <= 512) return backward_in_registers<T, 2>(a, 1);
+  if (columns <= 768) return backward_in_registers<T, 3>(a, 1);
+  if (columns <= 1024) return backward_in_registers<T, 2>(a, 2);
+  if (columns <= 1536) return backward_in_registers<T, 3>(a, 2);
+  if (columns <= 2048) return backward_in_registers<T, 2>(a, 4);
+  if (columns <= 3072) return backward_in_registers<T, 3>(a, 4);
   if constexpr (sizeof(T) == 2)  // four groups of float32 take more shared memory than sm_75 has
-    if (columns <= kLayerNormRegisters) return backward_in_registers<T, 4>(a, 4, parts);
-  return backward_of_long_rows<T, kQuad>(a, parts);
+    if (columns <= kLayerNormRegisters) return backward_in_registers<T, 4>(a, 4);
+  return backward_of_long_rows<T, kQuad>(a);
 }
 
 }  // namespace
@@ -346,13 +359,12 @@ int layer_norm_forward(const LayerNormForward& a) {
 int layer_norm_backward(const LayerNormBackward& a) {
   if (too_large("layer_norm_backward", a.rows, a.columns)) return cudaErrorInvalidValue;
   if (a.columns == 0) return 0;
-  int parts = 0;
-  if (a.rows > 0)
-    if (const int error = with_type(a.dtype, [&](auto x) { return backward<decltype(x)>(a, &parts); }))
-      return error;
+  if (a.rows > 0) return with_type(a.dtype, [&](auto x) { return backward<decltype(x)>(a); });
   return with_type(a.weight_dtype, [&](auto weight) {
-    return sum_parts<decltype(weight)>("layer_norm_backward", a.scratch, parts, a.columns, a.dweight, a.dbias,
-                                       reinterpret_cast<void*>(a.launch));
+    using W = decltype(weight);
+    void* stream = reinterpret_cast<void*>(a.launch);
+    const int error = zero("layer_norm_backward", static_cast<W*>(a.dweight), a.columns, stream);
+    return error ? error : zero("layer_norm_backward", static_cast<W*>(a.dbias), a.columns, stream);
   });
 }
 

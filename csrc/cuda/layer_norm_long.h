@@ -109,11 +109,11 @@ __global__ void __launch_bounds__(kLongThreads, 1)
   }
 }
 
-// Parts of dweight and dbias: block (i, part) sums columns 32 * kVector * i and after over the part's rows, a
-// row a warp.
+// dweight and dbias: block (i, part) sums columns 32 * kVector * i and after over the part's rows, a row a
+// warp, and the last of the parts adds them up.
 template <class T, int kVector>
 __global__ void __launch_bounds__(kColumnsThreads)
-    layer_norm_columns_kernel(const LayerNormBackward a, int64_t stride) {
+    layer_norm_columns_kernel(const LayerNormBackward a, int64_t stride, const Counters counters) {
   constexpr int kColumns = kWarp * kVector;
   __shared__ __align__(16) float sums[2][kColumnsWarps][kColumns];
   const int lane = lane_of_warp(), warp = warp_of_block();
@@ -140,6 +140,14 @@ __global__ void __launch_bounds__(kColumnsThreads)
 #pragma unroll
     for (int from = 0; from < kColumnsWarps; ++from) total += sums[which][from][within];
     if (first + within < stride) a.scratch[(which * parts + part) * stride + first + within] = total;
+  }
+  if (!is_last_block(counters.at(blockIdx.x), parts)) return;
+  for (int i = threadIdx.x; i < 2 * kColumns; i += kColumnsThreads) {
+    const int which = i / kColumns, within = i % kColumns;
+    if (first + within >= columns) continue;
+    float total[1] = {};
+    add_parts(a.scratch + which * parts * stride + first + within, 0, parts, 1, stride, total);
+    store_sums<T>(which == 0 ? a.dweight : a.dbias, a.weight_dtype == DType::f32, first + within, total);
   }
 }
 

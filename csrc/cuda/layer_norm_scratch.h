@@ -15,11 +15,17 @@ constexpr int64_t layer_norm_long_parts(int64_t rows) {
   return parts < 64 ? parts : 64;
 }
 
+// Of blocks that are done, at most: of groups of parts, or of columns side by side where rows are long.
+constexpr int64_t layer_norm_counters(int64_t columns) {
+  const int64_t groups = 1 + sum_groups(kLayerNormBlocks), across = (columns + 31) / 32;
+  return across < groups ? groups : across;
+}
+
 // Floats.
 constexpr int64_t layer_norm_scratch(int64_t rows, int64_t columns) {
   const int64_t blocks = rows < kLayerNormBlocks ? rows : kLayerNormBlocks;
   const int64_t parts = columns <= kLayerNormRegisters ? blocks : layer_norm_long_parts(rows);
-  return 2 * parts * part_stride(columns);
+  return 2 * parts * part_stride(columns) + layer_norm_counters(columns);
 }
 
 }  // namespace fastbert::cuda

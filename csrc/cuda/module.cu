@@ -1,10 +1,14 @@
-// What the module has once: the version of CUDA in it, and where its kernels report ids and bounds that they
-// cannot use; see kernels.h.
+// What the module has once: the version of CUDA in it, where its kernels report ids and bounds that they
+// cannot use (kernels.h), and which counters are whose (last_block.h).
 #include <string.h>
+
+#include <map>
+#include <mutex>
 
 #include "launch.h"
 //
 #include "kernels.h"
+#include "last_block.h"
 
 namespace fastbert::cuda {
 
@@ -35,6 +39,31 @@ int report_faults() {
   memset(words, 0, kFaults * sizeof(int32_t));
   reported_to = static_cast<int32_t*>(words);
   return 0;
+}
+
+// Streams go by their ids, which are never given again, and graphs by those of their captures: a graph may be
+// replayed beside whatever its stream does later.
+int counter_set([[maybe_unused]] void* stream) {
+#if defined(__CUDACC__)
+  static std::mutex mutex;
+  static std::map<std::pair<unsigned long long, unsigned long long>, int> sets;
+  unsigned long long id = 0, capture = 0;
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (cudaStreamGetId(static_cast<cudaStream_t>(stream), &id) != cudaSuccess ||
+      cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, &capture) != cudaSuccess) {
+    cudaGetLastError();  // the launch will say it
+    return kCounterSets;
+  }
+  if (status == cudaStreamCaptureStatusNone) capture = 0;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = sets.find({id, capture});
+  if (found != sets.end()) return found->second;
+  const int count = static_cast<int>(sets.size());
+  if (count < kCounterSets) sets[{id, capture}] = count;
+  return count;
+#else
+  return 0;
+#endif
 }
 
 int cuda_version() { return CUDART_VERSION; }

@@ -130,6 +130,10 @@ void Trace::index_out_of_array(const char* type, const char* file, int line) {
 // ---- one access ----
 
 void Trace::see(uintptr_t address, size_t bytes, Access access, uint32_t site) {
+  if (library_.contains(address)) {  // a __device__ variable, whose atomic operations order other accesses
+    if (access == Access::atomic) order_.atomic(address);
+    return;
+  }
   const bool shared = variables_.contains(address) || dynamic_.contains(address, bytes);
   int tensor = -1;
   if (!shared) {

@@ -24,6 +24,7 @@ from fastbert.data.tokenizer import (
     train_tokenizer,
 )
 from fastbert.data.unigram import train_unigram
+from fastbert.data.words import Words
 
 __all__ = [
     "Batch",
@@ -31,6 +32,7 @@ __all__ = [
     "PretrainBatches",
     "SpecialIds",
     "TokenStore",
+    "Words",
     "check_corpus",
     "continuations",
     "iter_documents",

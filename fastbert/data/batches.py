@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from fastbert.data.dictionary import Dictionary
 from fastbert.data.draws import Purpose, draw
 from fastbert.data.masking import Unit, budget, mask_tokens
 from fastbert.data.packing import WINDOW, Shape, choose_shape, pack_samples
@@ -134,13 +133,14 @@ class PretrainBatches(Dataset[Batch]):
         objective: "mlm", "mlm+nsp" (pairs by `draw_next_pairs`), "mlm+sop" (`draw_ordered_pairs`), or "clm": the next
             token is predicted wherever it is not special, and nothing is masked.
         inputs: "doc-sentences", or for "mlm" and "clm" also "full-sentences".
-        mask_prob, mask_share, random_share, unit, continues, dictionary: see `mask_tokens`; `continuations` makes the
-            last but one.
+        mask_prob, mask_share, random_share, unit: see `mask_tokens`.
+        continues: bool [V], whether an id continues the word before it, as `continuations` says; a store that knows its
+            words (`TokenStore.words`) says it of every token instead. None masks tokens, each for itself.
         static: batches of one shape, for CUDA graphs and torch.compile.
 
     Raises:
         ValueError: numbers outside these ranges, another objective, inputs or unit, special ids outside the vocabulary,
-            `continues` or a dictionary of another vocabulary, "mlm+nsp" with a single document.
+            `continues` of another vocabulary, "mlm+nsp" with a single document.
     """
 
     def __init__(
@@ -159,7 +159,6 @@ class PretrainBatches(Dataset[Batch]):
         random_share: float = 0.1,
         unit: Unit = "word",
         continues: np.ndarray | None = None,
-        dictionary: Dictionary | None = None,
         static: bool = False,
     ):
         if not 8 <= seq_len <= LONGEST:
@@ -198,17 +197,12 @@ class PretrainBatches(Dataset[Batch]):
                 f"continues must be bool [{store.vocab_size}], a flag for every id of the store's vocabulary, got "
                 f"{continues.dtype} {list(continues.shape)}: make it of the tokenizer that wrote the store"
             )
-        if dictionary is not None and dictionary.vocab_size != store.vocab_size:
-            raise ValueError(
-                f"the dictionary's words are ids of a vocabulary of {dictionary.vocab_size}, and the store's has "
-                f"{store.vocab_size}: make it of the tokenizer that wrote the store"
-            )
         self.store, self.special, self.objective = store, special, objective
         self.seed, self.seq_len, self.batch_tokens = seed, seq_len, batch_tokens
         self.masking = {
             "mask_prob": mask_prob, "mask_share": mask_share, "random_share": random_share, "unit": unit,
-            "continues": continues, "dictionary": dictionary,
         }  # fmt: skip
+        self.continues = continues
         self.pairs = {"mlm+nsp": draw_next_pairs, "mlm+sop": draw_ordered_pairs}.get(objective)
         self.extra = 3 if self.pairs else 2  # [CLS] and [SEP]s
         if inputs == "full-sentences":
@@ -287,15 +281,19 @@ class PretrainBatches(Dataset[Batch]):
         input_ids[cu_seqlens[:-1]] = self.special.cls
         source, target = starts.ravel(), ends - 1 - lengths.ravel()
         within = _ranges(lengths.ravel())
-        input_ids[np.repeat(target, lengths.ravel()) + within] = self.store.tokens[
-            np.repeat(source, lengths.ravel()) + within
-        ]
+        places = np.repeat(target, lengths.ravel()) + within
+        input_ids[places], words = self.store.ids_and_words(
+            self.store.tokens[np.repeat(source, lengths.ravel()) + within]
+        )
         token_types = np.repeat(np.tile(np.arange(sizes.shape[1]), len(samples)), sizes.ravel())
         seqlens = np.diff(cu_seqlens)
         if self.objective == "clm":
             masked, positions = input_ids, np.flatnonzero(~np.isin(input_ids[1:], self.special))
             labels = input_ids[positions + 1]
         else:
+            continued = None if self.continues is None else self.continues[input_ids]
+            if continued is not None and words is not None:
+                continued[places] = words
             masked, positions, labels = mask_tokens(
                 input_ids,
                 cu_seqlens,
@@ -304,6 +302,7 @@ class PretrainBatches(Dataset[Batch]):
                 self.store.vocab_size,
                 seed=self.seed,
                 epoch=self.epoch,
+                continued=continued,
                 **self.masking,
             )
         batch = Batch(

@@ -1,19 +1,18 @@
-"""Words that a list names, found in token ids: names, phrases, and words of a language that is written without spaces.
+"""Words that a list names, found in text: names, phrases, and words of a language that is written without spaces.
 
 Masking takes them whole, as ERNIE does with phrases and entities, and as whole word masking does with Chinese words,
 whose characters are tokens each. Source: Sun et al., "ERNIE: enhanced representation through knowledge integration"
 (2019).
 """
 
-import hashlib
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from fastbert import files
-from fastbert.data.tokenizer import special_ids, vocab_size
+from fastbert.data.tokenizer import is_wide, special_ids
 
 
 def read_words(path: str | Path) -> list[str]:
@@ -35,57 +34,71 @@ def read_words(path: str | Path) -> list[str]:
 
 
 class Dictionary:
-    """Words as a tokenizer's ids; those of a single token, or with one that it does not know, change nothing.
+    """Finds words in text in one pass, however many there are (Aho and Corasick, 1975).
 
-    A tree with a state for every beginning of a word: `keys` has state * V + id for each way on, ascending, `following`
-    the state that it leads to, and `ends` says which states are words.
+    Text and words are compared as the tokenizer sees them, character by character: a vocabulary in lower case finds
+    "New York" in "NEW YORK".
 
-    Raises:
-        ValueError: no word has several tokens.
+    Args:
+        words: the words, one of several characters at least; those of one change nothing.
+        tokenizer: its normalisation decides which characters are the same.
     """
 
-    def __init__(self, words: Iterable[str], tokenizer: Tokenizer):
-        self.vocab_size = vocab_size(tokenizer)
-        special, ways, ends = set(special_ids(tokenizer)), {}, {0: False}
-        sequences = {tuple(encoded.ids) for encoded in tokenizer.encode_batch(list(words), add_special_tokens=False)}
-        for ids in sorted(sequences):
-            if len(ids) < 2 or not special.isdisjoint(ids):
-                continue
-            state = 0
-            for token in ids:
-                state = ways.setdefault(state * self.vocab_size + token, len(ends))
-                ends.setdefault(state, False)
-            ends[state] = True
-        if not ways:
-            raise ValueError("no word of the dictionary has several tokens of this vocabulary, so that none is masked")
-        self.keys = np.array(sorted(ways), np.int64)
-        self.following = np.array([ways[key] for key in self.keys.tolist()], np.int64)
-        self.ends = np.array([ends[state] for state in range(len(ends))])
+    def __init__(self, words: Sequence[str], tokenizer: Tokenizer):
+        import ahocorasick_rs
 
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of the words' ids."""
-        return hashlib.sha256(self.keys.tobytes() + self.following.tobytes() + self.ends.tobytes()).hexdigest()
+        self.folded = _Folded(tokenizer)
+        several = sorted({word.translate(self.folded) for word in words if len(word) > 1})
+        self.matcher = ahocorasick_rs.AhoCorasick(several, matchkind=ahocorasick_rs.MatchKind.Standard)
 
-    def continues(self, ids: np.ndarray) -> np.ndarray:
-        """bool [T], whether a token continues a word that began before it: from left to right the longest word each.
+    def find(self, text: str) -> list[tuple[int, int]]:
+        """Where words begin and end in the text: from left to right the longest each, none over another.
 
-        Args:
-            ids: int64 [T] in [0, V), of any texts; no word goes on over a special token.
+        A match does not begin or end within a word of a script that is written with spaces: "New York" is not in "New
+        Yorkers".
         """
-        longest, starts, states = np.ones(len(ids), np.int64), np.arange(len(ids)), np.zeros(len(ids), np.int64)
-        depth = 0
-        while len(starts):
-            within = starts + depth < len(ids)
-            starts, states = starts[within], states[within]
-            keys = states * self.vocab_size + ids[starts + depth]
-            places = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
-            found = self.keys[places] == keys
-            starts, states = starts[found], self.following[places[found]]
-            depth += 1
-            longest[starts[self.ends[states]]] = depth
-        result, free = np.zeros(len(ids), bool), 0
-        for start in np.flatnonzero(longest > 1).tolist():
-            if start >= free:
-                free = start + int(longest[start])
-                result[start + 1 : free] = True
-        return result
+        text = text.translate(self.folded)
+        found = self.matcher.find_matches_as_indexes(text, overlapping=True)
+        spans, free = [], 0
+        for start, end in sorted(((start, end) for _, start, end in found), key=lambda span: (span[0], -span[1])):
+            if start >= free and not (_joined(text, start) or _joined(text, end)):
+                spans.append((start, end))
+                free = end
+        return spans
+
+
+class _Folded(dict[int, str]):
+    """What each character becomes for the tokenizer, for `str.translate`; itself where that is not one character."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__()
+        self.normalizer = tokenizer.normalizer
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        seen = character if self.normalizer is None else self.normalizer.normalize_str(character).strip()
+        self[code] = seen if len(seen) == 1 else character
+        return self[code]
+
+
+def _joined(text: str, place: int) -> bool:
+    """Whether the characters on both sides of a place are letters or digits of one word."""
+    return 0 < place < len(text) and _is_of_a_word(text[place - 1]) and _is_of_a_word(text[place])
+
+
+def _is_of_a_word(character: str) -> bool:
+    return unicodedata.category(character) in ("Lu", "Ll", "Lt", "Nd") and not is_wide(character)
+
+
+def say_what_is_not_found(words: Sequence[str], tokenizer: Tokenizer) -> str | None:
+    """A line about the words that cannot be masked whole, because of the vocabulary; None where all can.
+
+    A word of one token is masked as it is without a dictionary. One with a character that the vocabulary lacks falls
+    apart there, as [UNK] is never masked.
+    """
+    unk, encoded = special_ids(tokenizer).unk, tokenizer.encode_batch(list(words), add_special_tokens=False)
+    single = [word for word, each in zip(words, encoded, strict=True) if len(each.ids) < 2 and unk not in each.ids]
+    unknown = [word for word, each in zip(words, encoded, strict=True) if unk in each.ids]
+    kinds = (single, "are one token anyway"), (unknown, "have a character that the vocabulary lacks")
+    said = [f"{len(some):,} {what}, such as {', '.join(some[:5])}" for some, what in kinds if some]
+    return f"of the dictionary's {len(words):,} words {'; '.join(said)}" if said else None

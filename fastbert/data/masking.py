@@ -2,7 +2,7 @@
 
 Of the n tokens of a sample that are not special at most max(1, round(0.15 n)) are chosen, in units; of these 80 %
 become [MASK], 10 % random tokens, 10 % stay. A unit is one word or several in a row, and a word is a token, or what the
-vocabulary (`continuations`) and a `Dictionary` say. Sources: Devlin et al., "BERT" (2019), its
+vocabulary (`continuations`) or a store with `Words` say. Sources: Devlin et al., "BERT" (2019), its
 `create_pretraining_data.py` and its whole word masking; drawn anew every epoch as in Liu et al., "RoBERTa" (2019);
 n-grams as in Lan et al., "ALBERT" (2020), and its program of that name; spans as in Joshi et al., "SpanBERT" (2020).
 
@@ -16,7 +16,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from fastbert.data.dictionary import Dictionary
 from fastbert.data.draws import Purpose, below, draw
 from fastbert.data.tokenizer import SpecialIds
 
@@ -61,8 +60,7 @@ def mask_tokens(
     mask_share: float = 0.8,
     random_share: float = 0.1,
     unit: Unit = "word",
-    continues: np.ndarray | None = None,
-    dictionary: Dictionary | None = None,
+    continued: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Masks a packed batch of B samples with T tokens, all samples at once.
 
@@ -78,8 +76,7 @@ def mask_tokens(
         unit: what is masked together: "word", one word; "ngram", one, two or three with weights 1, 1/2 and 1/3, each
             token of which is masked, replaced or kept for itself; "span", one to ten with weights 0.8**n. Of words and
             spans all tokens are masked, all are replaced (each by a random one of its own), or all are kept.
-        continues: bool [V], whether an id continues the word before it. None for none: every token is a word.
-        dictionary: words of several tokens beside these.
+        continued: bool [T], whether a token continues the word of the one before. None for none: every token is a word.
 
     Returns:
         New ids int64 [T]; the chosen positions int64 [M], ascending; the original ids there, int64 [M].
@@ -94,14 +91,12 @@ def mask_tokens(
     fixed = is_special[input_ids]
     n = lengths - np.add.reduceat(fixed, cu_seqlens[:-1], dtype=np.int64)
     wanted = budget(n, mask_prob)  # of each sample
-    if unit == "word" and continues is None and dictionary is None:
+    if unit == "word" and continued is None:
         # Within each sample the free tokens come first, in random order; the first few are chosen.
         order = np.argsort((sample << 33) | (fixed.astype(np.int64) << 32) | keys, kind="stable")
         positions = heads = np.sort(order[place < wanted[sample]])
     else:
-        continued = np.zeros(len(input_ids), bool) if continues is None else continues[input_ids]
-        if dictionary is not None:
-            continued = continued | dictionary.continues(input_ids)
+        continued = np.zeros(len(input_ids), bool) if continued is None else continued
         longer = np.searchsorted(_KINDS[unit].lengths, lengths_drawn / 2.0**32, "right")
         positions, heads = _choose_units(sample, fixed, continued, keys, longer, wanted)
 
@@ -125,7 +120,7 @@ def budget(n: np.ndarray, mask_prob: float = 0.15) -> np.ndarray:
 def _choose_units(
     sample: np.ndarray,
     fixed: np.ndarray,
-    continues: np.ndarray,
+    continued: np.ndarray,
     keys: np.ndarray,
     longer: np.ndarray,
     wanted: np.ndarray,
@@ -138,7 +133,7 @@ def _choose_units(
     tokens than it should, none even.
 
     Args:
-        sample: int64 [T], ascending. fixed: bool [T], never chosen. continues: bool [T], part of the word before.
+        sample: int64 [T], ascending. fixed: bool [T], never chosen. continued: bool [T], part of the word before.
         keys: words [T] that decide the order. longer: int64 [T], how many words more than one a unit has that begins
             there.
         wanted: int64 [B], tokens of each sample.
@@ -149,7 +144,7 @@ def _choose_units(
     tokens = len(sample)
     same = sample[1:] == sample[:-1]
     inside = np.append(False, same & ~fixed[1:] & ~fixed[:-1])  # a free token behind a free one of its sample
-    starts = np.flatnonzero(~fixed & ~(inside & continues))  # of words
+    starts = np.flatnonzero(~fixed & ~(inside & continued))  # of words
     # Where n words end that begin with a word, [words, n]: at most where its run of free tokens does.
     runs = np.append(np.flatnonzero(~inside), tokens)
     run_end = runs[np.searchsorted(runs, starts, "right")]

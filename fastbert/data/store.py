@@ -1,6 +1,7 @@
 """The token store: a corpus as numbers on disk, memory-mapped, with its sentences and documents.
 
-    tokens.bin      uint16 [tokens], uint32 where the vocabulary does not fit
+    tokens.bin      uint16 [tokens], uint32 where the vocabulary does not fit; in a store with words V is added to the
+                    id of a token that goes on with the word of the one before
     sentences.bin   int64 [sentences + 1], sentence i is tokens[sentences[i] : sentences[i + 1]]
     documents.bin   int64 [documents + 1], document i is sentences documents[i] to documents[i + 1]
     meta.json       counts, dtype, vocabulary size, the tokenizer's fingerprint, a CRC-32 of each file
@@ -28,6 +29,7 @@ from tqdm import tqdm
 from fastbert import files
 from fastbert.data.draws import Purpose, below, draw
 from fastbert.data.tokenizer import LONGEST_WORD, fingerprint, vocab_size
+from fastbert.data.words import WordFinder, Words
 from fastbert.models import tokenizer_files
 
 FORMAT = 1
@@ -40,7 +42,12 @@ _FEW_TOKENS = 32
 
 
 def write_store(
-    folder: str | Path, documents: Iterable[list[str]], tokenizer: Tokenizer, *, progress: bool = True
+    folder: str | Path,
+    documents: Iterable[list[str]],
+    tokenizer: Tokenizer,
+    *,
+    words: Words | None = None,
+    progress: bool = True,
 ) -> None:
     """Tokenises `documents` into a new store; the folder appears at once when all is written, or not at all.
 
@@ -48,6 +55,7 @@ def write_store(
         folder: must not exist.
         documents: lists of sentences, read once; memory holds about a million characters of them.
         tokenizer: no special tokens are added, and special tokens spelled out in the text are read as plain text.
+        words: what the store shall know of words beside the vocabulary's pieces.
         progress: shows a bar.
 
     Raises:
@@ -55,7 +63,7 @@ def write_store(
         OSError: the disk is full or fails; nothing is left behind.
     """
     with _whole_folder(Path(folder)) as temporary:
-        _write_tokenised(temporary, documents, tokenizer, progress)
+        _write_tokenised(temporary, documents, tokenizer, words, progress)
 
 
 def write_stores(
@@ -66,6 +74,7 @@ def write_stores(
     held_out_fraction: float = 0.05,
     seed: int = 0,
     nsp: bool = False,
+    words: Words | None = None,
     progress: bool = True,
 ) -> None:
     """As `write_store`, into two stores, `folder/train` and `folder/held_out`; on the way it takes their size twice.
@@ -88,7 +97,7 @@ def write_stores(
             f"{held_out_fraction}; write_store splits nothing"
         )
     with _whole_folder(Path(folder)) as temporary:
-        _write_tokenised(temporary / "all", documents, tokenizer, progress)
+        _write_tokenised(temporary / "all", documents, tokenizer, words, progress)
         corpus = TokenStore.open(temporary / "all", verify=False)
         corpus, held_out = _split(corpus, held_out_fraction, seed)
         sides = {"train": ~held_out, "held_out": held_out}
@@ -100,16 +109,19 @@ def write_stores(
                 "(--objective mlm+sop or mlm)"
             )
         for name, chosen in sides.items():
-            with _Writer(temporary / name, tokenizer) as writer:
+            with _Writer(temporary / name, tokenizer, words) as writer:
                 for part in _chosen_parts(corpus, chosen):
                     writer.append(*part)
                 writer.finish()
         shutil.rmtree(temporary / "all")
 
 
-def _write_tokenised(folder: Path, documents: Iterable[list[str]], tokenizer: Tokenizer, progress: bool) -> None:
-    with _Writer(folder, tokenizer) as writer:
-        for part in _tokenised_parts(tqdm(documents, "tokenising", unit=" documents", disable=not progress), tokenizer):
+def _write_tokenised(
+    folder: Path, documents: Iterable[list[str]], tokenizer: Tokenizer, words: Words | None, progress: bool
+) -> None:
+    documents = tqdm(documents, "tokenising", unit=" documents", disable=not progress)
+    with _Writer(folder, tokenizer, words) as writer:
+        for part in _tokenised_parts(documents, tokenizer, words):
             writer.append(*part)
         writer.finish()
 
@@ -119,11 +131,12 @@ class TokenStore:
     """A store opened for reading; the arrays are memory-mapped and read-only.
 
     Attributes:
-        tokens: uint16 or uint32 [tokens].
+        tokens: uint16 or uint32 [tokens]; with words as in the file, see `ids_and_words`.
         sentences: int64 [sentences + 1], offsets into tokens.
         documents: int64 [documents + 1], offsets into sentences.
         vocab_size: every token is below it.
         tokenizer: fingerprint of the tokenizer that wrote it.
+        words: what its words are (`Words.meta`); None where it knows of none but the vocabulary's pieces.
         fingerprint: SHA-256 (hex) of meta.json's counts, tokenizer and checksums: stores of equal content share it, and
             none has to be read for it.
     """
@@ -135,6 +148,7 @@ class TokenStore:
     vocab_size: int
     tokenizer: str
     fingerprint: str = ""
+    words: dict[str, Any] | None = None
 
     @classmethod
     def open(cls, folder: str | Path, verify: bool = True) -> "TokenStore":
@@ -153,6 +167,7 @@ class TokenStore:
         try:
             meta = json.loads(file.read_text(encoding="utf-8"))
             version, vocab_size, tokenizer = meta["format"], meta["vocab_size"], meta["tokenizer"]
+            words = meta.get("words")
             counts = meta["tokens"], meta["sentences"] + 1, meta["documents"] + 1
             types = np.dtype(meta["dtype"]), np.dtype(np.int64), np.dtype(np.int64)
             checksums = [meta["crc32"][name] for name in _FILES]
@@ -170,8 +185,8 @@ class TokenStore:
             if verify and _crc32(array) != checksum:
                 raise ValueError(f"{file} is damaged, its checksum differs from the one in {_META}: {_REWRITE}")
             arrays.append(array)
-        content = json.dumps([vocab_size, tokenizer, counts, types[0].name, checksums])
-        return cls(folder, *arrays, vocab_size, tokenizer, hashlib.sha256(content.encode()).hexdigest())
+        content = json.dumps([vocab_size, tokenizer, counts, types[0].name, checksums, *([words] if words else [])])
+        return cls(folder, *arrays, vocab_size, tokenizer, hashlib.sha256(content.encode()).hexdigest(), words)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker process maps the files again instead of receiving a copy of them.
@@ -180,13 +195,24 @@ class TokenStore:
     def document(self, i: int) -> list[np.ndarray]:
         """The sentences of document i, each its token ids."""
         ends = self.sentences[self.documents[i] : self.documents[i + 1] + 1]
-        return [self.tokens[a:b] for a, b in pairwise(ends)]
+        return [self.ids_and_words(self.tokens[a:b])[0] for a, b in pairwise(ends)]
+
+    def ids_and_words(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Ids of some of its tokens, of their shape and dtype, and whether each goes on with the word before, bool.
+
+        The latter is None in a store without words.
+        """
+        if self.words is None:
+            return tokens, None
+        continued = tokens >= self.vocab_size
+        return np.where(continued, tokens - tokens.dtype.type(self.vocab_size), tokens), continued
 
     def token_counts(self) -> Tensor:
         """How often each id occurs: int64 [vocab_size], read in pieces."""
         total = np.zeros(self.vocab_size, np.int64)
         for start in range(0, len(self.tokens), _CHUNK_BYTES):
-            total += np.bincount(self.tokens[start : start + _CHUNK_BYTES], minlength=self.vocab_size)
+            ids, _ = self.ids_and_words(self.tokens[start : start + _CHUNK_BYTES])
+            total += np.bincount(ids, minlength=self.vocab_size)
         return torch.from_numpy(total)
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
@@ -195,6 +221,14 @@ class TokenStore:
             raise ValueError(
                 f"the token store {self.folder} is of another tokenizer ({self.vocab_size} entries, this one "
                 f"has {tokenizer.get_vocab_size()}): use that one, or {_REWRITE}"
+            )
+
+    def check_words(self, words: Words | None) -> None:
+        """Raises ValueError unless the store knows of these words."""
+        if self.words != (None if words is None else words.meta()):
+            raise ValueError(
+                f"the token store {self.folder} was written with other words (--words, --dictionary) than these: use "
+                f"those, or {_REWRITE}"
             )
 
 
@@ -209,11 +243,12 @@ class _Part(NamedTuple):
     documents: np.ndarray
 
 
-def _tokenised_parts(documents: Iterable[list[str]], tokenizer: Tokenizer) -> Iterator[_Part]:
+def _tokenised_parts(documents: Iterable[list[str]], tokenizer: Tokenizer, words: Words | None) -> Iterator[_Part]:
     tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy: the next lines change it
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True
+    finder = None if words is None else words.finder(tokenizer)
     pending: list[list[str]] = []
     characters = 0
     for document in documents:
@@ -224,15 +259,21 @@ def _tokenised_parts(documents: Iterable[list[str]], tokenizer: Tokenizer) -> It
         pending.append(document)
         characters += sum(map(len, document))
         if characters >= _CHUNK_CHARACTERS:
-            yield _tokenise(pending, tokenizer)
+            yield _tokenise(pending, tokenizer, finder)
             pending, characters = [], 0
-    yield _tokenise(pending, tokenizer)
+    yield _tokenise(pending, tokenizer, finder)
 
 
-def _tokenise(documents: list[list[str]], tokenizer: Tokenizer) -> _Part:
-    encodings = tokenizer.encode_batch_fast(list(chain.from_iterable(documents)), add_special_tokens=False)
-    lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
-    tokens = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int64, lengths.sum())
+def _tokenise(documents: list[list[str]], tokenizer: Tokenizer, finder: WordFinder | None) -> _Part:
+    texts = list(chain.from_iterable(documents))
+    if finder is None:
+        ids = [each.ids for each in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    else:
+        ids, continued = finder.encode(texts)
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    tokens = np.fromiter(chain.from_iterable(ids), np.int64, lengths.sum())
+    if finder is not None:
+        tokens += vocab_size(tokenizer) * continued
     document = np.repeat(np.arange(len(documents)), [len(sentences) for sentences in documents])
     filled = lengths > 0
     per_document = np.bincount(document[filled], minlength=len(documents))
@@ -258,14 +299,16 @@ def _chosen_parts(store: "TokenStore", chosen: np.ndarray) -> Iterator[_Part]:
 class _Writer:
     """Appends documents to the files of one store, with running offsets and checksums."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer):
+    def __init__(self, folder: Path, tokenizer: Tokenizer, words: Words | None):
         folder.mkdir(exist_ok=True)
         self.folder = folder
         self.tokenizer = fingerprint(tokenizer)
         vocab = tokenizer.get_vocab()
         self.special = [vocab[token] for token in tokenizer_files.special_tokens(vocab).values()]
         self.vocab_size = vocab_size(tokenizer)
-        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+        self.words = None if words is None else words.meta()
+        numbers = self.vocab_size if words is None else 2 * self.vocab_size
+        self.dtype = np.dtype(np.uint16 if numbers <= 1 << 16 else np.uint32)
         self.tokens = self.sentences = self.documents = 0
         self.has_words = False
         self.checksums = dict.fromkeys(_FILES, 0)
@@ -290,7 +333,7 @@ class _Writer:
         self.tokens += len(tokens)
         self.sentences += len(sentences)
         self.documents += len(documents)
-        self.has_words = self.has_words or not np.isin(tokens, self.special).all()
+        self.has_words = self.has_words or not np.isin(tokens % self.vocab_size, self.special).all()
 
     def finish(self) -> None:
         """Writes meta.json; ValueError where there is nothing to learn from."""
@@ -314,6 +357,8 @@ class _Writer:
             "tokenizer": self.tokenizer,
             "crc32": self.checksums,
         }
+        if self.words is not None:
+            meta["words"] = self.words
         with self._writing(_META):
             self.files[_META].write(files.json_text(meta, indent=2).encode())
         for name, file in self.files.items():

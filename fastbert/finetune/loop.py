@@ -1,48 +1,69 @@
 """A classifier or a regression trained over an encoder: what `fastbert finetune` runs, in the order it happens.
 
-Word embeddings get a sparse gradient here, as nothing decodes through them, and LazyAdam moves the rows of a step's
-words alone. Sequences are packed: no product is computed of padding.
+The run's folder gets `config.json` when everything is checked, which makes it a run; then `snapshots/`, from which it
+can be resumed, and `model/` as soon as an epoch is the best so far. At the end `scores.json` and a picture are written
+and the snapshots removed.
 """
 
-import copy
+import contextlib
 import dataclasses
-import math
+import json
+import shutil
 from pathlib import Path
 
-import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastbert import allocator, files
-from fastbert.data.texts import Encoded, encode
+from fastbert.backends import check_environment
+from fastbert.data.texts import encode
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.finetune.examples import Examples, read_examples
-from fastbert.finetune.predict import autocast, logits_of, packed_logits
+from fastbert.finetune.predict import logits_of
+from fastbert.finetune.run import (
+    fingerprint,
+    read_config,
+    refuse_what_is_there,
+    resume_command,
+    settings_text,
+    write_config,
+)
 from fastbert.finetune.scores import better, class_scores, confusion_picture, number_scores, scatter_picture
 from fastbert.finetune.settings import FinetuneConfig
-from fastbert.models.auto import ENCODERS, class_of
-from fastbert.models.classification import CLASSIFIERS, SequenceClassifier
-from fastbert.optim.lazy_adam import LazyAdam, decay_groups
-from fastbert.pretrain.schedule import learning_rate
+from fastbert.finetune.training import Scale, Trainer, make_model
+from fastbert.models.classification import SequenceClassifier
+from fastbert.pretrain import lock, snapshot
+from fastbert.pretrain.environment import environment, name_differences, random_state, set_random_state
+from fastbert.pretrain.signals import stop_signals
 
-WIDTH, RATE = 768, 5e-5  # BERT base's width, and of the rates that Devlin et al. (2019) tried the largest
 EVALUATED = 8192  # tokens at a time
+KEPT = 2  # snapshots
+STATE = "model", "optimizer", "step", "total", "epochs", "best", "predicted", "random", "environment", "data"
 
 
-def finetune(config: FinetuneConfig) -> Path:
+def finetune(config: FinetuneConfig, resume: bool = False) -> Path | None:
     """Trains a classifier, or with `regression` a regression, and keeps the epoch that scored best.
 
     `config.output` gets `model/`, which `transformers` loads, as soon as an epoch is the best so far; at the end
     `scores.json`, every epoch's scores, and a picture of the best one's predictions.
 
+    Args:
+        config: the run's settings.
+        resume: continues the run in `config.output` from its newest snapshot, with the settings that it has; in the
+            same environment the result is that of an unbroken run, bit for bit.
+
     Returns:
-        The folder with the model.
+        The folder with the model; None where Ctrl-C or SIGTERM stopped the run, its state saved.
 
     Raises:
-        ValueError, OSError: settings, folder or tables that do not hold, before anything is written; a training that
-            diverged.
+        ValueError, OSError: settings, folder, tables or snapshot that do not hold, before anything is written; a
+            training that diverged; a folder in which another process trains.
     """
-    config.check()
+    check_environment()
+    if resume:
+        config = read_config(config.output)
+    else:
+        config.check()
+        refuse_what_is_there(config.output)
     allocator.keep_memory()
     train, evaluation, classes = read_examples(config)
     model = make_model(config, classes)
@@ -51,6 +72,7 @@ def finetune(config: FinetuneConfig) -> Path:
         raise ValueError(f"seq_len must be at most what the model takes, {model.config.longest}, got {longest}")
     tokenizer, words = load_tokenizer(config.init), model.config.vocab_size
     encoded, held_out = (encode(tokenizer, each.texts, longest, words) for each in (train, evaluation))
+    data = fingerprint((encoded, held_out), (train.targets, evaluation.targets), classes)
     model.to(config.device)
     scale = Scale.of(train.targets) if config.regression else None
     cut = sum(each.cut for each in encoded) / len(encoded)
@@ -58,132 +80,150 @@ def finetune(config: FinetuneConfig) -> Path:
         f"{len(encoded):,} texts to train on, {len(held_out):,} to evaluate on; {cut:.1%} are cut at {longest} tokens\n"
         f"{'a number' if config.regression else f'{len(classes)} classes: ' + ', '.join(classes[:20])}"
     )
-
-    metric = config.metric or ("pearson" if config.regression else "accuracy")
     trainer = Trainer(config, model, encoded, train.targets if scale is None else scale.standardized(train.targets))
-    epochs: list[dict[str, float]] = []
-    best = None  # the epoch's place, and what it predicted
-    for epoch in range(config.epochs):
-        loss = trainer.epoch(epoch)
-        logits = logits_of(model, held_out, config, EVALUATED)
-        predicted = logits.argmax(-1) if scale is None else scale.numbers(logits[:, 0])
-        measure = class_scores if scale is None else number_scores
-        scores = measure(evaluation.targets.numpy(), predicted.numpy())
-        epochs.append({"epoch": epoch + 1, "loss": loss, **scores})
-        is_best = better(scores[metric], None if best is None else epochs[best[0]][metric], metric)
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in list(epochs[-1].items())[1:])
-        print(f"epoch {epoch + 1} of {config.epochs}: {shown}{'  (best)' if is_best else ''}", flush=True)
-        if is_best:
-            best = epoch, predicted
-            exported = model if scale is None else scale.into(model)
-            exported.save_pretrained(config.output / "model", tokenizer=config.init)
-        elif epoch - best[0] >= config.patience:
-            print(f"no better for {config.patience} epochs: the model of epoch {best[0] + 1} is kept")
-            break
-    _write_report(config, epochs, best, metric, evaluation, classes)
+    if not resume:
+        config.output.mkdir(parents=True)
+    with lock.hold(config.output):
+        if not resume:
+            write_config(config)  # from here on it is a run
+        history = History(config)
+        if resume:
+            _go_on(trainer, history, data, scale)
+
+        def take_snapshot() -> None:
+            state = {
+                "model": model.state_dict(), "optimizer": trainer.optimizer.state_dict(), "step": trainer.step,
+                "total": trainer.total, **history.state(), "random": random_state(config.device),
+                "environment": environment(config), "data": data,
+            }  # fmt: skip
+            snapshot.save(config.output / "snapshots", trainer.step, state, KEPT)
+
+        with stop_signals() as stopped:
+            while not history.ended():
+                with contextlib.closing(trainer.epoch()) as steps:
+                    for _ in steps:
+                        if stopped or trainer.step % config.snapshot_every == 0:
+                            take_snapshot()
+                        if stopped:
+                            return _stop(trainer, stopped[0])
+                logits = logits_of(model, held_out, config, EVALUATED)
+                trainer.expect_finite(logits, "the model's outputs for the texts to evaluate on are")
+                predicted = logits.argmax(-1) if scale is None else scale.numbers(logits[:, 0])
+                is_best = history.add(trainer.mean_loss, evaluation.targets, predicted)
+                take_snapshot()  # before the export: of a run that is killed between the two, this model is exported
+                if is_best:
+                    _export(model, scale, config)
+                if stopped and not history.ended():
+                    return _stop(trainer, stopped[0])
+        _write_report(config, history, evaluation, classes)
     return config.output / "model"
 
 
-def make_model(config: FinetuneConfig, classes: list[str]) -> SequenceClassifier:
-    """The folder's encoder with a new head."""
-    torch.manual_seed(config.seed)  # of the head, and of a pooler that the folder lacks
-    kind = class_of(config.init, CLASSIFIERS)
-    encoder = class_of(config.init, ENCODERS).from_pretrained(config.init, add_pooling_layer=kind.takes_pooler)
-    if config.dropout is not None:
-        encoder.config = dataclasses.replace(
-            encoder.config, hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout
+class History:
+    """Every epoch's scores, and which of them was the best so far.
+
+    Attributes:
+        epochs: a dict of each.
+        best: the place of the best one in `epochs`; None before the first.
+        predicted: what it predicted: classes, int64 [N], or numbers, float64 [N].
+    """
+
+    def __init__(self, config: FinetuneConfig):
+        self.config = config
+        self.metric = config.metric or ("pearson" if config.regression else "accuracy")
+        self.epochs: list[dict[str, float]] = []
+        self.best: int | None = None
+        self.predicted: Tensor | None = None
+
+    def add(self, loss: float, targets: Tensor, predicted: Tensor) -> bool:
+        """One more epoch; whether it is the best so far."""
+        measure = number_scores if self.config.regression else class_scores
+        scores = measure(targets.numpy(), predicted.numpy())
+        is_best = better(scores[self.metric], None if self.best is None else self.best_score, self.metric)
+        self.epochs.append({"epoch": len(self.epochs) + 1, "loss": loss, **scores})
+        if is_best:
+            self.best, self.predicted = len(self.epochs) - 1, predicted
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in list(self.epochs[-1].items())[1:])
+        print(f"epoch {len(self.epochs)} of {self.config.epochs}: {shown}{'  (best)' if is_best else ''}", flush=True)
+        if self.without_gain() >= self.config.patience:
+            print(f"no better for {self.config.patience} epochs: the model of epoch {self.best + 1} is kept")
+        return is_best
+
+    @property
+    def best_score(self) -> float:
+        return self.epochs[self.best][self.metric]
+
+    def without_gain(self) -> int:
+        """Epochs since the best one."""
+        return len(self.epochs) - 1 - self.best if self.epochs else 0
+
+    def ended(self) -> bool:
+        return len(self.epochs) >= self.config.epochs or self.without_gain() >= self.config.patience
+
+    def state(self) -> dict[str, object]:
+        """For a snapshot, which refuses NaN as a number; a correlation may be NaN."""
+        return {"epochs": json.dumps(self.epochs), "best": self.best, "predicted": self.predicted}
+
+    def load(self, state: dict[str, object]) -> None:
+        self.epochs, self.best, self.predicted = json.loads(state["epochs"]), state["best"], state["predicted"]
+
+
+def _go_on(trainer: Trainer, history: History, data: str, scale: Scale | None) -> None:
+    """Puts everything where the newest snapshot says that it stood; without one it stands at the start."""
+    config, folder = trainer.config, trainer.config.output
+    state = snapshot.load(folder / "snapshots", STATE)
+    if state is None:
+        return
+    if state["data"] != data:
+        raise ValueError(
+            f"the texts, their labels or the tokenizer are not those that the run in {folder} began with: put back "
+            f"{config.train}{'' if config.evaluate is None else f', {config.evaluate}'} and {config.init} as they "
+            "were, or start a new run in another --output"
         )
-    model = kind.over(encoder, classes, "regression" if config.regression else "single_label_classification")
-    model.base_model.embeddings.word_embeddings.sparse = True
-    return model
+    name_differences(state["environment"], config)
+    try:
+        trainer.model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise ValueError(f"{config.init} is another model than the run in {folder} began with: {error}") from error
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.step, trainer.total = state["step"], state["total"]
+    history.load(state)
+    set_random_state(state["random"], config.device)
+    if history.best is None:
+        return
+    if trainer.step == (history.best + 1) * trainer.steps:
+        _export(trainer.model, scale, config)
+    elif not (folder / "model").is_dir():
+        raise ValueError(
+            f"{folder / 'model'} is missing, the model of epoch {history.best + 1}, the best so far: put it back, or "
+            "start a new run in another --output"
+        )
 
 
-@dataclasses.dataclass(frozen=True)
-class Scale:
-    """A regression is trained on numbers of mean 0 and deviation 1; the exported head gives them in their own units."""
-
-    mean: float
-    deviation: float
-
-    @classmethod
-    def of(cls, targets: Tensor) -> "Scale":
-        return cls(targets.mean().item(), targets.std(correction=0).item())
-
-    def standardized(self, targets: Tensor) -> Tensor:
-        return ((targets - self.mean) / self.deviation).float()
-
-    def numbers(self, outputs: Tensor) -> Tensor:
-        return outputs.double() * self.deviation + self.mean
-
-    @torch.no_grad()
-    def into(self, model: SequenceClassifier) -> SequenceClassifier:
-        """A copy of the model that gives the numbers themselves."""
-        model = copy.deepcopy(model)
-        model.classifier.weight.mul_(self.deviation)
-        model.classifier.bias.mul_(self.deviation).add_(self.mean)
-        return model
+def _export(model: SequenceClassifier, scale: Scale | None, config: FinetuneConfig) -> None:
+    exported = model if scale is None else scale.into(model)
+    exported.save_pretrained(config.output / "model", tokenizer=config.init)
 
 
-class Trainer:
-    """Goes over the training texts, a new order every epoch; the learning rate's way is that of all epochs."""
-
-    def __init__(self, config: FinetuneConfig, model: SequenceClassifier, encoded: list[Encoded], targets: Tensor):
-        self.config, self.model, self.encoded, self.targets = config, model, encoded, targets
-        self.lr = RATE * WIDTH / model.config.hidden_size if config.lr is None else config.lr
-        self.optimizer = LazyAdam(decay_groups(model, config.weight_decay), lr=self.lr, eps=1e-6)
-        self.steps = -(-len(encoded) // config.batch_size)  # of an epoch
-
-    def epoch(self, number: int) -> float:
-        """Trains epoch `number`, from 0; the mean loss over its texts."""
-        config, total = self.config, 0.0
-        generator = torch.Generator().manual_seed((config.seed << 16) + number)
-        order = torch.randperm(len(self.encoded), generator=generator)
-        self.model.train()
-        batches = tqdm(order.split(config.batch_size), f"epoch {number + 1}", unit="step", leave=False)
-        for step, places in enumerate(batches):
-            loss = self._step(places, number * self.steps + step)
-            total += loss * len(places)
-            batches.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        return total / len(self.encoded)
-
-    def _step(self, places: Tensor, step: int) -> float:
-        config, model = self.config, self.model
-        lr = learning_rate(step, self.steps * config.epochs, self.lr, config.warmup)
-        with autocast(config):
-            logits = packed_logits(model, [self.encoded[i] for i in places.tolist()])
-        loss = model.loss(logits, self.targets[places].to(config.device))
-        value = loss.item()
-        if not math.isfinite(value):
-            raise ValueError(
-                f"the training diverged at step {step + 1} of {self.steps * config.epochs}: its loss is {value}. Use a "
-                f"lower --lr (now {self.lr:g}) or a smaller --clip (now {config.clip:g})"
-            )
-        loss.backward()
-        _, factor = self.optimizer.clip_factor(config.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step(grad_factor=factor)
-        self.optimizer.zero_grad()
-        return value
+def _stop(trainer: Trainer, by: str) -> None:
+    steps = trainer.steps * trainer.config.epochs
+    print(f"stopped by {by} after step {trainer.step} of {steps}; go on with: {resume_command(trainer.config)}")
 
 
-def _write_report(
-    config: FinetuneConfig,
-    epochs: list[dict[str, float]],
-    best: tuple[int, Tensor],
-    metric: str,
-    evaluation: Examples,
-    classes: list[str],
-) -> None:
-    place, predicted = best
-    title = f"{metric} {epochs[place][metric]:.3f} on {len(predicted):,} held-out texts"
-    truth, predicted = evaluation.targets.numpy(), predicted.numpy()
+def _write_report(config: FinetuneConfig, history: History, evaluation: Examples, classes: list[str]) -> None:
+    folder, predicted = config.output, history.predicted.numpy()
+    title = f"{history.metric} {history.best_score:.3f} on {len(predicted):,} held-out texts"
+    truth = evaluation.targets.numpy()
     if config.regression:
         name, picture = "predictions.png", scatter_picture(truth, predicted, title)
     else:
         name, picture = "confusion.png", confusion_picture(truth, predicted, classes, title)
-    finite = [{key: value if value == value else None for key, value in each.items()} for each in epochs]
-    scores = {"best_epoch": place + 1, "metric": metric, "epochs": finite, "settings": dataclasses.asdict(config)}
-    files.write(config.output, {name: picture, "scores.json": (files.json_text(scores, indent=2) + "\n").encode()})
-    print(f"\n{title}\nmodel     {config.output / 'model'}  (fastbert predict and transformers load it)")
-    print(f"scores    {config.output / 'scores.json'}\npicture   {config.output / name}")
+    finite = [{key: value if value == value else None for key, value in each.items()} for each in history.epochs]
+    scores = {
+        "best_epoch": history.best + 1, "metric": history.metric, "epochs": finite,
+        "settings": dataclasses.asdict(config),
+    }  # fmt: skip
+    files.write(folder, {name: picture, "scores.json": settings_text(scores)})  # from here on the run has ended
+    shutil.rmtree(folder / "snapshots", ignore_errors=True)
+    print(f"\n{title}\nmodel     {folder / 'model'}  (fastbert predict and transformers load it)")
+    print(f"scores    {folder / 'scores.json'}\npicture   {folder / name}")

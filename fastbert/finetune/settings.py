@@ -5,8 +5,10 @@ import math
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
+import torch
 import tyro
 
+from fastbert.backends import linear
 from fastbert.data.tables import Quoting
 from fastbert.pretrain.settings import check_device, expect
 
@@ -23,7 +25,7 @@ class FinetuneConfig:
     train: Path
     """The table (CSV, TSV, JSON lines) with a text and its label in each row."""
     output: Path
-    """The folder for what comes of it, which must not exist: model/, scores.json and a picture."""
+    """The folder for what comes of it, new, or continued with --resume: model/, scores.json and a picture."""
     evaluate: Path | None = None
     """A table like the first, to evaluate on; if not given a part of the first."""
     held_out: float = 0.1
@@ -66,12 +68,16 @@ class FinetuneConfig:
     """Compute in bfloat16 (autocast); weights stay float32."""
     seed: int = 0
     """Of everything random."""
+    snapshot_every: int = 1000
+    """Steps between snapshots within an epoch, from which the run can be resumed; the end of an epoch, Ctrl-C and
+    SIGTERM take one too."""
     device: str = "cpu"
     """Where to train, as torch names it."""
 
     def check(self) -> None:
         """Raises ValueError with the rule, what came and what is expected, where a setting does not hold."""
-        for name, low in (("epochs", 1), ("patience", 1), ("batch_size", 1), ("seed", 0), ("seq_len", 3)):
+        for name, low in (("epochs", 1), ("patience", 1), ("batch_size", 1), ("seed", 0), ("seq_len", 3),
+                          ("snapshot_every", 1)):  # fmt: skip
             value = getattr(self, name)
             holds = (type(value) is int and low <= value < 2**31) or (name == "seq_len" and value is None)
             expect(holds, name, f"an integer from {low} on", value)
@@ -88,8 +94,11 @@ class FinetuneConfig:
         expect(len(set(columns)) == len(columns), "text, pair and label", "different columns", columns)
         expect(self.quoting in get_args(Quoting), "quoting", f"one of {', '.join(get_args(Quoting))}", self.quoting)
         check_device(self.device)
-        if self.output.exists():
-            raise ValueError(f"{self.output} is there already, and it would be written over: choose another --output")
+
+    @property
+    def linear(self) -> str:
+        """What multiplies here and now, as `environment` names it; a run asks for no library of its own."""
+        return linear.chosen(torch.bfloat16 if self.bf16 else torch.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -289,6 +289,11 @@ class Encoder(PreTrainedModel):
         seed, *seeds = draw_seeds(probabilities, device)
         return seed, *zip(*[iter(seeds)] * 3, strict=True)
 
+    def skip_seeds(self, passes: int, device: torch.device | str) -> None:
+        """Draws from torch's generator what so many forward passes would, so that others may compute them elsewhere."""
+        for _ in range(passes):
+            self._draw_seeds(len(self.layers()), torch.device(device))
+
     def _through(
         self, layer: Callable[..., Tensor], x: Tensor, packing: inputs.Packing, read: Tensor | None, seeds: Seeds
     ) -> Tensor:

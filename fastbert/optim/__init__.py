@@ -1,6 +1,7 @@
-"""LazyAdam, and what belongs beside an optimizer: clipping, and the exchange of rows between processes."""
+"""LazyAdam, and what belongs beside an optimizer: clipping, and the exchange of gradients between processes."""
 
-from fastbert.optim.gradients import all_gather_ids, all_gather_rows, clip_grad_norm_
+from fastbert.optim.exchange import SummedGradients, all_gather_ids, all_gather_rows, sum_rows
+from fastbert.optim.gradients import clip_grad_norm_
 from fastbert.optim.lazy_adam import LazyAdam
 
-__all__ = ["LazyAdam", "all_gather_ids", "all_gather_rows", "clip_grad_norm_"]
+__all__ = ["LazyAdam", "SummedGradients", "all_gather_ids", "all_gather_rows", "clip_grad_norm_", "sum_rows"]

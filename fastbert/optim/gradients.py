@@ -1,4 +1,4 @@
-"""What a gradient touches: its rows, its norm, its clipping, and its exchange between processes."""
+"""What a gradient touches: its rows, its norm and its clipping."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -6,7 +6,6 @@ from numbers import Real
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fastbert.backends import pick, requested, triton
@@ -52,7 +51,7 @@ def read(param: Tensor, rows: Rows) -> Gradient | None:
 
 def row_ids(ids: Tensor, param: Tensor) -> Tensor:
     """ids of any shape and integer type as int64 [n] on the parameter's device, checked to be rows of it."""
-    _check_integers(ids)
+    check_integers(ids)
     if param.dim() == 0:
         raise ValueError("a parameter without dimensions has no rows to name")
     rows = ids.reshape(-1).to(param.device, torch.int64)
@@ -60,7 +59,7 @@ def row_ids(ids: Tensor, param: Tensor) -> Tensor:
     return rows
 
 
-def _check_integers(ids: Tensor) -> None:
+def check_integers(ids: Tensor) -> None:
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"rows must be an integer tensor of row ids, got {getattr(ids, 'dtype', type(ids))}")
 
@@ -134,101 +133,11 @@ def norm_and_factor(
         return _measured(gradients, max_norm, error_if_nonfinite)[:2]
 
 
-def all_gather_rows(param: Tensor, *, average: bool = True, group: dist.ProcessGroup | None = None) -> None:
-    """Gives every process the sparse gradient rows of all, instead of the whole table: n * D numbers, not V * D.
-
-    For a parameter outside DDP's own exchange (`DistributedDataParallel._set_params_and_buffers_to_ignore_for_model`),
-    called by every process between backward and the optimizer's step. `param.grad` becomes the rows of all processes in
-    the order of their ranks, not coalesced, so that every process takes the same step, bit for bit. Works on every
-    backend of torch.distributed that has all_gather, which NCCL's sparse all-reduce has not.
-    With `missed="replay"` see `all_gather_ids`.
-
-    Args:
-        param: its grad is sparse COO with one sparse axis, or None for no rows from this process.
-        average: divide by the number of processes, as DDP does; False: the sum.
-        group: the process group; None for the default one.
-
-    Raises:
-        TypeError: a dense gradient. ValueError: more than one sparse axis.
-    """
-    gradient = None if param.grad is None else read(param, {})
-    if gradient is not None and gradient.rows is None:
-        raise TypeError(
-            "all_gather_rows takes a sparse gradient (nn.Embedding(sparse=True)), got a dense one: let DDP reduce it"
-        )
-    with torch.no_grad():
-        if gradient is None:
-            rows = torch.empty(0, dtype=torch.int64, device=param.device)
-            values = param.new_empty(0, *param.shape[1:])
-        else:
-            rows, values = gradient.rows, gradient.values
-        sizes = _all_sizes(rows, group)
-        rows, values = (_all_gather(x, sizes, group) for x in (rows, values))
-        param.grad = _sparse(param, rows.unsqueeze(0), values / len(sizes) if average else values, False)
-
-
-def all_gather_ids(ids: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The row ids of all processes, for a table whose gradient they share.
-
-    Under DistributedDataParallel every process has the same dense gradient, averaged over all, but its own batch. Were
-    each to name the rows of its own batch, each would move other rows, and the tables would part without a word. With
-    the ids of all of them every process takes the same step, bit for bit:
-
-        model = DistributedDataParallel(net)  # net.embedding is an nn.Embedding with a dense gradient
-        optimizer = fastbert.LazyAdam(model.parameters())
-        weight = net.embedding.weight
-        for ids, labels in batches:  # each process its own
-            rows = {weight: fastbert.all_gather_ids(ids)}
-            optimizer.catch_up(weight, rows[weight])  # for missed="replay", before the forward pass
-            loss(model(ids), labels).backward()
-            fastbert.clip_grad_norm_(model.parameters(), 1.0, rows=rows)
-            optimizer.step(rows=rows)
-            optimizer.zero_grad()
-
-    With `missed="replay"` the rows that another process reads must be brought up to date here too, because its gradient
-    for them is applied here: `catch_up` with the ids of all, whether gradients are then exchanged by DDP or by
-    `all_gather_rows`. A process that does not raises at the step. Where one process alone reads rows for another
-    purpose, such as evaluation, call `optimizer.flush()` in all of them first: rows brought in two goes are rounded
-    otherwise than rows brought in one.
-
-    Called by every process of the group.
-
-    Args:
-        ids: of any shape and integer type, on a device that the group's backend exchanges. May be empty.
-        group: the process group; None for the default one.
-
-    Returns:
-        int64 [n], the ids of all processes in the order of their ranks, duplicates kept.
-
-    Raises:
-        TypeError: ids that are not an integer tensor.
-    """
-    _check_integers(ids)
-    ids = ids.detach().reshape(-1).to(torch.int64)
-    return _all_gather(ids, _all_sizes(ids, group), group)
-
-
-def _all_sizes(x: Tensor, group: dist.ProcessGroup | None) -> list[int]:
-    """Length of the first axis in every process."""
-    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(counts, torch.tensor([len(x)], device=x.device), group=group)
-    return [int(count) for count in counts]
-
-
-def _all_gather(x: Tensor, sizes: list[int], group: dist.ProcessGroup | None) -> Tensor:
-    """The processes' x, of `sizes` rows each, one after the other."""
-    padded = x.new_zeros(max(sizes), *x.shape[1:])
-    padded[: len(x)] = x
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded, group=group)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-
-
 def _shares_memory(x: Tensor) -> bool:
     return any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
-def _sparse(param: Tensor, indices: Tensor, values: Tensor, is_coalesced: bool) -> Tensor:
+def sparse(param: Tensor, indices: Tensor, values: Tensor, is_coalesced: bool) -> Tensor:
     return torch.sparse_coo_tensor(indices, values, param.shape, check_invariants=False, is_coalesced=is_coalesced)
 
 
@@ -291,12 +200,12 @@ def _applied(gradient: Gradient, by_kernels: bool) -> Applied:
         ids, sums = sum_duplicates(rows, values)
         return Applied(sums, ids)
     if by_kernels:
-        return Applied(values, named=_named(rows, len(values)))
+        return Applied(values, named=named_rows(rows, len(values)))
     ids = rows.unique()
     return Applied(values[ids], ids)
 
 
-def _named(rows: Tensor, table_rows: int) -> Tensor:
+def named_rows(rows: Tensor, table_rows: int) -> Tensor:
     """uint8 [V], 1 where a row is named. An id outside the table is left to the step, which says so."""
     places = rows.where((rows >= 0) & (rows < table_rows), table_rows)
     named = torch.zeros(table_rows + 1, dtype=torch.uint8, device=rows.device)
@@ -314,7 +223,7 @@ def _scale(param: Tensor, gradient: Gradient, its: Applied, factor: Tensor) -> N
     elif gradient.by_row:
         param.grad.index_copy_(0, its.ids, its.values * factor)
     else:
-        param.grad = _sparse(param, param.grad._indices(), gradient.values * factor, param.grad.is_coalesced())
+        param.grad = sparse(param, param.grad._indices(), gradient.values * factor, param.grad.is_coalesced())
 
 
 def _norm(x: Tensor) -> Tensor:

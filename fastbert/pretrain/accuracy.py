@@ -1,7 +1,5 @@
 """How many of a training step's predictions were right, by the logits that its loss was computed from."""
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -31,11 +29,11 @@ def _right(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([logits.argmax(-1) == labels, labels != IGNORED]).sum(1)
 
 
-def accuracies(found: list[Tensor], pairs_are: str) -> dict[str, Tensor]:
-    """Of a step whose micro-batches had these `hits`: mlm_accuracy, and that of `pairs_are` unless it is ""; scalars.
+def accuracies(found: Tensor, pairs_are: str) -> dict[str, Tensor]:
+    """Of the sum of all `hits` of a step: mlm_accuracy, and that of `pairs_are` unless it is ""; scalars.
 
     An accuracy of no prediction at all is NaN.
     """
-    right, count = functools.reduce(torch.add, found).unbind(1)
+    right, count = found.unbind(1)
     names = ["mlm_accuracy", f"{pairs_are}_accuracy"] if pairs_are else ["mlm_accuracy"]
     return dict(zip(names, (right / count).unbind(), strict=True))

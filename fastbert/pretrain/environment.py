@@ -4,6 +4,7 @@ import platform
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastbert.backends import native, requested
@@ -26,6 +27,7 @@ def environment(config: PretrainConfig) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
+        "processes": dist.get_world_size() if dist.is_initialized() else 1,
         "instruction set": native.isa or "none",
         "backend": requested() or "by device",
         "linear products": config.linear,
@@ -44,7 +46,7 @@ def name_differences(then: dict[str, Any], config: PretrainConfig) -> None:
             "bit what an uninterrupted one would have been. In this epoch some samples come twice and others not at "
             "all, and held-out scores are measured on other masks than before"
         )
-    then = {**then, RANDOM_NUMBERS: CONTRACT}
+    then = {"processes": 1, **then, RANDOM_NUMBERS: CONTRACT}
     different = [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]
     if different:
         print(f"resumed elsewhere than it was stopped, so not bit for bit the unbroken run: {', '.join(different)}")

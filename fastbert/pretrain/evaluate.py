@@ -12,6 +12,7 @@ from fastbert.data.batches import Batch, PretrainBatches
 from fastbert.data.tokenizer import continuations, is_wide, special_ids
 from fastbert.models.pretraining import Predictions, PreTrainingModel
 from fastbert.ops.cross_entropy import cross_entropy
+from fastbert.pretrain.processes import Processes
 
 RARE_SHARE = 0.1  # the rarest words that together make up this share of the training text
 
@@ -55,8 +56,11 @@ def evaluate(
     frequencies: Frequencies,
     device: str,
     pairs_are: str = "nsp",
+    processes: Processes = Processes(),  # noqa: B008 - it is frozen
 ) -> dict[str, float]:
     """Scores over the first `count` batches (all, where there are fewer), without dropout.
+
+    Each of several processes computes its share of the batches; the scores are of all, and those of one process.
 
     Returns:
         mlm_loss, frequency_loss (nats per masked token: the model's, and of always predicting token frequencies),
@@ -66,8 +70,8 @@ def evaluate(
     model.eval()
     # per masked token: loss, frequency loss, hit, rare; per pair: loss, hit
     tokens, pairs = [torch.empty(0, 4, dtype=torch.float64)], []
-    for batch in itertools.islice((batches[i] for i in range(len(batches))), count):
-        batch = batch.to(device)
+    for i in processes.share(min(count, len(batches))):
+        batch = batches[i].to(device)
         out = forward(model, batch)
         masked, sequences = len(batch.labels), len(batch.cu_seqlens) - 1
         logits = out.prediction_logits[:masked]
@@ -80,11 +84,12 @@ def evaluate(
             loss = cross_entropy(logits, batch.sentence_label, reduction="none")
             hit = logits.argmax(-1) == batch.sentence_label
             pairs.append(torch.stack([loss.double().cpu(), hit.double().cpu()], 1))
-    table = torch.cat(tokens)
+    table = torch.cat(list(itertools.chain(*processes.gathered(tokens))))
     names = "mlm_loss", "frequency_loss", "mlm_accuracy"
     scores = dict(zip(names, table[:, :3].mean(0).tolist(), strict=True))
     rare = table[table[:, 3] == 1, :3].mean(0).tolist()
     scores |= {f"rare_{name}": value for name, value in zip(names, rare, strict=True)}
+    pairs = list(itertools.chain(*processes.gathered(pairs)))
     if pairs:
         scores |= dict(
             zip((f"{pairs_are}_loss", f"{pairs_are}_accuracy"), torch.cat(pairs).mean(0).tolist(), strict=True)

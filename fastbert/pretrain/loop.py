@@ -7,16 +7,15 @@ the data is there and holds.
 """
 
 import contextlib
-from collections.abc import Iterator
+import time
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fastbert import allocator
 from fastbert.backends.gpu import check_device_errors
-from fastbert.data.batches import Batch, PretrainBatches
+from fastbert.data.batches import PretrainBatches
 from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import continuations, special_ids
 from fastbert.pretrain import lock, snapshot
@@ -26,14 +25,17 @@ from fastbert.pretrain.evaluate import Frequencies, evaluate, guesses
 from fastbert.pretrain.init import take_settings, write_copy
 from fastbert.pretrain.meter import Meter
 from fastbert.pretrain.phases import current_phase
-from fastbert.pretrain.prepare import check_fingerprints, fingerprints, prepare, prepare_dictionary
+from fastbert.pretrain.prepare import check_fingerprints, fingerprints, prepare
+from fastbert.pretrain.processes import Processes, check_devices, expect_same_folder, joined
 from fastbert.pretrain.report import Metrics, last_scores, plot_loss, read_metrics, shown, summary
-from fastbert.pretrain.run import new_run, refuse_a_second_run, refuse_many_processes, resumed_run, write_config
+from fastbert.pretrain.run import new_run, refuse_a_second_run, resumed_run, write_config
 from fastbert.pretrain.schedule import Progress, learning_rate
 from fastbert.pretrain.settings import PretrainConfig
-from fastbert.pretrain.signals import obey_the_parent_alone, stop_signals
+from fastbert.pretrain.signals import stop_signals
 from fastbert.pretrain.start import starting_model
 from fastbert.pretrain.step import make_optimizer, make_step, pair, products, train_words
+from fastbert.pretrain.stream import Stream
+from fastbert.pretrain.together import Together
 
 STATE = "model", "optimizer", "epoch", "index", "step", "tokens", "random", "environment", "data"  # of a snapshot
 WORTH_SAYING = 0.05  # of the time
@@ -53,32 +55,36 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
         ValueError, TypeError, OSError: settings, corpus, data or snapshot that do not hold, a run that diverged, a
             folder in which another process trains; the message says what to do.
     """
-    refuse_many_processes()
     allocator.keep_memory()
-    if config.init is not None and not resume:
-        config = take_settings(config)
-    config = resumed_run(config.output) if resume else new_run(config)
-    config.output.mkdir(parents=True, exist_ok=True)
-    with lock.hold(config.output):
-        return _pretrain(config, resume)
+    with joined() as processes, contextlib.ExitStack() as held:
+
+        def begin() -> PretrainConfig:
+            settings = take_settings(config) if config.init is not None and not resume else config
+            settings = resumed_run(config.output) if resume else new_run(settings)
+            check_devices(settings.device, settings.accumulate, processes)
+            config.output.mkdir(parents=True, exist_ok=True)
+            held.enter_context(lock.hold(config.output))
+            return settings
+
+        return _pretrain(processes.first(begin), resume, processes)
 
 
-def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
-    """`pretrain` with checked settings, alone in the run's folder."""
+def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Path | None:
+    """`pretrain` with checked settings, alone in the run's folder but for the other processes of the run."""
     folder = config.output
+    expect_same_folder(folder, processes)
 
     # data
     if not resume:
-        refuse_a_second_run(folder)  # again: another process may have ended one since
-    tokenizer, train_store, held_out_store = prepare(config, resume)
-    dictionary = prepare_dictionary(config, resume, tokenizer)
+        processes.first(lambda: refuse_a_second_run(folder))  # again: another run may have ended since
+    tokenizer, train_store, held_out_store = processes.first_then_others(lambda made: prepare(config, resume or made))
 
     def batches(store: TokenStore, seq_len: int, static: bool = False) -> PretrainBatches:
         return PretrainBatches(
             store, special_ids(tokenizer), seq_len=seq_len, batch_tokens=config.batch_tokens, seed=config.seed,
             objective=config.objective, inputs=config.inputs, static=static,
             unit="word" if config.masking == "token" else config.masking,
-            continues=None if config.masking == "token" else continuations(tokenizer), dictionary=dictionary,
+            continues=None if config.masking == "token" else continuations(tokenizer),
         )  # fmt: skip
 
     phases = config.all_phases()
@@ -87,21 +93,23 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
     for each in train:
         say_shape(each)
     frequencies = Frequencies(train_store.token_counts())
-    data = fingerprints(tokenizer, train_store, held_out_store, dictionary)
+    data = fingerprints(tokenizer, train_store, held_out_store)
     if not resume:
         if config.init is not None:
-            write_copy(config, tokenizer)
-        write_config(config)  # from here on it is a run
+            processes.first(lambda: write_copy(config, tokenizer))
+        processes.first(lambda: write_config(config))  # from here on it is a run
 
     # model and optimizer
     torch.manual_seed(config.seed)
     model, new_rows = starting_model(config, tokenizer, frequencies)
     model, new_rows = model.to(config.device), new_rows.to(config.device)
     model.base_model.checkpoint_layers = config.checkpoint_layers
+    processes.share_values(model.parameters())  # which were drawn alike, if all processors draw alike
     optimizer = make_optimizer(model, config)
 
     # where the run stands
-    phase, tokens, progress = 0, 0, Progress(config.steps, config.minutes)
+    clock = time.perf_counter if config.minutes is None else processes.clock  # of a run that ends by it
+    phase, tokens, progress = 0, 0, Progress(config.steps, config.minutes, clock=clock)
     state = snapshot.load(folder / "snapshots", STATE)
     if state is not None:
         check_fingerprints(state["data"], data, folder)
@@ -112,20 +120,28 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
             raise ValueError(f"{folder / 'config.json'} describes another model than the snapshot: {error}") from error
         optimizer.load_state_dict(state["optimizer"])
         phase, tokens = state.get("phase", 0), state["tokens"]
-        progress = Progress(config.steps, config.minutes, state["step"], state.get("milliseconds", 0))
+        progress = Progress(config.steps, config.minutes, state["step"], state.get("milliseconds", 0), clock)
         set_random_state(state["random"], config.device)
-    stream = Stream(train[phase], config.workers)
+    stream = Stream(train[phase], config.workers, config.accumulate, processes.share(config.accumulate))
     if state is not None:
         stream.epoch, stream.index = state["epoch"], state["index"]
 
     def held_out_scores() -> dict[str, float]:
         with products(config):
             scores = evaluate(
-                model, held_out[phase], config.evaluation_batches, frequencies, config.device, pair(config)
+                model, held_out[phase], config.evaluation_batches, frequencies, config.device, pair(config), processes
             )
         return scores | {"seq_len": phases[phase].seq_len}
 
+    own_tokens = 0  # of this process, not yet counted among those of all
+
+    def count_tokens() -> None:
+        nonlocal tokens, own_tokens
+        tokens += processes.total(own_tokens)
+        own_tokens = 0
+
     def take_snapshot() -> None:
+        count_tokens()
         state = {
             "model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": stream.epoch,
             "index": stream.index, "phase": phase, "step": progress.step, "milliseconds": progress.milliseconds,
@@ -134,45 +150,52 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
         watch.look()
         check_device_errors()
         watch.state(progress.step, state)
-        snapshot.save(folder / "snapshots", progress.step, state, config.keep)
+        processes.first(lambda: snapshot.save(folder / "snapshots", progress.step, state, config.keep))
 
     # the loop
     watch = Watch(config)
-    take_step = make_step(model, optimizer, config, watch)
+    take_step = make_step(model, optimizer, config, watch, processes)
     meter = Meter(config, model.config)
     print(meter)
-    metrics = Metrics(folder, progress.step)
-    bar = tqdm(total=config.steps, initial=progress.step, unit="step", desc="training", dynamic_ncols=True)
+    words_alone = Together(processes, config.accumulate)  # of steps that train new words, exchanged by their rows
+    metrics = Metrics(folder, progress.step, writes=processes.is_first)
+    bar = tqdm(
+        total=config.steps, initial=progress.step, unit="step", desc="training", dynamic_ncols=True,
+        disable=not processes.is_first,
+    )  # fmt: skip
     scores: dict[str, float] = {}
     batch = iter(stream)
-    meter.start()
+    meter.start(tokens)
     with stop_signals() as stopped, contextlib.closing(metrics), bar:
-        while not (progress.over or stopped):
+        stop_asked, stop = processes.stop_asked(stopped), False
+        while not (progress.over or stop):
             if current_phase(phases, *progress.done()) > phase:
                 phase = current_phase(phases, *progress.done())
                 stream = stream.followed_by(train[phase])
                 batch = iter(stream)
                 bar.write(f"from step {progress.step + 1} on: sequences of up to {phases[phase].seq_len} tokens")
             with meter.waiting():
-                micro = [next(batch) for _ in range(config.accumulate)]
+                micro = next(batch)
             meter.count(micro)
             lr = learning_rate(
                 *progress.done(), config.lr, config.warmup, config.schedule,
                 power=config.power, decay=config.decay, final=config.final_lr,
             )  # fmt: skip
             if progress.step < config.rows_first:
-                record = train_words(new_rows, model, optimizer, micro, lr, config, watch, progress.step + 1)
+                numbers = lr, config, watch, progress.step + 1
+                record = train_words(new_rows, model, optimizer, micro, *numbers, together=words_alone)
             else:
                 record = take_step(micro, lr, progress.step + 1)
             evaluated = progress.parts(config.evaluations)
             progress.advance()
-            step, over = progress.step, progress.over
-            tokens += sum(each.filled_tokens for each in micro)
+            step, over, stop = progress.step, progress.over, stop_asked()
+            own_tokens += sum(each.filled_tokens for each in micro)
             bar.update()
             if step % config.log_every == 0 or over:
                 watch.look()
+                count_tokens()
                 record = {name: float(value) for name, value in record.items()}
-                used = meter.used()
+                used = meter.used(tokens)
                 metrics.write({"step": step, **record, "tokens": tokens, **used})
                 postfix = {"loss": f"{record['loss']:.3f}", "lr": f"{lr:.2g}"}
                 postfix["tokens/s"] = f"{used['tokens_per_second']:,}"
@@ -182,62 +205,40 @@ def _pretrain(config: PretrainConfig, resume: bool) -> Path | None:
                     postfix["held-out"] = shown(scores["mlm_loss"], ".3f")
                 bar.total = progress.expected_steps()
                 bar.set_postfix(postfix, refresh=False)
-                meter.start()
+                meter.start(tokens)
             if progress.parts(config.evaluations) > evaluated:
                 watch.look()
+                count_tokens()
                 scores = held_out_scores()
                 metrics.write({"step": step, **{f"held_out/{name}": value for name, value in scores.items()}})
                 watch.scores(step, scores)
-                meter.start()
-            if step % config.snapshot_every == 0 or over or stopped:
+                meter.start(tokens)
+            if step % config.snapshot_every == 0 or over or stop:
                 take_snapshot()
-                meter.start()
+                meter.start(tokens)
     if not progress.over:
-        take_snapshot()
         print(
-            f"stopped by {stopped[0]} after step {progress.step} of {progress.expected_steps()}; go on with: "
-            f"{resume_command(config)}"
+            f"stopped by {stopped[0] if stopped else 'a signal to another process'} after step {progress.step} of "
+            f"{progress.expected_steps()}; go on with: {resume_command(config)}"
         )
         return None
 
     # what came of it
-    model.save_pretrained(folder / "model", tokenizer=tokenizer)
-    records = read_metrics(folder / "metrics.jsonl")
-    start = config.preset if config.init is None else f"from {config.init.name}"
-    title = f"{config.model} {start}, {config.embedding_update} rows, {tokens / 1e6:.1f} M tokens"
-    plot_loss(records, folder / "loss.png", title)
-    print(summary(scores or last_scores(records) or held_out_scores()))
-    print(guesses(model, held_out[phase], tokenizer, config.device))
-    print(f"\nmodel     {folder / 'model'}  (transformers.{type(model).__name__}.from_pretrained loads it)")
-    print(f"curve     {folder / 'loss.png'}\nmetrics   {folder / 'metrics.jsonl'}, tensorboard --logdir {folder}")
+    metrics_at = folder / "metrics.jsonl"
+    scores = scores or processes.first(lambda: last_scores(read_metrics(metrics_at))) or held_out_scores()
+
+    def export() -> None:
+        model.save_pretrained(folder / "model", tokenizer=tokenizer)
+        start = config.preset if config.init is None else f"from {config.init.name}"
+        title = f"{config.model} {start}, {config.embedding_update} rows, {tokens / 1e6:.1f} M tokens"
+        plot_loss(read_metrics(metrics_at), folder / "loss.png", title)
+        print(summary(scores))
+        print(guesses(model, held_out[phase], tokenizer, config.device))
+        print(f"\nmodel     {folder / 'model'}  (transformers.{type(model).__name__}.from_pretrained loads it)")
+        print(f"curve     {folder / 'loss.png'}\nmetrics   {metrics_at}, tensorboard --logdir {folder}")
+
+    processes.first(export)
     return folder / "model"
-
-
-class Stream:
-    """Batches of epoch after epoch, and where it stands: the next batch is number `index` of `epoch`."""
-
-    def __init__(self, batches: PretrainBatches, workers: int):
-        self.batches, self.workers = batches, workers
-        self.epoch = self.index = 0
-
-    def __iter__(self) -> Iterator[Batch]:
-        while True:
-            batches = self.batches.at_epoch(self.epoch)
-            # A generator of its own: the loader draws from it, and torch's default one is part of what resumes.
-            loader = DataLoader(
-                batches, batch_size=None, sampler=range(self.index, len(batches)), num_workers=self.workers,
-                generator=torch.Generator(), worker_init_fn=obey_the_parent_alone,
-            )  # fmt: skip
-            for batch in loader:
-                self.index += 1
-                yield batch
-            self.epoch, self.index = self.epoch + 1, 0
-
-    def followed_by(self, batches: PretrainBatches) -> "Stream":
-        """Other batches from here on, from the next epoch's first, so that no random number is drawn twice."""
-        stream = Stream(batches, self.workers)
-        stream.epoch = self.epoch + 1
-        return stream
 
 
 def say_shape(batches: PretrainBatches) -> None:

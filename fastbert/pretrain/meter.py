@@ -68,15 +68,16 @@ class Meter:
     def __init__(self, config: PretrainConfig, model_config: ModelConfig):
         self.config, self.model_config, self.rate = config, model_config, product_rate(config)
         self.rounded_to = 1 if on_gpu(config) else ROUNDED_TO  # see `evaluate.forward`
-        self.start()
+        self.start(0)
 
     def __str__(self) -> str:
         dtype = "bfloat16" if self.config.bf16 else "float32"
         library = "" if on_gpu(self.config) else f" by {self.config.linear}"
         return f"products in {dtype}{library}: {self.rate / 1e9:,.0f} GFLOP/s, of which mfu in the metrics is a share"
 
-    def start(self) -> None:
-        """Begins to count, and the clock."""
+    def start(self, tokens: int) -> None:
+        """Begins to count, and the clock, with so many tokens trained on by all processes."""
+        self.tokens = tokens
         self.operations, self.filled, self.places, self.waited = 0.0, 0, 0, 0.0
         self._began = time.perf_counter()
 
@@ -96,11 +97,12 @@ class Meter:
             self.operations += work(batch, self.model_config)
         return micro
 
-    def used(self) -> dict[str, float]:
-        """Since the start: tokens a second, `padding` of all tokens computed, `waiting` for data of the time, `mfu`."""
+    def used(self, tokens: int) -> dict[str, float]:
+        """Since the start: tokens a second of all processes, `tokens` by now; and of this one `padding` of the tokens
+        that it computed, `waiting` for data of the time, `mfu`."""
         seconds = time.perf_counter() - self._began
         return {
-            "tokens_per_second": round(self.filled / seconds),
+            "tokens_per_second": round((tokens - self.tokens) / seconds),
             "padding": round(1 - self.filled / self.places, 4),
             "waiting": round(self.waited / seconds, 4),
             "mfu": round(self.operations / seconds / self.rate, 4),

@@ -20,19 +20,20 @@ from tokenizers import Tokenizer
 from fastbert import files
 from fastbert.data.byte_bpe import train_byte_bpe
 from fastbert.data.corpus import iter_documents
-from fastbert.data.dictionary import Dictionary, read_words
+from fastbert.data.dictionary import say_what_is_not_found
 from fastbert.data.sources import find_files
 from fastbert.data.store import TokenStore, write_stores
 from fastbert.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, special_ids, train_tokenizer
 from fastbert.data.unigram import train_unigram
+from fastbert.data.words import Words
 from fastbert.ops.philox import CONTRACT
 from fastbert.pretrain.environment import RANDOM_NUMBERS, contract_of
 from fastbert.pretrain.init import COPY, extended_tokenizer
 from fastbert.pretrain.settings import PretrainConfig
+from fastbert.pretrain.words import keep_dictionary, words_of
 from fastbert.version import __version__
 
 MADE_OF = "corpus.json"
-DICTIONARY = "dictionary.txt"
 # Marks that stand for vowels, from Devanagari to Vedic; accents of Latin and Greek letters are not among them.
 VOWEL_SIGNS = re.compile(f"[{''.join(c for c in map(chr, range(0x900, 0x1D00)) if unicodedata.category(c) == 'Mn')}]")
 MANY_SIGNS = 0.001  # share of the characters from which that warning is worth its line
@@ -52,63 +53,49 @@ def prepare(config: PretrainConfig, resume: bool) -> tuple[Tokenizer, TokenStore
     """
     tokenizer_at, data_at = config.output / "tokenizer", config.output / "data"
     complete = (tokenizer_at / "tokenizer.json").exists() and data_at.exists()
+    words = words_of(config, resume)
     if resume and not complete:
-        _expect_same_corpus(config)
+        _expect_same_corpus(config, words)
     if not resume:
-        _discard_what_differs(config, tokenizer_at, data_at)
+        keep_dictionary(config)
+        _discard_what_differs(config, words, tokenizer_at, data_at)
     if not (tokenizer_at / "tokenizer.json").exists() and config.init is not None:
         save_tokenizer(extended_tokenizer(config), tokenizer_at)
     elif not (tokenizer_at / "tokenizer.json").exists():
         texts = (sentence for document in _documents(config, "counting words") for sentence in document)
+        if words is not None:
+            texts = map(words.plain, texts)
         if config.lowercase:
             texts = _vowel_signs_said(texts)
         train = {"wordpiece": train_tokenizer, "unigram": train_unigram, "bpe": train_byte_bpe}[config.tokenizer]
         save_tokenizer(train(texts, config.vocab_size, config.lowercase, progress=True), tokenizer_at)
     with _usable(tokenizer_at):
         tokenizer = load_tokenizer(tokenizer_at)
+    if words is not None and not resume and (line := say_what_is_not_found(words.dictionary, tokenizer)):
+        print(line)
     made = not data_at.exists()
     if made:
         write_stores(
             data_at, _documents(config, "tokenising"), tokenizer, held_out_fraction=config.held_out, seed=config.seed,
-            nsp=config.objective == "mlm+nsp", progress=False,
+            nsp=config.objective == "mlm+nsp", words=words, progress=False,
         )  # fmt: skip
     with _usable(data_at):
         stores = TokenStore.open(data_at / "train"), TokenStore.open(data_at / "held_out")
         for store in stores:
             store.check_tokenizer(tokenizer)
+            store.check_words(words)
     if made:
         _say_unknown(tokenizer, stores)
     return tokenizer, *stores
 
 
-def prepare_dictionary(config: PretrainConfig, resume: bool, tokenizer: Tokenizer) -> Dictionary | None:
-    """The run's dictionary, of which a new run keeps a copy in its folder; None where it has none.
-
-    Raises:
-        OSError, ValueError: a file that is gone or does not hold, or another file in the copy's place.
-    """
-    if config.dictionary is None:
-        return None
-    kept = config.output / DICTIONARY
-    words = Dictionary(read_words(kept if resume else config.dictionary), tokenizer)
-    if not resume:
-        content = config.dictionary.read_bytes()
-        if kept.exists() and kept.read_bytes() != content:
-            raise ValueError(
-                f"{kept} is there already, with other words than {config.dictionary}, whose copy it would be: remove "
-                "it, or choose another --output"
-            )
-        files.write(config.output, {DICTIONARY: content})
-    return words
-
-
-def fingerprints(
-    tokenizer: Tokenizer, train: TokenStore, held_out: TokenStore, dictionary: Dictionary | None = None
-) -> dict[str, str]:
+def fingerprints(tokenizer: Tokenizer, train: TokenStore, held_out: TokenStore) -> dict[str, str]:
     """What a snapshot was trained on, for `check_fingerprints`."""
-    texts = {"tokenizer": fingerprint(tokenizer), "training text": train.fingerprint}
-    texts["held-out text"] = held_out.fingerprint
-    return texts if dictionary is None else texts | {"dictionary": dictionary.fingerprint()}
+    return {
+        "tokenizer": fingerprint(tokenizer),
+        "training text": train.fingerprint,
+        "held-out text": held_out.fingerprint,
+    }
 
 
 def check_fingerprints(then: dict[str, str], now: dict[str, str], folder: Path) -> None:
@@ -117,12 +104,11 @@ def check_fingerprints(then: dict[str, str], now: dict[str, str], folder: Path) 
     if different:
         raise ValueError(
             f"the newest snapshot in {folder} was trained with another {' and another '.join(different)} than the "
-            f"folder holds now: put back its tokenizer/, data/ and {DICTIONARY} as they were, or start a new run in "
-            "another --output"
+            "folder holds now: put back its tokenizer/ and data/ as they were, or start a new run in another --output"
         )
 
 
-def made_of(config: PretrainConfig) -> dict[str, Any]:
+def made_of(config: PretrainConfig, words: Words | None) -> dict[str, Any]:
     """What tokenizer and stores depend on: the corpus by its content, and the settings that shape them."""
     path = config.corpus
     digest, size = hashlib.sha256(), 0
@@ -137,6 +123,10 @@ def made_of(config: PretrainConfig) -> dict[str, Any]:
     if config.init is not None:
         tokenizer = {"init": fingerprint(extended_tokenizer(config))}
     data = {"held_out": config.held_out, "seed": config.seed, RANDOM_NUMBERS: CONTRACT}
+    if words is not None:
+        data["words"] = words.meta()
+        if words.segmentation == "spaces":
+            tokenizer["words"] = "spaces"  # the vocabulary is made of the text without them
     return {
         "fastbert": __version__,
         "corpus": corpus,
@@ -192,8 +182,8 @@ def _say_unknown(tokenizer: Tokenizer, stores: tuple[TokenStore, ...]) -> None:
         )
 
 
-def _discard_what_differs(config: PretrainConfig, tokenizer_at: Path, data_at: Path) -> None:
-    now, then = made_of(config), _read(config.output)
+def _discard_what_differs(config: PretrainConfig, words: Words | None, tokenizer_at: Path, data_at: Path) -> None:
+    now, then = made_of(config, words), _read(config.output)
     copied = [] if config.init is None else [config.output / COPY]
     if then is None and (found := [str(path) for path in (tokenizer_at, data_at, *copied) if path.exists()]):
         raise ValueError(
@@ -209,8 +199,8 @@ def _discard_what_differs(config: PretrainConfig, tokenizer_at: Path, data_at: P
     files.write(config.output, {MADE_OF: files.json_text(now, indent=2).encode()})
 
 
-def _expect_same_corpus(config: PretrainConfig) -> None:
-    now, then = made_of(config), _read(config.output)
+def _expect_same_corpus(config: PretrainConfig, words: Words | None) -> None:
+    now, then = made_of(config, words), _read(config.output)
     if then is None or then.get("corpus") != now["corpus"]:
         gone = f"{config.output} lacks its tokenizer/ or data/"
         before = f"no readable {MADE_OF} says what it was made of" if then is None else f"was {then.get('corpus')}"

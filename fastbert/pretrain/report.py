@@ -17,6 +17,8 @@ Record = dict[str, float | int | None]  # flat, with a "step"
 class Metrics:
     """Appends each record to `metrics.jsonl` and, number by number, to TensorBoard's folder beside it.
 
+    Of several processes one `writes`; in the others nothing happens.
+
     A resumed run continues both after `last_step`, dropping what the interrupted run wrote beyond it. Where its
     `metrics.jsonl` is gone, that is said and a new one begins.
 
@@ -24,7 +26,10 @@ class Metrics:
         ValueError: a `metrics.jsonl` that cannot be read. OSError: one that cannot be written; the error names it.
     """
 
-    def __init__(self, folder: Path, last_step: int):
+    def __init__(self, folder: Path, last_step: int, writes: bool = True):
+        self._writes = writes
+        if not writes:
+            return
         from torch.utils.tensorboard import SummaryWriter
 
         self.path, self._board_folder = folder / "metrics.jsonl", folder / "tensorboard"
@@ -38,6 +43,8 @@ class Metrics:
             self._board = SummaryWriter(self._board_folder, purge_step=last_step + 1)
 
     def write(self, record: Record) -> None:
+        if not self._writes:
+            return
         record = {name: None if not_a_number(value) else value for name, value in record.items()}
         with files.naming(self.path, _REST):
             self._file.write(files.json_text(record) + "\n")
@@ -48,6 +55,8 @@ class Metrics:
                     self._board.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
+        if not self._writes:
+            return
         try:
             with files.naming(self.path):
                 self._file.close()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -10,13 +9,13 @@ import torch
 from fastbert import files
 from fastbert.backends import check_environment, linear
 from fastbert.data.corpus import check_corpus
-from fastbert.data.dictionary import read_words
 from fastbert.models.auto import PRETRAINING
 from fastbert.models.checkpoint import read_config as read_model_config
 from fastbert.ops import linear_timing
 from fastbert.pretrain.environment import environment
 from fastbert.pretrain.presets import LEARNING_RATES
 from fastbert.pretrain.settings import CONTINUED_LR, OWN, PretrainConfig
+from fastbert.pretrain.words import words_of
 
 
 def new_run(config: PretrainConfig) -> PretrainConfig:
@@ -30,8 +29,7 @@ def new_run(config: PretrainConfig) -> PretrainConfig:
     if config.corpus is None:
         raise ValueError("a new run needs a corpus: a text file, a table with --column, or a folder of such")
     refuse_a_second_run(config.output)
-    if config.dictionary is not None:
-        read_words(config.dictionary)
+    words_of(config, resume=False)
     print(check_corpus(config.corpus, config.column, separator=config.separator, quoting=config.quoting))
     if torch.device(config.device).type == "cuda":
         config = dataclasses.replace(config, static_shapes=True)  # for its step is captured, or as if it were
@@ -70,16 +68,6 @@ def refuse_a_second_run(folder: Path) -> None:
             )
 
 
-def refuse_many_processes() -> None:
-    """Raises ValueError where torchrun or its like started this process as one of several."""
-    world = os.environ.get("WORLD_SIZE", "")
-    if world not in ("", "1"):
-        raise ValueError(
-            f"a run trains in one process, and WORLD_SIZE={world} says that this is one of several: start it once, "
-            "without torchrun (on a CPU one process uses all cores; OMP_NUM_THREADS says how many)"
-        )
-
-
 def choose_linear(config: PretrainConfig) -> str:
     """The library of the run's products: FASTBERT_LINEAR's, the setting's, or for a new run the fastest one."""
     name = config.linear if linear.requested() == "auto" else linear.requested()
@@ -101,8 +89,8 @@ def choose_linear(config: PretrainConfig) -> str:
 _ADDED_LATER = {
     "linear": "torch", "separator": None, "quoting": "auto", "model": "bert", "tokenizer": "wordpiece",
     "masking": "token", "static_shapes": False, "inputs": "doc-sentences", "capture": False, "checkpoint_layers": False,
-    "dictionary": None, "init": None, "add_words": None, "rows_first": 0, "phases": None, "schedule": "linear",
-    "decay": 0.2, "power": 1.0, "final_lr": 0.0,
+    "dictionary": None, "words": None, "init": None, "add_words": None, "rows_first": 0, "phases": None,
+    "schedule": "linear", "decay": 0.2, "power": 1.0, "final_lr": 0.0,
 }  # fmt: skip
 _NSP = {True: "mlm+nsp", False: "mlm"}  # the setting that was there before the objective
 

@@ -12,6 +12,7 @@ import torch
 from fastbert.data.batches import LONGEST, Inputs, Objective
 from fastbert.data.tables import Quoting
 from fastbert.data.tokenizer import LARGEST_VOCABULARY
+from fastbert.data.words import Segmentation
 from fastbert.models.auto import PRETRAINING
 from fastbert.pretrain.phases import Phase, parse_phases, phase_ends
 from fastbert.pretrain.schedule import Schedule
@@ -77,9 +78,12 @@ class PretrainConfig:
     masking: Literal["token", "word", "ngram", "span"] = "token"
     """What is masked: tokens, each for itself, whole words, one to three words in a row, as ALBERT's, or one to ten, as
     SpanBERT's."""
+    words: Segmentation | None = None
+    """Where words are in Chinese text, for maskings of words: jieba finds them; or they stand apart in the corpus, by
+    spaces, which are taken out."""
     dictionary: Path | None = None
-    """A file of words or names, one a line, that count as one word each where they have several tokens, for maskings of
-    words: Chinese words, or ERNIE's entities."""
+    """A file of words or names, one a line, that are found in the text and count as one word each, for maskings of
+    words: ERNIE's phrases and entities."""
     inputs: Inputs = "doc-sentences"
     """Sequences of one document's sentences, as many as fit; or, for mlm and clm, of rows that go on into the next
     documents, each a sequence of its own (RoBERTa's names)."""
@@ -182,8 +186,8 @@ class PretrainConfig:
         if objective == "clm":
             expect(self.model != "albert", "objective", "one with mlm for model albert, which sees all words", "clm")
             expect(self.masking == "token", "masking", "left out with objective clm, which masks nothing", self.masking)
-        if self.dictionary is not None:
-            expect(self.masking != "token", "masking", "word, ngram or span with a dictionary", self.masking)
+        for given, what in ((self.dictionary is not None, "a dictionary"), (self.words == "jieba", "--words jieba")):
+            expect(not given or self.masking != "token", "masking", f"word, ngram or span with {what}", self.masking)
         if objective != "clm" and self.inputs == "full-sentences":
             expect(objective == "mlm", "objective", "mlm or clm with inputs full-sentences, no pairs", objective)
         check_device(self.device)

@@ -18,7 +18,9 @@ from fastbert.optim.lazy_adam import LazyAdam, decay_groups
 from fastbert.pretrain.accuracy import accuracies, hits
 from fastbert.pretrain.divergence import Watch
 from fastbert.pretrain.evaluate import forward
+from fastbert.pretrain.processes import Processes
 from fastbert.pretrain.settings import PretrainConfig
+from fastbert.pretrain.together import ALONE, Together
 
 
 def train_step(
@@ -31,26 +33,29 @@ def train_step(
     number: int | Tensor = 0,
     working: WorkingCopy | None = None,
     words: Tensor | None = None,
+    together: Together = ALONE,
 ) -> dict[str, Tensor | float]:
     """Forward and backward over the micro-batches, one step of the optimizer; losses as device scalars.
 
     The MLM loss is the mean over all tokens of the step that are predicted, the NSP or SOP loss over all its sequences,
-    however they are spread over micro-batches. A mean over nothing is 0: [UNK] is never predicted, so a step may have
-    nothing to predict. Accuracies come with the steps that are logged, and with all that are captured. `watch` sees the
-    losses as step `number` before the optimizer does. `working` computes in place of the model. `words`, int64 [R], are
-    the ids whose embeddings move, whatever config says. With micro-batches, lr and number on a GPU nothing waits for
-    it, and the step can be captured.
+    however they are spread over micro-batches and, with `together`, over processes. A mean over nothing is 0: [UNK] is
+    never predicted, so a step may have nothing to predict. Accuracies come with the steps that are logged, and with all
+    that are captured. `watch` sees the losses as step `number` before the optimizer does. `working` computes in place
+    of the model. `words`, int64 [R], are the ids whose embeddings move, whatever config says. With micro-batches, lr
+    and number on a GPU nothing waits for it, and the step can be captured.
     """
     computes = model if working is None else working.model
     computes.train()
     micro = [batch.to(config.device) for batch in micro]
-    word_shares = shares([batch.labels for batch in micro], config.static_shapes)
+    static = config.static_shapes
+    word_shares = shares([batch.labels for batch in micro], static, together)
     pair_shares = [None] * len(micro)
     if pair(config):
-        pair_shares = shares([batch.sentence_label for batch in micro], config.static_shapes)
+        pair_shares = shares([batch.sentence_label for batch in micro], static, together)
     mlm_loss, sentence_loss, found = [], [], []
     captured = isinstance(number, Tensor)  # then steps are all alike
     scored = captured or number % config.log_every == 0 or number == config.steps
+    together.skip_before(computes.base_model, config.device)
     for batch, word_share, pair_share in zip(micro, word_shares, pair_shares, strict=True):
         with products(config, autocast=working is None):
             out = forward(computes, batch)
@@ -61,34 +66,39 @@ def train_step(
         if pair(config):
             losses += [out.sentence_loss if pair_share is None else out.sentence_loss * pair_share]
             sentence_loss += [losses[1].detach()]
-        total(losses).backward()
+        with together.backward(batch is micro[-1]):
+            total(losses).backward()
+    together.skip_behind(computes.base_model, config.device)
+    sums = together.sums([total(losses) for losses in (mlm_loss, sentence_loss) if losses])
     if working is not None:
         working.hand_over_gradients()
     if words is None and config.embedding_update == "touched":
-        words = words_of(micro, model.config.pad_token_id, config.static_shapes)
+        words = together.ids(words_of(micro, model.config.pad_token_id, static), static)
+    if words is not None:
+        together.sum_rows(model.word_embeddings, words, static)
     rows = None if words is None else {model.word_embeddings: words}
     norm, factor = optimizer.clip_factor(config.clip, rows=rows)
-    record = {"loss": total([*mlm_loss, *sentence_loss]), "mlm_loss": total(mlm_loss), "lr": lr, "gradient_norm": norm}
+    record = {"loss": total(sums), "mlm_loss": sums[0], "lr": lr, "gradient_norm": norm}
     if scored:
-        record |= accuracies(found, pair(config))
+        record |= accuracies(*together.sums([total(found)]), pair(config))
     if watch is not None:
         watch.see(number, record["loss"], norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step(rows=rows, grad_factor=factor)
     optimizer.zero_grad()
-    return record | ({f"{pair(config)}_loss": total(sentence_loss)} if pair(config) else {})
+    return record | ({f"{pair(config)}_loss": sums[1]} if pair(config) else {})
 
 
 def train_words(
-    words: Tensor, model: PreTrainingModel, optimizer: LazyAdam, micro: list[Batch], *others: Any
+    words: Tensor, model: PreTrainingModel, optimizer: LazyAdam, micro: list[Batch], *others: Any, together: Together
 ) -> dict[str, Tensor | float]:
     """A `train_step` of `others` that moves nothing but the embeddings of `words`, int64 [R]."""
     fixed = [parameter for parameter in model.parameters() if parameter is not model.word_embeddings]
     for parameter in fixed:
         parameter.requires_grad_(False)
     try:
-        return train_step(model, optimizer, micro, *others, words=words)
+        return train_step(model, optimizer, micro, *others, words=words, together=together)
     finally:
         for parameter in fixed:
             parameter.requires_grad_(True)
@@ -98,17 +108,19 @@ def total(losses: list[Tensor]) -> Tensor:
     return functools.reduce(torch.add, losses)
 
 
-def shares(labels: list[Tensor], static: bool) -> list[float] | list[Tensor] | list[None]:
+def shares(labels: list[Tensor], static: bool, together: Together = ALONE) -> list[float] | list[Tensor] | list[None]:
     """Of each micro-batch in the step's labels; with static shapes of those that count, which the device counts.
 
     None is all of them.
     """
-    if len(labels) == 1:
+    alone = together.processes.count == 1
+    if len(labels) == 1 and alone:
         return [None]
     if static:
         counts = torch.stack([(each != IGNORED).sum() for each in labels])
-        return list(counts / counts.sum().clamp(min=1))
-    count = max(1, sum(len(each) for each in labels))
+        return list(counts / together.sums([counts.sum()])[0].clamp(min=1))
+    count = sum(len(each) for each in labels)
+    count = max(1, count if alone else int(together.sums([torch.tensor(count)])[0]))
     return [len(each) / count for each in labels]
 
 
@@ -119,7 +131,11 @@ def words_of(micro: list[Batch], pad_id: int, static: bool) -> Tensor:
 
 
 def make_step(
-    model: PreTrainingModel, optimizer: LazyAdam, config: PretrainConfig, watch: Watch | None = None
+    model: PreTrainingModel,
+    optimizer: LazyAdam,
+    config: PretrainConfig,
+    watch: Watch | None = None,
+    processes: Processes = Processes(),  # noqa: B008 - it is frozen
 ) -> Callable[[list[Batch], float, int], dict[str, Tensor | float]]:
     """What takes a step of the run, of its micro-batches, learning rate and number.
 
@@ -127,14 +143,19 @@ def make_step(
     being launched anew each time.
     """
     if not (on_gpu(config) and config.static_shapes):
-        return lambda micro, lr, number: train_step(model, optimizer, micro, lr, config, watch, number)
+        together = Together(processes, config.accumulate, summed(model, config))
+        return lambda micro, lr, number: train_step(
+            model, optimizer, micro, lr, config, watch, number, together=together
+        )
     working = WorkingCopy(model, optimizer, config.accumulate) if config.bf16 else None
+    computes = model if working is None else working.model
+    together = Together(processes, config.accumulate, summed(computes, config))
     captured: dict[int, Captured] = {}  # by the longest sequence, which with the shapes is the phase's
 
     def step(inputs: tuple[list[Batch], Tensor]) -> dict[str, Tensor]:
         micro, numbers = inputs
         lr, number = numbers.unbind()
-        return train_step(model, optimizer, micro, lr, config, watch, number, working)
+        return train_step(model, optimizer, micro, lr, config, watch, number, working, together=together)
 
     def call(micro: list[Batch], lr: float, number: int) -> dict[str, Tensor]:
         # A captured step takes one number alone; no step reads how many tokens are filled.
@@ -150,6 +171,12 @@ def make_step(
         return record
 
     return call
+
+
+def summed(model: PreTrainingModel, config: PretrainConfig) -> list[Tensor]:
+    """Parameters whose gradients processes add up while they are computed; of touched rows these alone are, behind."""
+    by_row = [model.word_embeddings] if config.embedding_update == "touched" else []
+    return [param for param in model.parameters() if all(param is not each for each in by_row)]
 
 
 def pair(config: PretrainConfig) -> str:

@@ -1,5 +1,6 @@
 """GELU's kernels for GPUs: paths that the other backends do not have, and what they move."""
 
+import emulated_backend
 import pytest
 import torch
 from op_cases import assert_solves, problem
@@ -33,6 +34,23 @@ def test_an_address_between_accesses_gives_the_same_bits(module, rows):
         assert all(map(torch.equal, functions["cuda"].gelu_backward(*given, bias, "none"), expected))
     assert torch.equal(fastbert.gelu(x, bias), fastbert.gelu(x.clone(), bias))
     assert torch.equal(fastbert.gelu(x), fastbert.gelu(x.clone()))
+
+
+def test_more_blocks_of_columns_than_a_set_has_counters(module):
+    """67 of them: their counters are in scratch, and zeroed by a kernel."""
+    x, dy, bias = torch.randn(65, 2113), torch.randn(65, 2113), torch.randn(2113)
+    theirs = problem((x, bias), dy, fastbert.gelu, lambda x, bias: F.gelu(x + bias))
+    assert_solves(fastbert.gelu, theirs, ("y", "dx", "dbias"))
+
+
+@pytest.mark.parametrize("columns, kernels", [(768, 1), (2113, 2)])
+def test_one_kernel_gives_both_gradients(columns, kernels, monkeypatch):
+    monkeypatch.setattr(emulated_backend, "EVERY_ORDER", 0)
+    emulated = emulated_backend.module(trace=False)
+    x, dy, bias = torch.randn(65, columns), torch.randn(65, columns), torch.randn(columns)
+    with emulated_backend.installed(emulated), emulated.library.listing() as launches:
+        functions["cuda"].gelu_backward(dy, x, bias, "none")
+    assert [kernel for kernel, _ in launches] == ["gelu_backward"] * kernels
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])

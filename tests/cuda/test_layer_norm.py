@@ -18,6 +18,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # (rows, columns, dtype): a path of csrc/cuda/layer_norm.cu each, with a last warp that has fewer columns than others.
 PATHS = {
     "a warp a row": (5, 744, BF16),
+    "three groups of parts": (140, 760, BF16),
     "rows again and again": (3300, 8, F16),
     "two warps a row": (3, 1048, BF16),
     "four warps a row": (2, 2056, F16),
@@ -96,6 +97,16 @@ def test_rows_move_once_in_whole_sectors(traced, rows, columns, dtype, weight_dt
     assert traffic["scratch", "read"] == traffic["scratch", "write"] <= 4 * traced.layer_norm_scratch(rows, columns)
 
 
+def test_one_kernel_gives_all_gradients(monkeypatch):
+    """The last block adds up the parts of the others."""
+    monkeypatch.setattr(emulated_backend, "EVERY_ORDER", 0)
+    emulated = emulated_backend.module(trace=False)
+    x, weight = torch.randn(2, 200, 768).bfloat16(), torch.randn(768)
+    with emulated_backend.installed(emulated), emulated.library.listing() as launches:
+        op.functions["cuda"].layer_norm_backward(*x, weight, *torch.rand(2, 200), 0, None)
+    assert launches == [("layer_norm_backward", 50)]
+
+
 def test_y_alone_writes_nothing_else(traced):
     x, residual = torch.randn(2, 8, 768).bfloat16()
     op.functions["cuda"].layer_norm(x, residual, torch.ones(768), torch.zeros(768), EPS, 0, None)
@@ -106,7 +117,7 @@ def test_scratch_is_small():
     """The partial sums of 5,120 rows of 768 are a twentieth of dy, z, dz and dx."""
     module = emulated_backend.module(trace=False)
     assert module.layer_norm_scratch(5120, 768) * 4 < 5120 * 768 * 2 * 4 / 19
-    assert module.layer_norm_scratch(10, 700) == 2 * 10 * 704
+    assert module.layer_norm_scratch(10, 700) == 2 * 10 * 704 + 22  # and counters of 700 / 32 blocks
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 2**28 + 1), (2**31, 1)], ids=["columns", "rows"])

@@ -1,76 +1,61 @@
-"""Words of a list in token ids: by hand, beside a slow telling of the same rule, and masked whole."""
+"""Words of a list in text: by hand, beside a slow telling of the same rule, and what cannot be masked whole."""
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from fastbert.data import mask_tokens, special_ids
-from fastbert.data.dictionary import Dictionary, read_words
+from fastbert.data.dictionary import Dictionary, read_words, say_what_is_not_found
 
-TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcd"]
+TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcd", *"诸葛亮·兮", "ab"]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """A letter, a token; ids 5 to 8 are a to d."""
+    """A letter, a token, in lower case and without accents; and one of two letters."""
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(TOKENS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.add_special_tokens(TOKENS[:5])
     return tokenizer
 
 
-def ids(text):
-    return np.array([TOKENS.index(letter) if letter.isalpha() else 3 for letter in text])
-
-
-def units(dictionary, text):
-    """The text cut at the words; "|" is a special token."""
-    continued = dictionary.continues(ids(text))
-    return "".join(("" if c else " ") + letter for letter, c in zip(text, continued, strict=True)).split()
+def found(dictionary, text):
+    return [text[start:end] for start, end in dictionary.find(text)]
 
 
 def test_the_longest_word_from_left_to_right(tokenizer):
-    dictionary = Dictionary(["ab", "abc", "bcd", "dd", "a", "axb"], tokenizer)
-    assert units(dictionary, "abcd") == ["abc", "d"]
-    assert units(dictionary, "abdbcd") == ["ab", "d", "bcd"]
-    assert units(dictionary, "ddd|dd") == ["dd", "d", "|", "dd"]
-    assert units(dictionary, "ab|cab") == ["ab", "|", "c", "ab"]
-    assert units(dictionary, "aab") == ["a", "ab"], "nothing of a word that is left out"
-    assert not len(dictionary.continues(ids("")))
+    words = ["诸葛", "诸葛亮", "葛亮兮", "兮兮", "亮", "〇·𠮷α", "New York", "naïve", "１９"]
+    dictionary = Dictionary(words, tokenizer)
+    assert found(dictionary, "诸葛亮兮") == ["诸葛亮"], "the longest, and none that begins within it"
+    assert found(dictionary, "葛亮兮诸葛") == ["葛亮兮", "诸葛"]
+    assert found(dictionary, "兮兮兮\n兮") == ["兮兮"], "no word over a line's end"
+    assert found(dictionary, "二〇·𠮷α亮") == ["〇·𠮷α"], "characters that jieba never finds in a word"
+    assert found(dictionary, "NEW york, New Yorkers, aNew York") == ["NEW york"], "whole words, as the tokenizer sees"
+    assert found(dictionary, "Naive naïve１９年") == ["Naive", "naïve", "１９"]
+    assert found(dictionary, "New Yorkers诸葛亮") == ["诸葛亮"]
+    assert dictionary.find("") == []
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.text("abcd", min_size=1, max_size=4), min_size=1, max_size=8), st.text("abcd|", max_size=40))
+@given(
+    st.lists(st.text("诸葛亮兮", min_size=1, max_size=4), min_size=1, max_size=8), st.text("诸葛亮兮\n", max_size=40)
+)
 def test_it_is_what_a_set_of_words_finds(tokenizer, words, text):
     known, expected, place = {word for word in words if len(word) > 1}, [], 0
-    if not known:
-        with pytest.raises(ValueError, match="no word of the dictionary has several tokens"):
-            Dictionary(words, tokenizer)
-        return
     while place < len(text):
-        length = next((n for n in (4, 3, 2) if text[place : place + n] in known), 1)
-        expected.append(text[place : place + length])
+        length = max((len(word) for word in known if text.startswith(word, place)), default=1)
+        expected += [(place, place + length)] if length > 1 else []
         place += length
-    dictionary = Dictionary(words, tokenizer)
-    assert units(dictionary, text) == expected
-    assert dictionary.fingerprint() == Dictionary(reversed(words), tokenizer).fingerprint()
+    assert Dictionary([*words, "无关"], tokenizer).find(text) == expected
 
 
-def test_words_are_masked_whole(tokenizer):
-    dictionary, special = Dictionary(["abc"], tokenizer), special_ids(tokenizer)
-    text = np.concatenate([[2], np.tile(ids("abcd"), 10), [3]])
-    for sample in range(50):
-        masked, positions, _ = mask_tokens(
-            text, np.array([0, 42]), np.array([sample]), special, len(TOKENS), seed=1, epoch=0, dictionary=dictionary
-        )
-        chosen = np.zeros(42, bool)
-        chosen[positions] = True
-        of_words = chosen[1:-1].reshape(10, 4)[:, :3]
-        assert (of_words.all(1) | ~of_words.any(1)).all() and len(positions) <= 6
-        hidden = (masked == special.mask)[1:-1].reshape(10, 4)[:, :3]
-        assert (hidden.all(1) | ~hidden.any(1)).all()
+def test_what_cannot_be_masked_whole_is_said(tokenizer):
+    assert say_what_is_not_found(["诸葛亮", "诸葛亮·兮"], tokenizer) is None
+    assert say_what_is_not_found(["诸葛亮", "亮", "AB", "葛〇", "未"], tokenizer) == (
+        "of the dictionary's 5 words 2 are one token anyway, such as 亮, AB; 2 have a character that the "
+        "vocabulary lacks, such as 葛〇, 未"
+    )
 
 
 def test_a_file_of_words(tmp_path):

@@ -75,7 +75,7 @@ def pack(*contents):
 
 
 def chosen(ids, cu, samples, **options):
-    options = {"seed": 7, "epoch": 0, "continues": PIECES, "unit": "ngram"} | options
+    options = {"seed": 7, "epoch": 0, "continued": PIECES[ids], "unit": "ngram"} | options
     return mask_tokens(ids, cu, np.asarray(samples), SPECIAL, V, **options)[1]
 
 

@@ -26,7 +26,7 @@ def pack(contents):
 )  # fmt: skip
 def test_budget_special_tokens_and_whole_words(contents, unit, words, seed, share):
     ids, cu = pack(contents)
-    options = {"seed": seed, "epoch": 1, "mask_prob": share, "unit": unit, "continues": PIECES if words else None}
+    options = {"seed": seed, "epoch": 1, "mask_prob": share, "unit": unit, "continued": PIECES[ids] if words else None}
     masked, positions, labels = mask_tokens(ids, cu, np.arange(len(contents)), SPECIAL, V, **options)
     free = ~np.isin(ids, SPECIAL)
     assert free[positions].all() and (labels == ids[positions]).all() and (np.diff(positions) > 0).all()
@@ -46,6 +46,8 @@ def test_budget_special_tokens_and_whole_words(contents, unit, words, seed, shar
         assert (hidden[inside] == hidden[np.flatnonzero(inside) - 1]).all()
     # Each sample is what it is alone.
     for b, content in enumerate(contents):
+        own = slice(cu[b], cu[b + 1])
+        options["continued"] = PIECES[ids[own]] if words else None
         alone = mask_tokens(*pack([content]), np.array([b]), SPECIAL, V, **options)[0]
         assert (alone == masked[cu[b] : cu[b + 1]]).all()
 
@@ -56,7 +58,7 @@ def test_eight_ninths_and_tenths(unit):
     words = np.tile([6, 8, 11], 10)
     ids, cu = pack([words] * 2000)
     masked, positions, labels = mask_tokens(
-        ids, cu, np.arange(2000), SPECIAL, V, seed=3, epoch=0, mask_prob=0.1, unit=unit, continues=PIECES
+        ids, cu, np.arange(2000), SPECIAL, V, seed=3, epoch=0, mask_prob=0.1, unit=unit, continued=PIECES[ids]
     )
     now, was = masked[positions].reshape(-1, 3), labels.reshape(-1, 3)
     assert len(now) == 2000

@@ -49,11 +49,13 @@ def test_shares_by_hand(settings, monkeypatch):
         clock.now += 3.5
     work = operations(config, 50, 20 * 20 + 30 * 30, 1, 2)
     shares = {"tokens_per_second": 20, "padding": 1 - 50 / 64, "waiting": 0.3, "mfu": 4 * work / 10.0 / 1e6}
-    assert measured.used() == pytest.approx(shares, abs=1e-4)
-    measured.start()
+    assert measured.used(200) == pytest.approx(shares, abs=1e-4)
+    measured.start(200)
     clock.now += 1.0
     measured.count([batch.padded(0, Shape(100, 8, 32), 30)])
-    assert measured.used()["padding"] == pytest.approx(1 - 50 / 128, abs=1e-4) and measured.used()["waiting"] == 0.0
+    used = measured.used(250)
+    assert used["tokens_per_second"] == 50 and used["padding"] == pytest.approx(1 - 50 / 128, abs=1e-4)
+    assert used["waiting"] == 0.0
 
 
 def test_the_rate_is_that_of_the_fastest_product_and_draws_no_random_number(settings, monkeypatch):
@@ -74,12 +76,12 @@ def test_accuracy_by_hand():
     assert hits(out, padded).tolist() == [[2, 3], [1, 1]]
     shorter = batch_of(2, 2, labels=[1, 2], sentence_label=[0])
     assert hits(out, shorter).tolist() == [[1, 2], [0, 1]], "rows behind the labels are padding's"
-    both = accuracies([hits(out, padded), hits(out, shorter)], "sop")
+    both = accuracies(hits(out, padded) + hits(out, shorter), "sop")
     assert {name: value.item() for name, value in both.items()} == pytest.approx(
         {"mlm_accuracy": 0.6, "sop_accuracy": 0.5}
     )
     alone = out.__class__(prediction_logits=words, sentence_logits=None)
-    none = accuracies([hits(alone, batch_of(4, labels=[-100, -100]))], "")
+    none = accuracies(hits(alone, batch_of(4, labels=[-100, -100])), "")
     assert list(none) == ["mlm_accuracy"] and none["mlm_accuracy"].isnan()
 
 

@@ -36,7 +36,9 @@ def test_a_run_of_two_phases_resumes_in_either_bit_for_bit(settings, tmp_path, m
         keep=9, static_shapes=static,
     )  # fmt: skip
     seen, train_step = [], step.train_step
-    monkeypatch.setattr(step, "train_step", lambda *given: seen.append(given[2][0]) or train_step(*given))
+    monkeypatch.setattr(
+        step, "train_step", lambda *given, **named: seen.append(given[2][0]) or train_step(*given, **named)
+    )
     pretrain(config)
     assert snapshot.steps(config.output / "snapshots") == [4, 8, 12, 16, 20, 24]
     lengths = [int((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).max()) for batch in seen]

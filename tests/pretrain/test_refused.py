@@ -64,6 +64,7 @@ def test_bad_input_gets_a_sentence(tmp_path, corpus, finished, capsys, monkeypat
             "masking must be left out with objective clm, which masks nothing, got 'span'",
         ),
         (f"--dictionary {corpus}", "masking must be word, ngram or span with a dictionary, got 'token'"),
+        ("--words jieba", "masking must be word, ngram or span with --words jieba, got 'token'"),
         (f"--masking word --dictionary {empty}", "empty.txt has no word: expected one a line"),
         ("--inputs full-sentences", "objective must be mlm or clm with inputs full-sentences, no pairs, got 'mlm+nsp'"),
     ):

@@ -1,0 +1,84 @@
+"""A fine-tuning's folder: its settings in config.json, and what must hold for it to be begun or gone on with."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from fastbert import files
+from fastbert.data.texts import Encoded
+from fastbert.finetune.settings import FinetuneConfig
+
+
+def refuse_what_is_there(folder: Path) -> None:
+    """Raises ValueError where a new run's folder exists."""
+    if (folder / "config.json").exists() and not (folder / "scores.json").exists():
+        raise ValueError(
+            f"{folder} already holds a run (config.json): pass --resume to continue it, or choose another --output"
+        )
+    if folder.exists():
+        raise ValueError(f"{folder} is there already, and it would be written over: choose another --output")
+
+
+def read_config(folder: Path) -> FinetuneConfig:
+    """The settings of the run in `folder`, which has not ended.
+
+    Raises:
+        FileNotFoundError: there is no run. ValueError: it has ended, or its config.json is damaged.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{folder} holds no run to resume: there is no {path}. A run that ended before its first step is started "
+            "again without --resume"
+        )
+    if (folder / "scores.json").exists():
+        raise ValueError(
+            f"the run in {folder} has ended, its model is {folder / 'model'}: to train longer, start a new run in "
+            "another --output"
+        )
+    with files.naming(path):
+        content = path.read_bytes()
+    try:
+        stored = json.loads(content)
+        if not isinstance(stored, dict):
+            raise ValueError("it is no JSON object")
+        names = {field.name for field in dataclasses.fields(FinetuneConfig)}
+        stored = {name: value for name, value in stored.items() if name in names} | {"output": folder}
+        if missing := sorted(names - stored.keys()):
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        paths = {name: Path(stored[name]) for name in ("init", "train", "evaluate") if stored[name] is not None}
+        config = FinetuneConfig(**stored | paths)
+        config.check()
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} does not hold the settings of a fine-tuning: {error}. Put it back as it was, or start a new run "
+            "in another --output"
+        ) from error
+    return config
+
+
+def write_config(config: FinetuneConfig) -> None:
+    files.write(config.output, {"config.json": settings_text(dataclasses.asdict(config))})
+
+
+def settings_text(content: dict) -> bytes:
+    return (files.json_text(content, indent=2) + "\n").encode()
+
+
+def fingerprint(encoded: Sequence[list[Encoded]], targets: Sequence[Tensor], classes: Sequence[str]) -> str:
+    """Of all that the texts, their labels and the tokenizer contribute to a run; SHA-256."""
+    digest = hashlib.sha256(json.dumps(classes).encode())
+    for texts, labels in zip(encoded, targets, strict=True):
+        for each in texts:
+            digest.update(np.array([len(each.ids), *each.ids, *each.type_ids], dtype=np.int64).tobytes())
+        digest.update(labels.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def resume_command(config: FinetuneConfig) -> str:
+    return f"fastbert finetune --output {config.output} --resume"

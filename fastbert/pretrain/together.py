@@ -1,0 +1,77 @@
+"""One step of several processes: which of its batches are this one's, and what they exchange before the optimizer.
+
+A run's step is that of all of its micro-batches, whoever computes them: losses are means over the labels of all,
+gradients sums, and dropout draws the same numbers. So any number of processes takes the steps of one, to rounding.
+"""
+
+import contextlib
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastbert.models.encoder import Encoder
+from fastbert.optim.exchange import SummedGradients, all_gather_ids, sum_rows
+from fastbert.pretrain.processes import Processes
+
+
+class Together:
+    """What this process does of a step, beside the others.
+
+    Args:
+        processes: all of them.
+        accumulate: micro-batches of a step, of all processes.
+        params: those whose gradients `backward` adds up.
+
+    Attributes:
+        own: the places in the step of this process's micro-batches.
+    """
+
+    def __init__(self, processes: Processes, accumulate: int, params: Iterable[Tensor] = ()) -> None:
+        self.processes, self.accumulate = processes, accumulate
+        self.own = processes.share(accumulate)
+        params = list(params)
+        self._gradients = SummedGradients(params) if processes.count > 1 and params else None
+
+    def sums(self, numbers: list[Tensor]) -> list[Tensor]:
+        """Of each number, a scalar, the sum of what all processes have."""
+        if self.processes.count == 1:
+            return numbers
+        together = torch.stack(numbers)
+        dist.all_reduce(together)
+        return list(together.unbind())
+
+    def skip_before(self, encoder: Encoder, device: torch.device | str) -> None:
+        """Draws dropout's random numbers of the micro-batches before the own ones, which others compute."""
+        encoder.skip_seeds(self.own.start, device)
+
+    def skip_behind(self, encoder: Encoder, device: torch.device | str) -> None:
+        """Those of the micro-batches behind the own ones."""
+        encoder.skip_seeds(self.accumulate - self.own.stop, device)
+
+    def backward(self, is_last: bool) -> contextlib.AbstractContextManager:
+        """Around the backward pass of each micro-batch; behind the last one gradients are those of all processes."""
+        exchanged = is_last and self._gradients is not None
+        return self._gradients.exchange() if exchanged else contextlib.nullcontext()
+
+    def ids(self, ids: Tensor, fixed_size: bool) -> Tensor:
+        """The ids of all processes, int64 [n]; with a fixed size as many of each, which each pads with one of its own.
+
+        Args:
+            ids: int64 [own], at least one; with a fixed size as many for each micro-batch.
+        """
+        if self.processes.count == 1:
+            return ids
+        if fixed_size:
+            most = -(-self.accumulate // self.processes.count)  # micro-batches of one process
+            ids = torch.cat([ids, ids[:1].expand(len(ids) // len(self.own) * (most - len(self.own)))])
+        return all_gather_ids(ids, same_size=fixed_size)
+
+    def sum_rows(self, param: Tensor, ids: Tensor, fixed_size: bool) -> None:
+        """Adds up the gradient's rows `ids`, which are those of all processes, over all of them."""
+        if self.processes.count > 1:
+            sum_rows(param, ids, fixed_size=fixed_size)
+
+
+ALONE = Together(Processes(), 1)

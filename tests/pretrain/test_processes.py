@@ -1,0 +1,126 @@
+"""Several processes of one run: they take the steps of one process, whichever of them computes what."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import together
+from pretrain_runs import places
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from fastbert.pretrain.loop import pretrain
+from fastbert.pretrain.processes import Processes, check_devices, joined
+from fastbert.pretrain.report import read_metrics
+from fastbert.pretrain.stream import Stream
+
+CASES = {
+    "plain": {},  # three micro-batches: one process has one of them, the other two
+    "touched": {"embedding_update": "touched", "accumulate": 2},
+    "static": {"static_shapes": True, "embedding_update": "touched"},
+}
+
+
+def run_together(folder, count, runs):
+    """`runs` by so many processes, started; see tests/together.py."""
+    (folder / "runs.json").write_text(json.dumps(runs))
+    return [
+        subprocess.Popen(
+            [sys.executable, together.__file__, folder], env=os.environ | environment, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )
+        for environment in places(count)
+    ]  # fmt: skip
+
+
+def end_well(processes):
+    """What each of them printed."""
+    try:
+        said = [process.communicate(timeout=120)[0] for process in processes]
+        assert all(process.returncode == 0 for process in processes), said
+        return said
+    finally:
+        for process in processes:  # they would wait for each other
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, corpus):
+    """Of the runs by two processes, `two NAME`, and of the same by one, `one NAME`."""
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "manual.txt").write_bytes(corpus.read_bytes())
+    two = run_together(folder, 2, [{"name": f"two {name}", "settings": settings} for name, settings in CASES.items()])
+    for name, settings in CASES.items():
+        pretrain(together.settings_of(folder, {"name": f"one {name}", "settings": settings}))
+    said = end_well(two)
+    assert "counting words" in said[0] and not said[1].strip(), "the first one speaks for all"
+    return folder
+
+
+def assert_close_runs(ours, theirs):
+    """Records of every step and held-out scores, and the exported weights, to rounding."""
+    pairs = list(zip(read_metrics(ours / "metrics.jsonl"), read_metrics(theirs / "metrics.jsonl"), strict=True))
+    for one, other in pairs:
+        for name in ("tokens_per_second", "padding", "waiting", "mfu"):  # of the clock, or of the first process
+            one.pop(name, 0), other.pop(name, 0)
+        assert one == pytest.approx(other, rel=1e-5)
+    ours, theirs = (load_file(path / "model/model.safetensors") for path in (ours, theirs))
+    for name, weight in ours.items():
+        assert_close(weight, theirs[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_take_the_steps_of_one(folder, case):
+    """With dropout, whose numbers are those of one process."""
+    assert_close_runs(folder / f"two {case}", folder / f"one {case}")
+
+
+class Numbers:
+    """In place of batches: epochs of 5, 4 and 5 of them, each known by its number."""
+
+    def __init__(self, epoch=0):
+        self.first, self.size = [0, 5, 9][epoch], [5, 4, 5][epoch]
+
+    def at_epoch(self, epoch):
+        return Numbers(epoch)
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, i):
+        return self.first + i
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_order_is_that_of_one_process(count):
+    """Steps of 3 batches, also where an epoch ends within one or with one; and from any step on."""
+    streams = [Stream(Numbers(), 0, 3, Processes(rank, count).share(3)) for rank in range(count)]
+    steps, stands = [iter(stream) for stream in streams], []
+    for expected in ([0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]):
+        assert [number for each in steps for number in next(each)] == expected
+        stands.append({(stream.epoch, stream.index) for stream in streams})
+    assert stands == [{(0, 3)}, {(1, 1)}, {(1, 4)}, {(2, 3)}]
+    resumed = Stream(Numbers(), 0, 3)
+    resumed.epoch, resumed.index = 1, 1
+    assert next(iter(resumed)) == [6, 7, 8]
+
+
+def test_what_does_not_go_together_is_refused(monkeypatch):
+    four = Processes(1, 4)
+    check_devices("cpu", 4, four)
+    with pytest.raises(ValueError, match="of 3 4 processes cannot: give --accumulate 4 or a multiple"):
+        check_devices("cpu", 3, four)
+    with pytest.raises(ValueError, match="expected device cuda, got cuda:1"):
+        check_devices("cuda:1", 4, four)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=r"at most 0 processes on a machine .*, got 4"):
+        check_devices("cuda", 4, four)
+    for name, value, message in (("WORLD_SIZE", "two", "got 'two'"), ("RANK", "4", "expected 0 to 3, got 4")):
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=message), joined():
+            pass
