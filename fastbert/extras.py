@@ -2,7 +2,12 @@
 
 from importlib.util import find_spec
 
-EXTRAS = {"finetune": {"sklearn", "scipy"}, "chinese": {"jieba", "ahocorasick_rs"}}  # what others than `pretrain` bring
+# What others than `pretrain` bring.
+EXTRAS = {
+    "finetune": {"sklearn", "scipy"},
+    "chinese": {"jieba", "ahocorasick_rs"},
+    "lamb": {"pytorch_optimizer"},
+}
 
 
 def missing(what: str, *packages: str) -> str | None:

@@ -22,14 +22,15 @@ from fastbert import extras
 from fastbert.models.pretraining import PreTrainingModel
 from fastbert.optim.gradients import norm_and_factor
 from fastbert.optim.lazy_adam import decay_groups
+from fastbert.pretrain.settings import PretrainConfig
 
 # The paper's for BERT, which goes with the root of the batch: 5e-3 for 32,768 sequences.
 HIGHEST_LR, ITS_BATCH = 5e-3, 32_768
 
 
-def check_package() -> None:
-    """Raises ImportError, which says what to install, where the library is missing."""
-    if why := extras.missing("--optimizer lamb needs", "pytorch_optimizer"):
+def check_package(config: PretrainConfig) -> None:
+    """Raises ImportError, which says what to install, where the run needs the library and it is missing."""
+    if config.optimizer == "lamb" and (why := extras.missing("--optimizer lamb needs", "pytorch_optimizer")):
         raise ImportError(why)
 
 
@@ -39,27 +40,26 @@ def usual_lr(sequences: float) -> float:
 
 
 def make_lamb(model: PreTrainingModel, weight_decay: float, lr: float, beta2: float) -> Optimizer:
-    """LAMB over all parameters of the model."""
+    """LAMB over all parameters of the model, which a training step calls as it calls LazyAdam."""
     from pytorch_optimizer import Lamb
 
+    class ClippedLamb(Lamb):
+        def clip_factor(self, max_norm: float, *, rows: None = None) -> tuple[Tensor, Tensor]:
+            """The norm of all gradients, and by what a step is to multiply them; scalars, which are not waited for."""
+            return norm_and_factor(self._parameters(), max_norm)
+
+        @torch.no_grad()
+        def step(self, *, rows: None = None, grad_factor: Tensor) -> None:
+            """A step by the gradients, which become `grad_factor` times as large."""
+            gradients = [param.grad for param in self._parameters() if param.grad is not None]
+            torch._foreach_mul_(gradients, grad_factor)
+            super().step()
+
+        def _parameters(self) -> list[Tensor]:
+            return [param for group in self.param_groups for param in group["params"]]
+
     matrices, vectors = decay_groups(model, weight_decay)
-    return Lamb(
+    return ClippedLamb(
         [matrices, vectors | {"adam": True}], lr=lr, betas=(0.9, beta2), eps=1e-6, weight_decouple=False,
         adam_debias=True,
     )  # fmt: skip
-
-
-def clip_factor(optimizer: Optimizer, max_norm: float) -> tuple[Tensor, Tensor]:
-    """The norm of all gradients, and by what they are to be multiplied; scalars, which are not waited for."""
-    return norm_and_factor(_parameters(optimizer), max_norm)
-
-
-@torch.no_grad()
-def step(optimizer: Optimizer, factor: Tensor) -> None:
-    """A step by the gradients, which become `factor` times as large."""
-    torch._foreach_mul_([param.grad for param in _parameters(optimizer) if param.grad is not None], factor)
-    optimizer.step()
-
-
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [param for group in optimizer.param_groups for param in group["params"]]

@@ -196,7 +196,7 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
                 count_tokens()
                 record = {name: float(value) for name, value in record.items()}
                 used = meter.used(tokens)
-                metrics.write({"step": step, **record, "tokens": tokens, **used})
+                metrics.write({"step": step, **record, "seq_len": phases[phase].seq_len, "tokens": tokens, **used})
                 postfix = {"loss": f"{record['loss']:.3f}", "lr": f"{lr:.2g}"}
                 postfix["tokens/s"] = f"{used['tokens_per_second']:,}"
                 if used["waiting"] > WORTH_SAYING:

@@ -78,8 +78,8 @@ def table(vocab_size: int, batch_tokens: int, seq_len: int) -> str:
     lines = [
         f"presets, with --vocab-size {vocab_size}, --batch-tokens {batch_tokens} and --seq-len {seq_len} in float32:",
         "",
-        f"{'':<46}{'':>10}{'masked words':^26}{'  --objective clm':^26}".rstrip(),
-        f"{'':<16}{'layers':>7}{'width':>7}{'heads':>6}{'parameters':>13}{'--lr':>8}"
+        f"{'':<63}{'masked words':^25}{'--objective clm':^25}".rstrip(),
+        f"{'':<18}{'layers':>7}{'width':>7}{'heads':>6}{'parameters':>13}{'--lr':>8}"
         + f"{'memory':>11}{'a step':>14}" * 2,
     ]
     sizes = {"vocab_size": vocab_size, "max_position_embeddings": max(512, seq_len)}
@@ -87,7 +87,7 @@ def table(vocab_size: int, batch_tokens: int, seq_len: int) -> str:
         for name, lr in rates.items():
             config = PRETRAINING[model].config_class.preset(name, **sizes)
             line = (
-                f"{f'{model} {name}':<16}{config.num_hidden_layers:>7}{config.hidden_size:>7}"
+                f"{f'{model} {name}':<18}{config.num_hidden_layers:>7}{config.hidden_size:>7}"
                 f"{config.num_attention_heads:>6}{parameters(config):>13,}{lr:>8g}"
             )
             for predicted, seen in ((MASKED, seq_len), (1.0, (seq_len + 1) / 2)):

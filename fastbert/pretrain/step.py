@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fastbert.backends.linear import use_linear
 from fastbert.capture import WARMUP, Captured, capture
@@ -18,6 +19,7 @@ from fastbert.optim.lazy_adam import LazyAdam, decay_groups
 from fastbert.pretrain.accuracy import accuracies, hits
 from fastbert.pretrain.divergence import Watch
 from fastbert.pretrain.evaluate import forward
+from fastbert.pretrain.lamb import make_lamb
 from fastbert.pretrain.processes import Processes
 from fastbert.pretrain.settings import PretrainConfig
 from fastbert.pretrain.together import ALONE, Together
@@ -142,7 +144,7 @@ def make_step(
     On a GPU, where batches have one shape, that is a captured `train_step`, or with --no-capture one that differs in
     being launched anew each time.
     """
-    if not (on_gpu(config) and config.static_shapes):
+    if not (on_gpu(config) and config.static_shapes) or config.optimizer == "lamb":  # which keeps no bfloat16 copies
         together = Together(processes, config.accumulate, summed(model, config))
         return lambda micro, lr, number: train_step(
             model, optimizer, micro, lr, config, watch, number, together=together
@@ -184,8 +186,10 @@ def pair(config: PretrainConfig) -> str:
     return config.objective.partition("+")[2]
 
 
-def make_optimizer(model: PreTrainingModel, config: PretrainConfig) -> LazyAdam:
+def make_optimizer(model: PreTrainingModel, config: PretrainConfig) -> LazyAdam | Optimizer:
     """BERT's own, with bias correction."""
+    if config.optimizer == "lamb":
+        return make_lamb(model, config.weight_decay, config.lr, config.beta2)
     return LazyAdam(decay_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, config.beta2), eps=1e-6)
 
 
