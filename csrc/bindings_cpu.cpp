@@ -166,7 +166,9 @@ PYBIND11_MODULE(_cpu, m) {
       "Floats of scratch that gelu_backward needs.");
   m.def(
       "layer_norm_scratch",
-      [](int64_t rows, int64_t columns) { return 2 * reduction_chunks(rows) * columns; },
+      [](int64_t rows, int64_t columns, bool with_x_bias) {
+        return (with_x_bias ? 3 : 2) * reduction_chunks(rows) * columns;
+      },
       "Floats of scratch that layer_norm_backward needs.");
   m.def(
       "attention_scratch", [](int64_t, int64_t, int64_t) { return 0; },

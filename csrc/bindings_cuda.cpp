@@ -144,6 +144,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("layer_norm_scratch", cuda::layer_norm_scratch, "Floats of scratch that layer_norm_backward needs.");
   define_launcher<cuda::dropout>(m, "dropout");
 
+  // ---- embedding ----
+  define_launcher<cuda::embedding_backward>(m, "embedding_backward");
+
   // ---- cross_entropy ----
   define_launcher<cuda::cross_entropy_forward>(m, "cross_entropy_forward");
   define_launcher<cuda::cross_entropy_backward>(m, "cross_entropy_backward");

@@ -54,8 +54,9 @@ struct GeluBackward {
 // t of the dropout contract: an element is kept where its lane >= t (see philox.h); 0 drops nothing. Then
 // there is no seed.
 
-struct LayerNormForward {  // z = residual + dropout(x); y = (z - mean) * rstd * weight + bias
+struct LayerNormForward {  // z = residual + dropout(x + x_bias); y = (z - mean) * rstd * weight + bias
   const void* x;           // [T, H] dtype
+  const void* x_bias;      // [H] weight_dtype
   const void* residual;    // [T, H] dtype
   const void* weight;      // [H] weight_dtype
   const void* bias;        // [H] weight_dtype
@@ -63,7 +64,7 @@ struct LayerNormForward {  // z = residual + dropout(x); y = (z - mean) * rstd *
   uint32_t t;
   const int64_t* seed;  // [1]
   void* y;              // [T, H] dtype
-  void* z;              // [T, H] dtype; null where it is x: neither residual nor dropout
+  void* z;              // [T, H] dtype; null where it is x: nothing added, nothing dropped
   float *mean, *rstd;   // [T]; null, and z with them, where y alone is wanted
   int64_t rows, columns;
   DType dtype, weight_dtype;
@@ -71,7 +72,7 @@ struct LayerNormForward {  // z = residual + dropout(x); y = (z - mean) * rstd *
 };
 
 struct LayerNormBackward {
-  const void* dy;            // [T, H] dtype
+  const void *dy, *dy2;      // [T, H] dtype, of y's two uses; dy2 is null where it has one
   const void* z;             // [T, H] dtype
   const void* weight;        // [H] weight_dtype
   const float *mean, *rstd;  // [T]
@@ -80,7 +81,8 @@ struct LayerNormBackward {
   void* dz;               // [T, H] dtype
   void* dx;               // [T, H] dtype; null where nothing was dropped: it is dz
   void *dweight, *dbias;  // [H] weight_dtype
-  float* scratch;         // [layer_norm_scratch(T, H)]
+  void* dx_bias;          // [H] weight_dtype; null where there was no x_bias
+  float* scratch;         // [layer_norm_scratch(T, H, whether there was)]
   int64_t rows, columns;
   DType dtype, weight_dtype;
   int64_t launch;
@@ -96,24 +98,41 @@ struct Dropout {  // y = dropout(x); its gradient is the same of dy, so one stru
   int64_t launch;
 };
 
+// ---- embedding --------------------------------------------------------------------------------------
+
+struct EmbeddingBackward {  // dtable[id] += sum of dx over the tokens of that id; on GPUs alone
+  const void* dx;           // [T, H] dtype
+  const int64_t* ids;       // [T] in [0, V)
+  int64_t padding_idx;      // nothing is added to this row; -1: none is left out
+  bool fills;               // dtable holds nothing yet
+  void* dtable;             // [V, H] dtype, changed in place
+  int64_t rows, columns, table_rows;
+  DType dtype;
+  int64_t launch;
+};
+
 // ---- cross_entropy -----------------------------------------------------------------------------------
 
 struct CrossEntropyForward {  // loss = log(sum_j exp(x_j)) - x_label
   const void* logits;         // [T, V] dtype, rows `stride` elements apart
   const int64_t* labels;      // [T] in [0, V), or ignore_index: the row does not count
   int64_t ignore_index;
+  bool mean;               // what becomes of the losses: their mean over rows that count, or their sum
   float* losses;           // [T]
   float *maximum, *total;  // [T]: max_j x_j and sum_j exp(x_j - maximum)
+  float *result, *count;   // [1]: mean or sum, and how many rows count, at least 1; null: losses alone
   int64_t rows, columns, stride;
   DType dtype;
   int64_t launch;
 };
 
 struct CrossEntropyBackward {
-  const float* dlosses;          // [T]
+  const float* dlosses;  // [T], or [1] for all rows
+  bool one_dloss;
   const void* logits;            // [T, V] dtype, rows `stride` elements apart
   const int64_t* labels;         // [T]
   const float *maximum, *total;  // [T]
+  const float* count;            // [1], which dlosses are divided by; null: by 1
   int64_t ignore_index;
   void* dlogits;  // [T, stride] dtype: 0 in columns from V on
   int64_t rows, columns, stride;

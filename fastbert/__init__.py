@@ -16,6 +16,7 @@ from fastbert.ops.linear import linear
 from fastbert.optim.exchange import SummedGradients, all_gather_ids, all_gather_rows, sum_rows
 from fastbert.optim.gradients import clip_grad_norm_
 from fastbert.optim.lazy_adam import LazyAdam
+from fastbert.patching import patch, patched, register_attention, unpatch
 from fastbert.version import __version__
 
 __all__ = [
@@ -37,7 +38,11 @@ __all__ = [
     "keep_memory",
     "layer_norm",
     "linear",
+    "patch",
+    "patched",
+    "register_attention",
     "sum_rows",
+    "unpatch",
     "use_backend",
     "use_linear",
 ]

@@ -8,15 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastbert import extras
-from fastbert.backends import info, linear
 from fastbert.version import __version__
 
 USAGE = """usage: fastbert COMMAND
 
   info        what runs here: every op by every backend, versions, instruction set, threads
+  prepare     raw text, however much, to a folder of tokens that pretrain --store reads at once
   pretrain    raw text to a BERT, ALBERT, RoBERTa or ERNIE that transformers loads; see fastbert pretrain --help
   finetune    a table of texts with classes or numbers, and any such model, to a classifier; its score, a picture
   predict     a classifier's labels for new texts
@@ -46,6 +44,7 @@ def main() -> None:
             raise
         less = {
             "finetune": "a smaller --batch-size or --seq-len",
+            "prepare": "fewer --workers",
             "pretrain": "a smaller --batch-tokens (with --accumulate), --checkpoint-layers or a smaller --preset",
         }.get(command, "a smaller --batch-tokens")
         sys.exit(f"fastbert {command}: not enough memory; {less} takes less: {error}")
@@ -57,11 +56,13 @@ def main() -> None:
 def run(command: str, arguments: list[str]) -> None:
     """The command itself; raises SystemExit unless its status is 0 and there is nothing more to say."""
     if command == "info" and not arguments:
+        from fastbert.backends import info, linear
+
         print(info(), linear.info(), waiting(), sep="\n")
     elif command in ("pretrain", "finetune"):
         sys.exit({"pretrain": pretrain, "finetune": finetune}[command](arguments))
-    elif command in ("predict", "embed", "fill"):
-        {"predict": predict, "embed": embed, "fill": fill}[command](arguments)
+    elif command in ("prepare", "predict", "embed", "fill"):
+        {"prepare": prepare, "predict": predict, "embed": embed, "fill": fill}[command](arguments)
     elif command in ("-h", "--help") or arguments in (["-h"], ["--help"]):
         print(USAGE)
     elif command == "--version":
@@ -74,6 +75,8 @@ def run(command: str, arguments: list[str]) -> None:
 
 def _is_about_memory(error: MemoryError | RuntimeError) -> bool:
     """torch raises a plain RuntimeError where the CPU's memory is used up."""
+    import torch  # here, as not every command needs it
+
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
@@ -123,6 +126,15 @@ def pretrain(arguments: list[str]) -> int:
         check_unchanged(stored, parse(default=stored))
     settings = {field.name: getattr(command, field.name) for field in dataclasses.fields(PretrainConfig)}
     return 0 if train(PretrainConfig(**settings), resume=command.resume) else 130
+
+
+def prepare(arguments: list[str]) -> None:
+    """`fastbert prepare`."""
+    _expect_packages("preparing needs")
+    from fastbert.prepare import PrepareConfig
+    from fastbert.prepare import prepare as run_prepare
+
+    run_prepare(_parse(PrepareConfig, "prepare", PrepareConfig.__doc__, arguments))
 
 
 def finetune(arguments: list[str]) -> int:

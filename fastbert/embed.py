@@ -165,9 +165,9 @@ def hidden_states(model: Encoder) -> Iterator[list[Tensor]]:
     def before(module: torch.nn.Module, arguments: tuple) -> None:
         states.append(arguments[0])
 
-    def behind(module: torch.nn.Module, arguments: tuple, out: Tensor) -> None:
+    def behind(module: torch.nn.Module, arguments: tuple, out: tuple[Tensor, Tensor]) -> None:
         if len(states) == depth:
-            states.append(out)
+            states.append(out[0])
 
     hooks = [layer.register_forward_pre_hook(before) for layer in set(layers)]
     hooks += [layer.register_forward_hook(behind) for layer in set(layers)]

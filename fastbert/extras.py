@@ -4,10 +4,9 @@ from importlib.util import find_spec
 
 # What others than `pretrain` bring.
 EXTRAS = {
-    "finetune": {"sklearn", "scipy"},
-    "chinese": {"jieba", "ahocorasick_rs"},
-    "lamb": {"pytorch_optimizer"},
-}
+    "finetune": {"sklearn", "scipy"}, "chinese": {"jieba", "ahocorasick_rs"}, "patch": {"transformers"},
+    "formats": {"pyarrow", "zstandard"}, "cluster": {"distributed"}, "lamb": {"pytorch_optimizer"},
+}  # fmt: skip
 
 
 def missing(what: str, *packages: str) -> str | None:

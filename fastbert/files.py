@@ -65,8 +65,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     writing.mkdir(parents=True)
     try:
         yield writing
-        for part in (*writing.rglob("*"), writing):
-            flush(part)
+        flush_all(writing)
         shutil.rmtree(path, ignore_errors=True)
         writing.rename(path)
         flush(path.parent)
@@ -101,6 +100,12 @@ def flush(path: str | os.PathLike) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def flush_all(folder: Path) -> None:
+    """Waits until a folder and all that is in it is on the disk."""
+    for part in (*folder.rglob("*"), folder):
+        flush(part)
 
 
 def refuse_lfs_pointer(path: str | os.PathLike) -> None:

@@ -14,8 +14,8 @@ FEW, MANY = (32, 128), (512, 16)
 
 
 @triton.jit(do_not_specialize=["parts"])
-def sum_parts_kernel(scratch_ptr, first_ptr, second_ptr, parts, columns, P: tl.constexpr, C: tl.constexpr):
-    """Output program_id(1), of at most two."""
+def sum_parts_kernel(scratch_ptr, first_ptr, second_ptr, third_ptr, parts, columns, P: tl.constexpr, C: tl.constexpr):
+    """Output program_id(1), of at most three."""
     column = tl.program_id(0) * C + tl.arange(0, C)
     scratch_ptr += tl.program_id(1) * parts.to(tl.int64) * columns
     sums = tl.zeros([P, C], tl.float32)
@@ -26,15 +26,18 @@ def sum_parts_kernel(scratch_ptr, first_ptr, second_ptr, parts, columns, P: tl.c
     total = tl.sum(sums, 0)
     if tl.program_id(1) == 0:
         tl.store(first_ptr + column, total.to(first_ptr.dtype.element_ty), mask=column < columns)
-    else:
+    elif tl.program_id(1) == 1:
         tl.store(second_ptr + column, total.to(second_ptr.dtype.element_ty), mask=column < columns)
+    else:
+        tl.store(third_ptr + column, total.to(third_ptr.dtype.element_ty), mask=column < columns)
 
 
-def sum_parts(scratch: Tensor, first: Tensor, second: Tensor | None = None) -> None:
-    """scratch [1 or 2, parts, columns] -> first [columns], and second where it is not None."""
+def sum_parts(scratch: Tensor, first: Tensor, second: Tensor | None = None, third: Tensor | None = None) -> None:
+    """scratch [1 to 3, parts, columns] -> first [columns], second and third where they are not None."""
     outputs, parts, columns = scratch.shape
     P, C = FEW if parts <= FEW[0] else MANY
     launch(
         sum_parts_kernel, (triton.cdiv(columns, C), outputs),
-        scratch, first, first if second is None else second, parts, columns, P=P, C=C, num_warps=WARPS,
+        scratch, first, first if second is None else second, first if third is None else third, parts, columns, P=P,
+        C=C, num_warps=WARPS,
     )  # fmt: skip

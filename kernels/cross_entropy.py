@@ -7,6 +7,9 @@ m and s are saved. A row whose label is `ignore_index` is not read: its loss and
 outside of [0, V) is not read by forward, which reports it: its loss and its dx are NaN. Rows lie `stride` >= V elements
 apart; dx is 0 between them. Arithmetic is float32.
 
+Where a mean or a sum of the losses is wanted, a second kernel adds them up, and backward takes one dloss for all rows,
+for a mean with the number that it was divided by.
+
 Each direction moves its bytes once. Forward gives a row to a program; a thread's running maximum moves once for eight
 elements, so that an element costs one exp (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
 Backward gives a block of a row to a program.
@@ -31,6 +34,7 @@ GROUP = tl.constexpr(8)  # elements that share a thread's running maximum: one o
 PADDING = 128  # a vocabulary is padded by fewer columns, as fastbert/backends/cross_entropy.py has it
 ENDS = 256  # elements: those before the body, and those behind it with the padding
 BACKWARD_BLOCK, BACKWARD_WARPS = 2048, 4
+REDUCED = 1024  # losses that are added up at a time
 
 
 class ForwardPlan(NamedTuple):
@@ -125,6 +129,22 @@ def cross_entropy_forward_kernel(
         tl.store(total_ptr + row, total)
 
 
+@triton.jit(do_not_specialize=["rows", "ignore_index"])
+def reduce_losses_kernel(
+    losses_ptr, labels_ptr, ignore_index, rows, result_ptr, count_ptr, MEAN: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One program. The count is exact up to 2^24 rows."""
+    sums, counts = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for first in tl.range(0, rows, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        sums += tl.load(losses_ptr + row, mask=row < rows, other=0.0)
+        label = tl.load(labels_ptr + row, mask=row < rows, other=ignore_index)
+        counts += tl.where(label != ignore_index, 1.0, 0.0)
+    total, count = tl.sum(sums, 0), tl.maximum(tl.sum(counts, 0), 1.0)
+    tl.store(result_ptr, total / count if MEAN else total)
+    tl.store(count_ptr, count)
+
+
 # ---- backward ------------------------------------------------------------------------------------------------------
 
 
@@ -136,15 +156,19 @@ def gradient(x, place, label, maximum, scale, dloss):
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def cross_entropy_backward_kernel(
-    dlosses_ptr, logits_ptr, labels_ptr, maximum_ptr, total_ptr, ignore_index, dlogits_ptr, columns, stride,
-    ALIGN: tl.constexpr, BLOCK: tl.constexpr, ENDS: tl.constexpr,
+    dlosses_ptr, logits_ptr, labels_ptr, maximum_ptr, total_ptr, count_ptr, ignore_index, dlogits_ptr, columns, stride,
+    ONE: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, ENDS: tl.constexpr,
 ):  # fmt: skip
-    """A program has a block of a row's body; the first has its ends and what follows up to the next row."""
+    """ONE: there is one dloss for all rows. count is None where nothing divides it.
+
+    A program has a block of a row's body; the first has its ends and what follows up to the next row."""
     # label
     row = tl.program_id(0)
     label = tl.load(labels_ptr + row)
     counts = label != ignore_index
-    dloss = tl.load(dlosses_ptr + row, mask=counts, other=0.0)
+    dloss = tl.load(dlosses_ptr + (0 if ONE else row), mask=counts, other=0.0)
+    if count_ptr is not None:
+        dloss = dloss / tl.load(count_ptr)
     maximum = tl.load(maximum_ptr + row)
     scale = dloss / tl.load(total_ptr + row, mask=counts, other=1.0)
 
@@ -184,12 +208,13 @@ def rows_of(logits: Tensor) -> tuple[Tensor, int]:
     return logits.contiguous(), columns
 
 
-def cross_entropy_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+def cross_entropy_forward(
+    logits: Tensor, labels: Tensor, ignore_index: int, reduction: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (logits, stride), labels = rows_of(logits), labels.contiguous()
     rows, columns = logits.shape
     losses, maximum, total = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
-    if rows == 0:
-        return losses, maximum, total
+    result, count = (losses.new_empty(0 if reduction == "none" else ()) for _ in range(2))
     plan = forward_plan(columns)
     launch(
         cross_entropy_forward_kernel, (rows,),
@@ -197,12 +222,18 @@ def cross_entropy_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> 
         ALIGN=16 // logits.element_size(), BLOCK=plan.block, num_warps=plan.warps,
     )  # fmt: skip
     faults.raise_interpreted(logits)
-    return losses, maximum, total
+    if reduction != "none":
+        launch(
+            reduce_losses_kernel, (1,), losses, labels, ignore_index, rows, result, count, MEAN=reduction == "mean",
+            BLOCK=REDUCED, num_warps=4,
+        )  # fmt: skip
+    return losses, maximum, total, result, count
 
 
 def cross_entropy_backward(
-    dlosses: Tensor, logits: Tensor, labels: Tensor, maximum: Tensor, total: Tensor, ignore_index: int
-) -> Tensor:
+    dlosses: Tensor, logits: Tensor, labels: Tensor, maximum: Tensor, total: Tensor, count: Tensor | None,
+    ignore_index: int,
+) -> Tensor:  # fmt: skip
     (logits, stride), dlosses, labels = rows_of(logits), dlosses.contiguous(), labels.contiguous()
     rows, columns = logits.shape
     dlogits = logits.new_empty(rows, stride)
@@ -210,7 +241,7 @@ def cross_entropy_backward(
         align = 16 // logits.element_size()
         launch(
             cross_entropy_backward_kernel, (rows, triton.cdiv(align - 1 + columns, BACKWARD_BLOCK)),
-            dlosses, logits, labels, maximum, total, ignore_index, dlogits, columns, stride,
-            ALIGN=align, BLOCK=BACKWARD_BLOCK, ENDS=ENDS, num_warps=BACKWARD_WARPS,
+            dlosses, logits, labels, maximum, total, count, ignore_index, dlogits, columns, stride,
+            ONE=dlosses.dim() == 0, ALIGN=align, BLOCK=BACKWARD_BLOCK, ENDS=ENDS, num_warps=BACKWARD_WARPS,
         )  # fmt: skip
     return dlogits if stride == columns else dlogits[:, :columns]

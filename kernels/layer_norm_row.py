@@ -43,7 +43,7 @@ def store_chunk(ptr, value, row, rows, first, H: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def load_parameter(ptr, row, first, H: tl.constexpr, C: tl.constexpr):
-    """float32 of a chunk of weight or bias, once for each row, so that it lies in threads as a chunk of rows does."""
+    """float32 of a chunk of weight, bias or x_bias, once a row, so that it lies in threads as a chunk of rows does."""
     column = first + tl.arange(0, C)[None, :] + row * 0
     return tl.load(ptr + column, mask=column < H, other=0.0).to(tl.float32)
 
@@ -54,9 +54,13 @@ def keep_chunk(row, first, C: tl.constexpr, seed_ptr, bound):
 
 
 @triton.jit
-def add_dropped(x, residual, row, first, seed_ptr, bound, scale, ADD: tl.constexpr, C: tl.constexpr):
-    """float32 of the rounded residual + dropout(x), chunks from column `first` on."""
+def add_dropped(
+    x, x_bias_ptr, residual, row, first, seed_ptr, bound, scale, ADD: tl.constexpr, H: tl.constexpr, C: tl.constexpr
+):
+    """float32 of the rounded residual + dropout(x + x_bias), chunks from column `first` on."""
     z = x.to(tl.float32)
+    if x_bias_ptr is not None:
+        z += load_parameter(x_bias_ptr, row, first, H, C)
     if seed_ptr is not None:
         z = tl.where(keep_chunk(row, first, C, seed_ptr, bound), z * scale, 0.0)
     if ADD:

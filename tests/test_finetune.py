@@ -214,11 +214,28 @@ def test_bad_input_gets_a_sentence_and_nothing_is_written(bert, tables, tmp_path
     assert "output must be a .jsonl, .csv or .tsv" in said(
         monkeypatch, "predict", bert, tables[1], "--text", "text", "--output", tmp_path / "x.txt"
     )
+    assert "is a table: say which column holds the text (--text), one of ['text', 'second'" in said(
+        monkeypatch, "predict", bert, tables[1]
+    )
     before = tables[1].read_bytes()
     assert "new.csv would be written over by what is predicted: choose another --output" in said(
         monkeypatch, "predict", bert, tables[1], "--text", "text", "--output", tables[1]
     )
     assert tables[1].read_bytes() == before
+
+
+def test_an_albert_that_says_it_is_a_bert_is_refused(encoder_of, tables, tmp_path, monkeypatch):
+    folder = encoder_of("albert")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    for command in (
+        ["finetune", "--init", folder, "--train", tables[0]],
+        ["embed", folder, tables[1], "--text", "text"],
+        ["pretrain", "--init", folder, "--corpus", tables[0], "--column", "text", "--steps", 1],
+    ):
+        text = said(monkeypatch, *command, "--output", tmp_path / "out.npy")
+        assert "encoder.layer.0.attention.self.query.weight" in text and "does not hold the encoder that its" in text
+        assert not list(tmp_path.iterdir()), command[0]
 
 
 def test_a_tokenizer_of_another_model_is_refused(bert, tables, tmp_path, monkeypatch):

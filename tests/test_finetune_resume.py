@@ -1,5 +1,6 @@
 """A fine-tuning that was stopped or killed goes on to the bits of an unbroken one; what it refuses to go on from."""
 
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -14,10 +15,10 @@ from safetensors.torch import load_file
 
 pytest.importorskip("sklearn")
 
-from fastbert import cli
+from fastbert import cli, lock
 from fastbert.finetune import FinetuneConfig, finetune, loop
 from fastbert.finetune.training import Trainer
-from fastbert.pretrain import lock, snapshot
+from fastbert.pretrain import snapshot
 
 
 class Killed(BaseException):
@@ -95,8 +96,16 @@ def test_however_it_is_broken_off_it_ends_in_the_same_bits(config, changes, tmp_
     assert {path.name for path in broken.output.iterdir()} == {".lock", "config.json", "model", "scores.json", picture}
 
 
-def said(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["fastbert", "finetune", *map(str, arguments)])
+def test_another_thread_trains_too_and_signals_stay_the_program_s(config, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    short = dataclasses.replace(config, output=tmp_path / "run", epochs=1)
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        assert threads.submit(finetune, short).result() == tmp_path / "run/model"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def said(monkeypatch, *arguments, command="finetune"):
+    monkeypatch.setattr(sys, "argv", ["fastbert", command, *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     return ended.value.code
@@ -109,6 +118,10 @@ def test_the_command_resumes_what_it_stopped_and_says_what_does_not_hold(config,
     (tmp_path / "train.csv").write_text(table)
     resume = "--output", run, "--resume"
     assert "holds no run to resume" in said(monkeypatch, *resume) and not run.exists()
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        assert "fine-tuning runs in one process, and WORLD_SIZE=2 says" in said(patch, *given, "--output", run)
+    assert not run.exists()
     at_step[9] = lambda: os.kill(os.getpid(), signal.SIGINT)
     assert said(monkeypatch, *given, "--output", run) == 130
 
@@ -140,3 +153,6 @@ def test_the_command_resumes_what_it_stopped_and_says_what_does_not_hold(config,
     assert len(json.loads((run / "scores.json").read_text())["epochs"]) == 2
     assert "has ended, its model is" in said(monkeypatch, *resume)
     assert "is there already" in said(monkeypatch, *given, "--output", run)
+    assert f"is the folder of a run, and its model is in {run / 'model'}: name that folder" in said(
+        monkeypatch, run, config.train, "--text", "text", command="predict"
+    )

@@ -16,6 +16,7 @@ from fastbert.models.bert import BertConfig, BertForPreTraining
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES.remove(ROOT / "docs" / "patch.md")  # tests/patching/test_examples.py runs it
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -70,15 +71,20 @@ def commands(*beginnings):
                     yield pytest.param(line, id=f"{page.name}: {line[:40]}")
 
 
-@pytest.mark.parametrize("command", list(commands("fastbert finetune ", "fastbert predict ", "fastbert embed ")))
+ON_MODELS = "finetune", "predict", "embed", "fill"
+
+
+@pytest.mark.parametrize("command", list(commands(*(f"fastbert {name} " for name in ON_MODELS))))
 def test_commands_on_models_are_understood(command, monkeypatch):
     pytest.importorskip("sklearn")
     seen, words = [], shlex.split(command, comments=True)
-    module = "fastbert.embed.embed" if words[1] == "embed" else f"fastbert.finetune.{words[1]}"
-    monkeypatch.setattr(module, seen.append)
+    module = f"fastbert.{words[1]}" if words[1] in ("embed", "fill") else "fastbert.finetune"
+    monkeypatch.setattr(f"{module}.{words[1]}", lambda config, **resume: seen.append(config))
     monkeypatch.setattr(sys, "argv", words)
-    cli.main()
-    given = {str(value) for value in vars(seen[0]).values()}
+    with contextlib.suppress(SystemExit):
+        cli.main()
+    values = [x if isinstance(x, tuple) else (x,) for x in vars(seen[0]).values()]
+    given = {str(value) for some in values for value in some}
     assert given.issuperset(word for word in words[2:] if not word.startswith("--"))
 
 

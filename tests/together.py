@@ -1,12 +1,17 @@
 """What tests/pretrain/test_processes.py has several processes do: runs one after another, in one group of processes.
 
-Each process is started with the folder of the runs as its argument; `runs.json` in it names them.
+Each process is started with two arguments: the folder of the runs, and the runs as JSON.
 """
 
+import contextlib
+import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
+from unittest import mock
 
+from fastbert.pretrain.divergence import Watch
 from fastbert.pretrain.loop import pretrain
 from fastbert.pretrain.processes import joined
 from fastbert.pretrain.settings import PretrainConfig
@@ -14,15 +19,41 @@ from fastbert.pretrain.settings import PretrainConfig
 
 def settings_of(folder, run):
     """A run's settings; its corpus and folder are in `folder`."""
-    return PretrainConfig(
-        output=folder / run["name"], corpus=folder / "manual.txt", vocab_size=1000, seq_len=32, batch_tokens=512,
-        steps=12, lr=3e-3, held_out=0.1, evaluations=2, evaluation_batches=5, snapshot_every=4, keep=3, log_every=1,
-        linear="torch", **{"accumulate": 3} | run["settings"],
+    usual = PretrainConfig(
+        output=folder / run["name"], corpus=folder / "manual.txt", vocab_size=500, seq_len=32, batch_tokens=256,
+        steps=12, lr=3e-3, held_out=0.1, evaluations=2, evaluation_batches=5, snapshot_every=3, keep=4, log_every=1,
+        linear="torch", accumulate=3,
     )  # fmt: skip
+    return dataclasses.replace(usual, **run.get("settings", {}))
+
+
+def broken_off(config, step):
+    """The run, until an error before this step's optimizer, which all processes meet."""
+    see = Watch.see
+
+    def see_and_fail(self, number, *others):
+        if number == step:
+            raise OverflowError
+        see(self, number, *others)
+
+    with mock.patch.object(Watch, "see", see_and_fail), contextlib.suppress(OverflowError):
+        pretrain(config)
+
+
+def wait_for(path):
+    while not path.exists():
+        time.sleep(0.02)
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    with joined():
-        for run in json.loads((folder / "runs.json").read_text()):
-            pretrain(settings_of(folder, run), resume=run.get("resume", False))
+    with joined() as processes:
+        for run in json.loads(sys.argv[2]):
+            config = settings_of(folder, run)
+            if "broken_off" in run:
+                broken_off(config, run["broken_off"])
+                processes.first((folder / f"{run['name']} is there").touch)
+                continue
+            if "resume" in run:
+                wait_for(folder / f"{run['name']} is there")
+            pretrain(config, resume="resume" in run)

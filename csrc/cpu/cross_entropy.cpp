@@ -7,6 +7,9 @@
 // m + log(s), whose rounding would enter every exp of the backward pass where logits are large. Rows lie
 // `stride` >= V elements apart; dx is 0 between them, so that products over the whole width are right.
 //
+// Where a mean or a sum is wanted, it is added up in double behind the rows, and backward takes one dloss for
+// all rows, for a mean with the number that it was divided by.
+//
 // Arithmetic is float32 for every dtype. Forward reads the logits once: a block of a row stays in the L1
 // cache for its maximum and then its sum, and the sum so far is scaled when the maximum moves (Milakov and
 // Gimelshein, "Online normalizer calculation for softmax", 2018). Backward reads them once and writes dx
@@ -78,18 +81,31 @@ void forward(const CrossEntropyForward& p) {
   }
 }
 
+// The sum of all losses, or their mean over the rows that count; 0 where none does.
+void reduce(const CrossEntropyForward& p) {
+  double sum = 0;
+  int64_t count = 0;
+  for (int64_t r = 0; r < p.rows; ++r) {
+    sum += p.losses[r];
+    count += p.labels[r] != p.ignore_index;
+  }
+  *p.count = count > 0 ? static_cast<float>(count) : 1.f;
+  *p.result = static_cast<float>(p.mean ? sum / *p.count : sum);
+}
+
 // ---- backward ---------------------------------------------------------------------------------------
 
 template <typename T>
 void backward(const CrossEntropyBackward& p) {
 #pragma omp parallel for num_threads(p.launch) schedule(dynamic)
   for (int64_t r = 0; r < p.rows; ++r) {
+    const float dloss = p.dlosses[p.one_dloss ? 0 : r] / (p.count ? *p.count : 1.f);
     T* __restrict dx = static_cast<T*>(p.dlogits) + r * p.stride;
     const int64_t columns = p.labels[r] == p.ignore_index ? 0 : p.columns;
     memset(dx + columns, 0, (p.stride - columns) * sizeof(T));
     if (columns == 0) continue;
     const T* x = static_cast<const T*>(p.logits) + r * p.stride;
-    const float maximum = p.maximum[r], dloss = p.dlosses[r], scale = dloss / p.total[r];
+    const float maximum = p.maximum[r], scale = dloss / p.total[r];
     sweep<kUnroll>(columns, [=](int64_t j, int, auto lanes) FASTBERT_LAMBDA {
       lanes.store(dx + j, exp(lanes.load(x + j) - maximum) * scale);
     });
@@ -116,6 +132,7 @@ int64_t cross_entropy_forward(const CrossEntropyForward& p) {
       forward<f16>(p);
       break;
   }
+  if (p.result) reduce(p);
   return -1;
 }
 

@@ -7,6 +7,9 @@
 // outside of [0, V) is reported, and loss and dx of its row are NaN. Rows lie `stride` >= V elements apart;
 // dx is 0 between them. Arithmetic is float32.
 //
+// Where a mean or a sum of the losses is wanted, the last block of forward adds them up, and backward takes
+// one dloss for all rows, for a mean with the number that it was divided by.
+//
 // Each direction moves its bytes once. Forward gives a row to a block, or a short row to a warp; a thread's
 // running maximum moves once for all the elements that it has loaded, so that an element costs one exp
 // (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018). Backward gives a piece of a
@@ -19,6 +22,7 @@
 //
 #include "faults.h"
 #include "kernels.h"
+#include "last_block.h"
 #include "ptx.h"
 #include "reduce.h"
 #include "vectors.h"
@@ -108,12 +112,9 @@ DEVICE Softmax of_warp(Softmax softmax) {
 }
 
 template <class T, bool kBlockPerRow>
-__global__ void __launch_bounds__(kForwardThreads)
-    cross_entropy_forward_kernel(CrossEntropyForward p, int32_t* faults) {
+DEVICE void loss_of_row(const CrossEntropyForward& p, int64_t row, int32_t* faults) {
   constexpr int kWarps = kForwardThreads / kWarp, kGroups = kForwardGroups, kSize = kGroup<T>;
   constexpr int kTeam = kBlockPerRow ? kForwardThreads : kWarp;  // threads of a row
-  const int64_t row = kBlockPerRow ? blockIdx.x : blockIdx.x * static_cast<int64_t>(kWarps) + warp_of_block();
-  if (row >= p.rows) return;
   const int member = kBlockPerRow ? threadIdx.x : lane_of_warp();
 
   // label
@@ -159,6 +160,30 @@ __global__ void __launch_bounds__(kForwardThreads)
   p.total[row] = softmax.total;
 }
 
+// The sum of all losses, or their mean over the rows that count, by one block.
+DEVICE void reduce_losses(const CrossEntropyForward& p) {
+  __shared__ float partial[2][kWarpsPerBlock];
+  float sums[2] = {};  // of losses, and of rows that count, exact up to 2^24
+#pragma unroll 2
+  for (int64_t row = threadIdx.x; row < p.rows; row += kForwardThreads) {
+    sums[0] += p.losses[row];
+    sums[1] += p.labels[row] != p.ignore_index;
+  }
+  block_sum(sums, partial);
+  if (threadIdx.x != 0) return;
+  *p.count = fmaxf(sums[1], 1.f);
+  *p.result = p.mean ? sums[0] / fmaxf(sums[1], 1.f) : sums[0];
+}
+
+template <class T, bool kBlockPerRow>
+__global__ void __launch_bounds__(kForwardThreads)
+    cross_entropy_forward_kernel(CrossEntropyForward p, int32_t* faults, Counters counters) {
+  constexpr int64_t kWarps = kForwardThreads / kWarp;
+  const int64_t row = kBlockPerRow ? blockIdx.x : blockIdx.x * kWarps + warp_of_block();
+  if (row < p.rows) loss_of_row<T, kBlockPerRow>(p, row, faults);
+  if (p.result && is_last_block(counters.at(0), gridDim.x)) reduce_losses(p);
+}
+
 // ---- backward ----------------------------------------------------------------------------------------
 
 template <class T>
@@ -175,7 +200,9 @@ __global__ void __launch_bounds__(kBackwardThreads)
   // label
   const int64_t label = p.labels[row];
   const bool counts = label != p.ignore_index;
-  const float dloss = counts ? p.dlosses[row] : 0.f, maximum = counts ? p.maximum[row] : 0.f;
+  const float divisor = p.count ? *p.count : 1.f;
+  const float dloss = counts ? p.dlosses[p.one_dloss ? 0 : row] / divisor : 0.f;
+  const float maximum = counts ? p.maximum[row] : 0.f;
   const float scale = counts ? dloss / p.total[row] : 0.f;
   const uint32_t columns = counts ? p.columns : 0;
 
@@ -215,10 +242,14 @@ int forward(const CrossEntropyForward& p) {
   constexpr int kWarps = kForwardThreads / kWarp;
   void* stream = reinterpret_cast<void*>(p.launch);
   const bool long_rows = p.columns * static_cast<int64_t>(sizeof(T)) > kWarpRowBytes;
-  return long_rows ? launch("cross_entropy_forward", cross_entropy_forward_kernel<T, true>, p.rows,
-                            kForwardThreads, 0, stream, p, fault_words())
-                   : launch("cross_entropy_forward", cross_entropy_forward_kernel<T, false>,
-                            (p.rows + kWarps - 1) / kWarps, kForwardThreads, 0, stream, p, fault_words());
+  const int64_t blocks = long_rows ? p.rows : max((p.rows + kWarps - 1) / kWarps, int64_t{1});
+  Counters counters = {};
+  if (p.result)  // where there is no set, the counter is where `count` will be
+    if (const int error = take_counters("cross_entropy_forward", 1, p.count, stream, &counters)) return error;
+  return long_rows ? launch("cross_entropy_forward", cross_entropy_forward_kernel<T, true>, blocks,
+                            kForwardThreads, 0, stream, p, fault_words(), counters)
+                   : launch("cross_entropy_forward", cross_entropy_forward_kernel<T, false>, blocks,
+                            kForwardThreads, 0, stream, p, fault_words(), counters);
 }
 
 template <class T>
@@ -233,8 +264,10 @@ int backward(const CrossEntropyBackward& p) {
 }  // namespace
 
 int cross_entropy_forward(const CrossEntropyForward& p) {
-  if (p.rows == 0) return 0;
-  return with_type(p.dtype, [&](auto x) { return forward<decltype(x)>(p); });
+  if (p.rows > 0) return with_type(p.dtype, [&](auto x) { return forward<decltype(x)>(p); });
+  CrossEntropyForward none = p;
+  none.columns = 0;  // one block, which finds no row and reduces nothing to 0
+  return p.result ? forward<float>(none) : 0;
 }
 
 int cross_entropy_backward(const CrossEntropyBackward& p) {

@@ -29,6 +29,10 @@ int layer_norm_forward(const LayerNormForward& a);
 int layer_norm_backward(const LayerNormBackward& a);
 int dropout(const Dropout& a);
 
+// ---- embedding ---------------------------------------------------------------------------------------
+
+int embedding_backward(const EmbeddingBackward& a);
+
 // ---- cross_entropy -----------------------------------------------------------------------------------
 
 int cross_entropy_forward(const CrossEntropyForward& a);

@@ -1,11 +1,13 @@
 // LayerNorm with the dropout and the residual that come before it in a transformer, [T, H]:
 //
-//   z = residual + dropout(x)                      rounded to x's dtype; z = x when there is neither
+//   z = residual + dropout(x + x_bias)             rounded to x's dtype; z = x when there is nothing of it
 //   y = (z - mean) * rstd * weight + bias          mean and variance over a row, of the rounded z
 //
-// Backward takes z, mean [T] and rstd [T]; with h = (z - mean) * rstd and g = dy * weight:
+// Backward takes z, mean [T], rstd [T] and one or two gradients of y, dy being their sum; with
+// h = (z - mean) * rstd and g = dy * weight:
 //
-//   dz = rstd * (g - mean(g) - h * mean(g * h)),  dx = dropout'(dz),  dweight = sum(dy * h),  dbias = sum(dy)
+//   dz = rstd * (g - mean(g) - h * mean(g * h)),  dx = dropout'(dz),
+//   dweight = sum(dy * h),  dbias = sum(dy),  dx_bias = sum(dx)
 //
 // Arithmetic is float32 for every dtype, and the variance is the mean of squared deviations. Memory is read
 // once and written once: a row stays in registers. The dropout mask is drawn again in backward, not stored.
@@ -58,8 +60,8 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
   float z[kGroups][kEach], sum[1] = {}, squares[1] = {};
 #pragma unroll
   for (int k = 0; k < kGroups; ++k) {
-    add_dropped(drop, kept[k], x[k], residual[k], first + k * kGroup, static_cast<T*>(a.z) + at,
-                a.z ? columns : 0, z[k]);
+    add_dropped(a, std::is_same_v<W, float>, drop, kept[k], x[k], residual[k], first + k * kGroup,
+                static_cast<T*>(a.z) + at, a.z ? columns : 0, z[k]);
     sum[0] += sum_of(z[k]);
   }
   // statistics
@@ -81,47 +83,64 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
 
 constexpr int kQuad = 4;  // columns that a lane takes at a time in backward, whatever the types
 
-// Rows of dy and of z that warps fetch ahead, beside the one at work. sm_75 has 64 KiB in all.
-template <class T>
-constexpr int kStages = sizeof(T) == 2 ? 3 : 2;
+// Rows that a warp has in shared memory, the one at work and those that it fetches ahead: so many stages of
+// dy and z, or of dy, z and dy2. sm_75 has 64 KiB in all.
+template <class T, bool kHasDy2>
+constexpr int kStages = sizeof(T) == 2 && !kHasDy2 ? 3 : 2;
 
-// Bytes of the rows in shared memory of a block; at the end the warps' sums take their place.
-template <class T, int kGroups>
-constexpr int kRowsBytes = kBackwardWarps * kStages<T> * 2 * kGroups * kGroup * static_cast<int>(sizeof(T));
+// Bytes of them in a block; at the end the warps' sums take their place.
+template <class T, int kGroups, bool kHasDy2>
+constexpr int kRowsBytes =
+    kBackwardWarps * kStages<T, kHasDy2> * (kHasDy2 ? 3 : 2) * kGroups * kGroup * static_cast<int>(sizeof(T));
 
 // What the warps of a row add up, in turn of two. It is dynamic memory too: beside 48 KiB of that a static
 // array would be more than a launch has without asking.
 using RowSums = float[2][2][kBackwardWarps];
 
-// A warp's ring of kStages rows of dy and z, of each its own columns.
+// A warp's ring of rows of dy, z and, where there is one, dy2, of each its own columns.
 template <class T, int kGroups>
 class RowsAhead {
  public:
-  DEVICE RowsAhead(const LayerNormBackward& a, T* ring, int first) : a_(a), ring_(ring), first_(first) {}
+  DEVICE RowsAhead(const LayerNormBackward& a, T* ring, int first)
+      : a_(a), ring_(ring), first_(first), stage_(kColumns * (a.dy2 ? 3 : 2)) {}
 
   // Begins to copy a row, or nothing where the row is past the end.
   DEVICE void fetch(int64_t row, int stage) {
     constexpr int kChunk = kAccessBytes / static_cast<int>(sizeof(T));
-    T* target = ring_ + stage * 2 * kGroups * kGroup;
+    T* target = ring_ + stage * stage_;
 #pragma unroll
-    for (int i = 0; i < kGroups * kGroup / (kWarp * kChunk); ++i) {
+    for (int i = 0; i < kColumns / (kWarp * kChunk); ++i) {
       const int place = (i * kWarp + lane_of_warp()) * kChunk;
       const bool valid = row < a_.rows && first_ + place < a_.columns;
       const int64_t at = valid ? row * a_.columns + first_ + place : 0;
-      copy_async<kAccessBytes>(shared_address(target + place), static_cast<const T*>(a_.dy) + at, valid);
-      copy_async<kAccessBytes>(shared_address(target + kGroups * kGroup + place),
-                               static_cast<const T*>(a_.z) + at, valid);
+      const auto copy = [&](T* to, const void* from) {
+        copy_async<kAccessBytes>(shared_address(to + place), static_cast<const T*>(from) + at, valid);
+      };
+      copy(target, a_.dy);
+      copy(target + kColumns, a_.z);
+      if (a_.dy2) copy(target + 2 * kColumns, a_.dy2);
     }
     commit_copies();
   }
 
-  DEVICE const T* dy(int stage) const { return ring_ + stage * 2 * kGroups * kGroup; }
-  DEVICE const T* z(int stage) const { return dy(stage) + kGroups * kGroup; }
+  // Waits for the oldest of `stages` stages; lanes see each other's copies after __syncwarp.
+  DEVICE static void wait(int stages) {
+    if (stages == 3)
+      wait_for_copies<1>();
+    else
+      wait_for_copies<0>();
+  }
+
+  DEVICE const T* dy(int stage) const { return ring_ + stage * stage_; }
+  DEVICE const T* z(int stage) const { return dy(stage) + kColumns; }
+  DEVICE const T* dy2(int stage) const { return dy(stage) + 2 * kColumns; }
 
  private:
+  static constexpr int kColumns = kGroups * kGroup;
+
   const LayerNormBackward& a_;
   T* ring_;
-  int first_;
+  int first_, stage_;  // elements of a stage
 };
 
 // Both sums over the neighbouring warps that share a row; `partial` as in block_sum.
@@ -140,54 +159,76 @@ DEVICE void sum_over_row(float (&sums)[2], float (&partial)[2][kBackwardWarps], 
   }
 }
 
-// Each warp takes kGroups groups of a row, and warps_per_row (1, 2 or 4) warps a row. scratch [2, blocks,
-// stride].
+// Each warp takes kGroups groups of a row, and warps_per_row (1, 2 or 4) warps a row. scratch [2 or 3,
+// blocks, stride].
 template <class T, int kGroups>
 __global__ void __launch_bounds__(kBackwardThreads, 2)
     layer_norm_backward_kernel(const LayerNormBackward a, float scale, float per_column, int warps_per_row,
                                int stride, const Counters counters) {
   constexpr int kColumns = kGroups * kGroup, kQuads = kColumns / (kWarp * kQuad);
   DYNAMIC_SHARED(unsigned char, memory);
-  RowSums& partial = *reinterpret_cast<RowSums*>(memory + kRowsBytes<T, kGroups>);
+  RowSums& partial = *reinterpret_cast<RowSums*>(memory);
+  T* rows = reinterpret_cast<T*>(memory + sizeof(RowSums));
   const Drop drop(a.t, scale, a.seed);
   const int columns = a.columns, warp = warp_of_block(), lane = lane_of_warp();
   const int rows_at_once = kBackwardWarps / warps_per_row, first = warp % warps_per_row * kColumns;
   const auto column_of_quad = [&](int i) { return first + (i * kWarp + lane) * kQuad; };
 
-  float weight[kQuads][kQuad] = {}, dweight[kQuads][kQuad] = {}, dbias[kQuads][kQuad] = {};
-#pragma unroll
-  for (int i = 0; i < kQuads; ++i)
+  float weight[kQuads][kQuad] = {}, dweight[kQuads][kQuad] = {}, dbias[kQuads][kQuad] = {},
+        dx_bias[kQuads][kQuad] = {};
+  // Beside many columns and their sums there are no registers for the weight, which is read for each row
+  // then.
+  constexpr bool kHoldsAll = kGroups < (sizeof(T) == 2 ? 4 : 3);
+  const auto load_weight = [&](int i) {
     if (column_of_quad(i) < columns)
-      load_parameter<T, kQuad>(a.weight, a.weight_dtype == DType::f32, column_of_quad(i), weight[i]);
+      load_parameter<T, kQuad, kHoldsAll ? Cache::read_only : Cache::plain>(
+          a.weight, a.weight_dtype == DType::f32, column_of_quad(i), weight[i]);
+  };
+  if constexpr (kHoldsAll)
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) load_weight(i);
 
-  RowsAhead<T, kGroups> ahead(a, reinterpret_cast<T*>(memory) + warp * kStages<T> * 2 * kColumns, first);
+  const int stages = a.dy2 ? kStages<T, true> : kStages<T, false>;
+  RowsAhead<T, kGroups> ahead(a, rows + warp * stages * (a.dy2 ? 3 : 2) * kColumns, first);
   const int64_t step = static_cast<int64_t>(gridDim.x) * rows_at_once;
   const int64_t block_row = static_cast<int64_t>(blockIdx.x) * rows_at_once;
   int64_t row = block_row + warp / warps_per_row;
-  for (int i = 0; i + 1 < kStages<T>; ++i) ahead.fetch(row + i * step, i);
+  for (int i = 0; i + 1 < stages; ++i) ahead.fetch(row + i * step, i);
   float next_mean = row < a.rows ? __ldg(a.mean + row) : 0,
         next_rstd = row < a.rows ? __ldg(a.rstd + row) : 0;
   int stage = 0, turn = 0;
   // All warps of a block go round as often, since those of a row meet at a barrier.
   for (int64_t left = a.rows - block_row; left > 0; left -= step, row += step, turn ^= 1) {
     const float mean = next_mean, rstd = next_rstd;
-    wait_for_copies<kStages<T> - 2>();
+    ahead.wait(stages);
     __syncwarp();
-    const int free_stage = stage == 0 ? kStages<T> - 1 : stage - 1;
-    ahead.fetch(row + (kStages<T> - 1) * step, free_stage);
+    const int free_stage = stage == 0 ? stages - 1 : stage - 1;
+    ahead.fetch(row + (stages - 1) * step, free_stage);
     if (row + step < a.rows) next_mean = __ldg(a.mean + row + step), next_rstd = __ldg(a.rstd + row + step);
     uint32_t kept[kGroups];
     drop.draw(row, first, kept);
     // statistics
     float g[kQuads][kQuad], h[kQuads][kQuad], sums[2] = {};
+    const auto load_h = [&](int i) {
+      load<kQuad, Cache::plain>(ahead.z(stage) + (i * kWarp + lane) * kQuad, h[i]);
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) h[i][j] = (h[i][j] - mean) * rstd;
+    };
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) {
       float dy[kQuad];
-      load<kQuad, Cache::plain>(ahead.dy(stage) + (i * kWarp + lane) * kQuad, dy);
-      load<kQuad, Cache::plain>(ahead.z(stage) + (i * kWarp + lane) * kQuad, h[i]);
+      const int place = (i * kWarp + lane) * kQuad;
+      if constexpr (!kHoldsAll) load_weight(i);
+      load<kQuad, Cache::plain>(ahead.dy(stage) + place, dy);
+      load_h(i);
+      if (a.dy2) {
+        float dy2[kQuad];
+        load<kQuad, Cache::plain>(ahead.dy2(stage) + place, dy2);
+#pragma unroll
+        for (int j = 0; j < kQuad; ++j) dy[j] += dy2[j];
+      }
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) {
-        h[i][j] = (h[i][j] - mean) * rstd;
         g[i][j] = dy[j] * weight[i][j];
         sums[0] += g[i][j];
         sums[1] += g[i][j] * h[i][j];
@@ -203,48 +244,56 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) {
       float* dz = g[i];
+      if constexpr (!kHoldsAll) load_h(i);
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) dz[j] = rstd * (g[i][j] - mean_g - h[i][j] * mean_gh);
       const int column = column_of_quad(i);
       if (column < columns_there) store<kQuad>(static_cast<T*>(a.dz) + at + column, dz);
       drop.apply<kQuad>(kept[i / kSteps<kQuad>], i % kSteps<kQuad>, dz);
       if (column < columns_dropped) store<kQuad>(static_cast<T*>(a.dx) + at + column, dz);
+      if (column < columns_there)
+#pragma unroll
+        for (int j = 0; j < kQuad; ++j) dx_bias[i][j] += dz[j];
     }
-    stage = stage + 1 == kStages<T> ? 0 : stage + 1;
+    stage = stage + 1 == stages ? 0 : stage + 1;
   }
 
   // affine: the sums of the block's rows side by side
-  static_assert(kRowsBytes<T, kGroups> >= kBackwardWarps * 2 * kColumns * static_cast<int>(sizeof(float)),
-                "the warps' sums fit where their rows were");
+  constexpr int kSums = 3;
+  const int outputs = a.dx_bias ? 3 : 2;
+  static_assert(
+      kRowsBytes<T, kGroups, false> >= kBackwardWarps * kSums * kColumns * static_cast<int>(sizeof(float)),
+      "the warps' sums fit where their rows were");
   wait_for_copies<0>();
   __syncthreads();
-  float* sums = reinterpret_cast<float*>(memory);  // [warps, 2, kColumns]
+  float* sums = reinterpret_cast<float*>(rows);  // [warps, kSums, kColumns]
 #pragma unroll
   for (int i = 0; i < kQuads; ++i) {
-    float* own = sums + warp * 2 * kColumns + (i * kWarp + lane) * kQuad;
+    float* own = sums + warp * kSums * kColumns + (i * kWarp + lane) * kQuad;
     store<kQuad>(own, dweight[i]);
     store<kQuad>(own + kColumns, dbias[i]);
+    store<kQuad>(own + 2 * kColumns, dx_bias[i]);
   }
   __syncthreads();
 #pragma unroll 1
-  for (int i = threadIdx.x; i < 2 * stride / kQuad; i += kBackwardThreads) {
+  for (int i = threadIdx.x; i < outputs * stride / kQuad; i += kBackwardThreads) {
     const int which = i * kQuad / stride, column = i * kQuad % stride;
-    const float* from = sums + (column / kColumns * 2 + which) * kColumns + column % kColumns;
+    const float* from = sums + (column / kColumns * kSums + which) * kColumns + column % kColumns;
     float total[kQuad] = {};
 #pragma unroll
     for (int r = 0; r < kBackwardWarps; ++r) {
       if (r >= rows_at_once) break;
       float values[kQuad];
-      load<kQuad, Cache::plain>(from + r * warps_per_row * 2 * kColumns, values);
+      load<kQuad, Cache::plain>(from + r * warps_per_row * kSums * kColumns, values);
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) total[j] += values[j];
     }
     store<kQuad>(a.scratch + (static_cast<int64_t>(which) * gridDim.x + blockIdx.x) * stride + column, total);
   }
   finish_column_sums<kBackwardThreads>(
-      a.scratch, 2, stride, counters, [&](int which, int column, const float (&total)[kQuad]) {
+      a.scratch, outputs, stride, counters, [&](int which, int column, const float (&total)[kQuad]) {
         if (column < columns)
-          store_sums<T>(which == 0 ? a.dweight : a.dbias, a.weight_dtype == DType::f32, column, total);
+          store_sums<T>(gradient_of(a, which), a.weight_dtype == DType::f32, column, total);
       });
 }
 
@@ -293,7 +342,7 @@ int forward_of_long_rows(const LayerNormForward& a) {
 template <class T>
 int forward(const LayerNormForward& a) {
   const bool aligned = a.columns * sizeof(T) % kAccessBytes == 0 &&
-                       are_aligned(kAccessBytes, a.x, a.residual, a.weight, a.bias, a.y, a.z);
+                       are_aligned(kAccessBytes, a.x, a.x_bias, a.residual, a.weight, a.bias, a.y, a.z);
   if (!aligned) return forward_of_long_rows<T, 1>(a);
   const int64_t warps = ceil_div(a.columns, kForwardGroups * kGroup);
   if (warps * kWarp > kForwardThreads) return forward_of_long_rows<T, kQuad>(a);
@@ -308,11 +357,12 @@ int backward_in_registers(const LayerNormBackward& a, int warps_per_row) {
   const int blocks = static_cast<int>(most < kLayerNormBlocks ? most : kLayerNormBlocks);
   Counters counters;
   if (const int error = take_counters("layer_norm_backward", 1 + sum_groups(blocks),
-                                      a.scratch + 2 * blocks * stride, stream, &counters))
+                                      a.scratch + (a.dx_bias ? 3 : 2) * blocks * stride, stream, &counters))
     return error;
   return launch("layer_norm_backward", layer_norm_backward_kernel<T, kGroups>, blocks, kBackwardThreads,
-                kRowsBytes<T, kGroups> + sizeof(RowSums), stream, a, dropout_scale(a.t, kLaneBits),
-                one_over(a.columns), warps_per_row, stride, counters);
+                sizeof(RowSums) + (a.dy2 ? kRowsBytes<T, kGroups, true> : kRowsBytes<T, kGroups, false>),
+                stream, a, dropout_scale(a.t, kLaneBits), one_over(a.columns), warps_per_row, stride,
+                counters);
 }
 
 template <class T, int kVector>
@@ -321,29 +371,33 @@ int backward_of_long_rows(const LayerNormBackward& a) {
   const int64_t parts = layer_norm_long_parts(a.rows), stride = part_stride(a.columns);
   const dim3 grid(ceil_div(a.columns, kWarp * kVector), parts);
   Counters counters;
+  if (const int error = take_counters("layer_norm_backward", grid.x,
+                                      a.scratch + (a.dx_bias ? 3 : 2) * parts * stride, stream, &counters))
+    return error;
   if (const int error =
-          take_counters("layer_norm_backward", grid.x, a.scratch + 2 * parts * stride, stream, &counters))
+          launch("layer_norm_backward", layer_norm_long_backward_kernel<T, kVector>, a.rows,
+                 long_threads(a.columns), 0, stream, a, dropout_scale(a.t, kLaneBits), one_over(a.columns)))
     return error;
-  if (const int error = launch("layer_norm_backward", layer_norm_columns_kernel<T, kVector>, grid,
-                               kColumnsThreads, 0, stream, a, stride, counters))
-    return error;
-  return launch("layer_norm_backward", layer_norm_long_backward_kernel<T, kVector>, a.rows,
-                long_threads(a.columns), 0, stream, a, dropout_scale(a.t, kLaneBits), one_over(a.columns));
+  return launch("layer_norm_backward", layer_norm_columns_kernel<T, kVector>, grid, kColumnsThreads, 0,
+                stream, a, stride, counters);
 }
 
 template <class T>
 int backward(const LayerNormBackward& a) {
   const int64_t columns = a.columns;
-  const bool aligned = columns * sizeof(T) % kAccessBytes == 0 &&
-                       are_aligned(kAccessBytes, a.dy, a.z, a.weight, a.dz, a.dx, a.dweight, a.dbias);
+  const bool aligned =
+      columns * sizeof(T) % kAccessBytes == 0 &&
+      are_aligned(kAccessBytes, a.dy, a.dy2, a.z, a.weight, a.dz, a.dx, a.dweight, a.dbias, a.dx_bias);
   if (!aligned) return backward_of_long_rows<T, 1>(a);
+  // Three groups of three float32 tensors, or four of two, take more shared memory than sm_75 has.
+  const bool is_wide = sizeof(T) == 4 && a.dy2;
   if (columns <= 512) return backward_in_registers<T, 2>(a, 1);
-  if (columns <= 768) return backward_in_registers<T, 3>(a, 1);
+  if (columns <= 768 && !is_wide) return backward_in_registers<T, 3>(a, 1);
   if (columns <= 1024) return backward_in_registers<T, 2>(a, 2);
-  if (columns <= 1536) return backward_in_registers<T, 3>(a, 2);
+  if (columns <= 1536 && !is_wide) return backward_in_registers<T, 3>(a, 2);
   if (columns <= 2048) return backward_in_registers<T, 2>(a, 4);
-  if (columns <= 3072) return backward_in_registers<T, 3>(a, 4);
-  if constexpr (sizeof(T) == 2)  // four groups of float32 take more shared memory than sm_75 has
+  if (columns <= 3072 && !is_wide) return backward_in_registers<T, 3>(a, 4);
+  if constexpr (sizeof(T) == 2)
     if (columns <= kLayerNormRegisters) return backward_in_registers<T, 4>(a, 4);
   return backward_of_long_rows<T, kQuad>(a);
 }
@@ -362,9 +416,12 @@ int layer_norm_backward(const LayerNormBackward& a) {
   if (a.rows > 0) return with_type(a.dtype, [&](auto x) { return backward<decltype(x)>(a); });
   return with_type(a.weight_dtype, [&](auto weight) {
     using W = decltype(weight);
-    void* stream = reinterpret_cast<void*>(a.launch);
-    const int error = zero("layer_norm_backward", static_cast<W*>(a.dweight), a.columns, stream);
-    return error ? error : zero("layer_norm_backward", static_cast<W*>(a.dbias), a.columns, stream);
+    for (void* gradient : {a.dweight, a.dbias, a.dx_bias})
+      if (gradient)
+        if (const int error = zero("layer_norm_backward", static_cast<W*>(gradient), a.columns,
+                                   reinterpret_cast<void*>(a.launch)))
+          return error;
+    return 0;
   });
 }
 

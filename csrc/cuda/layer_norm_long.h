@@ -8,7 +8,7 @@ namespace fastbert::cuda {
 namespace {
 
 constexpr int kLongThreads = 512;     // of a row, at most
-constexpr int kColumnsThreads = 256;  // of the kernel for dweight and dbias
+constexpr int kColumnsThreads = 256;  // of the kernel for dweight, dbias and dx_bias
 constexpr int kColumnsWarps = kColumnsThreads / kWarp;
 
 // ---- forward -----------------------------------------------------------------------------------------
@@ -27,7 +27,8 @@ __global__ void __launch_bounds__(kLongThreads, 1)
     residual.read(static_cast<const T*>(a.residual) + at, group, a.residual ? columns : 0);
     uint32_t kept[1];
     drop.draw(row, group, kept);
-    add_dropped(drop, kept[0], x, residual, group, static_cast<T*>(a.z) + at, columns_written, z);
+    add_dropped(a, a.weight_dtype == DType::f32, drop, kept[0], x, residual, group, static_cast<T*>(a.z) + at,
+                columns_written, z);
   };
   // statistics
   float z[kEach], sum[1] = {}, squares[1] = {};
@@ -53,6 +54,17 @@ __global__ void __launch_bounds__(kLongThreads, 1)
 
 // ---- backward ----------------------------------------------------------------------------------------
 
+// The sum of one or two gradients of y.
+template <int kVector, class T>
+DEVICE void load_sum(const T* dy, const T* dy2, float (&values)[kVector]) {
+  load<kVector>(dy, values);
+  if (!dy2) return;
+  float others[kVector];
+  load<kVector>(dy2, others);
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) values[j] += others[j];
+}
+
 // dz and dx.
 template <class T, int kVector>
 __global__ void __launch_bounds__(kLongThreads, 1)
@@ -64,11 +76,12 @@ __global__ void __launch_bounds__(kLongThreads, 1)
   const int64_t row = blockIdx.x;
   const float mean = __ldg(a.mean + row), rstd = __ldg(a.rstd + row);
   const T *dy_row = static_cast<const T*>(a.dy) + row * columns,
+          *dy2_row = a.dy2 ? static_cast<const T*>(a.dy2) + row * columns : nullptr,
           *z_row = static_cast<const T*>(a.z) + row * columns;
   // Of a step's columns, which lie within the row.
   const auto read_step = [&](int column, float (&g)[kVector], float (&h)[kVector]) {
     float weight[kVector];
-    load<kVector>(dy_row + column, g);
+    load_sum<kVector>(dy_row + column, dy2_row ? dy2_row + column : nullptr, g);
     load<kVector>(z_row + column, h);
     load_parameter<T, kVector>(a.weight, a.weight_dtype == DType::f32, column, weight);
 #pragma unroll
@@ -109,32 +122,40 @@ __global__ void __launch_bounds__(kLongThreads, 1)
   }
 }
 
-// dweight and dbias: block (i, part) sums columns 32 * kVector * i and after over the part's rows, a row a
-// warp, and the last of the parts adds them up.
+// dweight, dbias and dx_bias: block (i, part) sums columns 32 * kVector * i and after over the part's rows, a
+// row a warp, and the last of the parts adds them up. dx has been written.
 template <class T, int kVector>
 __global__ void __launch_bounds__(kColumnsThreads)
     layer_norm_columns_kernel(const LayerNormBackward a, int64_t stride, const Counters counters) {
   constexpr int kColumns = kWarp * kVector;
-  __shared__ __align__(16) float sums[2][kColumnsWarps][kColumns];
+  __shared__ __align__(16) float sums[3][kColumnsWarps][kColumns];
+  const T *dy2 = static_cast<const T*>(a.dy2), *dx = static_cast<const T*>(a.t ? a.dx : a.dz);
   const int lane = lane_of_warp(), warp = warp_of_block();
   const int64_t part = blockIdx.y, parts = gridDim.y, columns = a.columns;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kColumns, column = first + lane * kVector;
 
-  float dweight[kVector] = {}, dbias[kVector] = {};
+  float dweight[kVector] = {}, dbias[kVector] = {}, dx_bias[kVector] = {};
   if (column < columns)
     for (int64_t row = part * a.rows / parts + warp; row < (part + 1) * a.rows / parts;
          row += kColumnsWarps) {
       const float mean = __ldg(a.mean + row), rstd = __ldg(a.rstd + row);
       float dy[kVector], z[kVector];
-      load<kVector>(static_cast<const T*>(a.dy) + row * columns + column, dy);
-      load<kVector>(static_cast<const T*>(a.z) + row * columns + column, z);
+      const int64_t at = row * columns + column;
+      load_sum<kVector>(static_cast<const T*>(a.dy) + at, dy2 ? dy2 + at : nullptr, dy);
+      load<kVector>(static_cast<const T*>(a.z) + at, z);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) dweight[j] += dy[j] * ((z[j] - mean) * rstd), dbias[j] += dy[j];
+      if (!a.dx_bias) continue;
+      load<kVector>(dx + at, dy);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) dx_bias[j] += dy[j];
     }
   store<kVector>(&sums[0][warp][lane * kVector], dweight);
   store<kVector>(&sums[1][warp][lane * kVector], dbias);
+  store<kVector>(&sums[2][warp][lane * kVector], dx_bias);
   __syncthreads();
-  for (int i = threadIdx.x; i < 2 * kColumns; i += kColumnsThreads) {
+  const int outputs = a.dx_bias ? 3 : 2;
+  for (int i = threadIdx.x; i < outputs * kColumns; i += kColumnsThreads) {
     const int which = i / kColumns, within = i % kColumns;
     float total = 0;
 #pragma unroll
@@ -142,12 +163,12 @@ __global__ void __launch_bounds__(kColumnsThreads)
     if (first + within < stride) a.scratch[(which * parts + part) * stride + first + within] = total;
   }
   if (!is_last_block(counters.at(blockIdx.x), parts)) return;
-  for (int i = threadIdx.x; i < 2 * kColumns; i += kColumnsThreads) {
+  for (int i = threadIdx.x; i < outputs * kColumns; i += kColumnsThreads) {
     const int which = i / kColumns, within = i % kColumns;
     if (first + within >= columns) continue;
     float total[1] = {};
     add_parts(a.scratch + which * parts * stride + first + within, 0, parts, 1, stride, total);
-    store_sums<T>(which == 0 ? a.dweight : a.dbias, a.weight_dtype == DType::f32, first + within, total);
+    store_sums<T>(gradient_of(a, which), a.weight_dtype == DType::f32, first + within, total);
   }
 }
 

@@ -67,22 +67,35 @@ struct Drop {
   }
 };
 
-// z = residual + dropout(x) of a group, rounded; `written` is the row of z, of which so many columns are
-// wanted.
+// kVector elements of weight, bias or x_bias, which are float32 or T.
+template <class T, int kVector, Cache kCache = Cache::read_only>
+DEVICE void load_parameter(const void* parameter, bool is_float, int column, float (&values)[kVector]) {
+  if (is_float)
+    load<kVector, kCache>(static_cast<const float*>(parameter) + column, values);
+  else
+    load<kVector, kCache>(static_cast<const T*>(parameter) + column, values);
+}
+
+// z = residual + dropout(x + x_bias) of a group, rounded; `written` is the row of z, of which so many columns
+// are wanted.
 template <class T, int kVector>
-DEVICE void add_dropped(const Drop& drop, uint32_t kept, const Held<T, kVector>& x,
-                        const Held<T, kVector>& residual, int group, T* written, int columns_written,
-                        float (&z)[kEach]) {
+DEVICE void add_dropped(const LayerNormForward& a, bool is_float, const Drop& drop, uint32_t kept,
+                        const Held<T, kVector>& x, const Held<T, kVector>& residual, int group, T* written,
+                        int columns_written, float (&z)[kEach]) {
+  const int columns_biased = a.x_bias ? static_cast<int>(a.columns) : 0;
 #pragma unroll
   for (int i = 0; i < kSteps<kVector>; ++i) {
-    float *values = z + i * kVector, added[kVector];
+    const int column = column_of<kVector>(group, i);
+    float *values = z + i * kVector, added[kVector], x_bias[kVector] = {};
+    if (column < columns_biased) load_parameter<T, kVector>(a.x_bias, is_float, column, x_bias);
     unpack<T, kVector>(x.steps[i], values);
     unpack<T, kVector>(residual.steps[i], added);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) values[j] += x_bias[j];
     drop.apply<kVector>(kept, i, values);
 #pragma unroll
     for (int j = 0; j < kVector; ++j) values[j] += added[j];
     const Packed<T, kVector> rounded = pack<T, kVector>(values);
-    const int column = column_of<kVector>(group, i);
     if (column < columns_written) store_packed<kVector>(written + column, rounded);
     unpack<T, kVector>(rounded, values);
   }
@@ -107,15 +120,6 @@ DEVICE float sum_of_squares(const float (&z)[kEach], float mean, int group, int 
   return sum;
 }
 
-// kVector elements of weight or bias, which are float32 or T.
-template <class T, int kVector>
-DEVICE void load_parameter(const void* parameter, bool is_float, int column, float (&values)[kVector]) {
-  if (is_float)
-    load<kVector>(static_cast<const float*>(parameter) + column, values);
-  else
-    load<kVector>(static_cast<const T*>(parameter) + column, values);
-}
-
 // y = (z - mean) * rstd * weight + bias of a group.
 template <class T, int kVector>
 DEVICE void normalize(const LayerNormForward& a, bool is_float, const float (&z)[kEach], float mean,
@@ -131,6 +135,11 @@ DEVICE void normalize(const LayerNormForward& a, bool is_float, const float (&z)
     for (int j = 0; j < kVector; ++j) values[j] = (z[i * kVector + j] - mean) * rstd * weight[j] + bias[j];
     store<kVector>(static_cast<T*>(a.y) + row * a.columns + column, values);
   }
+}
+
+// Where the column sums of backward go, in the order that they have in scratch.
+DEVICE void* gradient_of(const LayerNormBackward& a, int which) {
+  return which == 0 ? a.dweight : which == 1 ? a.dbias : a.dx_bias;
 }
 
 }  // namespace fastbert::cuda

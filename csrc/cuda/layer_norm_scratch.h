@@ -1,4 +1,5 @@
-// How much scratch layer_norm_backward needs: blocks leave their sums of dweight and dbias there. The number
+// How much scratch layer_norm_backward needs: blocks leave their sums of dweight, dbias and, where there was
+// an x_bias, of its gradient there. The number
 // of blocks follows from the shape alone, so that the bits of a result are the same on every GPU.
 #pragma once
 #include "../contract.h"
@@ -22,10 +23,10 @@ constexpr int64_t layer_norm_counters(int64_t columns) {
 }
 
 // Floats.
-constexpr int64_t layer_norm_scratch(int64_t rows, int64_t columns) {
+constexpr int64_t layer_norm_scratch(int64_t rows, int64_t columns, bool with_x_bias) {
   const int64_t blocks = rows < kLayerNormBlocks ? rows : kLayerNormBlocks;
   const int64_t parts = columns <= kLayerNormRegisters ? blocks : layer_norm_long_parts(rows);
-  return 2 * parts * part_stride(columns) + layer_norm_counters(columns);
+  return (with_x_bias ? 3 : 2) * parts * part_stride(columns) + layer_norm_counters(columns);
 }
 
 }  // namespace fastbert::cuda

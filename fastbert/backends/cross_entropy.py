@@ -3,38 +3,50 @@
 import torch
 from torch import Tensor
 
-from fastbert.backends.native import DTYPES, launcher
+from fastbert.backends.native import DTYPES, address, launcher
 
 PADDING = 128  # a vocabulary is padded by fewer columns
 
 
-def cross_entropy_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+def cross_entropy_forward(
+    logits: Tensor, labels: Tensor, ignore_index: int, reduction: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     stride = row_stride(logits)
     logits, labels = _rows(logits), labels.contiguous()
     rows, columns = logits.shape
     losses = logits.new_empty(rows, dtype=torch.float32)
     maximum, total = torch.empty_like(losses), torch.empty_like(losses)
+    result, count = empty_result(losses, reduction), empty_result(losses, reduction)
+    results = (0, 0) if reduction == "none" else (result.data_ptr(), count.data_ptr())
     module, launch = launcher(logits, logits.numel())
     bad = module.cross_entropy_forward(
-        logits.data_ptr(), labels.data_ptr(), ignore_index,
-        losses.data_ptr(), maximum.data_ptr(), total.data_ptr(), rows, columns, stride, DTYPES[logits.dtype], launch,
+        logits.data_ptr(), labels.data_ptr(), ignore_index, reduction == "mean",
+        losses.data_ptr(), maximum.data_ptr(), total.data_ptr(), *results, rows, columns, stride,
+        DTYPES[logits.dtype], launch,
     )  # fmt: skip
     if bad >= 0:
         check_labels(labels, columns, ignore_index)
-    return losses, maximum, total
+    return losses, maximum, total, result, count
 
 
 def cross_entropy_backward(
-    dlosses: Tensor, logits: Tensor, labels: Tensor, maximum: Tensor, total: Tensor, ignore_index: int
-) -> Tensor:
+    dlosses: Tensor, logits: Tensor, labels: Tensor, maximum: Tensor, total: Tensor, count: Tensor | None,
+    ignore_index: int,
+) -> Tensor:  # fmt: skip
     wider = empty_gradient(logits)
     dlosses, logits, labels = dlosses.contiguous(), _rows(logits), labels.contiguous()
     module, launch = launcher(logits, logits.numel())
     module.cross_entropy_backward(
-        dlosses.data_ptr(), logits.data_ptr(), labels.data_ptr(), maximum.data_ptr(), total.data_ptr(), ignore_index,
-        wider.data_ptr(), *logits.shape, wider.shape[1], DTYPES[logits.dtype], launch,
+        dlosses.data_ptr(), dlosses.dim() == 0, logits.data_ptr(), labels.data_ptr(), maximum.data_ptr(),
+        total.data_ptr(), address(count), ignore_index, wider.data_ptr(), *logits.shape, wider.shape[1],
+        DTYPES[logits.dtype], launch,
     )  # fmt: skip
     return first_columns(wider, logits.shape[1])
+
+
+def empty_result(losses: Tensor, reduction: str) -> Tensor:
+    """Room for one number; for none where losses are not reduced."""
+    return losses.new_empty(0) if reduction == "none" else losses.new_empty(())
 
 
 def row_stride(logits: Tensor) -> int:

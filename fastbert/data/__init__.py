@@ -10,11 +10,12 @@ if why := extras.missing("fastbert.data needs", "numpy", "tokenizers", "tqdm"):
 
 from fastbert.data.batches import Batch, PretrainBatches
 from fastbert.data.byte_bpe import train_byte_bpe
-from fastbert.data.corpus import check_corpus, iter_documents
+from fastbert.data.corpus import Reading, check_corpus, iter_documents
 from fastbert.data.dictionary import Dictionary, read_words
 from fastbert.data.masking import mask_tokens
 from fastbert.data.sentences import split_sentences
-from fastbert.data.store import TokenStore, write_store, write_stores
+from fastbert.data.shards import open_stores, prepare_store
+from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import (
     SpecialIds,
     continuations,
@@ -25,11 +26,13 @@ from fastbert.data.tokenizer import (
 )
 from fastbert.data.unigram import train_unigram
 from fastbert.data.words import Words
+from fastbert.data.writer import write_store, write_stores
 
 __all__ = [
     "Batch",
     "Dictionary",
     "PretrainBatches",
+    "Reading",
     "SpecialIds",
     "TokenStore",
     "Words",
@@ -38,6 +41,8 @@ __all__ = [
     "iter_documents",
     "load_tokenizer",
     "mask_tokens",
+    "open_stores",
+    "prepare_store",
     "read_words",
     "save_tokenizer",
     "special_ids",

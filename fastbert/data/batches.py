@@ -1,10 +1,14 @@
 """Packed batches for pretraining: random access by (epoch, batch), no state, and no padding unless shapes are fixed.
 
-Iterate with `DataLoader(batches, batch_size=None, sampler=range(first, len(batches)), num_workers=w)`: batch i of
-an epoch is the same with any number of workers and wherever the iteration starts.
+Iterate with `DataLoader(batches, batch_size=None, sampler=batches.numbers(first), num_workers=w)`: batch i of an epoch
+is the same with any number of workers and wherever the iteration starts. An epoch begins at once, however long it is:
+its order is computed place by place, and 65,536 samples in a row are put into batches when the first of them is asked
+for.
 """
 
+import bisect
 import copy
+from collections.abc import Iterator
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -13,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from fastbert.data.draws import Purpose, draw
 from fastbert.data.masking import Unit, budget, mask_tokens
+from fastbert.data.order import BLOCK, at_places
 from fastbert.data.packing import WINDOW, Shape, choose_shape, pack_samples
 from fastbert.data.samples import cut_greedily, draw_next_pairs, draw_ordered_pairs, find_rows, find_spans
 from fastbert.data.store import TokenStore
@@ -22,7 +26,7 @@ from fastbert.data.tokenizer import SpecialIds
 
 LONGEST = 1 << 16
 ROUNDED_TO = 64  # tokens of a batch, on a CPU
-_DRAWN = 1 << 20  # samples whose pairs are drawn together
+_BLOCKS_KEPT = 4  # of an epoch's samples put into batches: the current one, and those that workers lag behind
 _DRAWN_FOR_SHAPE = 2 * WINDOW  # samples that decide the shape of static batches
 # What is trained: masked words alone, or beside them next-sentence or sentence-order prediction; or the next word.
 Objective = Literal["mlm", "mlm+nsp", "mlm+sop", "clm"]
@@ -44,6 +48,7 @@ class Batch(NamedTuple):
         sentence_label: int64 [B], of next-sentence prediction 0 next and 1 random, of sentence-order prediction 0 in
             order and 1 swapped, -100 to ignore; None without either.
         filled_tokens: how many of the tokens are the samples'; those behind them are padding.
+        task_type_ids: int64 [T], ERNIE's; None without.
     """
 
     input_ids: Tensor
@@ -55,6 +60,7 @@ class Batch(NamedTuple):
     labels: Tensor
     sentence_label: Tensor | None
     filled_tokens: int
+    task_type_ids: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch with its tensors on `device`."""
@@ -104,6 +110,7 @@ class Batch(NamedTuple):
             labels=F.pad(self.labels, (0, ignored), value=-100),
             sentence_label=None if label is None else F.pad(label, (0, more), value=-100),
             filled_tokens=self.filled_tokens,
+            task_type_ids=None if self.task_type_ids is None else F.pad(self.task_type_ids, (0, padding)),
         )
 
 
@@ -122,8 +129,11 @@ class PretrainBatches(Dataset[Batch]):
     With `static` all batches of all epochs have one `shape`, as `choose_shape` says, with T at most batch_tokens, and
     max_seqlen is seq_len. Samples are taken from the same order in such a way that next to nothing stays empty, see
     `pack_samples`; a sample counts with as many predictions as `budget` allows it, so that M always holds. What stays
-    empty is padding as of `Batch.padded`, with labels of -100; the last batch of an epoch may be nearly all padding.
-    Packing takes some microseconds a sample when an epoch begins. Samples of a row are then packed each for itself.
+    empty is padding as of `Batch.padded`, with labels of -100.
+    Packing takes some microseconds a sample. Samples of a row are then packed each for itself.
+
+    Batches are made of 65,536 samples (or rows) at a time; in static ones the last of so many may be nearly all
+    padding, in the others it is what remains.
 
     Args:
         store: the tokens. special: the special ids of the tokenizer that wrote it.
@@ -136,6 +146,7 @@ class PretrainBatches(Dataset[Batch]):
         mask_prob, mask_share, random_share, unit: see `mask_tokens`.
         continues: bool [V], whether an id continues the word before it, as `continuations` says; a store that knows its
             words (`TokenStore.words`) says it of every token instead. None masks tokens, each for itself.
+        task_type: the task that the samples are of, every token's in `task_type_ids` (ERNIE 2.0); None for none.
         static: batches of one shape, for CUDA graphs and torch.compile.
 
     Raises:
@@ -159,6 +170,7 @@ class PretrainBatches(Dataset[Batch]):
         random_share: float = 0.1,
         unit: Unit = "word",
         continues: np.ndarray | None = None,
+        task_type: int | None = None,
         static: bool = False,
     ):
         if not 8 <= seq_len <= LONGEST:
@@ -202,7 +214,7 @@ class PretrainBatches(Dataset[Batch]):
         self.masking = {
             "mask_prob": mask_prob, "mask_share": mask_share, "random_share": random_share, "unit": unit,
         }  # fmt: skip
-        self.continues = continues
+        self.continues, self.task_type = continues, task_type
         self.pairs = {"mlm+nsp": draw_next_pairs, "mlm+sop": draw_ordered_pairs}.get(objective)
         self.extra = 3 if self.pairs else 2  # [CLS] and [SEP]s
         if inputs == "full-sentences":
@@ -214,57 +226,92 @@ class PretrainBatches(Dataset[Batch]):
                 "no document has the two tokens that a pair needs: train on masked words alone (--objective mlm)"
             )
         if inputs == "doc-sentences" or static:
-            self.rows = np.arange(len(self.spans.starts) + 1)  # a sample each
+            self.rows = None  # a sample each
+        self.count = len(self.spans.starts) if self.rows is None else len(self.rows) - 1
         self.shape: Shape | None = None
         if static:
             content = (np.arange(seq_len + 1) - self.extra).clip(min=0)
             self.predictions = content if objective == "clm" else budget(content, mask_prob)  # by a sample's length
-            some = self._lengths(self._order(0)[:_DRAWN_FOR_SHAPE], 0)
-            self.shape = choose_shape(some, self.predictions, batch_tokens, seq_len)
-        self._shuffle(epoch)
+            some = at_places(0, min(_DRAWN_FOR_SHAPE, self.count), self.count, seed, 0)
+            self.shape = choose_shape(self._lengths(some, 0), self.predictions, batch_tokens, seq_len)
+        self._begin(epoch)
 
     def at_epoch(self, epoch: int) -> "PretrainBatches":
         """The batches of another epoch; the samples, found once, are shared."""
         other = copy.copy(self)
-        other._shuffle(epoch)
+        other._begin(epoch)
         return other
 
-    def _shuffle(self, epoch: int) -> None:
+    def _begin(self, epoch: int) -> None:
         if not 0 <= epoch < 1 << 32:
             raise ValueError(f"epochs are counted from 0 to 2**32 - 1, got {epoch}")
-        self.epoch, self.order = epoch, self._order(epoch)
-        if self.shape is None:
-            lengths = np.add.reduceat(self.spans.ends - self.spans.starts + self.extra, self.rows[:-1])[self.order]
-            self.cuts = cut_greedily(np.append(0, np.cumsum(lengths)), self.batch_tokens)
-        else:
-            lengths = self._lengths(self.order, epoch)
-            packed, self.cuts = pack_samples(lengths, self.predictions, self.shape, self.seq_len)
-            self.order = self.order[packed]
-            self.empty_share = 1.0 - lengths.sum() / (self.shape.tokens * len(self))  # of the epoch's places
+        self.epoch = epoch
+        self.ends = [0]  # batches up to the end of each block that was looked at
+        self.blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def _order(self, epoch: int) -> np.ndarray:
-        """Of rows."""
-        high, low, *_ = draw(Purpose.ORDER, self.seed, epoch, np.arange(len(self.rows) - 1))
-        return np.argsort((high << 31) | (low >> 1), kind="stable")
+    def _block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of a block batch by batch, and where the batches begin there, and its end."""
+        if number not in self.blocks:
+            first = number * BLOCK
+            rows = at_places(first, min(first + BLOCK, self.count), self.count, self.seed, self.epoch)
+            if self.shape is None:
+                samples, counts = self._samples(rows)
+                lengths = self.spans.ends[samples] - self.spans.starts[samples] + self.extra
+                lengths = np.add.reduceat(lengths, np.cumsum(counts) - counts)
+                cuts = cut_greedily(np.append(0, np.cumsum(lengths)), self.batch_tokens)
+            else:
+                packed, cuts = pack_samples(self._lengths(rows, self.epoch), self.predictions, self.shape, self.seq_len)
+                rows = rows[packed]
+            while len(self.blocks) >= _BLOCKS_KEPT:
+                del self.blocks[next(iter(self.blocks))]
+            self.blocks[number] = rows, cuts
+        return self.blocks[number]
+
+    def _find(self, i: int) -> int | None:
+        """The block of batch i; None where the epoch has fewer batches."""
+        while i >= self.ends[-1]:
+            if (len(self.ends) - 1) * BLOCK >= self.count:
+                return None
+            self.ends.append(self.ends[-1] + len(self._block(len(self.ends) - 1)[1]) - 1)
+        return bisect.bisect_right(self.ends, i) - 1
+
+    @property
+    def empty_share(self) -> float:
+        """Of the places of static batches the share that stays empty, in the first 65,536 samples of the epoch."""
+        rows, cuts = self._block(0)
+        return 1.0 - self._lengths(rows, self.epoch).sum() / (self.shape.tokens * (len(cuts) - 1))
+
+    def _samples(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The samples of rows, and how many each row has."""
+        if self.rows is None:
+            return rows, np.ones(len(rows), np.int64)
+        counts = self.rows[rows + 1] - self.rows[rows]
+        return np.repeat(self.rows[rows], counts) + _ranges(counts), counts
 
     def _lengths(self, samples: np.ndarray, epoch: int) -> np.ndarray:
         """Tokens of samples with the special ones; a random second text may be shorter than the one it replaces."""
         if self.objective != "mlm+nsp":
             return self.spans.ends[samples] - self.spans.starts[samples] + self.extra
-        parts = (samples[first : first + _DRAWN] for first in range(0, len(samples), _DRAWN))
-        pairs = (draw_next_pairs(self.store, self.spans, part, self.seed, epoch) for part in parts)
-        return np.concatenate([pair.lengths.sum(1) for pair in pairs]) + self.extra
+        return draw_next_pairs(self.store, self.spans, samples, self.seed, epoch).lengths.sum(1) + self.extra
 
     def __len__(self) -> int:
-        """Batches in the epoch."""
-        return len(self.cuts) - 1
+        """Batches in the epoch; of a long one this takes as long as putting all of its samples into batches."""
+        self._find(BLOCK * self.count)
+        return self.ends[-1]
+
+    def numbers(self, first: int = 0) -> Iterator[int]:
+        """The numbers of the epoch's batches from `first` on, of which none is made before it is asked for."""
+        while self._find(first) is not None:
+            yield first
+            first += 1
 
     def __getitem__(self, i: int) -> Batch:
-        if not 0 <= i < len(self):
+        number = self._find(i) if i >= 0 else None
+        if number is None:
             raise IndexError(f"batch {i} of epoch {self.epoch}: expected 0 <= i < {len(self)}")
-        rows = self.order[self.cuts[i] : self.cuts[i + 1]]
-        counts = self.rows[rows + 1] - self.rows[rows]
-        samples = np.repeat(self.rows[rows], counts) + _ranges(counts)
+        rows, cuts = self._block(number)
+        place = i - self.ends[number]
+        samples, _ = self._samples(rows[cuts[place] : cuts[place + 1]])
         if self.pairs:
             starts, lengths, sentence_label = self.pairs(self.store, self.spans, samples, self.seed, self.epoch)
         else:
@@ -315,6 +362,7 @@ class PretrainBatches(Dataset[Batch]):
             labels=torch.from_numpy(labels),
             sentence_label=None if sentence_label is None else torch.from_numpy(sentence_label),
             filled_tokens=len(masked),
+            task_type_ids=None if self.task_type is None else torch.full((len(masked),), self.task_type),
         )
         if self.shape is None:
             return batch

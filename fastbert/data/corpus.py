@@ -1,18 +1,41 @@
 """Documents out of text files, folders and tables, one at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 from tqdm import tqdm
 
+from fastbert.data.compressed import is_compressed
 from fastbert.data.encodings import open_text
 from fastbert.data.sentences import split_sentences
 from fastbert.data.sources import CorpusFiles, find_files
-from fastbert.data.tables import Quoting, column_texts, open_table
+from fastbert.data.tables import Quoting, column_texts, is_parquet, open_table, parquet_texts
 
 # A text file without blank lines is handed out in documents of about this many characters, a longer line in parts.
 MAX_CHARACTERS = 65_536
+
+
+class Reading(NamedTuple):
+    """How the files of a corpus are read; see `iter_documents`."""
+
+    column: str | None = None
+    separator: str | None = None
+    quoting: Quoting = "auto"
+
+
+class Piece(NamedTuple):
+    """A part of a file that holds whole documents.
+
+    Attributes:
+        start, end: its bytes, counted where the file is decompressed; of Parquet its row groups. None: to the end.
+        weight: its size in bytes, of Parquet that of the column.
+    """
+
+    file: Path
+    start: int = 0
+    end: int | None = None
+    weight: int = 0
 
 
 def iter_documents(
@@ -28,7 +51,9 @@ def iter_documents(
     - A text file, any suffix: blank lines separate documents and a line holds one or more sentences, the convention of
       BERT's own pretraining data. A stretch of more than 65,536 characters without a blank line is several documents.
     - A table, with `column`: every row is a document. `.csv` and `.tsv` files have a header line, `.jsonl` and
-      `.ndjson` files one JSON object a line; with `separator` a file of any suffix is a table.
+      `.ndjson` files one JSON object a line; with `separator` a file of any suffix is a table. `.parquet` files are
+      read by pyarrow, in batches of rows.
+    - A text or a table whose name ends in `.gz` or `.zst` besides is decompressed.
     - A folder: its `.txt` and `.text` files, with `column` its tables, recursively, sorted by path; `find_files` says
       what is left out.
 
@@ -44,7 +69,7 @@ def iter_documents(
             rows that do not hold, text that is not UTF-8, a corpus without any sentence (while iterating).
     """
     files = find_files(path, column, separator).read
-    return _some(path, files, _documents(files, column, separator, quoting, progress))
+    return _some(path, files, _documents(files, Reading(column, separator, quoting), progress))
 
 
 def check_corpus(
@@ -59,7 +84,7 @@ def check_corpus(
         FileNotFoundError, ValueError: as `iter_documents`, for what the first document of each file shows.
     """
     files = find_files(path, column, separator)
-    first = [next(_documents([file], column, separator, quoting, None), None) for file in files.read]
+    first = [next(_documents([file], Reading(column, separator, quoting), None), None) for file in files.read]
     next(_some(path, files.read, filter(None, first)))
     return files
 
@@ -72,26 +97,42 @@ def _some(path: str | Path, files: list[Path], documents: Iterator[list[str]]) -
     yield from documents
 
 
-def _documents(
-    files: list[Path], column: str | None, separator: str | None, quoting: Quoting, progress: str | None
-) -> Iterator[list[str]]:
+def _documents(files: list[Path], reading: Reading, progress: str | None) -> Iterator[list[str]]:
     size = sum(file.stat().st_size for file in files)
     with tqdm(total=size, desc=progress, unit="B", unit_scale=True, disable=progress is None) as bar:
         for file in files:
-            before = bar.n
-            with open_text(file) if column is None else open_table(file) as stream:
-                for document in _file_documents(file, stream, column, separator, quoting):
-                    yield document
-                    bar.update(before + stream.buffer.tell() - bar.n)
-            bar.update(before + file.stat().st_size - bar.n)
+            before, held = bar.n, file.stat().st_size
+
+            def read(place: int, before: int = before, held: int = held) -> None:
+                bar.update(before + min(place, held) - bar.n)
+
+            by_bytes = not (is_compressed(file) or is_parquet(file))
+            yield from piece_documents(Piece(file), reading, read if by_bytes else None)
+            bar.update(before + held - bar.n)
 
 
-def _file_documents(
-    file: Path, stream: TextIO, column: str | None, separator: str | None, quoting: Quoting
+def piece_documents(
+    piece: Piece, reading: Reading, progress: Callable[[int], None] | None = None
 ) -> Iterator[list[str]]:
-    if column is None:
-        return _text_documents(stream)
-    return filter(None, map(split_sentences, column_texts(file, stream, column, separator, quoting)))
+    """The documents of a part of a file, as `iter_documents` gives those of files.
+
+    Args:
+        progress: is told, behind every document, how many bytes of the piece were read; not of Parquet.
+    """
+    if is_parquet(piece.file):
+        yield from filter(None, map(split_sentences, parquet_texts(piece.file, reading.column, *piece[1:3])))
+        return
+    start, end = piece.start, piece.end
+    opened = open_text(piece.file, None, start, end) if reading.column is None else open_table(piece.file, start, end)
+    with opened as stream:
+        if reading.column is None:
+            documents = _text_documents(stream)
+        else:
+            documents = filter(None, map(split_sentences, column_texts(piece.file, stream, *reading, start)))
+        for document in documents:
+            yield document
+            if progress is not None:
+                progress(stream.buffer.tell())
 
 
 def _text_documents(stream: TextIO) -> Iterator[list[str]]:

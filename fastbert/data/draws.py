@@ -7,9 +7,8 @@ before or after a resume. The numbers are Philox4x32-7 words with the counter (p
 from enum import IntEnum
 
 import numpy as np
-import torch
 
-from fastbert.ops.philox import philox
+from fastbert.counter_random import philox_words
 
 
 class Purpose(IntEnum):
@@ -31,8 +30,8 @@ def draw(
         item: int64 [N], the sample, document block... in [0, 2**32).
         place: int64 [N], the place inside the item; None means 0.
     """
-    counter = torch.zeros(len(item), dtype=torch.int64) if place is None else torch.from_numpy(place)
-    return tuple(w.numpy() for w in philox(counter, torch.from_numpy(item), epoch, int(purpose), seed))
+    counter = np.zeros(len(item), np.int64) if place is None else place
+    return philox_words(counter, item, epoch, int(purpose), seed)
 
 
 def below(words: np.ndarray, n: int | np.ndarray) -> np.ndarray:

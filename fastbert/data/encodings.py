@@ -1,11 +1,14 @@
 """Files opened as UTF-8 text, and for those that are not, what they are and what to do about it."""
 
 import codecs
+import io
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TextIO
+
+from fastbert.data.compressed import open_part, opened
 
 _HEAD = 512  # bytes looked at before anything is read
 _CHUNK = 1 << 20
@@ -35,20 +38,25 @@ _TABLES = {
 
 
 @contextmanager
-def open_text(file: Path, newline: str | None = None) -> Iterator[TextIO]:
+def open_text(file: Path, newline: str | None = None, start: int = 0, end: int | None = None) -> Iterator[TextIO]:
     """Opens a UTF-8 file, with or without a byte order mark; `newline` as in `open`.
+
+    Args:
+        file: one that ends in .gz or .zst is decompressed.
+        start, end: the bytes to read, counted in what is compressed; None for all to the end.
 
     Raises:
         ValueError: the first bytes are those of another encoding, of a compressed or a binary file, or what is read in
-            the block is not UTF-8.
+            the block is not UTF-8, or damaged. ImportError: .zst without the package that reads it.
     """
-    with open(file, encoding="utf-8-sig", newline=newline) as stream:
-        if problem := _other_kind(file, stream.buffer.peek(_HEAD)[:_HEAD]):
+    with open_part(file, start, end) as part:
+        if start == 0 and (problem := _other_kind(file, part.peek(_HEAD)[:_HEAD])):
             raise ValueError(problem)
-        try:
-            yield stream
-        except UnicodeDecodeError:
-            raise ValueError(_not_utf8(file)) from None
+        with io.TextIOWrapper(part, encoding="utf-8" if start else "utf-8-sig", newline=newline) as stream:
+            try:
+                yield stream
+            except UnicodeDecodeError:
+                raise ValueError(_not_utf8(file)) from None
 
 
 def _other_kind(file: Path, head: bytes) -> str | None:
@@ -124,7 +132,7 @@ def _not_utf8(file: Path) -> str:
 def _find_bad_byte(file: Path) -> _BadByte:
     # The text layer reads ahead, so its error's position is no place in the file: look again.
     line, line_start, offset, continuations, rest = 1, 0, 0, 0, b""
-    with open(file, "rb") as stream:
+    with opened(file) as stream:
         while True:
             chunk = stream.read(_CHUNK)
             data = rest + chunk

@@ -59,11 +59,14 @@ def find_spans(store: TokenStore, limit: int, shortest: int = 1) -> Spans:
     A sentence longer than `limit` is cut, and its last part goes on with the sentences that follow. Spans of fewer than
     `shortest` tokens are left out.
     """
-    offsets, barriers = _cut_long(store.sentences, limit), store.sentences[store.documents]
-    cuts = offsets[cut_greedily(offsets, limit, barriers)]
-    starts, ends = cuts[:-1], cuts[1:]
-    kept = ends - starts >= shortest
-    return Spans(starts[kept], ends[kept])
+    starts, ends = [], []
+    for first_token, sentences, documents in store.shards():
+        offsets, barriers = _cut_long(sentences, limit), sentences[documents]
+        cuts = offsets[cut_greedily(offsets, limit, barriers)] + first_token
+        kept = np.diff(cuts) >= shortest
+        starts.append(cuts[:-1][kept])
+        ends.append(cuts[1:][kept])
+    return Spans(np.concatenate(starts), np.concatenate(ends))
 
 
 def find_rows(store: TokenStore, seq_len: int, extra: int) -> tuple[Spans, np.ndarray]:
@@ -71,25 +74,31 @@ def find_rows(store: TokenStore, seq_len: int, extra: int) -> tuple[Spans, np.nd
 
     These are the FULL-SENTENCES of Liu et al., "RoBERTa" (2019), where a row is one sequence and its documents see each
     other. Each sample has `extra` tokens beside its own, and a row at most `seq_len` in all; a sentence that is longer
-    is cut.
+    is cut. No row goes on into the next shard of the store.
 
     Returns:
         The samples, which hold all tokens of the store; int64 [rows + 1], the first sample of every row, and how many
         there are.
     """
-    offsets, documents = _cut_long(store.sentences, seq_len - extra), store.sentences[store.documents]
-    # `extra` tokens for each document that a row has something of: those that begin before its end, without those that
-    # ended before its start.
-    begun, ended = np.searchsorted(documents, offsets, "left"), np.searchsorted(documents, offsets, "right") - 1
-    rows = offsets[cut_greedily(offsets + extra * ended, seq_len, ends=offsets + extra * begun)]
-    bounds = np.union1d(rows, documents)
-    return Spans(bounds[:-1], bounds[1:]), np.searchsorted(bounds, rows)
+    starts, ends, firsts, count = [], [], [], 0
+    for first_token, sentences, shard_documents in store.shards():
+        offsets, documents = _cut_long(sentences, seq_len - extra), sentences[shard_documents]
+        # `extra` tokens for each document that a row has something of: those that begin before its end, without those
+        # that ended before its start.
+        begun, ended = np.searchsorted(documents, offsets, "left"), np.searchsorted(documents, offsets, "right") - 1
+        rows = offsets[cut_greedily(offsets + extra * ended, seq_len, ends=offsets + extra * begun)]
+        bounds = np.union1d(rows, documents)
+        starts.append(bounds[:-1] + first_token)
+        ends.append(bounds[1:] + first_token)
+        firsts.append(np.searchsorted(bounds, rows[:-1]) + count)
+        count += len(bounds) - 1
+    return Spans(np.concatenate(starts), np.concatenate(ends)), np.append(np.concatenate(firsts), count)
 
 
 def _cut_long(offsets: np.ndarray, limit: int) -> np.ndarray:
     """Offsets of sentences, of which those longer than `limit` are cut into several."""
     lengths = np.diff(offsets)
-    if lengths.max() <= limit:
+    if lengths.max(initial=0) <= limit:
         return offsets
     parts = -(-lengths // limit)
     first = np.cumsum(parts) - parts
@@ -122,20 +131,20 @@ def draw_next_pairs(store: TokenStore, spans: Spans, samples: np.ndarray, seed: 
     length = end - cut
 
     # A random token of another document, and the sentence around it.
-    own = np.searchsorted(store.sentences, start, "right") - 1
-    own = np.searchsorted(store.documents, own, "right") - 1
+    own = store.sentences.searchsorted(start, "right") - 1
+    own = store.documents.searchsorted(own, "right") - 1
     own_start, own_end = (store.sentences[store.documents[own + i]] for i in (0, 1))
     others = store.sentences[-1] - (own_end - own_start)
     token = ((high + low / 2.0**32) / 2.0**32 * others).astype(np.int64).clip(max=others - 1)
     token += np.where(token >= own_start, own_end - own_start, 0)
-    sentence = np.searchsorted(store.sentences, token, "right") - 1
-    document = np.searchsorted(store.documents, sentence, "right") - 1
+    sentence = store.sentences.searchsorted(token, "right") - 1
+    document = store.documents.searchsorted(sentence, "right") - 1
     document_end = store.sentences[store.documents[document + 1]]
     # Moved forward in its document until the rest is long enough.
-    latest = np.searchsorted(store.sentences, document_end - length, "right") - 1
+    latest = store.sentences.searchsorted(document_end - length, "right") - 1
     sentence = np.minimum(sentence, np.maximum(latest, store.documents[document]))
     random_start = store.sentences[sentence]
-    last = np.searchsorted(store.sentences, np.minimum(random_start + length, document_end), "right") - 1
+    last = store.sentences.searchsorted(np.minimum(random_start + length, document_end), "right") - 1
     random_end = np.where(last > sentence, store.sentences[last], random_start + length)
 
     labels = (coin >= 1 << 31).astype(np.int64)
@@ -166,8 +175,8 @@ def draw_ordered_pairs(store: TokenStore, spans: Spans, samples: np.ndarray, see
 
 def _cut(store: TokenStore, start: np.ndarray, end: np.ndarray, word: np.ndarray) -> np.ndarray:
     """Where samples are cut in two: at a random sentence boundary, in a single sentence at a random token."""
-    first = np.searchsorted(store.sentences, start, "right")
-    boundaries = np.searchsorted(store.sentences, end, "left") - first
+    first = store.sentences.searchsorted(start, "right")
+    boundaries = store.sentences.searchsorted(end, "left") - first
     return np.where(
         boundaries > 0,
         store.sentences[first + below(word, boundaries)],

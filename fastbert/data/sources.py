@@ -5,7 +5,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from fastbert.data.tables import TABLES, column_names, is_json
+from fastbert.data.compressed import COMPRESSED, kind
+from fastbert.data.tables import PARQUET, TABLES, column_names, is_json, is_parquet
 
 TEXTS = (".text", ".txt")
 
@@ -26,12 +27,17 @@ class CorpusFiles(NamedTuple):
         return f"{said}; left out: {_counted(self.left_out)}" if self.left_out else said
 
 
-def find_files(path: str | Path, column: str | None = None, separator: str | None = None) -> CorpusFiles:
+def find_files(
+    path: str | Path, column: str | None = None, separator: str | None = None, option: str = "--column"
+) -> CorpusFiles:
     """The files that `iter_documents` reads with these arguments.
 
-    Of a folder these are its `.txt` and `.text` files, with `column` its `.csv`, `.tsv`, `.jsonl` and `.ndjson` files,
-    recursively, sorted by path. Left out, and counted, are other files, names that begin with a dot, links to folders,
-    and folders that hold a tokenizer, a model or a run of `fastbert pretrain`: their vocabularies and logs are no text.
+    Of a folder these are its `.txt` and `.text` files, with `column` its `.csv`, `.tsv`, `.jsonl`, `.ndjson` and
+    `.parquet` files, all but the last also with `.gz` or `.zst` behind, recursively, sorted by path. Left out, and
+    counted, are other files, names that begin with a dot, links to folders, and folders that hold a tokenizer, a model
+    or a run of `fastbert pretrain`: their vocabularies and logs are no text.
+
+    `option` is what the program calls the setting `column`, for the messages.
 
     Raises:
         FileNotFoundError: no such path, or a folder without such files. OSError: a folder that cannot be listed.
@@ -41,7 +47,7 @@ def find_files(path: str | Path, column: str | None = None, separator: str | Non
     if path.is_dir():
         files = _folder(path, TEXTS if column is None else TABLES)
     elif path.is_file():
-        _check_file(path, column, separator)
+        _check_file(path, column, separator, option)
         files = CorpusFiles([path], Counter())
     elif path.exists():
         raise ValueError(
@@ -49,19 +55,20 @@ def find_files(path: str | Path, column: str | None = None, separator: str | Non
         )
     else:
         raise FileNotFoundError(f"the corpus {path} does not exist: give a text file, a folder or a table")
-    if separator is not None and (column is None or all(is_json(file, separator) for file in files.read)):
+    without = (is_json(file, separator) or is_parquet(file) for file in files.read)
+    if separator is not None and (column is None or all(without)):
         raise ValueError(
             f"a separator stands between the columns of a table, and {path} is read as "
-            f"{'plain text' if column is None else 'JSON'}: leave the separator out"
+            f"{'plain text' if column is None else 'JSON or Parquet'}: leave the separator out"
         )
     return files
 
 
-def _check_file(path: Path, column: str | None, separator: str | None) -> None:
-    table = path.suffix.lower() in TABLES or is_json(path, separator) or separator is not None
+def _check_file(path: Path, column: str | None, separator: str | None, option: str) -> None:
+    table = kind(path) in TABLES or is_json(path, separator) or separator is not None
     if table and column is None:
         names = column_names(path, separator)
-        raise ValueError(f"{path} is a table: say which column holds the text (--column), one of {names}")
+        raise ValueError(f"{path} is a table: say which column holds the text ({option}), one of {names}")
     if column is not None and not table:
         raise ValueError(
             f"{path} is read as plain text, which has no column {column!r}: leave it out, or, for a table, name the "
@@ -85,7 +92,7 @@ def _folder(path: Path, suffixes: tuple[str, ...]) -> CorpusFiles:
                 left_out["hidden"] += 1
             elif not file.is_file():
                 left_out["broken links or devices"] += 1
-            elif file.suffix.lower() in suffixes:
+            elif _holds(file, suffixes):
                 read.append(file)
             else:
                 left_out[file.suffix.lower() or "without suffix"] += 1
@@ -97,6 +104,10 @@ def _folder(path: Path, suffixes: tuple[str, ...]) -> CorpusFiles:
             "they are given alone, or renamed"
         )
     return CorpusFiles(sorted(read), left_out)
+
+
+def _holds(file: Path, suffixes: tuple[str, ...]) -> bool:
+    return kind(file) in suffixes and (file.suffix.lower() not in COMPRESSED or kind(file) != PARQUET)
 
 
 def _no_text(folder: Path) -> str | None:

@@ -51,7 +51,9 @@ def read_texts(
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give one file, a table or a text file with a text a line")
-    find_files(path, text, separator)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: give a table, or a text file with a text a line")
+    find_files(path, text, separator, option="--text")
     if text is None:
         if pair or label:
             raise ValueError(f"{path} is read as plain text, which has no columns: name its column of text too")

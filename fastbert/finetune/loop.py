@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastbert import allocator, files
+from fastbert import allocator, files, lock
 from fastbert.backends import check_environment
 from fastbert.data.texts import encode
 from fastbert.data.tokenizer import load_tokenizer
@@ -22,6 +22,7 @@ from fastbert.finetune.predict import logits_of
 from fastbert.finetune.run import (
     fingerprint,
     read_config,
+    refuse_many_processes,
     refuse_what_is_there,
     resume_command,
     settings_text,
@@ -31,9 +32,9 @@ from fastbert.finetune.scores import better, class_scores, confusion_picture, nu
 from fastbert.finetune.settings import FinetuneConfig
 from fastbert.finetune.training import Scale, Trainer, make_model
 from fastbert.models.classification import SequenceClassifier
-from fastbert.pretrain import lock, snapshot
+from fastbert.pretrain import snapshot
 from fastbert.pretrain.environment import environment, name_differences, random_state, set_random_state
-from fastbert.pretrain.signals import stop_signals
+from fastbert.signals import stop_signals
 
 EVALUATED = 8192  # tokens at a time
 KEPT = 2  # snapshots
@@ -58,6 +59,7 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> Path | None:
         ValueError, OSError: settings, folder, tables or snapshot that do not hold, before anything is written; a
             training that diverged; a folder in which another process trains.
     """
+    refuse_many_processes()
     check_environment()
     if resume:
         config = read_config(config.output)

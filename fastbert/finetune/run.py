@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,16 @@ from torch import Tensor
 from fastbert import files
 from fastbert.data.texts import Encoded
 from fastbert.finetune.settings import FinetuneConfig
+
+
+def refuse_many_processes() -> None:
+    """Raises ValueError where torchrun or its like started this process as one of several."""
+    world = os.environ.get("WORLD_SIZE", "")
+    if world not in ("", "1"):
+        raise ValueError(
+            f"fine-tuning runs in one process, and WORLD_SIZE={world} says that this is one of several: start it once, "
+            "without torchrun (on a CPU one process uses all cores; OMP_NUM_THREADS says how many)"
+        )
 
 
 def refuse_what_is_there(folder: Path) -> None:

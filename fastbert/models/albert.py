@@ -19,7 +19,7 @@ from fastbert.backends import linear
 from fastbert.models import parameter_names
 from fastbert.models.config import ModelConfig, sizes
 from fastbert.models.encoder import Embeddings, Encoder, Layer
-from fastbert.models.layers import Dropout, Linear, LinearGELU
+from fastbert.models.layers import Dropout, Linear, LinearGELU, with_own_bias
 from fastbert.models.pretraining import PreTrainingModel, WordPredictions
 
 
@@ -125,7 +125,7 @@ class AlbertModel(Encoder):
         x = self.embeddings(*ids, seed=seed)
         return self.encoder["embedding_hidden_mapping_in"](x)
 
-    def layers(self) -> list[Callable[..., Tensor]]:
+    def layers(self) -> list[Callable[..., tuple[Tensor, Tensor]]]:
         groups = [group["albert_layers"] for group in self.encoder["albert_layer_groups"]]
         uses = self.config.num_hidden_layers // len(groups)
         return [layer for group in groups for layer in [shared(layer) for layer in group] * uses]
@@ -134,7 +134,7 @@ class AlbertModel(Encoder):
         return self.pooler(first)
 
 
-def shared(layer: nn.Module) -> Callable[..., Tensor]:
+def shared(layer: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
     """`layer`, to be called several times in one forward pass: its weights' gradients are then added up in float32.
 
     autograd does so by itself where what is added is float32. A weight that is computed with in bfloat16, because it is
@@ -168,8 +168,7 @@ def _cast_by_autocast(layer: nn.Module, device: str) -> set[str]:
     if device == "cpu" and not linear.casts_weights(torch.get_autocast_dtype(device)):
         return set()
     products = {name: module for name, module in layer.named_modules() if isinstance(module, Linear | LinearGELU)}
-    biased = [name for name, module in products.items() if isinstance(module, Linear)]
-    return {f"{name}.weight" for name in products} | {f"{name}.bias" for name in biased}
+    return {f"{name}.weight" for name in products} | {f"{name}.bias" for name in with_own_bias(layer)}
 
 
 class _Use(torch.autograd.Function):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert import extras, files
-from fastbert.models import parameter_names, tokenizer_files
+from fastbert import extras, files, tokenizer_files
+from fastbert.models import parameter_names
 from fastbert.models.config import ModelConfig
 from fastbert.models.parameter_names import Names
 
@@ -82,6 +82,9 @@ def _check_fields(fields: dict[str, Any], path: Path, names: Names) -> None:
     sized = {"vocab_size", "hidden_size", "num_hidden_layers"} <= fields.keys()
     titled = all(str(name).startswith(names.title) for name in classes)
     if kind != names.model_type and (kind is not None or not sized or not titled):
+        inner = path.parent / "model"
+        if kind is None and (inner / path.name).exists():
+            raise ValueError(f"{path.parent} is the folder of a run, and its model is in {inner}: name that folder")
         raise ValueError(
             f'{path} must say "model_type": "{names.model_type}", got {kind or classes or None!r}: this folder holds '
             "another kind of model; fastbert.AutoModel loads those that there are"

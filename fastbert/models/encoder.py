@@ -16,13 +16,13 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from fastbert.models import checkpoint, inputs
 from fastbert.models.config import ModelConfig
 from fastbert.models.layers import (
+    DenseAddLayerNorm,
     Dropout,
-    DropoutAddLayerNorm,
     LayerNorm,
-    Linear,
     LinearGELU,
     MultiHeadAttention,
     SmallEmbedding,
+    WordEmbedding,
 )
 from fastbert.models.parameter_names import Names
 from fastbert.ops.philox import draw_seeds
@@ -53,7 +53,7 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: ModelConfig, size: int):
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
+        self.word_embeddings = WordEmbedding(config.vocab_size, size, padding_idx=config.pad_token_id)
         unused = config.first_position - 1 if config.first_position else None
         self.position_embeddings = SmallEmbedding(config.max_position_embeddings, size, padding_idx=unused)
         self.token_type_embeddings = SmallEmbedding(config.type_vocab_size, size)
@@ -70,24 +70,15 @@ class Embeddings(nn.Module):
         return x + (types.weight[0] if token_type_ids is None else types(token_type_ids))
 
 
-class DenseAddLayerNorm(nn.Module):
-    """How both halves of a layer end: dense, dropout, residual, LayerNorm. x [T, F], residual [T, H] -> [T, H]."""
-
-    def __init__(self, size: int, config: ModelConfig):
-        super().__init__()
-        self.dense = Linear(size, config.hidden_size)
-        self.LayerNorm = DropoutAddLayerNorm(config.hidden_size, config.layer_norm_eps, config.hidden_dropout_prob)
-
-    def forward(self, x: Tensor, residual: Tensor, seed: Tensor | None = None) -> Tensor:
-        return self.LayerNorm(self.dense(x), residual, seed)
-
-
 # Of dropout in a layer: on attention's weights, behind attention, behind the feed-forward network.
 Seeds = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class Layer(nn.Module):
     """Attention, then the feed-forward network. x [T, H] -> [T, H], or [R, H] for the places `read` alone.
+
+    Both come twice, as two tensors of the same numbers: what is computed with, and what is added behind it. Their
+    gradients are then added where a LayerNorm made them, see `dropout_add_layer_norm_twice`.
 
     Its parameters have the names of Hugging Face's BERT, except that query, key and value are one matrix,
     `attention.self.qkv`.
@@ -99,23 +90,25 @@ class Layer(nn.Module):
         heads = MultiHeadAttention(
             hidden, config.num_attention_heads, config.attention_probs_dropout_prob, config.is_decoder
         )
-        self.attention = nn.ModuleDict({"self": heads, "output": DenseAddLayerNorm(hidden, config)})
+        ends = {"eps": config.layer_norm_eps, "dropout_p": config.hidden_dropout_prob}
+        self.attention = nn.ModuleDict({"self": heads, "output": DenseAddLayerNorm(hidden, hidden, **ends)})
         self.intermediate = nn.ModuleDict({"dense": LinearGELU(hidden, inner, config.approximate)})
-        self.output = DenseAddLayerNorm(inner, config)
+        self.output = DenseAddLayerNorm(inner, hidden, **ends)
 
     def forward(
         self,
         x: Tensor,
+        residual: Tensor,
         cu_seqlens: Tensor,
         max_seqlen: int,
         read: Tensor | None = None,
         seeds: Seeds = (None, None, None),
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         heads = self.attention["self"](x, cu_seqlens, max_seqlen, seeds[0])
         if read is not None:
-            heads, x = inputs.take_rows(heads, read), inputs.take_rows(x, read)
-        x = self.attention["output"](heads, x, seeds[1])
-        return self.output(self.intermediate["dense"](x), x, seeds[2])
+            heads, residual = inputs.take_rows(heads, read), inputs.take_rows(residual, read)
+        x, residual = self.attention["output"](heads, residual, seeds[1])
+        return self.output(self.intermediate["dense"](x), residual, seeds[2])
 
 
 class PreTrainedModel(nn.Module):
@@ -201,7 +194,7 @@ class Encoder(PreTrainedModel):
         """
         raise NotImplementedError
 
-    def layers(self) -> Sequence[Callable[..., Tensor]]:
+    def layers(self) -> Sequence[Callable[..., tuple[Tensor, Tensor]]]:
         """What is called one after another, with the arguments of `Layer.forward`."""
         raise NotImplementedError
 
@@ -267,16 +260,16 @@ class Encoder(PreTrainedModel):
         *earlier, last = self.layers()
         seed, *seeds = self._draw_seeds(len(earlier) + 1, input_ids.device)
         more = {name: packing.remove_padding(x) for name, x in more.items()}
-        x = self.embed(*ids, seed=seed, **more)  # [T, H]
+        x = residual = self.embed(*ids, seed=seed, **more)  # [T, H]
         for number, layer in enumerate(earlier):
-            x = self._through(layer, x, packing, None, seeds[number])
+            x, residual = self._through(layer, x, residual, packing, None, seeds[number])
         first = packing.first_places()
         if masked_positions is None:
-            x = self._through(last, x, packing, None, seeds[-1])
+            x, _ = self._through(last, x, residual, packing, None, seeds[-1])
             sequence_output, first = packing.put_padding_back(x), inputs.take_rows(x, first)
         else:
             read = torch.cat([first, packing.packed_places(masked_positions)])
-            x = self._through(last, x, packing, read, seeds[-1])
+            x, _ = self._through(last, x, residual, packing, read, seeds[-1])
             first, sequence_output = x.split([len(first), len(masked_positions)])
         if self.pooler is None:
             return EncoderOutput(sequence_output, None)
@@ -295,9 +288,10 @@ class Encoder(PreTrainedModel):
             self._draw_seeds(len(self.layers()), torch.device(device))
 
     def _through(
-        self, layer: Callable[..., Tensor], x: Tensor, packing: inputs.Packing, read: Tensor | None, seeds: Seeds
-    ) -> Tensor:
-        arguments = x, packing.cu_seqlens, packing.max_seqlen, read, seeds
+        self, layer: Callable[..., tuple[Tensor, Tensor]], x: Tensor, residual: Tensor, packing: inputs.Packing,
+        read: Tensor | None, seeds: Seeds,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        arguments = x, residual, packing.cu_seqlens, packing.max_seqlen, read, seeds
         if not (self.checkpoint_layers and self.training and torch.is_grad_enabled()):
             return layer(*arguments)
         # Computed again by the same seeds: the generators, which a captured graph could not set back, are left alone.

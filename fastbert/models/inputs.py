@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastbert.ops.checks import check_tensor
+from fastbert.ops.embedding import embedding, has_kernel
 
 IGNORED = -100  # a label that no loss counts
 
@@ -21,7 +22,8 @@ def take_rows(x: Tensor, places: Tensor) -> Tensor:
     """Rows of x [T, H] at these places, of which T and more read the last; zeros where T is 0."""
     if x.shape[0] == 0:
         return x.new_zeros(places.shape[0], x.shape[1])
-    return x.index_select(0, places.clamp(max=x.shape[0] - 1))
+    places = places.clamp(max=x.shape[0] - 1)
+    return embedding(places, x) if has_kernel(x) else x.index_select(0, places)  # a gradient of one kernel
 
 
 class Packing(NamedTuple):

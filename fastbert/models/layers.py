@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from fastbert.ops.attention import attention_qkv
 from fastbert.ops.dropout import dropout
+from fastbert.ops.embedding import embedding, has_kernel, tied_embedding
 from fastbert.ops.gelu import gelu
-from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
+from fastbert.ops.layer_norm import dropout_add_layer_norm, dropout_add_layer_norm_twice, layer_norm
 from fastbert.ops.linear import linear
 from fastbert.ops.register import once_differentiable
 
@@ -57,8 +58,16 @@ class DropoutAddLayerNorm(LayerNorm):
         self.dropout_p = dropout_p
 
     def forward(self, x: Tensor, residual: Tensor, seed: Tensor | None = None) -> Tensor:
-        dropout_p = self.dropout_p if self.training else 0.0
-        return dropout_add_layer_norm(x, residual, self.weight, self.bias, self.eps, dropout_p, seed)
+        return dropout_add_layer_norm(x, residual, *self._options(), seed)
+
+    def twice(
+        self, x: Tensor, residual: Tensor, seed: Tensor | None = None, x_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """For a result with two uses, see `dropout_add_layer_norm_twice`; `x_bias` [N] is added to x first."""
+        return dropout_add_layer_norm_twice(x, residual, *self._options(), seed, x_bias=x_bias)
+
+    def _options(self) -> tuple[Tensor, Tensor, float, float]:
+        return self.weight, self.bias, self.eps, self.dropout_p if self.training else 0.0
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, dropout_p={self.dropout_p}"
@@ -77,6 +86,46 @@ class Linear(nn.Linear):
 def _product(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
     """By `linear`, or where the weight is a `FrozenWeight`, by itself."""
     return linear(x, weight, bias) if isinstance(weight, Tensor) else weight.product(x, bias)
+
+
+class DenseAddLayerNorm(nn.Module):
+    """How both halves of a layer end: dense, dropout, residual, LayerNorm, for two uses of the result.
+
+    LayerNorm adds the dense layer's bias, and sums its gradient, in its own passes over memory. So that bias stays in
+    LayerNorm's dtype where products take another.
+
+    Args:
+        in_features: F.
+        hidden_size: H.
+        eps, dropout_p: as `DropoutAddLayerNorm`.
+
+    Shapes: x [T, F], residual [T, H] -> [T, H] twice, see `dropout_add_layer_norm_twice`.
+    """
+
+    def __init__(self, in_features: int, hidden_size: int, eps: float = 1e-12, dropout_p: float = 0.0):
+        super().__init__()
+        self.dense = Linear(in_features, hidden_size)
+        self.LayerNorm = DropoutAddLayerNorm(hidden_size, eps, dropout_p)
+
+    def forward(self, x: Tensor, residual: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        dense = self.dense
+        if type(dense) is Linear and not _has_hooks(dense):
+            return self.LayerNorm.twice(_product(x, dense.weight), residual, seed, dense.bias)
+        # What stands in its place, such as an adapter, adds the bias itself; a hook sees the layer's whole result.
+        return self.LayerNorm.twice(dense(x), residual, seed)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def with_own_bias(model: nn.Module) -> dict[str, nn.Linear]:
+    """By name the linear layers whose product adds the bias: all but those of `DenseAddLayerNorm`."""
+    others = {id(module.dense) for module in model.modules() if isinstance(module, DenseAddLayerNorm)}
+    named = model.named_modules()
+    return {name: module for name, module in named if isinstance(module, nn.Linear) and id(module) not in others}
 
 
 class LinearGELU(nn.Module):
@@ -154,22 +203,48 @@ class Dropout(nn.Module):
         return f"p={self.p}"
 
 
+class WordEmbedding(nn.Embedding):
+    """`nn.Embedding` whose table also decodes: ids [T] -> [T, H].
+
+    Attributes:
+        is_tied: whether the next use of the table is a decoder that takes `as_decoder()`, and by `padded_linear`. On a
+            GPU the gradient of the look-up is then added to the decoder's by one kernel.
+    """
+
+    is_tied = False
+    _decoder: Tensor | None = None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.is_tied and torch.is_grad_enabled() and has_kernel(self.weight):
+            x, self._decoder = tied_embedding(ids, self.weight, self.padding_idx)
+            return x
+        return super().forward(ids)
+
+    def as_decoder(self) -> Tensor:
+        """The table as it decodes what became of the last look-up."""
+        table, self._decoder = self._decoder, None
+        return self.weight if table is None else table
+
+
 class SmallEmbedding(nn.Embedding):
     """`nn.Embedding` of few rows: ids [T] -> [T, H].
 
-    For a table's gradient on a GPU torch sorts the ids, by a dozen kernels. Of a 16-bit table of up to 1,024 rows it is
-    one product here, summed in float32 and always in the same order. A padding row keeps torch's way.
+    For a table's gradient on a GPU torch sorts the ids, by a dozen kernels. Here it is one kernel where the backend
+    "cuda" runs; of a 16-bit table of very few rows, or of up to 1,024 where that backend does not run, it is one product,
+    summed in float32 and always in the same order. A padding row keeps torch's way then.
     """
 
     def forward(self, ids: Tensor) -> Tensor:
         table = self.weight
         is_16_bit = table.dtype in (torch.bfloat16, torch.float16)
-        if table.is_cuda and is_16_bit and len(table) <= FEW_ROWS and self.padding_idx is None:
+        few = VERY_FEW_ROWS if has_kernel(table) else FEW_ROWS
+        if table.is_cuda and is_16_bit and len(table) <= few and self.padding_idx is None:
             return _LookUp.apply(ids, table)
-        return super().forward(ids)
+        return embedding(ids, table, self.padding_idx) if has_kernel(table) else super().forward(ids)
 
 
 FEW_ROWS = 1024
+VERY_FEW_ROWS = 16  # a block of the kernel would have all tokens
 
 
 class _LookUp(torch.autograd.Function):

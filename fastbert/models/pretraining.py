@@ -112,7 +112,7 @@ class PreTrainingModel(ModelWithHead):
             padding = attention_mask.flatten().index_select(0, masked_positions) == 0
             labels = labels.masked_fill(padding, inputs.IGNORED)
 
-        logits = self.predictions(hidden.flatten(0, -2), self.word_embeddings)
+        logits = self.predictions(hidden.flatten(0, -2), self.base_model.embeddings.word_embeddings.as_decoder())
         logits = logits.view(*hidden.shape[:-1], logits.shape[1])
         sentence_logits = None if self.sentence_head is None else self.sentence_head(pooled)
 

@@ -10,7 +10,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from fastbert.models.layers import Linear, LinearGELU
+from fastbert.models.layers import Linear, LinearGELU, with_own_bias
 from fastbert.models.pretraining import PreTrainingModel, padded_rows
 from fastbert.optim.lazy_adam import LazyAdam
 
@@ -54,6 +54,7 @@ class WorkingCopy:
         memo = {id(param): made.get(param, param) for param in model.parameters()}
         self.model = copy.deepcopy(model, memo)
         self.model.predictions.padded = tuple(padded)
+        self.model.base_model.embeddings.word_embeddings.is_tied = True
 
     def hand_over_gradients(self) -> None:
         """Moves the copy's gradients to the model's parameters; nothing is computed."""
@@ -67,7 +68,8 @@ def _rounded(model: nn.Module) -> list[nn.Parameter]:
     for module in model.modules():
         if isinstance(module, nn.Linear | Linear | LinearGELU | nn.Embedding):
             found[module.weight] = None
-        if isinstance(module, nn.Linear) and module.bias is not None:
+    for module in with_own_bias(model).values():
+        if module.bias is not None:
             found[module.bias] = None
     found[model.predictions.bias] = None
     return list(found)

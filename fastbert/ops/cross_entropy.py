@@ -3,6 +3,9 @@
     loss = log(sum_j exp(x_j)) - x_label               one a row; 0 where the label is ignore_index
     dx_j = (softmax(x)_j - [j = label]) * dloss        0 in a row that is ignored
 
+A mean or a sum of the losses is taken in the same pass. Backward then has one dloss for all rows, which for a mean it
+divides by the number of rows that count, or by 1 where none does.
+
 logits are [M, V], labels int64 [M]. Backward saves the logits themselves and two numbers a row, `maximum = max_j x_j`
 and `total = sum_j exp(x_j - maximum)`: their one logarithm would be rounded to the size of the logits, and the error
 would stand in every element of the gradient. Arithmetic is float32 (float64 for float64 logits) whatever the dtype of
@@ -71,25 +74,21 @@ def cross_entropy(
     chosen = pick("cross_entropy", requested(backend), logits)
     if differentiated(logits):
         return _CrossEntropy.apply(logits, labels, ignore_index, reduction, chosen)
-    losses, _, _ = functions[chosen].cross_entropy_forward(logits, labels, ignore_index)
-    return _reduced(losses, labels, ignore_index, reduction)[0]
-
-
-def _reduced(losses: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor | None]:
-    """The result, and what the sum is divided by."""
-    if reduction == "none":
-        return losses, None
-    if reduction == "sum":
-        return losses.sum(), None
-    count = (labels != ignore_index).sum().clamp(min=1)
-    return losses.sum() / count, count
+    losses, _, _, result, _ = functions[chosen].cross_entropy_forward(logits, labels, ignore_index, reduction)
+    return losses if reduction == "none" else result
 
 
 class reference:  # a namespace, spelled as the backend is
     """The twin in plain PyTorch: any device, and float64, which is the truth of the tests."""
 
     @staticmethod
-    def cross_entropy_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    def cross_entropy_forward(
+        logits: Tensor, labels: Tensor, ignore_index: int, reduction: str
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Losses, maximum and total [M], then two scalars: mean or sum, and the number of rows that count, at least 1.
+
+        With "none" these two are empty.
+        """
         if not torch.compiler.is_compiling():
             kernels.check_labels(labels, logits.shape[1], ignore_index)
         x, counted = wide(logits), labels != ignore_index
@@ -97,13 +96,20 @@ class reference:  # a namespace, spelled as the backend is
         total = (x - maximum.unsqueeze(-1)).exp().sum(-1)
         picked = x.gather(-1, torch.where(counted, labels, 0).unsqueeze(-1)).squeeze(-1)
         losses = total.log() + (maximum - picked)
-        return tuple(torch.where(counted, each, 0.0) for each in (losses, maximum, total))
+        losses, maximum, total = (torch.where(counted, each, 0.0) for each in (losses, maximum, total))
+        if reduction == "none":
+            return losses, maximum, total, losses.new_empty(0), losses.new_empty(0)
+        count = counted.sum().clamp(min=1).to(losses.dtype)
+        return losses, maximum, total, losses.sum() / (count if reduction == "mean" else 1), count
 
     @staticmethod
     def cross_entropy_backward(
-        dlosses: Tensor, logits: Tensor, labels: Tensor, maximum: Tensor, total: Tensor, ignore_index: int
-    ) -> Tensor:
+        dlosses: Tensor, logits: Tensor, labels: Tensor, maximum: Tensor, total: Tensor, count: Tensor | None,
+        ignore_index: int,
+    ) -> Tensor:  # fmt: skip
+        """`dlosses` [M], or one number for all rows; divided by `count`, if any."""
         counted = labels != ignore_index
+        dlosses = (dlosses if count is None else dlosses / count).expand_as(labels)
         share = (wide(logits) - maximum.unsqueeze(-1)).exp() * (dlosses / total).unsqueeze(-1)
         label = torch.where(counted, labels, 0).unsqueeze(-1)
         dlogits = share.scatter_add(-1, label, -dlosses.unsqueeze(-1))
@@ -112,10 +118,10 @@ class reference:  # a namespace, spelled as the backend is
         return kernels.first_columns(F.pad(dlogits, (0, kernels.row_stride(logits) - columns)), columns)
 
 
-def _fake_forward(logits, *_):
+def _fake_forward(logits, labels, ignore_index, reduction):
     dtype = torch.promote_types(logits.dtype, torch.float32)
     losses, maximum, total = (logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(3))
-    return losses, maximum, total
+    return losses, maximum, total, *(kernels.empty_result(losses, reduction) for _ in range(2))
 
 
 def _fake_backward(dlosses, logits, *_):
@@ -133,16 +139,15 @@ functions = register(
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, ignore_index, reduction, chosen):
-        losses, maximum, total = functions[chosen].cross_entropy_forward(logits, labels, ignore_index)
-        result, count = _reduced(losses, labels, ignore_index, reduction)
-        ctx.save_for_backward(logits, labels, maximum, total, count)
+        forward = functions[chosen].cross_entropy_forward
+        losses, maximum, total, result, count = forward(logits, labels, ignore_index, reduction)
+        ctx.save_for_backward(logits, labels, maximum, total, count if reduction == "mean" else None)
         ctx.options = ignore_index, chosen
-        return result
+        return losses if reduction == "none" else result
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dresult):
-        *saved, count = ctx.saved_tensors
         ignore_index, chosen = ctx.options
-        dlosses = (dresult if count is None else dresult / count).expand_as(saved[1])
-        return functions[chosen].cross_entropy_backward(dlosses, *saved, ignore_index), None, None, None, None
+        dlogits = functions[chosen].cross_entropy_backward(dresult, *ctx.saved_tensors, ignore_index)
+        return dlogits, None, None, None, None

@@ -25,9 +25,9 @@ _transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: Tru
 _has_storage = getattr(torch._C, "_has_storage", lambda x: False)  # a batched tensor has none
 
 
-def register(twins: type, kernels: ModuleType, **fakes: Callable) -> dict[str, type]:
-    """Opaque ops `fastbert::<name>` that change none of their inputs, one for each of `fakes`, and for the ops that are
-    written in Triton too `fastbert_triton::<name>`.
+def register(twins: type, kernels: ModuleType, changed: tuple[str, ...] = (), **fakes: Callable) -> dict[str, type]:
+    """Opaque ops `fastbert::<name>`, one for each of `fakes`, and for those written in Triton too
+    `fastbert_triton::<name>`. Of their inputs they change those of the names `changed`.
 
     What `torch.library.custom_op` makes, less its look for aliases at every call, which takes longer than the rest of
     a call (12 microseconds of 17); `torch.library.opcheck` looks for them in the tests.
@@ -43,20 +43,27 @@ def register(twins: type, kernels: ModuleType, **fakes: Callable) -> dict[str, t
     Returns:
         By the name of a backend, the functions that run there.
     """
-    compiled = _namespace(twins, fakes, lambda name: getattr(kernels, name), "fastbert")  # a tensor's device decides
+    compiled = _namespace(
+        twins, fakes, lambda name: getattr(kernels, name), "fastbert", changed
+    )  # a tensor's device decides
     functions = {"reference": twins, "cpu": compiled, "cuda": compiled}
     stem = kernels.__name__.rpartition(".")[2]
     if stem in OPS:
-        functions["triton"] = _namespace(twins, fakes, functools.partial(triton.function, stem), "fastbert_triton")
+        by_triton = functools.partial(triton.function, stem)
+        functions["triton"] = _namespace(twins, fakes, by_triton, "fastbert_triton", changed)
     return functions
 
 
-def _namespace(twins: type, fakes: dict[str, Callable], kernel: Callable[[str], Callable], library: str) -> type:
-    ops = {name: opaque(getattr(twins, name), kernel(name), fake, library) for name, fake in fakes.items()}
+def _namespace(
+    twins: type, fakes: dict[str, Callable], kernel: Callable[[str], Callable], library: str, changed: tuple[str, ...]
+) -> type:
+    ops = {name: opaque(getattr(twins, name), kernel(name), fake, library, changed) for name, fake in fakes.items()}
     return type(library, (), {name: staticmethod(op) for name, op in ops.items()})
 
 
-def opaque(twin: Callable, kernel: Callable, fake: Callable, library: str = "fastbert") -> Callable:
+def opaque(
+    twin: Callable, kernel: Callable, fake: Callable, library: str = "fastbert", changed: tuple[str, ...] = ()
+) -> Callable:
     """One op of the twin's name and signature, as a function that goes around torch's dispatcher unnoticed.
 
     Once a kernel has pushed the dispatcher's code out of the caches, the way through it takes 0.1 ms, a fifth of a
@@ -65,7 +72,7 @@ def opaque(twin: Callable, kernel: Callable, fake: Callable, library: str = "fas
     """
     name = twin.__name__
     ops = _LIBRARIES[library]
-    ops.define(name + torch.library.infer_schema(twin, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
+    ops.define(name + torch.library.infer_schema(twin, mutates_args=changed), tags=(torch.Tag.pt2_compliant_tag,))
     ops.impl(name, kernel, "CPU")
     ops.impl(name, kernel, "CUDA")
     torch.library.register_fake(f"{library}::{name}", fake, lib=ops)

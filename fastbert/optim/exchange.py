@@ -41,7 +41,7 @@ class SummedGradients:
         self._buckets: list[list[Tensor]] = []
         self._number_of: dict[Tensor, int] = {}  # of a parameter's bucket
         self._is_open = False
-        for param in self._params:
+        for param in (param for param in self._params if param.requires_grad):
             param.register_post_accumulate_grad_hook(self._arrive)
 
     @contextlib.contextmanager
@@ -58,7 +58,7 @@ class SummedGradients:
         self._buckets = self._buckets[: len(self._sent)]
         sent = set(itertools.chain(*self._buckets))
         rest = (p for p in (*self._arrived, *self._params) if p.grad is not None and p not in sent)
-        for bucket in _in_buckets(dict.fromkeys(rest), self._size):
+        for bucket in _in_buckets(list(dict.fromkeys(rest)), self._size):
             self._buckets.append(bucket)
             self._send(bucket)
         self._number_of = {param: number for number, bucket in enumerate(self._buckets) for param in bucket}
@@ -79,6 +79,8 @@ class SummedGradients:
 
     def _send(self, bucket: list[Tensor]) -> None:
         flat = torch.cat([param.grad.reshape(-1) for param in bucket])
+        for param in bucket:
+            param.grad = None  # its memory is free while the sum travels
         self._sent.append((flat, dist.all_reduce(flat, group=self._group, async_op=True)))
 
 

@@ -12,6 +12,7 @@ from fastbert.backends import pick, requested, triton
 from fastbert.backends.gradient_norm import gradient_norm
 from fastbert.backends.native import DTYPES
 from fastbert.ops.lazy_adam import check_rows, sum_duplicates
+from fastbert.optim.shards import is_shard, local, rows_here, total_square
 
 norm_in_triton = triton.function("gradient_norm", "gradient_norm")
 
@@ -27,10 +28,21 @@ class Gradient(NamedTuple):
 
 
 def read(param: Tensor, rows: Rows) -> Gradient | None:
-    """The parameter's gradient and the rows it is for, checked; None where there is none. See `LazyAdam.step`."""
+    """The parameter's gradient and the rows it is for, checked; None where there is none. See `LazyAdam.step`.
+
+    Of a parameter that is split over processes those of this process's part.
+    """
     grad = param.grad
     if grad is None:
         return None
+    if is_shard(param):
+        if not is_shard(grad) or grad.placements != param.placements:
+            raise TypeError(
+                f"the gradient of a parameter that is split must be split alike: expected {param.placements}, got "
+                f"{getattr(grad, 'placements', 'a whole one')}"
+            )
+        ids = rows_here(param, row_ids(rows[param], param)) if rows and param in rows else None
+        return Gradient(ids, grad.to_local(), ids is not None)
     if grad.layout is torch.strided:
         if rows and param in rows:
             return Gradient(row_ids(rows[param], param), grad, True)
@@ -166,7 +178,8 @@ def _measured(
     if not gradients:
         return torch.zeros(()), torch.ones(()), []
     backend = _backend_of_norm([gradient.values for _, gradient in gradients])
-    by_kernels = backend in ("cuda", "triton")
+    are_split = any(is_shard(param) for param, _ in gradients)
+    by_kernels = backend in ("cuda", "triton") and not are_split
     applied = [_applied(gradient, by_kernels) for _, gradient in gradients]
     if by_kernels:
         norm = gradient_norm if backend == "cuda" else norm_in_triton
@@ -174,8 +187,11 @@ def _measured(
     else:
         norms = [_norm(its.values) for its in applied]
         dtype = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
-        norms = torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms])
-        total = torch.linalg.vector_norm(norms).to(dtype)
+        norms = [norm.to(norms[0].device, torch.float64) for norm in norms]
+        if are_split:
+            total = total_square([param for param, _ in gradients], norms).sqrt().to(dtype)
+        else:
+            total = torch.linalg.vector_norm(torch.stack(norms)).to(dtype)
         factor = (max_norm / (total.double() + 1e-6)).clamp(max=1.0)
     if error_if_nonfinite and not total.isfinite():
         raise RuntimeError(
@@ -214,16 +230,20 @@ def named_rows(rows: Tensor, table_rows: int) -> Tensor:
 
 def _scale(param: Tensor, gradient: Gradient, its: Applied, factor: Tensor) -> None:
     """Multiplies what counts of `param.grad`."""
+    grad = local(param.grad)
     if gradient.rows is None:
         # not in place where elements share memory, as of an expanded gradient
-        param.grad = param.grad * factor if _shares_memory(param.grad) else param.grad.mul_(factor)
+        if _shares_memory(grad):
+            param.grad = grad * factor
+        else:
+            grad.mul_(factor)
     elif its.named is not None:
         factors = torch.where(its.named.bool(), factor, 1.0)
-        param.grad.mul_(factors.view(-1, *(1 for _ in param.shape[1:])))
+        grad.mul_(factors.view(-1, *(1 for _ in param.shape[1:])))
     elif gradient.by_row:
-        param.grad.index_copy_(0, its.ids, its.values * factor)
+        grad.index_copy_(0, its.ids, its.values * factor)
     else:
-        param.grad = sparse(param, param.grad._indices(), gradient.values * factor, param.grad.is_coalesced())
+        param.grad = sparse(param, grad._indices(), gradient.values * factor, grad.is_coalesced())
 
 
 def _norm(x: Tensor) -> Tensor:

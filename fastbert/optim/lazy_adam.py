@@ -32,6 +32,7 @@ from fastbert.optim.options import (
 )
 from fastbert.optim.plan import Plans, Taken, arguments_of, step_by_arguments
 from fastbert.optim.scaling import Scaling, scaling_of
+from fastbert.optim.shards import first_row, is_shard, local, spread
 
 
 class LazyAdam(Optimizer):
@@ -68,6 +69,11 @@ class LazyAdam(Optimizer):
     decoder reads all of it, has to be brought by `catch_up` before; a step whose gradient is of rows that were not
     brought raises. Where processes exchange rows see `fastbert.all_gather_ids`. For float32 parameters.
 
+    **FSDP2.** Parameters may be DTensors split by rows, as `fully_shard` makes them: each process steps its own part.
+    Named rows are those of the whole table and of all processes (`all_gather_ids`); `clip_factor` and
+    `clip_grad_norm_` measure all parts together. State is split alike, for `torch.distributed.checkpoint`. Not with
+    `missed="replay"`.
+
     **Checkpoints of `torch.distributed.checkpoint`.** Its `get_optimizer_state_dict` and `set_optimizer_state_dict`
     have state made by a step with learning rate 0 and gradients of zero. As an optimizer's first, such a step makes the
     state that the options need and is not counted, so that training goes on as if it had not been.
@@ -101,7 +107,7 @@ class LazyAdam(Optimizer):
         ValueError: an option outside its range, options that do not go together, or a parameter whose elements share
             memory. An option that is changed in a group later is held to the same rules at the next step.
         TypeError: an option of another type; a parameter that is complex, an integer or sparse itself, or one that
-            stands for other tensors, such as FSDP2's DTensor.
+            stands for other tensors, but for a DTensor that is split by rows.
     """
 
     _step_supports_amp_scaling = True  # what GradScaler asks
@@ -223,31 +229,39 @@ class LazyAdam(Optimizer):
             for param in group["params"]:
                 gradient = gradients.read(param, rows)
                 if gradient is not None:
-                    taken.append((number, param, self.state.get(param, {}), gradient, group, formula))
+                    its = self.state.get(param, {})
+                    if is_shard(param):
+                        param, its = local(param), {name: local(value) for name, value in its.items()}
+                    taken.append((number, param, its, gradient, group, formula))
                 number += 1
         if closure is None and not self.state and state.is_asked_for(self.param_groups, [take[3] for take in taken]):
-            for _, param, _, _, group, _ in taken:
-                self.state[param] = state.complete({}, param, group)
+            for number, param, _, _, group, _ in taken:
+                whole = self._parameters()[number]
+                self.state[whole] = spread(state.complete({}, param, group), whole)
             return loss
         self._take(taken, scaling)
         return loss
 
     def _take(self, taken: list[Taken], scaling: Scaling) -> None:
-        """The step of all that have a gradient, each by its plan or, where it can have none, by all its arguments."""
+        """The step of all that have a gradient, each by its plan or, where it can have none, by all its arguments.
+
+        Of a parameter that is split over processes `taken` has this process's part, and its part of the state.
+        """
         backend = requested()
         if self._plans.backend != backend:
             self._plans = Plans(backend, self._copies)
         by_module = can_plan and not torch.compiler.is_compiling()
         plans, listed, replayed, completed, scalings = self._plans, [], [], {}, {}
-        plans.begin(len(self._parameters()))
+        owners = self._parameters()
+        plans.begin(len(owners))
         have_plans = plans.take(taken) if by_module else [False] * len(taken)
         for (number, param, its, gradient, group, formula), has_plan in zip(taken, have_plans, strict=True):
             if group["missed"] == "replay":
                 replay.check_gradient(gradient, its, self._padding_idx(param, group))
             if not has_plan:
                 check_touched(group, param.shape, gradient.rows is not None)
-                its = completed[param] = state.complete(its, param, group)
-                padding_idx = self._padding_idx(param, group)
+                its = completed[number] = state.complete(its, param, group)
+                padding_idx = self._padding_idx(owners[number], group)
                 copy = self._copies.get(param)
                 kind = param.device, param.dtype == torch.float64
                 scalings[kind] = scalings.get(kind) or scaling.on(param)  # the very tensors for all of a kind
@@ -260,7 +274,7 @@ class LazyAdam(Optimizer):
             if "last_step" in its:
                 replayed.append((param, gradient, group, formula))
         # from here on something changes
-        self.state.update(completed)
+        self.state.update({owners[number]: spread(its, owners[number]) for number, its in completed.items()})
         for param, gradient, group, formula in replayed:
             self._record(param, gradient, group, formula)
         groups = [(len(g["params"]), f) for g, f in zip(self.param_groups, self._formulas, strict=True)]
@@ -342,10 +356,10 @@ class LazyAdam(Optimizer):
                 moves rows between steps; or `out` does not fit it.
         """
         group = self._group_of(param)
-        if param.dtype != torch.float32 or not param.is_contiguous() or group["missed"] == "replay":
+        if param.dtype != torch.float32 or not param.is_contiguous() or group["missed"] == "replay" or is_shard(param):
             raise ValueError(
-                f'a copy is kept of contiguous float32 parameters with missed="leave", got {param.dtype}, strides '
-                f"{list(param.stride())} and missed={group['missed']!r}"
+                'a copy is kept of contiguous float32 parameters that are not split, with missed="leave", got a '
+                f"{type(param).__name__} of {param.dtype}, strides {list(param.stride())}, missed={group['missed']!r}"
             )
         if out is not None and (
             out.dtype != torch.bfloat16 or out.shape != param.shape or out.device != param.device
@@ -430,7 +444,11 @@ class LazyAdam(Optimizer):
         raise ValueError(f"a parameter of shape {list(param.shape)} is not this optimizer's: pass it when you build it")
 
     def _padding_idx(self, param: Tensor, group: dict[str, Any]) -> int:
+        """The row of `param`, or of this process's part of it, that never moves; -1 for none."""
         idx = self._padding.get(param, group["padding_idx"]) if self._padding else group["padding_idx"]
+        if is_shard(param) and idx is not None:
+            idx -= first_row(param)
+            return idx if 0 <= idx < len(local(param)) else -1
         return -1 if idx is None else idx
 
     # ---- copies and files ------------------------------------------------------------------------------------------
@@ -472,7 +490,8 @@ class LazyAdam(Optimizer):
             for group, own in zip(saved["param_groups"], self.param_groups, strict=True):
                 for key, param in zip(group["params"], own["params"], strict=True):
                     if its := saved["state"].get(key):
-                        self.state[param] = state.restored(its, param, own)
+                        its = {name: local(value) for name, value in its.items()}
+                        self.state[param] = spread(state.restored(its, local(param), own), param)
 
         before = self.register_load_state_dict_pre_hook(check)
         after = self.register_load_state_dict_post_hook(restore, prepend=True)

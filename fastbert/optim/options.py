@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastbert.backends.lazy_adam import number_on
 from fastbert.ops.lazy_adam import COUPLED_DECAY, EPS_UNCORRECTED, MAXIMIZE, NO_BIAS_CORRECTION
 from fastbert.ops.lazy_adam_replay import check_betas
+from fastbert.optim.shards import check_shard, is_shard, local
 
 DEFAULTS = {  # options that torch.optim.AdamW does not have
     "decoupled_weight_decay": True,
@@ -130,12 +131,16 @@ def check_param(param: Tensor, options: dict[str, Any]) -> None:
     """Raises where LazyAdam cannot step `param`, or not with its group's options."""
     if not param.is_floating_point() or param.layout != torch.strided:
         raise TypeError(f"LazyAdam takes dense floating parameters, got {param.dtype} with {param.layout}")
-    if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # it stands for other tensors
+    if is_shard(param):
+        check_shard(param)
+        if options["missed"] == "replay":
+            raise ValueError('missed="replay" brings rows of whole tables before they are read, got a DTensor')
+    elif type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # it stands for other tensors
         raise TypeError(
             f"LazyAdam changes a parameter's memory in place and cannot reach that of a {type(param).__name__}: leave "
-            "it to torch.optim.AdamW, or train unsharded parameters with DistributedDataParallel"
+            "it to torch.optim.AdamW, or train parameters that are plain tensors"
         )
-    check_memory(param)
+    check_memory(local(param))
     if options["missed"] == "replay" and param.dtype not in (torch.float32, torch.float64):
         raise ValueError(f'missed="replay" follows dense AdamW in float32, got a {param.dtype} parameter')
     if options["stochastic_rounding"] and param.dtype == torch.float16:

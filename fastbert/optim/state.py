@@ -16,6 +16,7 @@ from fastbert.ops.lazy_adam import row_wise_shape
 from fastbert.optim import replay
 from fastbert.optim.gradients import Gradient
 from fastbert.optim.options import check_options, check_param, name_dtype
+from fastbert.optim.shards import is_shard, local
 
 State = dict[str, Any]
 Group = dict[str, Any]
@@ -175,6 +176,11 @@ def _check_saved_state(state: State, param: Tensor, group: Group, has_maximum: b
 
 def _check_table(name: str, value: Any, step: Any, param: Tensor, group: Group) -> None:
     shape, dtype = shape_and_dtype(name, param, group)
+    if isinstance(value, Tensor) and is_shard(param) != is_shard(value):
+        raise ValueError(
+            f"{name} of a parameter that is split over processes must be split too, and of a whole one whole: load it "
+            "by torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+        )
     fits = isinstance(value, Tensor) and value.layout == torch.strided and tuple(value.shape) == shape
     if not fits or value.is_floating_point() != dtype.is_floating_point or value.is_complex():
         kind = "floating" if dtype.is_floating_point else "integer"
@@ -183,6 +189,7 @@ def _check_table(name: str, value: Any, step: Any, param: Tensor, group: Group) 
             f"{list(shape)}, and was saved with {_described(value)}: the state belongs to another model or to other "
             "options"
         )
+    value = local(value)
     if not value.numel() or value.device.type == "meta":
         return
     low, high = (x.item() for x in value.detach().aminmax())

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastbert.pretrain import snapshot
+from fastbert.pretrain.processes import Processes
 from fastbert.pretrain.settings import PretrainConfig
 
 
@@ -48,9 +49,9 @@ class Watch:
             if not math.isfinite(scores.get(name, 0.0)):
                 raise self._diverged(step, f"the held-out {name} after it is {scores[name]:g}")
 
-    def state(self, step: int, state: dict[str, Any]) -> None:
-        """What a snapshot after step `step` is to hold."""
-        name = snapshot.not_finite(state)
+    def state(self, step: int, state: dict[str, Any], processes: Processes = snapshot.ALONE) -> None:
+        """What a snapshot after step `step` is to hold; where processes hold different parts, all look at theirs."""
+        name = next(filter(None, processes.gathered(snapshot.not_finite(state))), None)
         if name is not None:
             raise self._diverged(step, f"{name} after it is not finite")
 

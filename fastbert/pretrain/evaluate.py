@@ -39,12 +39,14 @@ def forward(model: PreTrainingModel, batch: Batch) -> Predictions:
     if batch.input_ids.is_cpu:
         filled = batch.filled(model.config.pad_token_id, longest=model.config.longest)
     first = model.config.first_position
-    sentences = {} if model.sentence_label is None else {model.sentence_label: filled.sentence_label}
+    more = {} if model.sentence_label is None else {model.sentence_label: filled.sentence_label}
+    if filled.task_type_ids is not None:
+        more["task_type_ids"] = filled.task_type_ids
     return model(
         filled.input_ids, token_type_ids=filled.token_type_ids,
         position_ids=filled.position_ids + first if first else filled.position_ids,
         cu_seqlens=filled.cu_seqlens, max_seqlen=filled.max_seqlen, masked_positions=filled.masked_positions,
-        labels=filled.labels, **sentences,
+        labels=filled.labels, **more,
     )  # fmt: skip
 
 
@@ -70,9 +72,14 @@ def evaluate(
     model.eval()
     # per masked token: loss, frequency loss, hit, rare; per pair: loss, hit
     tokens, pairs = [torch.empty(0, 4, dtype=torch.float64)], []
-    for i in processes.share(min(count, len(batches))):
-        batch = batches[i].to(device)
+    count = sum(1 for _ in itertools.islice(batches.numbers(), count))  # as many as there are
+    own = processes.share(count)
+    for place in range(-(-count // processes.count)):  # as many passes in each: a split model needs all of them in each
+        is_own = place < len(own)
+        batch = batches[own[place] if is_own else 0].to(device)
         out = forward(model, batch)
+        if not is_own:
+            continue
         masked, sequences = len(batch.labels), len(batch.cu_seqlens) - 1
         logits = out.prediction_logits[:masked]
         loss = cross_entropy(logits, batch.labels, reduction="none").double().cpu()
@@ -104,9 +111,9 @@ def guesses(model: PreTrainingModel, batches: PretrainBatches, tokenizer, device
     behind = int(model.config.is_decoder)  # what a decoder says of a token it says at the one before
     mask, continues = special_ids(tokenizer).mask, torch.from_numpy(continuations(tokenizer))
     lines = []
-    for ids, token_type_ids, place in itertools.islice(_masked_words(batches, tokenizer, continues, behind), count):
+    for ids, types, place in itertools.islice(_masked_words(batches, tokenizer, continues, behind), count):
         truth, ids[place] = int(ids[place]), mask
-        out = model(ids.unsqueeze(0).to(device), token_type_ids=token_type_ids.unsqueeze(0).to(device))
+        out = model(ids.unsqueeze(0).to(device), **{name: x.unsqueeze(0).to(device) for name, x in types.items()})
         best = out.prediction_logits[0, place - behind].float().softmax(-1).topk(5)
         whole = [*(~continues[ids]).tolist(), True]  # where a word may be cut
         start = next(i for i in range(max(0, place - 14), -1, -1) if whole[i])
@@ -119,12 +126,12 @@ def guesses(model: PreTrainingModel, batches: PretrainBatches, tokenizer, device
 
 def _masked_words(
     batches: PretrainBatches, tokenizer, continues: Tensor, behind: int
-) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Of each sequence that has one: its ids [T] before masking, token types [T], and the place of a masked word.
+) -> Iterator[tuple[Tensor, dict[str, Tensor], int]]:
+    """Of each sequence that has one: its ids [T] before masking, its types [T] by name, and the place of a masked word.
 
     Labels belong `behind` the places where they are predicted; the last word is taken then, which most others precede.
     """
-    for batch in (batches[i] for i in range(min(len(batches), 32))):
+    for batch in map(batches.__getitem__, itertools.islice(batches.numbers(), 32)):
         original = batch.input_ids.clone()
         predicted = batch.masked_positions + behind
         original[predicted] = batch.labels
@@ -133,7 +140,8 @@ def _masked_words(
             places = [p - start for p in predicted.tolist() if start <= p < end]
             place = _whole_word(ids, places[::-1] if behind else places, tokenizer, continues)
             if place is not None:
-                yield ids, batch.token_type_ids[start:end], place
+                types = {"token_type_ids": batch.token_type_ids, "task_type_ids": batch.task_type_ids}
+                yield ids, {name: x[start:end] for name, x in types.items() if x is not None}, place
 
 
 def _whole_word(ids: Tensor, places: list[int], tokenizer, continues: Tensor) -> int | None:

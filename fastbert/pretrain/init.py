@@ -40,7 +40,10 @@ def take_settings(config: PretrainConfig) -> PretrainConfig:
     if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(f"with --init the folder {config.init} decides {flags}: leave that out")
-    longest = kind.from_pretrained(config.init).config.longest
+    sizes = kind.from_pretrained(config.init).config
+    longest = sizes.longest
+    if config.task_type is not None and not getattr(sizes, "use_task_id", False):
+        raise ValueError(f"the model in {config.init} has no task types (use_task_id): leave --task-type out")
     extended_tokenizer(config)
     if config.seq_len > longest:
         raise ValueError(

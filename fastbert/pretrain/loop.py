@@ -1,24 +1,28 @@
 """From raw text to a model that `transformers` loads: what `fastbert pretrain` runs, in the order it happens.
 
-A run's folder holds everything: `tokenizer/`, `data/{train,held_out}/`, `dictionary.txt` where the run has one, `init/`
-where it goes on from a model, `config.json`, `snapshots/`, `metrics.jsonl`, `tensorboard/`, `loss.png` and, at the end,
-`model/` in Hugging Face's format. `config.json` makes it a run, which can be resumed from then on; it is written when
-the data is there and holds.
+A run's folder holds everything: `tokenizer/`, `data/` with its token store, `dictionary.txt` where the run has one,
+`init/` where it goes on from a model, `config.json`, `snapshots/`, `metrics.jsonl`, `tensorboard/`, `loss.png` and, at
+the end, `model/` in Hugging Face's format. `config.json` makes it a run, which can be resumed from then on; it is
+written when the data is there and holds.
 """
 
 import contextlib
+import functools
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from fastbert import allocator
+from fastbert import allocator, lock
 from fastbert.backends.gpu import check_device_errors
 from fastbert.data.batches import PretrainBatches
 from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import continuations, special_ids
-from fastbert.pretrain import lock, snapshot
+from fastbert.models.pretraining import PreTrainingModel
+from fastbert.optim.lazy_adam import LazyAdam
+from fastbert.pretrain import shards, snapshot
 from fastbert.pretrain.divergence import Watch
 from fastbert.pretrain.environment import environment, name_differences, random_state, set_random_state
 from fastbert.pretrain.evaluate import Frequencies, evaluate, guesses
@@ -31,11 +35,12 @@ from fastbert.pretrain.report import Metrics, last_scores, plot_loss, read_metri
 from fastbert.pretrain.run import new_run, refuse_a_second_run, resumed_run, write_config
 from fastbert.pretrain.schedule import Progress, learning_rate
 from fastbert.pretrain.settings import PretrainConfig
-from fastbert.pretrain.signals import stop_signals
+from fastbert.pretrain.split import group_of_one, split, whole
 from fastbert.pretrain.start import starting_model
 from fastbert.pretrain.step import make_optimizer, make_step, pair, products, train_words
 from fastbert.pretrain.stream import Stream
 from fastbert.pretrain.together import Together
+from fastbert.signals import stop_signals
 
 STATE = "model", "optimizer", "epoch", "index", "step", "tokens", "random", "environment", "data"  # of a snapshot
 WORTH_SAYING = 0.05  # of the time
@@ -61,12 +66,15 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
         def begin() -> PretrainConfig:
             settings = take_settings(config) if config.init is not None and not resume else config
             settings = resumed_run(config.output) if resume else new_run(settings)
-            check_devices(settings.device, settings.accumulate, processes)
+            check_devices(settings.device, settings.accumulate, processes, settings.shard)
             config.output.mkdir(parents=True, exist_ok=True)
             held.enter_context(lock.hold(config.output))
             return settings
 
-        return _pretrain(processes.first(begin), resume, processes)
+        begun = processes.first(begin)
+        if begun.shard:
+            held.enter_context(group_of_one())
+        return _pretrain(begun, resume, processes)
 
 
 def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Path | None:
@@ -85,6 +93,7 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
             objective=config.objective, inputs=config.inputs, static=static,
             unit="word" if config.masking == "token" else config.masking,
             continues=None if config.masking == "token" else continuations(tokenizer),
+            task_type=config.task_type,
         )  # fmt: skip
 
     phases = config.all_phases()
@@ -92,7 +101,7 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
     held_out = [batches(held_out_store, each.seq_len) for each in phases]
     for each in train:
         say_shape(each)
-    frequencies = Frequencies(train_store.token_counts())
+    frequencies = Frequencies(torch.from_numpy(train_store.token_counts()))
     data = fingerprints(tokenizer, train_store, held_out_store)
     if not resume:
         if config.init is not None:
@@ -105,20 +114,18 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
     model, new_rows = model.to(config.device), new_rows.to(config.device)
     model.base_model.checkpoint_layers = config.checkpoint_layers
     processes.share_values(model.parameters())  # which were drawn alike, if all processors draw alike
+    if config.shard:
+        split(model, config)
     optimizer = make_optimizer(model, config)
 
     # where the run stands
     clock = time.perf_counter if config.minutes is None else processes.clock  # of a run that ends by it
     phase, tokens, progress = 0, 0, Progress(config.steps, config.minutes, clock=clock)
-    state = snapshot.load(folder / "snapshots", STATE)
+    state = snapshot.load(folder / "snapshots", STATE, processes)
     if state is not None:
         check_fingerprints(state["data"], data, folder)
         name_differences(state["environment"], config)
-        try:
-            model.load_state_dict(state["model"])
-        except RuntimeError as error:
-            raise ValueError(f"{folder / 'config.json'} describes another model than the snapshot: {error}") from error
-        optimizer.load_state_dict(state["optimizer"])
+        load_trained(state, model, optimizer, folder, processes)
         phase, tokens = state.get("phase", 0), state["tokens"]
         progress = Progress(config.steps, config.minutes, state["step"], state.get("milliseconds", 0), clock)
         set_random_state(state["random"], config.device)
@@ -142,15 +149,20 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
 
     def take_snapshot() -> None:
         count_tokens()
+        trained = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         state = {
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": stream.epoch,
-            "index": stream.index, "phase": phase, "step": progress.step, "milliseconds": progress.milliseconds,
-            "tokens": tokens, "random": random_state(config.device), "environment": environment(config), "data": data,
+            "epoch": stream.epoch, "index": stream.index, "phase": phase, "step": progress.step,
+            "milliseconds": progress.milliseconds, "tokens": tokens, "random": random_state(config.device),
+            "environment": environment(config), "data": data,
         }  # fmt: skip
         watch.look()
         check_device_errors()
-        watch.state(progress.step, state)
-        processes.first(lambda: snapshot.save(folder / "snapshots", progress.step, state, config.keep))
+        watch.state(progress.step, trained, processes)
+        where = folder / "snapshots", progress.step
+        if processes.count == 1 and not config.shard:
+            snapshot.save(*where, trained | state, config.keep)
+        else:
+            snapshot.save(*where, state, config.keep, processes, functools.partial(shards.save, model, optimizer))
 
     # the loop
     watch = Watch(config)
@@ -227,6 +239,9 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
     metrics_at = folder / "metrics.jsonl"
     scores = scores or processes.first(lambda: last_scores(read_metrics(metrics_at))) or held_out_scores()
 
+    if config.shard:
+        model = whole(model, config).to(config.device)
+
     def export() -> None:
         model.save_pretrained(folder / "model", tokenizer=tokenizer)
         start = config.preset if config.init is None else f"from {config.init.name}"
@@ -239,6 +254,28 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
 
     processes.first(export)
     return folder / "model"
+
+
+def load_trained(
+    state: dict[str, Any], model: PreTrainingModel, optimizer: LazyAdam, folder: Path, processes: Processes
+) -> None:
+    """Loads model and optimizer as a snapshot of the run in `folder` has them.
+
+    Raises:
+        ValueError: it has those of another model, or numbers that are not finite.
+    """
+    try:
+        if "shards" not in state:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            return
+        shards.load(model, optimizer, state["shards"])
+    except RuntimeError as error:
+        raise ValueError(f"{folder / 'config.json'} describes another model than the snapshot: {error}") from error
+    loaded = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    bad = next(filter(None, processes.gathered(snapshot.not_finite(loaded))), None)
+    if bad is not None:
+        raise snapshot.unusable(folder / "snapshots", f"{bad} is not finite")
 
 
 def say_shape(batches: PretrainBatches) -> None:

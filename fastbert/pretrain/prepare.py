@@ -19,10 +19,11 @@ from tokenizers import Tokenizer
 
 from fastbert import files
 from fastbert.data.byte_bpe import train_byte_bpe
-from fastbert.data.corpus import iter_documents
+from fastbert.data.corpus import Reading, iter_documents
 from fastbert.data.dictionary import say_what_is_not_found
+from fastbert.data.shards import PLAN, open_stores, prepare_store, read_index, read_tokenizer
 from fastbert.data.sources import find_files
-from fastbert.data.store import TokenStore, write_stores
+from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, special_ids, train_tokenizer
 from fastbert.data.unigram import train_unigram
 from fastbert.data.words import Words
@@ -51,10 +52,11 @@ def prepare(config: PretrainConfig, resume: bool) -> tuple[Tokenizer, TokenStore
         ValueError: a corpus that does not hold; a corpus that is no longer what a resumed run began with; a tokenizer
             or a store that no run made, is damaged, or does not belong to the other.
     """
+    if config.store is not None:
+        return _from_store(config, resume)
     tokenizer_at, data_at = config.output / "tokenizer", config.output / "data"
-    complete = (tokenizer_at / "tokenizer.json").exists() and data_at.exists()
     words = words_of(config, resume)
-    if resume and not complete:
+    if resume and not ((tokenizer_at / "tokenizer.json").exists() and _finished(data_at)):
         _expect_same_corpus(config, words)
     if not resume:
         keep_dictionary(config)
@@ -73,19 +75,45 @@ def prepare(config: PretrainConfig, resume: bool) -> tuple[Tokenizer, TokenStore
         tokenizer = load_tokenizer(tokenizer_at)
     if words is not None and not resume and (line := say_what_is_not_found(words.dictionary, tokenizer)):
         print(line)
-    made = not data_at.exists()
+    made = not _finished(data_at)
     if made:
-        write_stores(
-            data_at, _documents(config, "tokenising"), tokenizer, held_out_fraction=config.held_out, seed=config.seed,
-            nsp=config.objective == "mlm+nsp", words=words, progress=False,
+        prepare_store(
+            data_at, config.corpus, Reading(**_reading(config)), tokenizer, held_out=config.held_out, seed=config.seed,
+            processes=len(os.sched_getaffinity(0)), nsp=config.objective == "mlm+nsp", words=words,
         )  # fmt: skip
     with _usable(data_at):
-        stores = TokenStore.open(data_at / "train"), TokenStore.open(data_at / "held_out")
+        stores = open_stores(data_at, verify=True)
         for store in stores:
             store.check_tokenizer(tokenizer)
             store.check_words(words)
     if made:
         _say_unknown(tokenizer, stores)
+    return tokenizer, *stores
+
+
+def _finished(data_at: Path) -> bool:
+    """Whether the run's data is there, and if only in part: nothing of it is to be made before that is looked at."""
+    return data_at.exists() and not (data_at / PLAN).exists()
+
+
+def _from_store(config: PretrainConfig, resume: bool) -> tuple[Tokenizer, TokenStore, TokenStore]:
+    """Tokenizer and stores of `config.store`; a resumed run has the shards that it began with."""
+    made = (_read(config.output) or {}) if resume else {}
+    stores = open_stores(config.store, made.get("shards"))
+    tokenizer = read_tokenizer(config.store) if config.init is None else extended_tokenizer(config)
+    for store in stores:
+        store.check_tokenizer(tokenizer)
+    least = min(len(store.documents) - 1 for store in stores)
+    if config.objective == "mlm+nsp" and least < 2:
+        raise ValueError(
+            f"next-sentence prediction needs two documents to train on and two held out, and {config.store} has "
+            f"{least} on one side: train without it (--objective mlm+sop or mlm), or prepare a store of more"
+        )
+    if not resume:
+        save_tokenizer(tokenizer, config.output / "tokenizer")
+        made = {"fastbert": __version__, "store": config.store.resolve()}
+        made["shards"] = len(read_index(config.store)["shards"])
+        files.write(config.output, {MADE_OF: files.json_text(made, indent=2).encode()})
     return tokenizer, *stores
 
 
@@ -172,7 +200,7 @@ def _vowel_signs_said(texts: Iterator[str]) -> Iterator[str]:
 
 def _say_unknown(tokenizer: Tokenizer, stores: tuple[TokenStore, ...]) -> None:
     counts = sum(store.token_counts() for store in stores)
-    share = counts[special_ids(tokenizer).unk].item() / counts.sum().item()
+    share = counts[special_ids(tokenizer).unk] / counts.sum()
     print(f"[UNK]: {share:.1%} of {counts.sum():,} tokens")
     if share > MANY_UNKNOWN:
         print(

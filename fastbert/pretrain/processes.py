@@ -138,7 +138,7 @@ def joined() -> Iterator[Processes]:
         return
     if not 0 <= rank < count:
         raise ValueError(f"RANK is a process's number among WORLD_SIZE: expected 0 to {count - 1}, got {rank}")
-    store, *_ = next(rendezvous("env://", timeout=TIMEOUT))
+    store, *_ = next(rendezvous("env://"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
@@ -150,7 +150,7 @@ def joined() -> Iterator[Processes]:
         with _silent_unless_first(processes):
             yield processes
     except Exception as error:
-        if store.add("fastbert failed", 1) > 1:
+        if not _is_first_to_fail(store):
             raise SystemExit(1) from error
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise ConnectionError(
@@ -164,14 +164,31 @@ def joined() -> Iterator[Processes]:
     dist.destroy_process_group()
 
 
-def check_devices(device: str, accumulate: int, processes: Processes) -> None:
-    """Raises ValueError where `processes` cannot share the batches of a step, or the GPUs of a machine."""
+def _is_first_to_fail(store: dist.Store) -> bool:
+    try:
+        return store.add("fastbert failed", 1) == 1
+    except dist.DistError:  # who keeps the store has ended
+        return True
+
+
+def check_devices(device: str, accumulate: int, processes: Processes, is_split: bool = False) -> None:
+    """Raises ValueError where `processes` cannot share the batches of a step, or the GPUs of a machine.
+
+    Args:
+        device, accumulate: the run's settings.
+        is_split: the model is split over them, so that each takes as many batches as the others.
+    """
     if processes.count == 1:
         return
     if accumulate < processes.count:
         raise ValueError(
             f"each process takes at least one of the --accumulate batches of a step, and of {accumulate} "
             f"{processes.count} processes cannot: give --accumulate {processes.count} or a multiple, or start fewer"
+        )
+    if is_split and accumulate % processes.count:
+        raise ValueError(
+            f"with --shard each process takes as many of the --accumulate batches of a step as the others: give a "
+            f"multiple of {processes.count}, got {accumulate}"
         )
     where = torch.device(device)
     if where.index is not None:

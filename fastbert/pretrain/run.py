@@ -9,6 +9,7 @@ import torch
 from fastbert import files
 from fastbert.backends import check_environment, linear
 from fastbert.data.corpus import check_corpus
+from fastbert.data.shards import is_store, read_tokenizer
 from fastbert.models.auto import PRETRAINING
 from fastbert.models.checkpoint import read_config as read_model_config
 from fastbert.ops import linear_timing
@@ -29,14 +30,39 @@ def new_run(config: PretrainConfig) -> PretrainConfig:
     config.check()
     check_environment()
     check_package(config)
-    if config.corpus is None:
-        raise ValueError("a new run needs a corpus: a text file, a table with --column, or a folder of such")
+    check_texts(config)
     refuse_a_second_run(config.output)
     words_of(config, resume=False)
-    print(check_corpus(config.corpus, config.column, separator=config.separator, quoting=config.quoting))
+    if config.store is None:
+        print(check_corpus(config.corpus, config.column, separator=config.separator, quoting=config.quoting))
+    else:
+        read_tokenizer(config.store)
     if torch.device(config.device).type == "cuda":
         config = dataclasses.replace(config, static_shapes=True)  # for its step is captured, or as if it were
     return with_choices(config)
+
+
+def check_texts(config: PretrainConfig) -> None:
+    """Raises ValueError unless a new run has a corpus or a store, and of a store no setting that the store decides."""
+    if config.store is None:
+        if config.corpus is None:
+            raise ValueError(
+                "a new run needs a corpus: a text file, a table with --column, or a folder of such; or a token store "
+                "of fastbert prepare (--store)"
+            )
+        if is_store(config.corpus):
+            raise ValueError(f"{config.corpus} is a token store: give it as --store")
+        return
+    usual = {field.name: field.default for field in dataclasses.fields(config)}
+    if given := [name for name in _DECIDED_BY_A_STORE if getattr(config, name) != usual[name]]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"with --store the store {config.store} decides {flags}: leave that out")
+
+
+_DECIDED_BY_A_STORE = (
+    "corpus", "column", "separator", "quoting", "words", "dictionary", "tokenizer", "vocab_size", "lowercase",
+    "held_out",
+)  # fmt: skip
 
 
 def resumed_run(folder: Path) -> PretrainConfig:
@@ -97,7 +123,8 @@ _ADDED_LATER = {
     "linear": "torch", "separator": None, "quoting": "auto", "model": "bert", "tokenizer": "wordpiece",
     "masking": "token", "static_shapes": False, "inputs": "doc-sentences", "capture": False, "checkpoint_layers": False,
     "dictionary": None, "words": None, "init": None, "add_words": None, "rows_first": 0, "phases": None,
-    "schedule": "linear", "decay": 0.2, "power": 1.0, "final_lr": 0.0, "optimizer": "lazy_adam",
+    "shard": False, "schedule": "linear", "decay": 0.2, "power": 1.0, "final_lr": 0.0, "task_type": None,
+    "store": None, "optimizer": "lazy_adam",
 }  # fmt: skip
 _NSP = {True: "mlm+nsp", False: "mlm"}  # the setting that was there before the objective
 
@@ -129,7 +156,7 @@ def read_config(folder: Path) -> PretrainConfig:
             raise ValueError(f"it lacks {', '.join(missing)}")
         paths = {
             name: Path(stored[name])
-            for name in ("corpus", "dictionary", "init", "add_words")
+            for name in ("corpus", "store", "dictionary", "init", "add_words")
             if stored[name] is not None
         }
         if isinstance(stored["phases"], list):

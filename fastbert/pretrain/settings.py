@@ -14,6 +14,7 @@ from fastbert.data.tables import Quoting
 from fastbert.data.tokenizer import LARGEST_VOCABULARY
 from fastbert.data.words import Segmentation
 from fastbert.models.auto import PRETRAINING
+from fastbert.models.ernie import ErnieConfig
 from fastbert.pretrain.phases import Phase, parse_phases, phase_ends
 from fastbert.pretrain.schedule import Schedule
 
@@ -27,6 +28,9 @@ class PretrainConfig:
     corpus: Path | None = None
     """A text file (one sentence or more per line, blank lines between documents), a table (CSV, TSV, JSON lines), or a
     folder of such."""
+    store: Path | None = None
+    """In place of --corpus: a token store of fastbert prepare, which has a tokenizer, and documents held out. It is
+    read where it is, at once, however large it is; shards that are added later are for later runs."""
     column: str | None = None
     """The table's column, or the JSON objects' field, that holds the text; every row is a document."""
     separator: str | None = None
@@ -84,6 +88,9 @@ class PretrainConfig:
     dictionary: Path | None = None
     """A file of words or names, one a line, that are found in the text and count as one word each, for maskings of
     words: ERNIE's phrases and entities."""
+    task_type: int | None = None
+    """Of an ERNIE: the task that this run is, 0, 1 or 2, for a model with task types (ERNIE 2.0), which later runs on
+    it (--init) give other numbers; if not given a new model has none."""
     inputs: Inputs = "doc-sentences"
     """Sequences of one document's sentences, as many as fit; or, for mlm and clm, of rows that go on into the next
     documents, each a sequence of its own (RoBERTa's names)."""
@@ -127,6 +134,9 @@ class PretrainConfig:
     checkpoint_layers: bool = False
     """Keep each layer's input alone for the backward pass, which computes the layer again: less memory, more time, the
     same bits."""
+    shard: bool = False
+    """Split parameters, gradients and the optimizer's state over the processes (FSDP2): each keeps its part alone, so
+    that a larger model fits, and more travels between them. On a GPU the step is not captured then."""
     linear: Literal["auto", "torch", "onednn", "widened", "fastbert"] = "auto"
     """Library of the products on a CPU; auto: the fastest one, timed once, when the run starts, and kept; near-ties go
     to the one that is usual for the processor."""
@@ -167,7 +177,12 @@ class PretrainConfig:
         for name, (low, high) in _INTEGERS.items():
             value = getattr(self, name)
             holds = type(value) is int and low <= value <= high
-            expect(holds or (name == "steps" and value is None), name, f"an integer from {low} to {high}", value)
+            expect(
+                holds or (name in ("steps", "task_type") and value is None),
+                name,
+                f"an integer from {low} to {high}",
+                value,
+            )
         for name, (rule, holds) in _NUMBERS.items():
             value = getattr(self, name)
             number = type(value) in (int, float) and holds(value)
@@ -178,8 +193,14 @@ class PretrainConfig:
             raise ValueError("words are added to a folder's tokenizer: give --add-words with --init")
         if self.optimizer == "lamb":
             self._check_lamb()
+        if self.rows_first and self.shard:
+            raise ValueError("--rows-first trains one table, which --shard splits with all others: leave one out")
         if self.rows_first and self.add_words is None:
             raise ValueError("the rows to train first are those of new words: give --rows-first with --add-words")
+        if self.task_type is not None and self.init is None:
+            expect(
+                self.model == "ernie", "task_type", "left out but for model ernie, which has task types", self.task_type
+            )
         words_alone = PRETRAINING[self.model].sentence_label is None
         rule = f"mlm or clm for model {self.model}, which has no head for pairs of texts"
         expect(not words_alone or self.objective in (None, "mlm", "clm"), "objective", rule, self.objective)
@@ -215,6 +236,9 @@ class PretrainConfig:
         rule = "all with optimizer lamb, which scales a step by the norm of the whole table"
         expect(self.embedding_update == "all", "embedding_update", rule, self.embedding_update)
         expect(self.rows_first == 0, "rows_first", "left out with optimizer lamb, likewise", self.rows_first)
+        expect(
+            not self.shard, "shard", "left out with optimizer lamb, which needs the norms of whole tables", self.shard
+        )
         on_gpu = torch.device(self.device).type == "cuda"
         rule = "false (--no-capture) with optimizer lamb, which counts its steps in Python, unseen by a CUDA graph"
         expect(not (on_gpu and self.capture), "capture", rule, self.capture)
@@ -262,6 +286,7 @@ _INTEGERS = {  # setting: lowest and highest value
     "accumulate": (1, _MANY),
     "steps": (1, _MANY),
     "rows_first": (0, _MANY),
+    "task_type": (0, ErnieConfig.task_type_vocab_size - 1),
     "seed": (0, 2**64 - 1),
     "evaluations": (1, 10**6),
     "evaluation_batches": (1, _MANY),

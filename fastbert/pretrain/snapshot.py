@@ -1,15 +1,18 @@
 """The state of a training run on disk: written whole or not at all, checked before it is trusted.
 
 A snapshot is a folder `step-00001000` with `state.pt` (what `torch.save` writes) and `manifest.json` (its size and
-SHA-256). A kill or a full disk at any time leaves the snapshots before it as they were (`files.whole_folder`).
+SHA-256). Where several processes train, the model and its optimizer are in its folder `shards/` instead (what
+`torch.distributed.checkpoint` writes), and the manifest has the files in there too. Either is read by any number of
+processes. A kill or a full disk at any time leaves the snapshots before it as they were (`files.whole_folder`).
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,62 +20,115 @@ import torch
 from torch import Tensor
 
 from fastbert import files
+from fastbert.optim.shards import local
+from fastbert.pretrain.processes import Processes
+
+ALONE = Processes()
+SHARDS, SHARDED = "shards", ("model", "optimizer")  # their folder, and what is in it
 
 
-def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    keep: int,
+    processes: Processes = ALONE,
+    write_shards: Callable[[Path], None] | None = None,
+) -> Path:
     """Writes `state` as the snapshot of `step` and removes all but the newest `keep` snapshots.
 
     Args:
         folder: holds the snapshots; made if missing.
-        state: tensors, numbers, strings, lists and dicts, as `torch.load(weights_only=True)` takes them.
+        state: tensors, numbers, strings, lists and dicts, as `torch.load(weights_only=True)` takes them; the first
+            process's is written.
         keep: at least 1.
+        processes: which all call this.
+        write_shards: writes what is not in `state` into a folder, in all processes; see `shards.save`.
 
     Raises:
         OSError: it could not be written, for instance because the disk is full; older snapshots are untouched.
     """
     target = _path(folder, step)
-    before = steps(folder)
+    before = processes.first(lambda: steps(folder))
     rest = f"the snapshot of step {before[-1]} is good" if before else "there is no earlier snapshot"
-    with files.naming(target, f"the snapshot of step {step} was not written; {rest}: go on with --resume"):
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(folder)
-        if target.exists() and _problem(target) is None:
-            return target  # a run that was stopped here before: the same state
-        with files.whole_folder(target) as writing:
-            _write_state(state, writing / "state.pt")
-            size, digest = _digest(writing / "state.pt")
+    with (
+        files.naming(target, f"the snapshot of step {step} was not written; {rest}: go on with --resume"),
+        contextlib.ExitStack() as writing,
+    ):
+
+        def begin() -> Path | None:
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(folder)
+            if target.exists() and _problem(target) is None:
+                return None  # a run that was stopped here before: the same state
+            return writing.enter_context(files.whole_folder(target))
+
+        new = processes.first(begin)
+        if new is None:
+            return target
+        if write_shards is not None:
+            write_shards(new / SHARDS)
+
+        def finish() -> None:
+            _write_state(state, new / "state.pt")
+            size, digest = _digest(new / "state.pt")
             manifest = {"step": step, "bytes": size, "sha256": digest}
-            (writing / "manifest.json").write_text(files.json_text(manifest))
-    for old in steps(folder)[:-keep]:
-        shutil.rmtree(_path(folder, old))
+            if write_shards is not None:
+                manifest[SHARDS] = {path.name: _digest(path) for path in (new / SHARDS).iterdir()}
+            (new / "manifest.json").write_text(files.json_text(manifest))
+            writing.close()
+
+        processes.first(finish)
+    if processes.is_first:
+        for old in steps(folder)[:-keep]:
+            shutil.rmtree(_path(folder, old))
     return target
 
 
-def load(folder: Path, names: Iterable[str] = ()) -> dict[str, Any] | None:
+def load(folder: Path, names: Iterable[str] = (), processes: Processes = ALONE) -> dict[str, Any] | None:
     """The newest snapshot's state, or None where there is none.
 
     Args:
         folder: holds the snapshots.
         names: what the state must have.
+        processes: which all call this.
+
+    Returns:
+        What was saved; where it has shards, their folder as "shards".
 
     Raises:
         ValueError: the newest snapshot is damaged, lacks one of `names`, or holds numbers that are not finite; the
             message says how to go on from the one before.
     """
-    remove_unfinished(folder)
-    known = steps(folder)
-    if not known:
+
+    def newest() -> Path | None:
+        remove_unfinished(folder)
+        known = steps(folder)
+        if known and (problem := _problem(_path(folder, known[-1]))) is not None:
+            raise unusable(folder, problem)
+        return _path(folder, known[-1]) if known else None
+
+    found = processes.first(newest)
+    if found is None:
         return None
-    newest = _path(folder, known[-1])
-    problem = _problem(newest)
-    if problem is None:
-        state = torch.load(newest / "state.pt", weights_only=True)
-        missing, bad = [name for name in names if name not in state], not_finite(state)
-        if not missing and bad is None:
-            return state
-        problem = f"it lacks {', '.join(missing)}: another version wrote it" if missing else f"{bad} is not finite"
-    earlier = f"the snapshot of step {known[-2]}" if len(known) > 1 else "the start"
-    raise ValueError(f"snapshot {newest} cannot be used: {problem}. Remove that folder to go on from {earlier}")
+    state = torch.load(found / "state.pt", weights_only=True)
+    if (found / SHARDS).exists():
+        state[SHARDS] = found / SHARDS
+        names = [name for name in names if name not in SHARDED]
+    missing, bad = [name for name in names if name not in state], not_finite(state)
+    if missing:
+        raise unusable(folder, f"it lacks {', '.join(missing)}: another version wrote it")
+    if bad is not None:
+        raise unusable(folder, f"{bad} is not finite")
+    return state
+
+
+def unusable(folder: Path, problem: str) -> ValueError:
+    """The newest snapshot has this problem."""
+    *earlier, newest = steps(folder)
+    before = f"the snapshot of step {earlier[-1]}" if earlier else "the start"
+    newest = _path(folder, newest)
+    return ValueError(f"snapshot {newest} cannot be used: {problem}. Remove that folder to go on from {before}")
 
 
 def steps(folder: Path) -> list[int]:
@@ -86,6 +142,7 @@ def steps(folder: Path) -> list[int]:
 def not_finite(state: Any, name: str = "") -> str | None:
     """The name of the first tensor or number within dicts and lists that holds NaN or an infinity; None where none."""
     if isinstance(state, Tensor):
+        state = local(state)
         if not state.is_floating_point() or not state.numel():
             return None
         return (
@@ -127,16 +184,18 @@ def _write_state(state: dict[str, Any], path: Path) -> None:
 def _problem(snapshot: Path) -> str | None:
     try:
         manifest = json.loads((snapshot / "manifest.json").read_text())
-        expected, checksum = manifest["bytes"], manifest["sha256"]
-        size, digest = _digest(snapshot / "state.pt")
+        expected = {"state.pt": (manifest["bytes"], manifest["sha256"])}
+        expected |= {f"{SHARDS}/{name}": (size, digest) for name, (size, digest) in manifest.get(SHARDS, {}).items()}
+        found = {name: _digest(snapshot / name) for name in expected}
     except OSError as error:
         return str(error)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json does not hold size and checksum ({error!r})"
-    if size != expected:
-        return f"state.pt has {size} bytes, its manifest says {expected}"
-    if digest != checksum:
-        return "state.pt does not match the checksum in its manifest"
+    for name, (size, digest) in expected.items():
+        if found[name][0] != size:
+            return f"{name} has {found[name][0]} bytes, its manifest says {size}"
+        if found[name][1] != digest:
+            return f"{name} does not match the checksum in its manifest"
     return None
 
 

@@ -144,8 +144,9 @@ def make_step(
     On a GPU, where batches have one shape, that is a captured `train_step`, or with --no-capture one that differs in
     being launched anew each time.
     """
-    if not (on_gpu(config) and config.static_shapes) or config.optimizer == "lamb":  # which keeps no bfloat16 copies
-        together = Together(processes, config.accumulate, summed(model, config))
+    capturable = on_gpu(config) and config.static_shapes and config.optimizer != "lamb"
+    if config.shard or not capturable:
+        together = Together(processes, config.accumulate, summed(model, config), model if config.shard else None)
         return lambda micro, lr, number: train_step(
             model, optimizer, micro, lr, config, watch, number, together=together
         )
@@ -177,6 +178,8 @@ def make_step(
 
 def summed(model: PreTrainingModel, config: PretrainConfig) -> list[Tensor]:
     """Parameters whose gradients processes add up while they are computed; of touched rows these alone are, behind."""
+    if config.shard:
+        return []
     by_row = [model.word_embeddings] if config.embedding_update == "touched" else []
     return [param for param in model.parameters() if all(param is not each for each in by_row)]
 

@@ -1,12 +1,13 @@
 """The batches of a run, epoch after epoch, of which each process takes its share of every step."""
 
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch.utils.data import DataLoader
 
 from fastbert.data.batches import Batch, PretrainBatches
-from fastbert.pretrain.signals import obey_the_parent_alone
+from fastbert.signals import obey_the_parent_alone
 
 
 class Stream:
@@ -27,21 +28,21 @@ class Stream:
         while True:
             batches = self.batches.at_epoch(self.epoch)
             first = self.index
-            places = [(before + i) % self.accumulate for i in range(len(batches) - first)]  # in its step, of each batch
+            place_of = functools.partial(_place, first - before, self.accumulate)  # in its step, of each batch
             # A generator of its own: the loader draws from it, and torch's default one is part of what resumes.
             loader = DataLoader(
-                batches, batch_size=None, sampler=[first + i for i, place in enumerate(places) if place in self.own],
+                batches, batch_size=None, sampler=(i for i in batches.numbers(first) if place_of(i) in self.own),
                 num_workers=self.workers, generator=torch.Generator(), worker_init_fn=obey_the_parent_alone,
             )  # fmt: skip
             own = iter(loader)
-            for place in places:
-                if place in self.own:
+            for i in batches.numbers(first):
+                if place_of(i) in self.own:
                     micro.append(next(own))
                 self.index += 1
-                if place == self.accumulate - 1:
+                if place_of(i) == self.accumulate - 1:
                     yield micro
                     micro = []
-            before = (before + len(places)) % self.accumulate
+            before = (before + self.index - first) % self.accumulate
             self.epoch, self.index = self.epoch + 1, 0
 
     def followed_by(self, batches: PretrainBatches) -> "Stream":
@@ -49,3 +50,7 @@ class Stream:
         stream = Stream(batches, self.workers, self.accumulate, self.own)
         stream.epoch = self.epoch + 1
         return stream
+
+
+def _place(start: int, accumulate: int, i: int) -> int:
+    return (i - start) % accumulate

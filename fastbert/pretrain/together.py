@@ -6,6 +6,7 @@ gradients sums, and dropout draws the same numbers. So any number of processes t
 
 import contextlib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,9 @@ from fastbert.models.encoder import Encoder
 from fastbert.optim.exchange import SummedGradients, all_gather_ids, sum_rows
 from fastbert.pretrain.processes import Processes
 
+if TYPE_CHECKING:  # which takes a second to import
+    from torch.distributed.fsdp import FSDPModule
+
 
 class Together:
     """What this process does of a step, beside the others.
@@ -23,14 +27,18 @@ class Together:
         processes: all of them.
         accumulate: micro-batches of a step, of all processes.
         params: those whose gradients `backward` adds up.
+        split: a model whose gradients FSDP2 adds up, in place of them.
 
     Attributes:
         own: the places in the step of this process's micro-batches.
     """
 
-    def __init__(self, processes: Processes, accumulate: int, params: Iterable[Tensor] = ()) -> None:
+    def __init__(
+        self, processes: Processes, accumulate: int, params: Iterable[Tensor] = (), split: "FSDPModule | None" = None
+    ) -> None:
         self.processes, self.accumulate = processes, accumulate
         self.own = processes.share(accumulate)
+        self._split = split
         params = list(params)
         self._gradients = SummedGradients(params) if processes.count > 1 and params else None
 
@@ -52,6 +60,8 @@ class Together:
 
     def backward(self, is_last: bool) -> contextlib.AbstractContextManager:
         """Around the backward pass of each micro-batch; behind the last one gradients are those of all processes."""
+        if self._split is not None:
+            self._split.set_requires_gradient_sync(is_last)
         exchanged = is_last and self._gradients is not None
         return self._gradients.exchange() if exchanged else contextlib.nullcontext()
 
@@ -70,7 +80,7 @@ class Together:
 
     def sum_rows(self, param: Tensor, ids: Tensor, fixed_size: bool) -> None:
         """Adds up the gradient's rows `ids`, which are those of all processes, over all of them."""
-        if self.processes.count > 1:
+        if self.processes.count > 1 and self._split is None:
             sum_rows(param, ids, fixed_size=fixed_size)
 
 

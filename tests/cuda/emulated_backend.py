@@ -36,7 +36,7 @@ from fastbert.optim import gradients, plan
 
 BACKENDS = import_module("fastbert.backends")  # `fastbert.backends` is the function of that name
 ARCHS = "75,80,90"
-IN_PLACE = {"param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "row_steps", "last_step", "bf16_copy"}
+IN_PLACE = {"param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "row_steps", "last_step", "bf16_copy", "dtable"}
 EVERY_ORDER = 1 << 15  # numbers that a call may have to be run in all orders
 
 
@@ -223,7 +223,7 @@ def taking_cpu_tensors(backend: str = "cuda") -> Iterator[None]:
 def functions_of(make: Callable[[ModuleType], Any], backend: str = "cuda") -> Iterator[None]:
     """Within the block the backend has of each op what `make` makes of its file of fastbert/backends."""
     with contextlib.ExitStack() as stack:
-        for stem in (*OPS, "lazy_adam_replay"):
+        for stem in (*OPS, "embedding", "lazy_adam_replay"):
             op = getattr(ops, stem)
             stack.enter_context(mock.patch.dict(op.functions, {backend: make(op.kernels)}))
         yield

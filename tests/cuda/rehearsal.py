@@ -82,6 +82,8 @@ class Rehearsal(TorchDispatchMode):
         name, size = str(function).removeprefix("aten.").removesuffix(".default"), bytes_of([*given, *made])
         if function.namespace == "fastbert":
             self.note(name.removeprefix("fastbert."), size, launches_of(function, args))
+        elif function.namespace == "c10d":
+            self.note(name.removeprefix("c10d."), size, [("exchange", 0)])
         elif function.namespace == "aten" and function not in FREE and not function.is_view:
             kernel = "product" if function in PRODUCTS else "torch"
             self.note(name, size, [(kernel, 0)] * KERNELS.get(function, 1))
@@ -155,7 +157,7 @@ def freeze(tree: Any) -> Any:
 def _launches_of(name: str, described: tuple) -> list[tuple[str, int]]:
     with outside_modes():
         arguments = [x.made() if isinstance(x, Like) else list(x) if isinstance(x, tuple) else x for x in described]
-    files = (getattr(emulated_backend.ops, stem).kernels for stem in emulated_backend.OPS)
+    files = (getattr(emulated_backend.ops, stem).kernels for stem in (*emulated_backend.OPS, "embedding"))
     kernels = next(file for file in files if hasattr(file, name))
     return listed(lambda: getattr(kernels, name)(*arguments))
 

@@ -8,18 +8,27 @@ from pathlib import Path
 import pytest
 import rehearsal
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fastbert
 from fastbert.data.batches import Batch
 from fastbert.models.auto import PRETRAINING
 from fastbert.models.working import WorkingCopy
 from fastbert.pretrain.divergence import Watch
+from fastbert.pretrain.processes import Processes
 from fastbert.pretrain.settings import PretrainConfig
-from fastbert.pretrain.step import make_optimizer, train_step
+from fastbert.pretrain.step import make_optimizer, summed, train_step
+from fastbert.pretrain.together import Together
 
 
-def pretraining_step(preset, tokens, sequences, masked, longest, *, model="bert", **settings):
-    """The launches of a model's second step, and their table; the first step makes the optimizer's state."""
+def pretraining_step(preset, tokens, sequences, masked, longest, *, model="bert", count=1, **settings):
+    """The launches of a model's third step, and their table; those before make the optimizer's state and the buckets.
+
+    With a `count` it is the first of so many processes, whose exchanges go nowhere.
+    """
+    if count > 1:
+        dist.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
     objective = "mlm+sop" if model == "albert" else "mlm+nsp"
     config = PretrainConfig(
         output=Path("unused"), model=model, device="cuda", objective=objective, linear="torch", lr=1e-4, steps=10,
@@ -36,14 +45,20 @@ def pretraining_step(preset, tokens, sequences, masked, longest, *, model="bert"
         made.base_model.checkpoint_layers = config.checkpoint_layers
         optimizer, watch = make_optimizer(made, config), Watch(config)
         working = WorkingCopy(made, optimizer, config.accumulate) if config.bf16 else None
+        together = Together(
+            Processes(0, count), config.accumulate, summed(made if working is None else working.model, config)
+        )
         batch = Batch(
             ids(tokens), ids(tokens), ids(tokens), ids(sequences + 1, torch.int32), longest, ids(masked), ids(masked),
             ids(sequences), 0,
         )  # fmt: skip
         lr, number = (ids((), torch.float64) for _ in range(2))
-        for _ in range(2):
+        for _ in range(3):
             rehearsed.launches.clear()
-            train_step(made, optimizer, [batch] * config.accumulate, lr, config, watch, number, working)
+            micro = [batch] * len(together.own)
+            train_step(made, optimizer, micro, lr, config, watch, number, working, together=together)
+    if count > 1:
+        dist.destroy_process_group()
     return rehearsed.launches, rehearsed.table()
 
 

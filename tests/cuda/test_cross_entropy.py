@@ -10,8 +10,8 @@ from fastbert.ops import cross_entropy as op
 def calls(logits, labels, dlosses):
     """Forward's results and the gradient."""
     functions = op.functions["cuda"]
-    losses, maximum, total = functions.cross_entropy_forward(logits, labels, -100)
-    return losses, functions.cross_entropy_backward(dlosses, logits, labels, maximum, total, -100)
+    losses, maximum, total, *_ = functions.cross_entropy_forward(logits, labels, -100, "none")
+    return losses, functions.cross_entropy_backward(dlosses, logits, labels, maximum, total, None, -100)
 
 
 # Rows that begin at multiples of 16 bytes, of 4 and of 2, of a block and of a warp.
@@ -27,9 +27,9 @@ def test_logits_move_once_in_whole_sectors(traced, width, dtype):
     labels, dlosses = torch.tensor([0, columns - 1, 7]), torch.ones(3)
     functions, library, each = op.functions["cuda"], traced.library, 3 * columns * dtype.itemsize
 
-    _, maximum, total = functions.cross_entropy_forward(logits, labels, -100)
+    _, maximum, total, *_ = functions.cross_entropy_forward(logits, labels, -100, "none")
     forward = library.accesses(), library.traffic()
-    functions.cross_entropy_backward(dlosses, logits, labels, maximum, total, -100)
+    functions.cross_entropy_backward(dlosses, logits, labels, maximum, total, None, -100)
     backward = library.accesses(), library.traffic()
     for (accesses, traffic), floor in zip((forward, backward), (each, each + 3 * stride * dtype.itemsize), strict=True):
         assert sum(traffic.values()) <= 1.1 * floor, library.table()
@@ -58,10 +58,10 @@ def test_a_label_outside_is_reported_by_the_next_call(module, columns, label):
     wider = torch.randn(4, columns + 8)
     labels = torch.tensor([1, columns if isinstance(label, str) else label, -100, 3])
     logits, dlosses = wider[:, :columns], torch.ones(4)
-    losses, maximum, total = op.functions["cuda"].cross_entropy_forward(logits, labels, -100)
+    losses, maximum, total, *_ = op.functions["cuda"].cross_entropy_forward(logits, labels, -100, "none")
     with pytest.raises(ValueError, match=r"in an earlier call: cross_entropy .* in row 1: loss and gradient"):
         fastbert.check_device_errors()
-    dlogits = op.functions["cuda"].cross_entropy_backward(dlosses, logits, labels, maximum, total, -100)
+    dlogits = op.functions["cuda"].cross_entropy_backward(dlosses, logits, labels, maximum, total, None, -100)
     fastbert.check_device_errors()  # raised once
     assert losses[1].isnan() and losses[[0, 2, 3]].isfinite().all() and losses[2] == 0
     assert dlogits[1].isnan().all() and dlogits[[0, 2, 3]].isfinite().all() and not dlogits[2].any()

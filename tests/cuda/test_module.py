@@ -179,7 +179,7 @@ def test_reports_go_to_memory_of_the_modules_own_at_the_first_call(emulated_cuda
         x, labels, results = torch.zeros(2, 4), torch.tensor([1, 9]), torch.empty(3, 2)
         emulated_cuda.library.start()
         emulated_cuda.compiled.cross_entropy_forward(
-            x.data_ptr(), labels.data_ptr(), -100, *(each.data_ptr() for each in results), 2, 4, 4, 0, 0
+            x.data_ptr(), labels.data_ptr(), -100, False, *(each.data_ptr() for each in results), 0, 0, 2, 4, 4, 0, 0
         )
         with pytest.raises(ValueError, match="in row 1: "):
             emulated_cuda.compiled.check_faults()

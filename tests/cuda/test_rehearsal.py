@@ -28,19 +28,33 @@ def test_a_step_waits_for_nothing(alone, settings):
     assert len(launches) > 100
 
 
+def test_a_step_of_two_processes_waits_for_nothing(alone):
+    """They exchange how many labels count, the gradients of one bucket, losses, ids of rows and the rows: no more."""
+    launches, _ = alone(
+        rehearsed.pretraining_step, "tiny", 100, 4, 16, 30, embedding_update="touched", accumulate=2, count=2
+    )
+    exchanges = [(launch.op, launch.bytes) for launch in launches if launch.kernel == "exchange"]
+    parameters = 526_652  # but for the table; in float32
+    ids = 100 + 16  # of each process: input and labels; of a gathering its own and those of both
+    assert exchanges == [
+        *[("allreduce_", 8)] * 2, ("allreduce_", 4 * parameters), ("allreduce_", 2 * 4), ("allgather_", 3 * ids * 8),
+        ("allreduce_", 2 * ids * 128 * 4),
+    ]  # fmt: skip
+
+
 def test_the_launches_of_bert_base(alone):
     """64 sequences of 32 to 128 tokens."""
     launches, table = alone(rehearsed.pretraining_step, "base", 5120, 64, 768, 128)
     print(table)
     ops = [launch.op for launch in launches]
-    layer, heads = 4 + 8, 3 * 4 + 2  # products, forward and backward; two of heads and of tables' gradients
+    layer, heads = 4 + 8, 3 * 4 + 1  # products, forward and backward; of heads and of the token types' gradient
     assert ops.count("mm") + ops.count("addmm") == 12 * layer + heads
     assert ops.count("attention_forward") == ops.count("attention_backward") == 12
     assert ops.count("randint.low") == 1  # the seeds of 37 dropouts
     assert ops.count("_to_copy") <= 5  # no weight is cast
     step = sum(launch.bytes for launch in launches if launch.op == "lazy_adam_steps")
     assert 1.70e9 < step < 1.80e9  # 109.5 M weights and two moments read and written, a gradient, and a bfloat16 copy
-    assert len(ops) <= 470
+    assert len(ops) <= 384
 
 
 def test_what_waits_is_refused(alone):

@@ -8,8 +8,9 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers
 
 from fastbert.data import PretrainBatches, continuations, load_tokenizer, save_tokenizer, special_ids, train_unigram
-from fastbert.data.store import TokenStore, write_store
+from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import fingerprint
+from fastbert.data.writer import write_store
 
 PUBLISHED = ("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]")  # in the vocabularies of the ALBERTs that Google trained
 TEXTS = [topics[name] for name in sorted(topics)][:12]

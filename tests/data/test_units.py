@@ -22,11 +22,14 @@ def pack(contents):
 @settings(max_examples=150, deadline=None)
 @given(
     contents=st.lists(CONTENTS, min_size=1, max_size=4), unit=st.sampled_from(["word", "ngram", "span"]),
-    words=st.booleans(), seed=st.integers(0, 2**64 - 1), share=st.sampled_from([0.15, 0.5, 0.9]),
+    words=st.sampled_from([None, 0.0, 0.3, 0.9]), seed=st.integers(0, 2**64 - 1),
+    share=st.sampled_from([0.15, 0.5, 0.9]),
 )  # fmt: skip
 def test_budget_special_tokens_and_whole_words(contents, unit, words, seed, share):
+    """Words as any store may tell them: a token of any id goes on with a word, at a special token's side too."""
     ids, cu = pack(contents)
-    options = {"seed": seed, "epoch": 1, "mask_prob": share, "unit": unit, "continued": PIECES[ids] if words else None}
+    continued = None if words is None else np.random.default_rng(seed).random(len(ids)) < words
+    options = {"seed": seed, "epoch": 1, "mask_prob": share, "unit": unit, "continued": continued}
     masked, positions, labels = mask_tokens(ids, cu, np.arange(len(contents)), SPECIAL, V, **options)
     free = ~np.isin(ids, SPECIAL)
     assert free[positions].all() and (labels == ids[positions]).all() and (np.diff(positions) > 0).all()
@@ -37,9 +40,9 @@ def test_budget_special_tokens_and_whole_words(contents, unit, words, seed, shar
     wanted = budget(np.add.reduceat(free, cu[:-1]), share)
     taken = np.add.reduceat(chosen, cu[:-1])
     assert (taken <= wanted).all()
-    assert words or unit != "word" or (taken == wanted).all(), "words of one token fill the budget"
+    assert (words or 0) > 0 or unit != "word" or (taken == wanted).all(), "words of one token fill the budget"
     # A word's pieces are chosen together, and but for n-grams all of them are [MASK] or none is.
-    inside = np.append(False, free[1:] & free[:-1] & PIECES[ids[1:]]) if words else np.zeros(len(ids), bool)
+    inside = np.append(False, free[1:] & free[:-1]) & (words is not None and continued)
     assert (chosen[inside] == chosen[np.flatnonzero(inside) - 1]).all()
     if unit != "ngram":
         hidden = masked == SPECIAL.mask
@@ -47,9 +50,42 @@ def test_budget_special_tokens_and_whole_words(contents, unit, words, seed, shar
     # Each sample is what it is alone.
     for b, content in enumerate(contents):
         own = slice(cu[b], cu[b + 1])
-        options["continued"] = PIECES[ids[own]] if words else None
+        options["continued"] = None if words is None else continued[own]
         alone = mask_tokens(*pack([content]), np.array([b]), SPECIAL, V, **options)[0]
         assert (alone == masked[cu[b] : cu[b + 1]]).all()
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    unit=st.sampled_from(["word", "ngram", "span"]), seed=st.integers(0, 2**64 - 1),
+    shares=st.sampled_from([(0.8, 0.1), (0.5, 0.5), (0.1, 0.3), (1.0, 0.0)]),
+)  # fmt: skip
+def test_shares_of_units_are_within_binomial_bounds(unit, seed, shares):
+    """Hidden, replaced and kept: of words each one draw, of n-grams each token one; a span's are at most 3 words' draw.
+
+    Six standard deviations, so that a right masker fails once in many million examples.
+    """
+    rng = np.random.default_rng(seed)
+    ids, cu = pack(rng.integers(5, V, (1500, 24)))
+    continued = rng.random(len(ids)) < 0.4
+    settings = {"mask_share": shares[0], "random_share": shares[1], "mask_prob": 0.13, "unit": unit, "epoch": 3}
+    masked, positions, labels = mask_tokens(
+        ids, cu, np.arange(1500), SPECIAL, V, seed=seed, continued=continued, **settings
+    )
+    counted = positions
+    if unit == "word":  # one token of each
+        starts = ~(np.append(False, continued[1:] & ~np.isin(ids[:-1], SPECIAL)))
+        counted = positions[starts[positions]]
+    draws = len(counted) if unit != "span" else len(counted) / 3  # of three tokens at most
+    now, was = masked[counted], ids[counted]
+    same = shares[1] / (V - 5)  # a random token that is the one that was there
+    for share, found in (
+        (shares[0], now == SPECIAL.mask),
+        (shares[1] - same, (now != SPECIAL.mask) & (now != was)),
+        (1 - sum(shares) + same, now == was),
+    ):
+        assert abs(found.mean() - share) <= 6 * np.sqrt(share * (1 - share) / draws) + 1e-9
+    assert (labels == ids[positions]).all() and len(counted) > 1000
 
 
 @pytest.mark.parametrize("unit", ["word", "ngram"])

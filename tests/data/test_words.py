@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from torch.utils.data import DataLoader
 
 from fastbert.data import (
     PretrainBatches,
@@ -123,6 +125,31 @@ def test_a_store_knows_its_words(tokenizer, tmp_path):
             )
             inside = chosen[start + 1 : end - 1]
             assert (inside[1:] == inside[:-1])[within[1:]].all() and inside.any()
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_and_processes_mask_alike(tokenizer, tmp_path):
+    """Batch i is a function of its number: of 1, 2 and 7 workers, of one process, and of two that share the batches."""
+    words = Words("spaces", ("诸葛亮说",))
+    write_store(tmp_path / "store", [["诸葛 亮 说 明天 下雨", *TEXTS]] * 40, tokenizer, words=words, progress=False)
+    store = TokenStore.open(tmp_path / "store")
+    batches = PretrainBatches(
+        store, special_ids(tokenizer), seq_len=24, batch_tokens=48, seed=3, epoch=2, objective="mlm+sop", unit="span",
+        continues=continuations(tokenizer), task_type=1,
+    )  # fmt: skip
+    expected = [batches[i] for i in range(len(batches))]
+    assert len(expected) > 14 and (expected[0].task_type_ids == 1).all()
+    for rank, processes, workers in ((0, 1, 1), (0, 1, 7), (0, 2, 2), (1, 2, 2)):
+        numbers = range(rank, len(batches), processes)
+        loader = DataLoader(batches, batch_size=None, sampler=numbers, num_workers=workers)
+        for i, batch in zip(numbers, loader, strict=True):
+            for name, x in batch._asdict().items():
+                same = (
+                    torch.equal(x, getattr(expected[i], name))
+                    if torch.is_tensor(x)
+                    else x == getattr(expected[i], name)
+                )
+                assert same, (i, name)
 
 
 def test_what_does_not_hold(tokenizer, monkeypatch):

@@ -123,7 +123,7 @@ def test_last_layer_is_computed_where_it_is_read():
     model, inputs = BertForPreTraining(SMALL).eval(), packed(batch())
     rows = []
     for layer in model.bert.encoder["layer"]:
-        layer.output.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+        layer.output.register_forward_hook(lambda module, args, out: rows.append(len(out[0])))
 
     def gradients(loss):
         return torch.autograd.grad(loss, list(model.parameters()))

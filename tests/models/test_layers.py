@@ -6,7 +6,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastbert
-from fastbert.models.layers import Dropout, DropoutAddLayerNorm, LayerNorm, LinearGELU, MultiHeadAttention
+from fastbert.models.layers import (
+    DenseAddLayerNorm,
+    Dropout,
+    DropoutAddLayerNorm,
+    LayerNorm,
+    Linear,
+    LinearGELU,
+    MultiHeadAttention,
+)
 from fastbert.testing import assert_close
 
 BACKENDS = [name for name in fastbert.backends() if name != "triton"]  # which takes no tensors here, or interprets
@@ -31,6 +39,48 @@ def test_dropout_add_layer_norm_adds_the_residual_and_drops_in_training_only():
     expected = F.layer_norm(x + residual, (32,), module.weight, module.bias, 1e-12)
     torch.testing.assert_close(module.eval()(x, residual), expected)
     assert not torch.allclose(module.train()(x, residual), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dense_add_layer_norm_leaves_its_bias_to_layer_norm(backend):
+    module = randomized(DenseAddLayerNorm(9, 16, eps=1e-5)).eval()
+    x, residual, dy, dy2 = torch.randn(5, 9), *torch.randn(3, 5, 16)
+    leaves = [x.requires_grad_(), residual.requires_grad_(), *module.parameters()]
+    dense, norm = module.dense, module.LayerNorm
+    expected = F.layer_norm(F.linear(x, dense.weight, dense.bias) + residual, (16,), norm.weight, norm.bias, 1e-5)
+    with fastbert.use_backend(backend):
+        y, y2 = module(x, residual)
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(y, y2)
+    for a, b in zip(
+        torch.autograd.grad([y, y2], leaves, [dy, dy2]), torch.autograd.grad(expected, leaves, dy + dy2), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+class Adapter(nn.Module):
+    """As those of libraries that put theirs in a layer's place: the layer's result and something more."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
+
+    def forward(self, x):
+        return self.layer(x) + 1.0
+
+
+def test_what_stands_in_a_dense_layers_place_adds_the_bias_itself():
+    module = randomized(DenseAddLayerNorm(9, 16)).eval()
+    x, residual = torch.randn(5, 9), torch.randn(5, 16)
+    whole = F.linear(x, module.dense.weight, module.dense.bias)
+    seen = []
+    hook = module.dense.register_forward_hook(lambda layer, inputs, out: seen.append(out))
+    torch.testing.assert_close(module(x, residual)[0], module.LayerNorm(whole, residual))
+    torch.testing.assert_close(seen, [whole])
+    hook.remove()
+    module.dense = Adapter(module.dense)
+    torch.testing.assert_close(module(x, residual)[0], module.LayerNorm(whole + 1.0, residual))
+    assert type(module.dense.layer) is Linear
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])

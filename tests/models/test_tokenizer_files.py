@@ -8,8 +8,8 @@ import tokenizers
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
 
+from fastbert import tokenizer_files
 from fastbert.data import load_tokenizer, save_tokenizer, train_tokenizer
-from fastbert.models import tokenizer_files
 from fastbert.models.bert import BertConfig, BertForPreTraining
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

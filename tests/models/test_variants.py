@@ -1,4 +1,4 @@
-"""RoBERTa and ERNIE: the numbers of transformers for every form of a batch, and folders both ways."""
+"""BERT, RoBERTa and ERNIE: the numbers of transformers for every form of a batch, and folders both ways."""
 
 import json
 
@@ -8,7 +8,16 @@ import torch
 from bert_batches import B, S, V, batch, packed, unsettled
 
 import fastbert
-from fastbert import AutoModel, ErnieConfig, ErnieForPreTraining, RobertaConfig, RobertaForMaskedLM, RobertaModel
+from fastbert import (
+    AutoModel,
+    BertConfig,
+    BertForPreTraining,
+    ErnieConfig,
+    ErnieForPreTraining,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaModel,
+)
 
 SIZES = {
     "vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
@@ -17,6 +26,7 @@ SIZES = {
 ROBERTA = RobertaConfig(**SIZES, max_position_embeddings=S + 4, pad_token_id=3, type_vocab_size=2)
 ERNIE = ErnieConfig(**SIZES, max_position_embeddings=S, type_vocab_size=4, use_task_id=True)
 MODELS = {
+    "bert": (BertForPreTraining, BertConfig(**SIZES, max_position_embeddings=S), "BertForPreTraining"),
     "roberta": (RobertaForMaskedLM, ROBERTA, "RobertaForMaskedLM"),
     "roberta, other GELU": (
         RobertaForMaskedLM, RobertaConfig(**vars(ROBERTA) | {"hidden_act": "gelu_new"}), "RobertaForMaskedLM"
@@ -38,11 +48,11 @@ def case(request):
 
 
 def batch_of(model, their_class: str, left: bool) -> dict:
-    """A padded batch with all that the model takes; padding has the padding id, and stands on either side.
+    """A batch of padded sequences with all that the model takes; padding has the padding id, and stands on either side.
 
     With padding on the left transformers pools that in place of the first token: no question about pairs then.
     """
-    made = batch()
+    made = batch(lengths=[S - 2, 7, 3, 1])
     made["input_ids"][made["input_ids"] == model.config.pad_token_id] = 5
     made["input_ids"] = made["input_ids"].masked_fill(made["attention_mask"] == 0, model.config.pad_token_id)
     made["labels"] = torch.where(made["labels"] == -100, -100, made["input_ids"])
@@ -117,7 +127,15 @@ def test_folders_of_transformers_are_read(transformers, case, tmp_path):
     theirs = {name: x for name, x in loaded.state_dict().items() if "pooler" not in name}
     ours = model.base_model.state_dict()
     assert all(torch.equal(x, ours[name]) for name, x in theirs.items())
+    with pytest.warns(UserWarning, match="newly initialised"):  # the heads
+        fresh = type(model).from_pretrained(tmp_path / "encoder")
+    theirs = {name: x for name, x in fresh.base_model.state_dict().items() if "pooler" not in name}
+    assert all(torch.equal(x, ours[name]) for name, x in theirs.items())
     assert same(AutoModel.from_pretrained(tmp_path / "encoder", add_pooling_layer=False), strip_pooler(model))
+    assert type(transformers.AutoModel.from_pretrained(tmp_path / "ours")) is type(encoder)
+    assert (
+        type(transformers.AutoModelForPreTraining.from_pretrained(tmp_path / "ours")).__name__ == type(model).__name__
+    )
 
 
 def strip_pooler(model):

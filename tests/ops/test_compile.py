@@ -6,6 +6,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastbert
+from fastbert.ops.layer_norm import dropout_add_layer_norm_twice
 from fastbert.testing import run
 
 SEED = torch.tensor([99])
@@ -23,6 +24,21 @@ def case_layer_norm(n):
 def case_dropout_add_layer_norm(n):
     inputs = torch.randn(n, 24), torch.randn(n, 24), torch.randn(24), torch.randn(24)
     return lambda *a: fastbert.dropout_add_layer_norm(*a, dropout_p=0.1, seed=SEED), inputs, (n, 24)
+
+
+def case_dropout_add_layer_norm_twice(n):
+    inputs = torch.randn(n, 24), torch.randn(24), torch.randn(n, 24), torch.randn(24), torch.randn(24)
+
+    def function(x, x_bias, residual, *parameters):
+        y, y2 = dropout_add_layer_norm_twice(x, residual, *parameters, dropout_p=0.1, seed=SEED, x_bias=x_bias)
+        return y * 3 + y2.square()
+
+    return function, inputs, (n, 24)
+
+
+def case_one_use_of_two(n):
+    _, *others = case_dropout_add_layer_norm(n)
+    return lambda *a: dropout_add_layer_norm_twice(*a, dropout_p=0.1, seed=SEED)[1] * 2, *others
 
 
 def case_cross_entropy(n):
@@ -52,10 +68,11 @@ def case_attention_qkv(n):
 
 
 CASES = [
-    case_gelu, case_layer_norm, case_dropout_add_layer_norm, case_cross_entropy, case_attention, case_attention_qkv
+    case_gelu, case_layer_norm, case_dropout_add_layer_norm, case_dropout_add_layer_norm_twice, case_one_use_of_two,
+    case_cross_entropy, case_attention, case_attention_qkv,
 ]  # fmt: skip
 # The others are parts of these; tracing the rounds of random numbers once is enough.
-TWINS = [case_gelu, case_dropout_add_layer_norm, case_cross_entropy, case_attention_without_dropout]
+TWINS = [case_gelu, case_dropout_add_layer_norm_twice, case_cross_entropy, case_attention_without_dropout]
 
 
 def compiled_equals_eager(case, backend, dtype, compiler, **options):

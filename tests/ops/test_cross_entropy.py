@@ -60,6 +60,17 @@ def test_reductions_are_torchs(backend, reduction):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 1100])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_rows_are_reduced_in_the_op(backend, nan_filled, reduction, rows):
+    """More rows than a block adds up at a time; none at all give 0, divided by 1."""
+    x, labels, _ = problem(rows, 5, torch.float32)
+    losses, _, _, result, count = op.functions[backend].cross_entropy_forward(x, labels, -100, reduction)
+    kept = max(1, int((labels != -100).sum()))
+    assert count.item() == kept and result.shape == count.shape == ()
+    torch.testing.assert_close(result.double(), losses.double().sum() / (kept if reduction == "mean" else 1))
+
+
 def test_the_twin_is_torchs_in_float64():
     x, labels, dlosses = problem(6, 40, torch.float64)
     ours = run(lambda x: fastbert.cross_entropy(x, labels, reduction="none"), (x,), dlosses)
@@ -160,10 +171,10 @@ def test_a_padded_vocabulary_is_taken_as_it_is(backend, nan_filled, dtype, colum
         torch.full((5, columns + 3), torch.nan, dtype=dtype),
     ):
         view = wide[:, :columns].copy_(x)
-        results = op.functions[backend].cross_entropy_forward(view, labels, -100)
-        expected = op.functions[backend].cross_entropy_forward(x, labels, -100)
-        dx = op.functions[backend].cross_entropy_backward(dlosses, view, labels, *expected[1:], -100)
-        dexpected = op.functions[backend].cross_entropy_backward(dlosses, x, labels, *expected[1:], -100)
+        results = op.functions[backend].cross_entropy_forward(view, labels, -100, "mean")
+        expected = op.functions[backend].cross_entropy_forward(x, labels, -100, "mean")
+        dx = op.functions[backend].cross_entropy_backward(dlosses, view, labels, *expected[1:3], None, -100)
+        dexpected = op.functions[backend].cross_entropy_backward(dlosses, x, labels, *expected[1:3], None, -100)
         for mine, true in zip((*results, dx), (*expected, dexpected), strict=True):
             torch.testing.assert_close(mine, true, rtol=1e-6, atol=0)
         assert dx.stride() == wide.stride()

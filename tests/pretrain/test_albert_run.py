@@ -10,7 +10,7 @@ from bert_batches import saved_bytes
 from safetensors.torch import load_file
 
 from fastbert import AlbertConfig, AlbertForPreTraining
-from fastbert.data import TokenStore, load_tokenizer
+from fastbert.data import load_tokenizer, open_stores
 from fastbert.pretrain import presets, run, snapshot, step
 from fastbert.pretrain.loop import pretrain
 from fastbert.pretrain.report import read_metrics
@@ -73,7 +73,7 @@ def test_the_export_is_read_by_transformers_with_its_tokenizer(finished):
     torch.testing.assert_close(ours.sop_logits, theirs.sop_logits, rtol=0, atol=1e-4)
     own = load_tokenizer(finished / "model")
     assert own.encode("The yield expression is used.").ids == batch["input_ids"][0].tolist()
-    assert TokenStore.open(finished / "data/train").vocab_size == len(tokenizer) == 400
+    assert open_stores(finished / "data")[0].vocab_size == len(tokenizer) == 400
 
 
 def test_what_is_not_given_is_the_model_s_own(finished, settings):

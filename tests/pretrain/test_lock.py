@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from fastbert.pretrain import lock
+from fastbert import lock
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from fastbert.pretrain import lock
+from fastbert import lock
 with lock.hold(Path(sys.argv[1])):
     worker = os.fork()  # as a DataLoader's, which outlives a parent that is killed
     if worker == 0:

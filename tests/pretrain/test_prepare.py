@@ -47,9 +47,9 @@ def written(folder):
 
 def test_a_second_try_reuses_what_has_the_same_corpus_and_settings(config):
     tokenizer, _, _ = prepare(config, resume=False)
-    first = written(config.output / "tokenizer"), written(config.output / "data/train")
+    first = written(config.output / "tokenizer"), written(config.output / "data/00000/train")
     prepare(config, resume=False)
-    assert (written(config.output / "tokenizer"), written(config.output / "data/train")) == first
+    assert (written(config.output / "tokenizer"), written(config.output / "data/00000/train")) == first
 
     # another split: the tokenizer is the same
     other = dataclasses.replace(config, held_out=0.5)
@@ -106,7 +106,7 @@ def test_documents_held_out_by_other_random_numbers(config):
     """A new run draws them anew, a resumed one keeps them, and refuses to draw others in their place."""
     made = fingerprints(*prepare(config, resume=False))
     said = json.loads((config.output / "corpus.json").read_text())
-    assert said["data"].pop("random numbers") == 2
+    assert said["data"].pop("random numbers") == 3
 
     def forget():
         (config.output / "corpus.json").write_text(json.dumps(said))
@@ -124,7 +124,9 @@ def test_documents_held_out_by_other_random_numbers(config):
     assert not (config.output / "data").exists()
 
 
-@pytest.mark.parametrize("damage", ["data/train", "data/held_out/meta.json", "data/train/tokens.bin", "tokenizer"])
+@pytest.mark.parametrize(
+    "damage", ["data/00000/train", "data/00000/held_out/meta.json", "data/00000/train/tokens.bin", "tokenizer"]
+)
 def test_what_is_damaged_is_named_and_made_again_once_it_is_removed(config, damage):
     made = fingerprints(*prepare(config, resume=False))
     path = config.output / damage

@@ -2,12 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import together
-from pretrain_runs import places
+from pretrain_runs import assert_same_run, places
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -20,16 +21,16 @@ CASES = {
     "plain": {},  # three micro-batches: one process has one of them, the other two
     "touched": {"embedding_update": "touched", "accumulate": 2},
     "static": {"static_shapes": True, "embedding_update": "touched"},
+    "shard": {"shard": True, "embedding_update": "touched", "accumulate": 6},  # of one process it is not split
 }
 
 
 def run_together(folder, count, runs):
     """`runs` by so many processes, started; see tests/together.py."""
-    (folder / "runs.json").write_text(json.dumps(runs))
     return [
         subprocess.Popen(
-            [sys.executable, together.__file__, folder], env=os.environ | environment, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
+            [sys.executable, together.__file__, folder, json.dumps(runs)], env=os.environ | environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for environment in places(count)
     ]  # fmt: skip
@@ -50,14 +51,34 @@ def end_well(processes):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, corpus):
-    """Of the runs by two processes, `two NAME`, and of the same by one, `one NAME`."""
+    """Of runs by two processes, `two NAME`, the same by one, `one NAME`, and of some that were resumed."""
     folder = tmp_path_factory.mktemp("processes")
-    (folder / "manual.txt").write_bytes(corpus.read_bytes())
-    two = run_together(folder, 2, [{"name": f"two {name}", "settings": settings} for name, settings in CASES.items()])
-    for name, settings in CASES.items():
-        pretrain(together.settings_of(folder, {"name": f"one {name}", "settings": settings}))
-    said = end_well(two)
-    assert "counting words" in said[0] and not said[1].strip(), "the first one speaks for all"
+    (folder / "manual.txt").write_text(corpus.read_text()[:60_000])
+    names = "broken, 1", "broken, 2", "broken, 3", "one, then two", "shards, 1", "shards, 2", "shards, 3"
+    resumed = [{"name": name, "resume": True} for name in names]
+    runs = [{"name": f"two {name}", "settings": settings} for name, settings in CASES.items()]
+    broken = {"name": "broken", "broken_off": 8}, {"name": "shards", "broken_off": 8, "settings": CASES["shard"]}
+    two = run_together(folder, 2, [*broken, *runs, resumed[1], resumed[3], resumed[5]])
+    three = run_together(folder, 3, [resumed[2], resumed[6]])
+    try:
+        for name, settings in CASES.items():
+            alone = settings | {"shard": False}
+            pretrain(together.settings_of(folder, {"name": f"one {name}", "settings": alone}))
+        shutil.copytree(folder / "one plain", folder / "one, then two")
+        for step in (9, 12):
+            shutil.rmtree(folder / f"one, then two/snapshots/step-{step:08d}")
+        for name in ("broken", "shards"):
+            together.wait_for(folder / f"{name} is there")
+            for count in (1, 2, 3):
+                shutil.copytree(folder / name, folder / f"{name}, {count}")
+        for run in resumed:
+            (folder / f"{run['name']} is there").touch()
+        for run in resumed[0], resumed[4]:
+            pretrain(together.settings_of(folder, run), resume=True)
+    finally:
+        said = end_well(two), end_well(three)
+    assert "counting words" in said[0][0] and not said[0][1].strip(), "the first one speaks for all"
+    (folder / "resumed.txt").write_text(said[0][0] + said[1][0])
     return folder
 
 
@@ -77,6 +98,20 @@ def assert_close_runs(ours, theirs):
 def test_two_processes_take_the_steps_of_one(folder, case):
     """With dropout, whose numbers are those of one process."""
     assert_close_runs(folder / f"two {case}", folder / f"one {case}")
+
+
+def test_broken_off_and_resumed_by_as_many_it_ends_in_the_same_bits(folder):
+    assert sorted(path.name for path in (folder / "broken/snapshots").iterdir()) == ["step-00000003", "step-00000006"]
+    assert_same_run(folder / "broken, 2", folder / "two plain")
+    assert_same_run(folder / "shards, 2", folder / "two shard")
+
+
+@pytest.mark.parametrize("name", ["broken, 1", "broken, 3", "one, then two", "shards, 1", "shards, 3"])
+def test_resumed_by_more_or_fewer_it_takes_the_same_steps(folder, name):
+    assert_close_runs(folder / name, folder / ("one shard" if "shards" in name else "one plain"))
+    said = (folder / "resumed.txt").read_text()
+    assert said.count("resumed elsewhere than it was stopped, so not bit for bit the unbroken run: ") == 3
+    assert "processes 2 -> 3" in said and "processes 1 -> 2" in said
 
 
 class Numbers:
@@ -114,6 +149,8 @@ def test_what_does_not_go_together_is_refused(monkeypatch):
     check_devices("cpu", 4, four)
     with pytest.raises(ValueError, match="of 3 4 processes cannot: give --accumulate 4 or a multiple"):
         check_devices("cpu", 3, four)
+    with pytest.raises(ValueError, match=r"with --shard each .* give a multiple of 4, got 6"):
+        check_devices("cpu", 6, four, is_split=True)
     with pytest.raises(ValueError, match="expected device cuda, got cuda:1"):
         check_devices("cuda:1", 4, four)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

@@ -9,9 +9,10 @@ import pytest
 import torch
 from pretrain_runs import assert_same_run, bad
 
+from fastbert import lock
 from fastbert.backends import linear
 from fastbert.ops import linear_timing
-from fastbert.pretrain import environment, lock, loop, snapshot
+from fastbert.pretrain import environment, loop, snapshot
 from fastbert.pretrain import run as runs
 from fastbert.pretrain.loop import pretrain
 from fastbert.pretrain.report import last_scores, read_metrics, summary
@@ -76,7 +77,9 @@ def test_resume_on_another_text_is_refused(settings, finished, tmp_path, capsys,
     shutil.copy(settings.corpus, tmp_path / "manual.txt")
     pretrain(dataclasses.replace(settings, output=run), resume=True)  # elsewhere, the same text: its data is made again
     for name in ("train", "held_out"):
-        assert (run / f"data/{name}/meta.json").read_bytes() == (finished / f"data/{name}/meta.json").read_bytes()
+        assert (run / f"data/00000/{name}/meta.json").read_bytes() == (
+            finished / f"data/00000/{name}/meta.json"
+        ).read_bytes()
 
     shutil.rmtree(run / "data")
     (tmp_path / "manual.txt").write_text("\n\n".join("quite another text." for _ in range(100)))
@@ -84,9 +87,9 @@ def test_resume_on_another_text_is_refused(settings, finished, tmp_path, capsys,
         capsys, monkeypatch, "pretrain", "--output", run, "--resume"
     )
     shutil.copytree(finished / "data", run / "data")
-    shutil.rmtree(run / "data/held_out")
-    shutil.copytree(run / "data/train", run / "data/held_out")
-    assert "was trained with another held-out text than" in bad(
+    shutil.rmtree(run / "data/00000/held_out")
+    shutil.copytree(run / "data/00000/train", run / "data/00000/held_out")
+    assert "held_out is another shard than the store was written with" in bad(
         capsys, monkeypatch, "pretrain", "--output", run, "--resume"
     )
 
@@ -124,16 +127,16 @@ def test_a_run_of_the_first_random_numbers_goes_on_and_says_so(settings, finishe
     shutil.copytree(finished, run)
     shutil.rmtree(run / "snapshots/step-00000040")
     state = snapshot.load(run / "snapshots")
-    assert state["environment"].pop("random numbers") == 2 and state["step"] == 35
+    assert state["environment"].pop("random numbers") == 3 and state["step"] == 35
     shutil.rmtree(run / "snapshots")
     snapshot.save(run / "snapshots", 35, state, keep=2)
-    said = "random numbers were drawn by contract 1, and are by contract 2 from here on: dropout, masking and the order"
+    said = "random numbers were drawn by contract 1, and are by contract 3 from here on: dropout, masking and the order"
     for times in (1, 0):
         assert pretrain(runs.read_config(run), resume=True) == run / "model"
         out = capsys.readouterr().out
         assert out.count(said) == out.count("not bit for bit") == times
     state = snapshot.load(run / "snapshots")
-    assert state["step"] == 40 and state["environment"]["random numbers"] == 2
+    assert state["step"] == 40 and state["environment"]["random numbers"] == 3
 
 
 def test_the_library_of_products_is_chosen_once(settings, finished, tmp_path, monkeypatch, capsys):
@@ -175,7 +178,7 @@ def test_the_library_of_products_is_chosen_once(settings, finished, tmp_path, mo
 def test_a_damaged_store_is_named(settings, finished, tmp_path, capsys, monkeypatch):
     config = dataclasses.replace(settings, output=tmp_path / "damaged", steps=3)
     pretrain(config)
-    tokens = config.output / "data/train/tokens.bin"
+    tokens = config.output / "data/00000/train/tokens.bin"
     tokens.write_bytes(tokens.read_bytes()[:-10])
     text = bad(capsys, monkeypatch, "pretrain", "--output", config.output, "--resume")
     assert "tokens.bin" in text

@@ -8,7 +8,7 @@ from pretrain_runs import bad, losses
 from torch._dynamo.testing import CompileCounter
 
 from fastbert.data.batches import PretrainBatches
-from fastbert.data.store import TokenStore
+from fastbert.data.shards import open_stores
 from fastbert.data.tokenizer import load_tokenizer, special_ids
 from fastbert.models.bert import BertConfig, BertForPreTraining
 from fastbert.pretrain import loop, snapshot, step
@@ -23,7 +23,7 @@ def small(config, **overrides):
 
 def batches(finished, config, static=False):
     special = special_ids(load_tokenizer(finished / "tokenizer"))
-    store = TokenStore.open(finished / "data/train")
+    store = open_stores(finished / "data")[0]
     return PretrainBatches(store, special, seq_len=32, batch_tokens=config.batch_tokens, seed=0, static=static)
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from fastbert.data import TokenStore, load_tokenizer
+from fastbert.data import load_tokenizer, open_stores
 from fastbert.models.auto import PRETRAINING
 from fastbert.pretrain import run
 from fastbert.pretrain.loop import pretrain
@@ -35,7 +35,7 @@ def test_raw_text_becomes_a_folder_of_transformers(settings, tmp_path, capsys, m
     assert type(theirs).__name__ == tokenizer
     batch = dict(theirs(TEXTS, padding=True, return_tensors="pt"))
     assert load_tokenizer(folder).encode(TEXTS[0]).ids == batch["input_ids"][0].tolist()
-    assert TokenStore.open(config.output / "data/train").vocab_size == len(theirs) == 1000
+    assert open_stores(config.output / "data")[0].vocab_size == len(theirs) == 1000
     model_of_theirs, report = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
     expected = model_of_theirs.eval()(**batch)
@@ -60,3 +60,40 @@ def test_what_is_not_given_is_the_model_s_own(settings):
         dataclasses.replace(settings, model="roberta", objective="mlm+sop").check()
     with pytest.raises(ValueError, match="tokenizer must be one of wordpiece, unigram, bpe, got 'words'"):
         dataclasses.replace(settings, tokenizer="words").check()
+
+
+def test_an_ernies_task_types_go_through_to_the_export(settings, tmp_path, transformers_quiet):
+    """A run is one task; a second on the same model is another, and moves its own row of the embedding."""
+    config = dataclasses.replace(
+        settings, output=tmp_path / "first", model="ernie", steps=3, objective="mlm", task_type=2, weight_decay=0.0,
+        static_shapes=True,
+    )  # fmt: skip
+    folder = pretrain(config)
+    model, report = transformers_quiet.ErnieForPreTraining.from_pretrained(folder, output_loading_info=True)
+    assert model.config.use_task_id and model.config.task_type_vocab_size == 3 and not any(report.values()), report
+    ids = torch.tensor([load_tokenizer(folder).encode(TEXTS[0]).ids])
+    tasks = torch.full_like(ids, 2)
+    with torch.no_grad():
+        theirs = model.eval()(ids, task_type_ids=tasks).prediction_logits
+        ours = PRETRAINING["ernie"].from_pretrained(folder)
+        torch.testing.assert_close(ours(ids, task_type_ids=tasks).prediction_logits, theirs, rtol=0, atol=1e-4)
+        assert (ours(ids).prediction_logits - theirs).abs().max() > 1e-4, "task type 0 is another"
+
+    again = dataclasses.replace(config, output=tmp_path / "again", init=folder, task_type=1, vocab_size=8192)
+    again = dataclasses.replace(again, model="bert", max_position_embeddings=512, lr=1e-3)
+    rows = [
+        PRETRAINING["ernie"].from_pretrained(at).base_model.embeddings.task_type_embeddings.weight
+        for at in (folder, pretrain(again))
+    ]
+    assert [not torch.equal(*pair) for pair in zip(*rows, strict=True)] == [False, True, False]
+
+    plain = pretrain(dataclasses.replace(config, output=tmp_path / "plain", task_type=None, steps=1))
+    assert not PRETRAINING["ernie"].from_pretrained(plain).config.use_task_id
+    with pytest.raises(ValueError, match=r"has no task types \(use_task_id\): leave --task-type out"):
+        pretrain(dataclasses.replace(again, output=tmp_path / "none", init=plain))
+    for change, says in (
+        ({"task_type": 3}, "task_type must be an integer from 0 to 2, got 3"),
+        ({"model": "bert"}, "task_type must be left out but for model ernie, which has task types, got 2"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            dataclasses.replace(config, **change).check()

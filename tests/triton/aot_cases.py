@@ -35,8 +35,8 @@ def cross_entropy(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Call
     for columns, stride in ((81, 81), (30_522, 30_522), (30_522, 30_528)):
         name(columns, "of", stride)
         logits = empty(dtype, rows, stride)[:, :columns]
-        kernels.cross_entropy_forward(logits, labels, -100)
-        kernels.cross_entropy_backward(each, logits, labels, each, each, -100)
+        kernels.cross_entropy_forward(logits, labels, -100, "mean")
+        kernels.cross_entropy_backward(empty(torch.float32), logits, labels, each, each, empty(torch.float32), -100)
 
 
 def layer_norm(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> None:
@@ -44,12 +44,12 @@ def layer_norm(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callabl
     for columns in (24, 768, 1024, 4096, 8192, 20_000) if dtype != torch.float16 else (768,):
         x, weight, each = empty(dtype, rows, columns), empty(torch.float32, columns), empty(torch.float32, rows)
         name(columns)
-        kernels.layer_norm_forward(x, x, weight, weight, 1e-5, 6554, seed)
-        kernels.layer_norm_backward(x, x, weight, each, each, 6554, seed)
+        kernels.layer_norm_forward(x, weight, x, weight, weight, 1e-5, 6554, seed)
+        kernels.layer_norm_backward(x, x, x, weight, each, each, 6554, seed, True)
         if columns == 768:
             name(columns, "without dropout")
-            kernels.layer_norm(x, None, weight, weight, 1e-5, 0, None)
-            kernels.layer_norm_backward(x, x, weight, each, each, 0, None)
+            kernels.layer_norm(x, None, None, weight, weight, 1e-5, 0, None)
+            kernels.layer_norm_backward(x, None, x, weight, each, each, 0, None, False)
 
 
 def dropout(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> None:

@@ -49,12 +49,12 @@ def test_a_label_outside_is_reported(interpreted, monkeypatch, columns, label):
     labels = torch.tensor([1, columns if isinstance(label, str) else label, -100, 3])
     logits, dlosses, functions = wider[:, :columns], torch.ones(4), op.functions["triton"]
     with pytest.raises(ValueError, match=r"^cross_entropy .* in row 1: loss and gradient of that row are NaN$"):
-        functions.cross_entropy_forward(logits, labels, -100)
+        functions.cross_entropy_forward(logits, labels, -100, "none")
     monkeypatch.setattr(faults, "raise_interpreted", lambda x: None)  # as on a GPU, whose results nobody waits for
-    results, maximum, total = functions.cross_entropy_forward(logits, labels, -100)
-    dlogits = functions.cross_entropy_backward(dlosses, logits, labels, maximum, total, -100)
+    results, maximum, total, *_ = functions.cross_entropy_forward(logits, labels, -100, "none")
+    dlogits = functions.cross_entropy_backward(dlosses, logits, labels, maximum, total, None, -100)
     with pytest.raises(ValueError, match="in row 1"):
-        functions.cross_entropy_forward(logits, labels, -100)
+        functions.cross_entropy_forward(logits, labels, -100, "none")
     fastbert.check_device_errors()  # raised once
     assert results[1].isnan() and results[[0, 2, 3]].isfinite().all() and results[2] == 0
     assert dlogits[1].isnan().all() and dlogits[[0, 2, 3]].isfinite().all() and not dlogits[2].any()

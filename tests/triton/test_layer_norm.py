@@ -17,24 +17,24 @@ SEED, T, EPS = torch.tensor([77]), 20_000, 1e-5
 
 def assert_forward_and_backward(shape, dtype):
     """All results with dropout and residual against the twin in float64; backward gives the same bits twice."""
-    x, residual, dy = (torch.randn(shape).to(dtype) for _ in range(3))
-    weight, bias = torch.randn(2, shape[-1])
-    forward = kernels.layer_norm_forward(x, residual, weight, bias, EPS, T, SEED)
-    given = x.double(), residual.double(), weight.double(), bias.double(), EPS, T, SEED
-    twin = reference.layer_norm_forward(x, residual, weight, bias, EPS, T, SEED)
-    for name, *each in zip(
-        ("y", "z", "mean", "rstd"), forward, twin, reference.layer_norm_forward(*given), strict=True
-    ):
+    x, residual, dy, dy2 = (torch.randn(shape).to(dtype) for _ in range(4))
+    weight, bias, x_bias = torch.randn(3, shape[-1])
+    given = x, x_bias, residual, weight, bias
+    forward = kernels.layer_norm_forward(*given, EPS, T, SEED)
+    twin = reference.layer_norm_forward(*given, EPS, T, SEED)
+    truth = reference.layer_norm_forward(*(each.double() for each in given), EPS, T, SEED)
+    for name, *each in zip(("y", "z", "mean", "rstd"), forward, twin, truth, strict=True):
         assert_close(*each, what=name)
-    assert torch.equal(kernels.layer_norm(x, residual, weight, bias, EPS, T, SEED), forward[0])
+    assert torch.equal(kernels.layer_norm(*given, EPS, T, SEED), forward[0])
     _, z, mean, rstd = forward
-    backward = kernels.layer_norm_backward(dy, z, weight, mean, rstd, T, SEED)
-    wide = (each.double() for each in (dy, z, weight, mean, rstd))
-    truth = reference.layer_norm_backward(*wide, T, SEED)
-    theirs = reference.layer_norm_backward(dy, z, weight, mean, rstd, T, SEED)
-    for name, *each in zip(("dz", "dx", "dweight", "dbias"), backward, theirs, truth, strict=True):
+    given, mask = (dy, dy2, z, weight, mean, rstd), (T, SEED, True)
+    backward = kernels.layer_norm_backward(*given, *mask)
+    truth = reference.layer_norm_backward(*(each.double() for each in given), *mask)
+    *theirs, _ = reference.layer_norm_backward(*given, *mask)
+    theirs.append(theirs[1].sum(0, dtype=torch.float32))  # as torch, long rows add up what was rounded
+    for name, *each in zip(("dz", "dx", "dweight", "dbias", "dx_bias"), backward, theirs, truth, strict=True):
         assert_close(*each, what=name)
-    for a, b in zip(backward, kernels.layer_norm_backward(dy, z, weight, mean, rstd, T, SEED), strict=True):
+    for a, b in zip(backward, kernels.layer_norm_backward(*given, *mask), strict=True):
         assert torch.equal(a, b)
 
 
@@ -48,14 +48,14 @@ PLANS = {
 @pytest.mark.parametrize("options", PLANS.values(), ids=PLANS)
 def test_programs_walk_over_rows_and_end_within_a_tile(monkeypatch, options):
     plan = kernels.BackwardPlan(**options, programs=2, registers=None)
-    monkeypatch.setattr(kernels, "backward_plan", lambda columns, itemsize: plan)
+    monkeypatch.setattr(kernels, "backward_plan", lambda *_: plan)
     assert_forward_and_backward((11, 300), torch.float32)
 
 
 def test_narrow_rows_are_added_up_within_a_tile(monkeypatch):
     monkeypatch.setattr(kernels, "NARROW_TILE", 64)
-    plan = kernels.backward_plan(24, 2)._replace(programs=2)
-    monkeypatch.setattr(kernels, "backward_plan", lambda columns, itemsize: plan)
+    plan = kernels.backward_plan(24, 2, True)._replace(programs=2)
+    monkeypatch.setattr(kernels, "backward_plan", lambda *_: plan)
     assert kernels.tile_of(24, plan.rows, plan.warps) == kernels.Tile(rows=2, warps=4, C=32, K=1)
     assert_forward_and_backward((9, 24), torch.bfloat16)
 

@@ -1,4 +1,4 @@
-"""One process at a time in a run's folder."""
+"""One process at a time in a folder: of a run, of a token store."""
 
 import contextlib
 import datetime
@@ -26,7 +26,9 @@ os.register_at_fork(after_in_child=_drop_in_child)
 
 
 @contextlib.contextmanager
-def hold(folder: Path) -> Iterator[None]:
+def hold(
+    folder: Path, does: str = "trains there", stopped: str = "Ctrl-C or SIGTERM takes a snapshot"
+) -> Iterator[None]:
     """Keeps other processes, and other calls in this one, out of `folder` for the block.
 
     The system drops the lock with the process, however it ends, so none is ever stale; the file `.lock`, which says who
@@ -34,6 +36,7 @@ def hold(folder: Path) -> Iterator[None]:
 
     Args:
         folder: exists.
+        does, stopped: what the message says of the process that holds it, and of one that is stopped.
 
     Raises:
         BlockingIOError: somebody holds it; the message says which process, where and since when.
@@ -48,8 +51,8 @@ def hold(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BlockingIOError(
-                f"{folder} is in use: {_holder(path)} trains there. Wait until it ends or stop it (Ctrl-C or SIGTERM "
-                "takes a snapshot), or choose another --output"
+                f"{folder} is in use: {_holder(path)} {does}. Wait until it ends or stop it ({stopped}), or choose "
+                "another --output"
             ) from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import signal
+import threading
 from collections.abc import Iterator
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -10,8 +11,14 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[str]]:
-    """A list that Ctrl-C and SIGTERM put their name into, for the loop to see; a second one acts at once."""
+    """A list that Ctrl-C and SIGTERM put their name into, for the loop to see; a second one acts at once.
+
+    In a thread other than the main one, which alone is given signals, they stay the program's own.
+    """
     stopped: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
 
     def note(number: int, frame: object) -> None:
         stopped.append(signal.Signals(number).name)

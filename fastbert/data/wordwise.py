@@ -1,0 +1,144 @@
+"""The ids of many sentences, several times as fast as the tokenizer alone, and the same ones.
+
+Most of what a tokenizer is given it has seen before. BERT's never looks across a space, so what stands between two
+spaces has the same ids wherever it stands, and is looked up once it is known. What is new and plain ASCII is split at
+punctuation, so that of "word", "Word." and "(word" the word alone is taken apart into pieces.
+
+Tokenizers that do look across spaces (byte-level BPE, Unigram with its own rules), and vocabularies with words of
+several words added to them, are asked for each sentence as a whole.
+"""
+
+import json
+import re
+from array import array
+from collections.abc import Callable, Iterable
+from itertools import chain
+
+import numpy as np
+from tokenizers import Tokenizer
+
+Ids = tuple[np.ndarray, np.ndarray]  # of texts in a row: int64 [T], and how many each text has, int64 [texts]
+
+# What is remembered is forgotten as a whole when it becomes more than this, some 60 MB.
+_MOST_PARTS = 1 << 18
+_MOST_IDS = 1 << 21
+_LONGEST_PART = 64  # characters; a longer stretch without a space is rarely seen twice
+_LINE_END = "\n"  # stands for the end of a sentence
+_ASCII_WORDS = re.compile(r"[0-9A-Za-z]+|[^0-9A-Za-z]")  # and punctuation, each mark for itself
+
+
+class Encoder:
+    """Ids without special tokens; those that a text spells out are read as plain text.
+
+    Args:
+        tokenizer: left as it is.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy: the next lines change it
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        self.tokenizer.encode_special_tokens = True
+        self.lowercase = _lowercase_of_wordwise(self.tokenizer)
+        self.parts = _Memory(self._parts)
+        self.words = _Memory(self._words)
+
+    def __call__(self, sentences: list[str]) -> Ids:
+        """The ids of all sentences in a row, int64 [T], and how many each has, int64 [sentences], 0 of an empty one."""
+        if self.lowercase is None or not sentences:
+            return self._whole(sentences)
+        text = f" {_LINE_END} ".join(sentences)
+        if text.count(_LINE_END) != len(sentences) - 1:  # a line end within a sentence is read as a space is
+            text = f" {_LINE_END} ".join(sentence.replace(_LINE_END, " ") for sentence in sentences)
+        return _joined(self.parts, text.split(" "), _LINE_END)
+
+    def _parts(self, parts: list[str]) -> Ids:
+        plain = np.fromiter((part.isascii() and part.isprintable() for part in parts), bool, len(parts))
+        text = " ".join(part for part, is_plain in zip(parts, plain, strict=True) if is_plain)
+        ids, lengths = _joined(self.words, _ASCII_WORDS.findall(text.lower() if self.lowercase else text), " ")
+        if plain.all():
+            return ids, lengths
+        others = self._whole([part for part, is_plain in zip(parts, plain, strict=True) if not is_plain])
+        both = np.empty(len(parts), np.int64)
+        both[plain], both[~plain] = lengths[: plain.sum()], others[1]  # no plain part joins to one empty text
+        of_plain = np.repeat(plain, both)
+        merged = np.empty(len(of_plain), np.int64)
+        merged[of_plain], merged[~of_plain] = ids, others[0]
+        return merged, both
+
+    def _words(self, words: list[str]) -> Ids:
+        tokenize = self.tokenizer.model.tokenize
+        return joined_ids([piece.id for piece in tokenize(word)] if word != " " else [] for word in words)
+
+    def _whole(self, texts: list[str]) -> Ids:
+        return joined_ids(each.ids for each in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+
+
+class _Memory(dict[str, int]):
+    """What was looked up: its number, counted from 0, by which `ends` and `ids` have its ids.
+
+    Args:
+        learn: the ids of texts that are new.
+    """
+
+    def __init__(self, learn: Callable[[list[str]], Ids]):
+        super().__init__()
+        self.learn = learn
+        self.new: list[str] = []
+        self.ids, self.ends = array("q"), array("q", [0])
+
+    def __missing__(self, text: str) -> int:
+        number = self[text] = len(self.ends) - 1 + len(self.new)
+        self.new.append(text)
+        return number
+
+    def look_up(self, texts: list[str]) -> tuple[np.ndarray, Ids]:
+        """The numbers of texts, int64 [texts], and their ids."""
+        if len(self.ends) > _MOST_PARTS or len(self.ids) > _MOST_IDS:
+            self.clear()
+            self.ids, self.ends = array("q"), array("q", [0])
+        numbers = np.fromiter(map(self.__getitem__, texts), np.int64, len(texts))
+        new, self.new = self.new, []
+        if new:
+            ids, lengths = self.learn(new)
+            self.ends.frombytes((self.ends[-1] + np.cumsum(lengths)).tobytes())
+            self.ids.frombytes(ids.tobytes())
+        ends = np.frombuffer(self.ends, np.int64)
+        starts = ends[numbers]
+        lengths = ends[numbers + 1] - starts
+        total = np.cumsum(lengths)
+        places = np.repeat(starts - total + lengths, lengths) + np.arange(lengths.sum())
+        for text in new:
+            if len(text) > _LONGEST_PART:
+                del self[text]
+        return numbers, (np.frombuffer(self.ids, np.int64)[places], lengths)
+
+
+def _joined(memory: _Memory, parts: list[str], separator: str) -> Ids:
+    """The ids of texts whose parts stand in a row, with a separator between two texts that has no ids."""
+    numbers, (ids, lengths) = memory.look_up(parts)
+    total = np.cumsum(lengths)
+    between = numbers == memory[separator] if separator in memory else np.zeros(len(numbers), bool)
+    return ids, np.diff(np.append(total[between], len(ids)), prepend=0)
+
+
+def joined_ids(texts: Iterable[list[int]]) -> Ids:
+    """The ids of texts in a row."""
+    texts = list(texts)
+    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+    return np.fromiter(chain.from_iterable(texts), np.int64, lengths.sum()), lengths
+
+
+def _lowercase_of_wordwise(tokenizer: Tokenizer) -> bool | None:
+    """Whether a tokenizer of BERT's kind lower-cases; None where it is of another kind, whose words are not looked up.
+
+    `WordPiece` reads words that do not depend on each other, and BERT's normaliser and splitting let none reach across
+    a space; of ASCII they make lower case and words between single marks.
+    """
+    whole = json.loads(tokenizer.to_str())
+    normalizer, splitting = whole["normalizer"] or {}, whole["pre_tokenizer"] or {}
+    kinds = normalizer.get("type"), splitting.get("type"), whole["model"].get("type")
+    added = [token for token in whole["added_tokens"] if not token["special"]]
+    if kinds != ("BertNormalizer", "BertPreTokenizer", "WordPiece") or added:
+        return None
+    return normalizer["lowercase"]

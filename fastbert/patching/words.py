@@ -1,0 +1,55 @@
+"""The masked word loss of a patched model in training: logits where labels are, and nowhere else."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import MaskedLMOutput
+
+from fastbert.models.inputs import IGNORED
+from fastbert.ops.cross_entropy import cross_entropy
+from fastbert.patching.encoder import activated, norm, product
+from fastbert.patching.kinds import WordHead
+
+
+def predict(head: Callable[[nn.Module], WordHead], model: nn.Module, original: Callable, given: dict[str, Any]) -> Any:
+    """What the `forward` of a patched `...ForMaskedLM` returns; `given` are its arguments by name.
+
+    In evaluation mode and without labels it is the original's, whose logits are [B, S, V]. In training the logits of a
+    batch are computed at labels that are not -100, and the output has none.
+
+    Raises:
+        ValueError: labels at padding, which would count predictions of zeros.
+    """
+    labels = given.get("labels")
+    if labels is None or not model.training:
+        return original(model, **given)
+    _check(labels, given.get("attention_mask"))
+    others = {name: value for name, value in given.items() if name not in ("labels", "return_dict")}
+    output = model.base_model(**others, return_dict=True)
+    loss = _loss(head(model), output.last_hidden_state, labels)
+    result = MaskedLMOutput(loss, hidden_states=output.hidden_states, attentions=output.attentions)
+    as_dict = given.get("return_dict")
+    return result if (model.config.return_dict if as_dict is None else as_dict) else result.to_tuple()
+
+
+@torch.compiler.disable  # it looks at the labels
+def _check(labels: Tensor, mask: Tensor | None) -> None:
+    if mask is None or mask.shape != labels.shape:
+        return
+    count = int(((labels != IGNORED) & (mask.to(labels.device) == 0)).sum())
+    if count:
+        raise ValueError(
+            f"{count} labels stand at padding, where a patched model's hidden states are 0: set them to {IGNORED}, as "
+            "transformers.DataCollatorForLanguageModeling does, or train without fastbert.patch"
+        )
+
+
+def _loss(head: WordHead, hidden: Tensor, labels: Tensor) -> Tensor:
+    """hidden [B, S, H] and labels [B, S] -> float32 scalar, the mean; 0 where all labels are -100."""
+    labels = labels.to(hidden.device).flatten()
+    places = (labels != IGNORED).nonzero().squeeze(1)
+    x = hidden.flatten(0, 1).index_select(0, places)  # [M, H]
+    logits = product(head.decoder, norm(head.norm, activated(head.dense, head.activation, x)))
+    return cross_entropy(logits, labels.index_select(0, places), IGNORED)

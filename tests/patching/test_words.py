@@ -1,0 +1,45 @@
+"""The masked word loss of a patched model, and its output."""
+
+import pytest
+import torch
+from patched_models import CONFIGS, MASK, batch, make, word_labels
+from torch.nn import functional as F
+
+import fastbert
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_training_has_a_loss_and_no_logits(kind):
+    """The loss is the mean over labelled places of the logits that evaluation gives; hidden states are there."""
+    model = fastbert.patch(make(kind, "AutoModelForMaskedLM", dropout=False))
+    inputs = batch(model)
+    labels = word_labels(inputs)
+    logits = model(**inputs).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    evaluated = model(**inputs, labels=labels)
+    torch.testing.assert_close(evaluated.loss, expected)
+    assert torch.equal(evaluated.logits, logits)
+    trained = model.train()(**inputs, labels=labels, output_hidden_states=True)
+    torch.testing.assert_close(trained.loss, expected)
+    assert trained.logits is None and len(trained.hidden_states) == len(evaluated_states(model, inputs))
+    (loss,) = model(**inputs, labels=labels, return_dict=False)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(model(**inputs).logits, logits)  # no labels, no loss: nothing is left out
+
+
+def evaluated_states(model, inputs):
+    return model.base_model(**inputs, output_hidden_states=True).hidden_states
+
+
+def test_a_batch_without_labels_to_predict_moves_nothing():
+    model = fastbert.patch(make("bert", "AutoModelForMaskedLM", dropout=False)).train()
+    loss = model(**batch(model), labels=torch.full_like(MASK, -100)).loss
+    loss.backward()
+    assert loss == 0 and not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_labels_at_padding_are_refused():
+    model = fastbert.patch(make("bert", "AutoModelForMaskedLM")).train()
+    inputs = batch(model)
+    with pytest.raises(ValueError, match=r"36 labels stand at padding, .* -100"):
+        model(**inputs, labels=inputs["input_ids"])
