@@ -80,9 +80,8 @@ def prepare(config: PrepareConfig) -> Path:
     _check(config)
     if config.verify:
         train, held_out = open_stores(config.output, verify=True)
-        print(
-            f"{config.output} is whole: {len(train.tokens):,} and {len(held_out.tokens):,} tokens, all checksums hold"
-        )
+        tokens = len(train.tokens) + len(held_out.tokens)
+        print(f"{config.output} is whole: the checksums of its {tokens:,} tokens hold")
         return config.output
     print(check_corpus(config.corpus, config.column, separator=config.separator, quoting=config.quoting))
     words = _words(config)

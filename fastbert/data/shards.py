@@ -179,7 +179,8 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a store; ValueError where it is another than the shards were written with."""
-    tokenizer, made = load_tokenizer(folder / TOKENIZER), read_index(folder)["made"]
+    made = read_index(folder)["made"]
+    tokenizer = load_tokenizer(folder / TOKENIZER)
     if Vocabulary.of(tokenizer).fingerprint != made["tokenizer"]:
         raise ValueError(
             f"{folder / TOKENIZER} is another tokenizer than the store was written with: put it back as it was"

@@ -72,7 +72,7 @@ def evaluate(
     model.eval()
     # per masked token: loss, frequency loss, hit, rare; per pair: loss, hit
     tokens, pairs = [torch.empty(0, 4, dtype=torch.float64)], []
-    count = sum(1 for _ in itertools.islice(batches.numbers(), count))  # as many as there are
+    count = min(count, len(batches))
     own = processes.share(count)
     for place in range(-(-count // processes.count)):  # as many passes in each: a split model needs all of them in each
         is_own = place < len(own)
@@ -131,7 +131,7 @@ def _masked_words(
 
     Labels belong `behind` the places where they are predicted; the last word is taken then, which most others precede.
     """
-    for batch in map(batches.__getitem__, itertools.islice(batches.numbers(), 32)):
+    for batch in (batches[i] for i in range(min(len(batches), 32))):
         original = batch.input_ids.clone()
         predicted = batch.masked_positions + behind
         original[predicted] = batch.labels

@@ -74,7 +74,7 @@ class PretrainConfig:
     static_shapes: bool = False
     """Give every batch the same shape, as CUDA graphs and compilers want it; less than a fiftieth of it is padding."""
     accumulate: int = 1
-    """Batches whose gradients are added up for one step."""
+    """Batches whose gradients are added up for one step; several processes share them out (docs/pretraining.md)."""
     objective: Objective | None = None
     """What to train beside the masked language model (mlm): nothing, next-sentence prediction (nsp), sentence-order
     prediction (sop); if not given mlm for RoBERTa, which has no other, mlm+sop for ALBERT, mlm+nsp for the others. clm
@@ -152,7 +152,7 @@ class PretrainConfig:
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     workers: int = 0
-    """Processes that prepare batches; 0 prepares them in the training process. The batches are the same."""
+    """Processes that prepare batches, of each training process; 0 prepares them there. The batches are the same."""
     device: str = "cpu"
     """Where to train, as torch names it."""
 

@@ -1,0 +1,90 @@
+"""What preparing batches costs beside a step of BERT mini, one worker or none.
+
+    python benchmarks/data_path.py --store STORE
+
+The share is the time that the training process waits for a batch, of the time of a step and that waiting together:
+batches by the data loader with so many workers, then forward, backward and LazyAdam. A store of several shards and
+next-sentence prediction, the dearest of the objectives to prepare. Without --store a store of the film reviews is made,
+in a temporary folder.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from reviews import reviews
+from timing import results_path, write_csv
+from torch.utils.data import DataLoader
+
+from fastbert import BertConfig, BertForPreTraining, LazyAdam
+from fastbert.data import (
+    PretrainBatches,
+    Reading,
+    iter_documents,
+    open_stores,
+    prepare_store,
+    special_ids,
+    train_tokenizer,
+)
+from fastbert.data.shards import read_tokenizer
+from fastbert.pretrain.evaluate import forward
+
+
+def measure(batches: PretrainBatches, workers: int, steps: int) -> tuple[float, float]:
+    """Medians of a step's seconds and of those that it waited for its batch."""
+    torch.manual_seed(0)
+    config = BertConfig.preset("mini", vocab_size=batches.store.vocab_size)
+    model = BertForPreTraining(config).train()
+    optimizer = LazyAdam(model.parameters(), lr=1e-4)
+    loader = DataLoader(batches, batch_size=None, sampler=batches.numbers(), num_workers=workers)
+    waited, taken = [], []
+    batch, source = None, iter(loader)
+    for _ in range(steps):
+        start = time.perf_counter()
+        batch = next(source)
+        there = time.perf_counter()
+        forward(model, batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        end = time.perf_counter()
+        waited.append(there - start)
+        taken.append(end - there)
+    return statistics.median(taken[2:]), statistics.median(waited[2:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", type=Path)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--csv", action="store_true", help="write benchmarks/results/data_path-....csv")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        store = args.store or Path(folder) / "store"
+        if args.store is None:
+            texts = (sentence for document in iter_documents(reviews(), "text") for sentence in document)
+            tokenizer = train_tokenizer(texts, 8192)
+            prepare_store(store, reviews(), Reading("text"), tokenizer, processes=os.cpu_count() or 1)
+        train, _ = open_stores(store)
+        batches = PretrainBatches(
+            train, special_ids(read_tokenizer(store)), seq_len=128, batch_tokens=args.batch_tokens, seed=0
+        )
+        rows = []
+        for workers in (0, 1):
+            step, wait = measure(batches, workers, args.steps)
+            rows.append({
+                "workers": workers, "shards": len(list(train.shards())), "batch_tokens": args.batch_tokens,
+                "step_ms": round(1e3 * step, 2), "waited_ms": round(1e3 * wait, 3),
+                "share": round(wait / (step + wait), 4),
+            })  # fmt: skip
+            print("  ".join(f"{name} {value}" for name, value in rows[-1].items()))
+    if args.csv:
+        write_csv(results_path("data_path"), rows)
+
+
+if __name__ == "__main__":
+    main()
