@@ -25,6 +25,7 @@ from fastbert.data import (
     open_stores,
     prepare_store,
     save_tokenizer,
+    shards,
     special_ids,
     train_tokenizer,
 )
@@ -396,3 +397,24 @@ def test_another_tokenizer_in_its_folder_is_noticed(store, tmp_path):
     with pytest.raises(ValueError, match="is another tokenizer than the store was written with"):
         read_tokenizer(folder)
     assert load_tokenizer(store / "tokenizer").get_vocab_size() == 512
+
+
+def test_a_call_that_was_killed_at_its_very_end_is_ended(store, corpus, tokenizer, tmp_path):
+    folder = tmp_path / "store"
+    shutil.copytree(store, folder)
+    (folder / PLAN).write_text(json.dumps({"first": 0}))
+    again(folder, corpus, tokenizer)
+    assert content(folder) == content(store)
+
+
+def test_a_file_that_changes_while_it_is_read_is_noticed(corpus, tokenizer, tmp_path, monkeypatch):
+    shutil.copytree(corpus, tmp_path / "corpus")
+    write_missing = shards._write_missing
+
+    def changed(*arguments):
+        os.utime(tmp_path / "corpus/b.txt", ns=(1, 1))
+        return write_missing(*arguments)
+
+    monkeypatch.setattr(shards, "_write_missing", changed)
+    with pytest.raises(ValueError, match=r"b\.txt was changed while the store was being written"):
+        again(tmp_path / "store", tmp_path / "corpus", tokenizer)
