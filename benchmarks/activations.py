@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -37,6 +38,7 @@ class Partitioned(Exception):  # no error: the graph has been seen, and need not
 def of_transformers(sequences: int, longest: int, layers: int) -> int:
     """Bytes that the forward graph of a compiled step hands to its backward graph, without weights."""
     config = transformers.BertConfig(attention_probs_dropout_prob=0.0, num_hidden_layers=layers)
+    torch._dynamo.reset()
     model = transformers.BertForPreTraining(config).train()
     weights = {shape for weight in model.parameters() for shape in (weight.shape, weight.shape[::-1])}
     kept = {}
@@ -56,9 +58,9 @@ def of_transformers(sequences: int, longest: int, layers: int) -> int:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": ids, "labels": ids}
     try:
         with torch.autocast("cpu", torch.bfloat16):
-            torch.compile(model, backend=compiler)(**batch, next_sentence_label=pairs)
-    except Exception as error:
-        if not kept or not isinstance(error.__cause__ or error, Partitioned):
+            torch.compile(lambda: model(**batch, next_sentence_label=pairs).loss, backend=compiler, dynamic=False)()
+    except BackendCompilerFailed as error:
+        if not isinstance(error.inner_exception, Partitioned):
             raise
     return sum(kept.values())
 
