@@ -266,9 +266,9 @@ class Encoder(PreTrainedModel):
         first = packing.first_places()
         if masked_positions is None:
             x, _ = self._through(last, x, residual, packing, None, seeds[-1])
-            sequence_output, first = packing.put_padding_back(x), inputs.take_rows(x, first)
+            sequence_output, first = packing.put_padding_back(x), inputs.take_rows(x, inputs.within(first, len(x)))
         else:
-            read = torch.cat([first, packing.packed_places(masked_positions)])
+            read = inputs.within(torch.cat([first, packing.packed_places(masked_positions)]), len(x))
             x, _ = self._through(last, x, residual, packing, read, seeds[-1])
             first, sequence_output = x.split([len(first), len(masked_positions)])
         if self.pooler is None:

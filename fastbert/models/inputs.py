@@ -19,11 +19,15 @@ IGNORED = -100  # a label that no loss counts
 
 
 def take_rows(x: Tensor, places: Tensor) -> Tensor:
-    """Rows of x [T, H] at these places, of which T and more read the last; zeros where T is 0."""
+    """Rows of x [T, H] at these places, as `within` makes them; zeros where T is 0."""
     if x.shape[0] == 0:
         return x.new_zeros(places.shape[0], x.shape[1])
-    places = places.clamp(max=x.shape[0] - 1)
     return embedding(places, x) if has_kernel(x) else x.index_select(0, places)  # a gradient of one kernel
+
+
+def within(places: Tensor, tokens: int) -> Tensor:
+    """`places`, of which T and more are the last of T tokens."""
+    return places.clamp(max=max(tokens - 1, 0))
 
 
 class Packing(NamedTuple):
@@ -67,8 +71,8 @@ class Packing(NamedTuple):
 
     def without_empty(self, first: Tensor) -> Tensor:
         """[B, H], a row per sequence, with zeros for an empty one."""
-        empty = self.cu_seqlens[:-1] == self.cu_seqlens[1:]
-        return torch.where(empty.unsqueeze(1), 0.0, first)
+        has_tokens = self.cu_seqlens[:-1] != self.cu_seqlens[1:]
+        return first * has_tokens.unsqueeze(1)
 
 
 def pack(

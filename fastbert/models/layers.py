@@ -260,5 +260,6 @@ class _LookUp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dx):
         (ids,) = ctx.saved_tensors
-        chosen = torch.arange(ctx.rows, device=ids.device).unsqueeze(1) == ids  # [P, T]
-        return None, chosen.to(dx.dtype) @ dx
+        rows = torch.arange(ctx.rows, device=ids.device).unsqueeze(1)
+        chosen = torch.eq(rows, ids, out=dx.new_empty(ctx.rows, len(ids)))  # [P, T] of 0 and 1
+        return None, chosen @ dx

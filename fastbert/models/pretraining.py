@@ -3,6 +3,7 @@
 A label of -100 is ignored by both.
 """
 
+import functools
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -121,4 +122,5 @@ class PreTrainingModel(ModelWithHead):
         if sentence_label is not None:
             sentence_loss = cross_entropy(sentence_logits, sentence_label, inputs.IGNORED)
         losses = [loss for loss in (mlm_loss, sentence_loss) if loss is not None]
-        return Predictions(sum(losses) if losses else None, mlm_loss, sentence_loss, logits, sentence_logits)
+        loss = functools.reduce(torch.add, losses) if losses else None
+        return Predictions(loss, mlm_loss, sentence_loss, logits, sentence_logits)

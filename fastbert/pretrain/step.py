@@ -68,8 +68,9 @@ def train_step(
         if pair(config):
             losses += [out.sentence_loss if pair_share is None else out.sentence_loss * pair_share]
             sentence_loss += [losses[1].detach()]
+        is_all = word_share is pair_share is None and len(losses) == 1 + (out.sentence_loss is not None)
         with together.backward(batch is micro[-1]):
-            total(losses).backward()
+            (out.loss if is_all else total(losses)).backward()
     together.skip_behind(computes.base_model, config.device)
     sums = together.sums([total(losses) for losses in (mlm_loss, sentence_loss) if losses])
     if working is not None:

@@ -9,7 +9,9 @@ import pytest
 import rehearsal
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbert
 from fastbert.data.batches import Batch
@@ -60,6 +62,49 @@ def pretraining_step(preset, tokens, sequences, masked, longest, *, model="bert"
     if count > 1:
         dist.destroy_process_group()
     return rehearsed.launches, rehearsed.table()
+
+
+def activations(preset, tokens, sequences, masked, longest, checkpoint_layers=False, layers=12):
+    """Bytes that a forward pass of the pretraining step leaves for the backward pass, beside weights and the batch."""
+    with rehearsal.on_a_gpu(), torch.device("cuda"):
+        config = fastbert.BertConfig.preset(preset, vocab_size=30522, num_hidden_layers=layers)
+        model = fastbert.BertForPreTraining(config)
+        model.base_model.checkpoint_layers = checkpoint_layers
+        working = WorkingCopy(model, fastbert.LazyAdam(model.parameters())).model.train()
+        ids = torch.zeros(tokens, dtype=torch.int64)
+        masked = torch.zeros(masked, dtype=torch.int64)
+        cu_seqlens = torch.zeros(sequences + 1, dtype=torch.int32)
+        with Storages() as made:
+            out = working(
+                ids, token_type_ids=ids, position_ids=ids, cu_seqlens=cu_seqlens, max_seqlen=longest, labels=masked,
+                next_sentence_label=cu_seqlens[1:].long(), masked_positions=masked,
+            )  # fmt: skip
+            loss = out.loss
+            del out
+        kept = made.bytes()
+        loss.backward()  # it is whole
+    return kept
+
+
+class Storages(TorchDispatchMode):
+    """The memory of what is made within the block."""
+
+    def __init__(self):
+        super().__init__()
+        self._made = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {StorageWeakRef(x.untyped_storage()).cdata for x in rehearsal.tensors((args, kwargs))}
+        for x in rehearsal.tensors(result):
+            storage = StorageWeakRef(x.untyped_storage())
+            if storage.cdata not in given or storage.cdata in self._made:
+                self._made[storage.cdata] = storage, x.untyped_storage().nbytes()
+        return result
+
+    def bytes(self):
+        """Of what is still there."""
+        return sum(size for storage, size in self._made.values() if not storage.expired())
 
 
 FORBIDDEN = [
