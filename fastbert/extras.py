@@ -5,7 +5,7 @@ from importlib.util import find_spec
 # What others than `pretrain` bring.
 EXTRAS = {
     "finetune": {"sklearn", "scipy"}, "chinese": {"jieba", "ahocorasick_rs"}, "patch": {"transformers"},
-    "formats": {"pyarrow", "zstandard"}, "cluster": {"distributed"},
+    "formats": {"pyarrow", "zstandard"}, "cluster": {"distributed"}, "lamb": {"pytorch_optimizer"},
 }  # fmt: skip
 
 

@@ -161,7 +161,8 @@ def cross_entropy_backward_kernel(
 ):  # fmt: skip
     """ONE: there is one dloss for all rows. count is None where nothing divides it.
 
-    A program has a block of a row's body; the first has its ends and what follows up to the next row."""
+    A program has a block of a row's body; the first has its ends and what follows up to the next row.
+    """
     # label
     row = tl.program_id(0)
     label = tl.load(labels_ptr + row)

@@ -134,8 +134,18 @@ FAULTS = [
     ),
     *python(
         "optim/gradients", "optim/test_gradients.py",
-        ("values / len(sizes) if average else values", "values"),
         ("ids = rows.unique()", "ids = rows"),
+    ),
+    *python(
+        "optim/exchange", "optim/test_exchange.py",
+        ("values / len(sizes) if average else values", "values"),
+        ("    grad.index_copy_(0, ids, values)\n", "    grad.copy_(grad)\n"),
+        ("(*self._arrived, *self._params)", "self._arrived[:0]"),
+    ),
+    *python(
+        "optim/shards", "optim/test_exchange.py",
+        ("ids = ids - first_row(param)", "ids = ids - 0"),
+        ("dist.all_reduce(its, group=split[0].get_group(axis))", "pass"),
     ),
     *python(
         "optim/replay", "optim/test_replay.py",
@@ -189,14 +199,19 @@ FAULTS = [
     *python(
         "pretrain/snapshot", "pretrain/test_snapshot.py",
         ("for old in steps(folder)[:-keep]:", "for old in steps(folder)[: -keep - 1]:"),
-        ("    if digest != checksum:", "    if False:"),
+        ("        if found[name][1] != digest:", "        if False:"),
     ),
+    *python("pretrain/together", "pretrain/test_processes.py",
+            ("encoder.skip_seeds(self.own.start, device)", "encoder.skip_seeds(0, device)"),
+            ("ids[:1].expand(", "ids[:1].expand(0 * ")),
+    *python("pretrain/stream", "pretrain/test_processes.py",
+            ("before = (before + len(places)) % self.accumulate", "before = 0")),
     *python(
         "pretrain/schedule", "pretrain/test_schedule.py",
         ("return highest * (steps - step) / max(1, steps - rising)", "return highest * (steps - step - 1) / max(1, steps - rising)"),
     ),
-    *python("pretrain/loop", "pretrain/test_pretrain.py pretrain/test_steps.py",
-            ("loss = out.mlm_loss * words", "loss = out.mlm_loss / 2"),
+    *python("pretrain/step", "pretrain/test_pretrain.py pretrain/test_steps.py",
+            ("out.mlm_loss * word_share]", "out.mlm_loss / 2]"),
             ("for ids in (batch.input_ids, batch.labels)", "for ids in (batch.input_ids,)"),
             ("counts = torch.stack([(each != IGNORED).sum()", "counts = torch.stack([(each != 0).sum()")),
     *python("pretrain/divergence", "pretrain/test_divergence.py",

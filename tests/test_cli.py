@@ -194,8 +194,10 @@ def test_operations_by_hand():
     """One layer of width 128, 1,000 tokens in sequences of 10, vocabulary 100; 150 tokens predicted."""
     config = BertConfig.preset("tiny", num_hidden_layers=1, vocab_size=100)
     forward = 1000 * 2 * (3 * 128 * 128) + 1000 * 4 * 10 * 128  # projections, attention
-    forward += 150 * 2 * (128 * 128 + 2 * 128 * 512 + 128 * 128 + 128 * 100)
-    assert presets.operations(config, 1000, 10) == pytest.approx(3 * forward)
+    rest = 128 * 128 + 2 * 128 * 512
+    forward += 150 * 2 * (rest + 128 * 128 + 128 * 100)
+    assert presets.operations(config, 1000, 1000 * 10, 150) == pytest.approx(3 * forward)
+    assert presets.operations(config, 1000, 1000 * 10, 150, 100) == pytest.approx(3 * (forward + 100 * 2 * rest))
 
 
 def test_help_shows_what_presets_cost(monkeypatch, capsys):

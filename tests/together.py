@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+from fastbert.pretrain import loop
 from fastbert.pretrain.divergence import Watch
 from fastbert.pretrain.loop import pretrain
 from fastbert.pretrain.processes import joined
@@ -24,7 +25,12 @@ def settings_of(folder, run):
         steps=12, lr=3e-3, held_out=0.1, evaluations=2, evaluation_batches=5, snapshot_every=3, keep=4, log_every=1,
         linear="torch", accumulate=3,
     )  # fmt: skip
-    return dataclasses.replace(usual, **run.get("settings", {}))
+    settings = dict(run.get("settings", {}))
+    for name in {"init", "add_words"} & settings.keys():
+        settings[name] = folder / settings[name]
+    if "phases" in settings:
+        settings["phases"] = tuple(settings["phases"])
+    return dataclasses.replace(usual, **settings)
 
 
 def broken_off(config, step):
@@ -47,7 +53,7 @@ def wait_for(path):
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    with joined() as processes:
+    with joined() as processes, mock.patch.object(loop, "plot_loss"):  # which takes as long as the run
         for run in json.loads(sys.argv[2]):
             config = settings_of(folder, run)
             if "broken_off" in run:

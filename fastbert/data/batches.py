@@ -25,6 +25,7 @@ from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import SpecialIds
 
 LONGEST = 1 << 16
+ROUNDED_TO = 64  # tokens of a batch, on a CPU
 _BLOCKS_KEPT = 4  # of an epoch's samples put into batches: the current one, and those that workers lag behind
 _DRAWN_FOR_SHAPE = 2 * WINDOW  # samples that decide the shape of static batches
 # What is trained: masked words alone, or beside them next-sentence or sentence-order prediction; or the next word.
@@ -66,7 +67,7 @@ class Batch(NamedTuple):
         return Batch(*(x.to(device, non_blocking=non_blocking) if isinstance(x, Tensor) else x for x in self))
 
     def filled(
-        self, pad_id: int, tokens: int = 64, masked: int = 32, samples: int = 8, longest: int | None = None
+        self, pad_id: int, tokens: int = ROUNDED_TO, masked: int = 32, samples: int = 8, longest: int | None = None
     ) -> "Batch":
         """The same batch with T, M and B rounded up, so that batches share a few shapes.
 

@@ -222,16 +222,18 @@ class WordEmbedding(nn.Embedding):
 
     def as_decoder(self) -> Tensor:
         """The table as it decodes what became of the last look-up."""
+        if self._decoder is None:  # nothing is written: torch.compile would compile again for it
+            return self.weight
         table, self._decoder = self._decoder, None
-        return self.weight if table is None else table
+        return table
 
 
 class SmallEmbedding(nn.Embedding):
     """`nn.Embedding` of few rows: ids [T] -> [T, H].
 
     For a table's gradient on a GPU torch sorts the ids, by a dozen kernels. Here it is one kernel where the backend
-    "cuda" runs; of a 16-bit table of very few rows, or of up to 1,024 where that backend does not run, it is one product,
-    summed in float32 and always in the same order. A padding row keeps torch's way then.
+    "cuda" runs; of a 16-bit table of very few rows, or of up to 1,024 where that backend does not run, it is one
+    product, summed in float32 and always in the same order. A padding row keeps torch's way then.
     """
 
     def forward(self, ids: Tensor) -> Tensor:

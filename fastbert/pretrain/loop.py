@@ -27,6 +27,7 @@ from fastbert.pretrain.divergence import Watch
 from fastbert.pretrain.environment import environment, name_differences, random_state, set_random_state
 from fastbert.pretrain.evaluate import Frequencies, evaluate, guesses
 from fastbert.pretrain.init import take_settings, write_copy
+from fastbert.pretrain.meter import Meter
 from fastbert.pretrain.phases import current_phase
 from fastbert.pretrain.prepare import check_fingerprints, fingerprints, prepare
 from fastbert.pretrain.processes import Processes, check_devices, expect_same_folder, joined
@@ -42,6 +43,7 @@ from fastbert.pretrain.together import Together
 from fastbert.signals import stop_signals
 
 STATE = "model", "optimizer", "epoch", "index", "step", "tokens", "random", "environment", "data"  # of a snapshot
+WORTH_SAYING = 0.05  # of the time
 
 
 def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
@@ -165,6 +167,8 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
     # the loop
     watch = Watch(config)
     take_step = make_step(model, optimizer, config, watch, processes)
+    meter = Meter(config, model.config)
+    print(meter)
     words_alone = Together(processes, config.accumulate)  # of steps that train new words, exchanged by their rows
     metrics = Metrics(folder, progress.step, writes=processes.is_first)
     bar = tqdm(
@@ -172,8 +176,8 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
         disable=not processes.is_first,
     )  # fmt: skip
     scores: dict[str, float] = {}
-    began, tokens_then = time.perf_counter(), tokens
     batch = iter(stream)
+    meter.start(tokens)
     with stop_signals() as stopped, contextlib.closing(metrics), bar:
         stop_asked, stop = processes.stop_asked(stopped), False
         while not (progress.over or stop):
@@ -182,7 +186,9 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
                 stream = stream.followed_by(train[phase])
                 batch = iter(stream)
                 bar.write(f"from step {progress.step + 1} on: sequences of up to {phases[phase].seq_len} tokens")
-            micro = next(batch)
+            with meter.waiting():
+                micro = next(batch)
+            meter.count(micro)
             lr = learning_rate(
                 *progress.done(), config.lr, config.warmup, config.schedule,
                 power=config.power, decay=config.decay, final=config.final_lr,
@@ -200,25 +206,28 @@ def _pretrain(config: PretrainConfig, resume: bool, processes: Processes) -> Pat
             if step % config.log_every == 0 or over:
                 watch.look()
                 count_tokens()
-                seconds = time.perf_counter() - began
                 record = {name: float(value) for name, value in record.items()}
-                speed = (tokens - tokens_then) / seconds
-                metrics.write({"step": step, **record, "tokens": tokens, "tokens_per_second": round(speed)})
-                postfix = {"loss": f"{record['loss']:.3f}", "lr": f"{lr:.2g}", "tokens/s": f"{speed:,.0f}"}
+                used = meter.used(tokens)
+                metrics.write({"step": step, **record, "seq_len": phases[phase].seq_len, "tokens": tokens, **used})
+                postfix = {"loss": f"{record['loss']:.3f}", "lr": f"{lr:.2g}"}
+                postfix["tokens/s"] = f"{used['tokens_per_second']:,}"
+                if used["waiting"] > WORTH_SAYING:
+                    postfix["waits for data"] = f"{used['waiting']:.0%}"
                 if scores:
                     postfix["held-out"] = shown(scores["mlm_loss"], ".3f")
                 bar.total = progress.expected_steps()
                 bar.set_postfix(postfix, refresh=False)
-                began, tokens_then = time.perf_counter(), tokens
+                meter.start(tokens)
             if progress.parts(config.evaluations) > evaluated:
                 watch.look()
+                count_tokens()
                 scores = held_out_scores()
                 metrics.write({"step": step, **{f"held_out/{name}": value for name, value in scores.items()}})
                 watch.scores(step, scores)
-                began, tokens_then = time.perf_counter(), tokens
+                meter.start(tokens)
             if step % config.snapshot_every == 0 or over or stop:
                 take_snapshot()
-                began, tokens_then = time.perf_counter(), tokens
+                meter.start(tokens)
     if not progress.over:
         print(
             f"stopped by {stopped[0] if stopped else 'a signal to another process'} after step {progress.step} of "

@@ -13,7 +13,7 @@ from fastbert.models.config import ModelConfig
 LEARNING_RATES = {"bert": {"tiny": 3e-3, "mini": 1.5e-3, "small": 7.5e-4, "base": 1e-4, "large": 1e-4}}
 LEARNING_RATES |= dict.fromkeys(("roberta", "xlm-roberta", "ernie"), LEARNING_RATES["bert"])
 LEARNING_RATES["albert"] = LEARNING_RATES["bert"] | {"xlarge": 5e-5, "xxlarge": 2.5e-5}
-MASKED = 0.15  # share of tokens to predict
+MASKED = 0.15  # share of tokens to predict; a causal model predicts next to all
 FLOAT32 = 4  # bytes
 
 
@@ -30,38 +30,47 @@ def layers_and_embedding(config: ModelConfig) -> tuple[int, int]:
     return depth, getattr(config, "embedding_size", config.hidden_size)
 
 
-def saved_for_backward(config: ModelConfig, tokens: int) -> int:
+def saved_for_backward(config: ModelConfig, tokens: int, predicted: float = MASKED) -> int:
     """Bytes, about, that a float32 forward pass over a packed batch keeps for its backward pass; bfloat16 halves it.
 
     A token keeps 16 rows of the hidden size in a layer: query, key, value, attention's output, two sums, what LayerNorm
     makes of them, and GELU's input and output, four each. Of the last layer only attention's four are kept for every
     token, the rest where a word is to be predicted; there also the head's four, an embedding wide, and its logits.
+    `predicted` is the share of these tokens.
     """
     hidden, (layers, embedding) = config.hidden_size, layers_and_embedding(config)
     everywhere = hidden * (16 * (layers - 1) + 4) + 2 * embedding  # 2: the embeddings' sum, and their LayerNorm
-    predicted = 12 * hidden + 4 * embedding + config.vocab_size
-    return round(FLOAT32 * tokens * (everywhere + MASKED * predicted))
+    there = 12 * hidden + 4 * embedding + config.vocab_size
+    return round(FLOAT32 * tokens * (everywhere + predicted * there))
 
 
-def memory(config: ModelConfig, tokens: int) -> int:
+def memory(config: ModelConfig, tokens: int, predicted: float = MASKED) -> int:
     """Bytes, about, of a float32 step: weights, gradients, Adam's two moments, activations, the logits' gradient."""
-    logits = round(FLOAT32 * MASKED * tokens * config.vocab_size)
-    return 4 * FLOAT32 * parameters(config) + saved_for_backward(config, tokens) + logits
+    logits = round(FLOAT32 * predicted * tokens * config.vocab_size)
+    return 4 * FLOAT32 * parameters(config) + saved_for_backward(config, tokens, predicted) + logits
 
 
-def operations(config: ModelConfig, tokens: int, seq_len: int) -> float:
-    """Floating-point operations of a training step's matrix products, sequences as long as may be.
+def operations(config: ModelConfig, tokens: float, pairs: float, predicted: float, sequences: float = 0) -> float:
+    """Floating-point operations of a training step's matrix products and attention.
 
-    Forward takes 2 for every weight of a matrix and token, and in attention 4 S H a token and layer; backward twice
-    that.
+    Forward takes 2 for every weight of a matrix and token; in attention 4 H a layer for every pair of tokens of which
+    one sees the other; and backward takes twice as many. Only what is computed counts: of the last layer, behind its
+    attention, the tokens to be predicted and the sequences' first ones, and of the head and its product with the
+    vocabulary the tokens to be predicted. Embeddings, norms, GELU, dropout, the pooler and its head, and the optimizer
+    are left out, which are no products or small ones.
+
+    Args:
+        config: the model's.
+        tokens: of the batch. pairs: the sum over its sequences of S * S, or S * (S + 1) / 2 of a causal model.
+        predicted: tokens that have a label. sequences: how many there are.
     """
     hidden, (layers, embedding) = config.hidden_size, layers_and_embedding(config)
-    attention = 3 * hidden * hidden + 2 * seq_len * hidden
+    projections = tokens * 3 * hidden * hidden + pairs * 2 * hidden
     rest = hidden * hidden + 2 * hidden * config.intermediate_size
     head = hidden * embedding + embedding * config.vocab_size
-    projection = embedding * hidden if hasattr(config, "embedding_size") else 0
-    everywhere = projection + layers * attention + (layers - 1) * rest
-    return 6.0 * tokens * (everywhere + MASKED * (rest + head))
+    widened = embedding * hidden if hasattr(config, "embedding_size") else 0
+    everywhere = tokens * (widened + (layers - 1) * rest) + layers * projections
+    return 6.0 * (everywhere + (predicted + sequences) * rest + predicted * head)
 
 
 def table(vocab_size: int, batch_tokens: int, seq_len: int) -> str:
@@ -69,22 +78,30 @@ def table(vocab_size: int, batch_tokens: int, seq_len: int) -> str:
     lines = [
         f"presets, with --vocab-size {vocab_size}, --batch-tokens {batch_tokens} and --seq-len {seq_len} in float32:",
         "",
-        f"{'':<16}{'layers':>8}{'width':>8}{'heads':>8}{'parameters':>14}{'--lr':>10}{'memory':>10}{'a step':>14}",
+        f"{'':<63}{'masked words':^25}{'--objective clm':^25}".rstrip(),
+        f"{'':<18}{'layers':>7}{'width':>7}{'heads':>6}{'parameters':>13}{'--lr':>8}"
+        + f"{'memory':>11}{'a step':>14}" * 2,
     ]
     sizes = {"vocab_size": vocab_size, "max_position_embeddings": max(512, seq_len)}
     for model, rates in LEARNING_RATES.items():
         for name, lr in rates.items():
             config = PRETRAINING[model].config_class.preset(name, **sizes)
-            lines.append(
-                f"{f'{model} {name}':<16}{config.num_hidden_layers:>8}{config.hidden_size:>8}"
-                f"{config.num_attention_heads:>8}{parameters(config):>14,}{lr:>10g}"
-                f"{memory(config, batch_tokens) / 1e9:>7.2f} GB"
-                f"{operations(config, batch_tokens, seq_len) / 1e9:>7,.0f} GFLOP"
+            line = (
+                f"{f'{model} {name}':<18}{config.num_hidden_layers:>7}{config.hidden_size:>7}"
+                f"{config.num_attention_heads:>6}{parameters(config):>13,}{lr:>8g}"
             )
+            for predicted, seen in ((MASKED, seq_len), (1.0, (seq_len + 1) / 2)):
+                if predicted == 1.0 and model == "albert":  # there is no causal one
+                    continue
+                step = operations(
+                    config, batch_tokens, batch_tokens * seen, batch_tokens * predicted, batch_tokens / seq_len
+                )
+                line += f"{memory(config, batch_tokens, predicted) / 1e9:>8.2f} GB{step / 1e9:>8,.0f} GFLOP"
+            lines.append(line)
     return "\n".join([
         *lines,
         "",
         "Memory: weights, gradients, Adam's moments and one batch's activations, besides some 0.5 GB of Python and",
-        "torch. Time: a step's GFLOP over the GFLOP that the machine multiplies in a second; with --minutes it is",
-        "measured before the training starts. Larger batches take a higher --lr.",
+        "torch. Time: a step's GFLOP over the GFLOP that the machine multiplies in a second, which is printed when a",
+        "run starts, or some more. Larger batches take a higher --lr.",
     ])  # fmt: skip

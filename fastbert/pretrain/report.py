@@ -4,9 +4,11 @@ A number that is not finite, as a mean over nothing is, becomes null in files, N
 """
 
 import io
+import itertools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from fastbert import files
 
@@ -127,37 +129,69 @@ def summary(scores: Record) -> str:
 
 
 def plot_loss(records: list[Record], path: Path, title: str) -> None:
-    """Draws training and held-out loss over steps, beside the loss of always predicting token frequencies.
+    """Draws a run over its steps: losses beside that of always predicting token frequencies, accuracy, learning rate.
+
+    A dotted line is where a phase of longer sequences begins. Panels that nothing was recorded for are left out.
 
     Raises:
         OSError: the picture could not be written; the error names it.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
-    training, held_out, frequencies = (
-        [(record["step"], record[name]) for record in records if not not_a_number(record.get(name))]
-        for name in ("mlm_loss", "held_out/mlm_loss", "held_out/frequency_loss")
-    )
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    def points(name: str) -> list[tuple[int, float]]:
+        return [(record["step"], record[name]) for record in records if not not_a_number(record.get(name))]
+
+    accuracies = [name for name in ("mlm_accuracy", "nsp_accuracy", "sop_accuracy") if points(name)]
+    panels = ["loss", *["accuracy"] * bool(accuracies), *["rate"] * bool(points("lr"))]
+    figure = Figure(figsize=(8, 3.2 + 1.4 * len(panels)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    if training:
-        axes.plot(*zip(*training, strict=True), color="C0", alpha=0.3, linewidth=0.8, label="training, one step")
-        axes.plot(*zip(*_smooth(training), strict=True), color="C0", label="training, smoothed")
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o-", color="C1", label="held-out")
-        step, loss = held_out[-1]
-        axes.annotate(f"{loss:.2f}", (step, loss), (0, -14), color="C1", ha="right", textcoords="offset points")
-    if frequencies:
-        axes.axhline(frequencies[-1][1], color="0.4", linestyle="--", label="held-out, token frequencies")
-    axes.set(xlabel="step", ylabel="loss (nats per predicted token)", title=title)
-    axes.grid(alpha=0.3)
-    if training or held_out or frequencies:
-        axes.legend()
+    heights = [3.5, *[1.4] * (len(panels) - 1)]
+    drawn = figure.subplots(len(panels), sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    axes = dict(zip(panels, drawn, strict=True))
+    _curve(axes["loss"], points("mlm_loss"), points("held_out/mlm_loss"), "C0", "", ".2f")
+    if frequencies := points("held_out/frequency_loss"):
+        axes["loss"].axhline(frequencies[-1][1], color="0.4", linestyle="--", label="held-out, token frequencies")
+    axes["loss"].set(ylabel="loss (nats per predicted token)", title=title)
+    for number, name in enumerate(accuracies):
+        what = {"mlm_accuracy": "words, ", "nsp_accuracy": "next sentence, ", "sop_accuracy": "sentence order, "}[name]
+        _curve(axes["accuracy"], points(name), points(f"held_out/{name}"), f"C{2 * number}", what, ".0%")
+    if "accuracy" in axes:
+        axes["accuracy"].set(ylabel="accuracy", ylim=(0, None))
+        axes["accuracy"].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 2 * len(accuracies), "frameon": False}
+        axes["accuracy"].legend(fontsize=8, **above)
+    if "rate" in axes:
+        axes["rate"].plot(*zip(*points("lr"), strict=True), color="0.3")
+        axes["rate"].set(ylabel="learning rate", ylim=(0, None))
+        axes["rate"].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    if axes["loss"].get_legend_handles_labels()[0]:
+        axes["loss"].legend()
+    longer = [step for (_, before), (step, after) in itertools.pairwise(points("seq_len")) if after > before]
+    for each in drawn:
+        each.grid(alpha=0.3)
+        for step in longer:
+            each.axvline(step, color="0.4", linestyle=":")
+    drawn[-1].set(xlabel="step")
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")
     files.write(path.parent, {path.name: picture.getvalue()})
+
+
+def _curve(
+    axes: Any, training: list[tuple[int, float]], held_out: list[tuple[int, float]], color: str, what: str, form: str
+) -> None:
+    """Training, as it was and smoothed, and held-out values, of which the last one is written beside its point."""
+    other = f"C{int(color[1:]) + 1}"
+    if training:
+        axes.plot(*zip(*training, strict=True), color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(*zip(*_smooth(training), strict=True), color=color, label=f"{what}training, smoothed")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", color=other, markersize=4, label=f"{what}held-out")
+        beside = (0, 6) if form.endswith("%") else (0, -14)  # losses fall, accuracies rise
+        last = f"{held_out[-1][1]:{form}}"
+        axes.annotate(last, held_out[-1], beside, color=other, ha="right", textcoords="offset points")
 
 
 def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -14,6 +14,7 @@ from fastbert.models.auto import PRETRAINING
 from fastbert.models.checkpoint import read_config as read_model_config
 from fastbert.ops import linear_timing
 from fastbert.pretrain.environment import environment
+from fastbert.pretrain.lamb import check_package, usual_lr
 from fastbert.pretrain.presets import LEARNING_RATES
 from fastbert.pretrain.settings import CONTINUED_LR, OWN, PretrainConfig
 from fastbert.pretrain.words import words_of
@@ -23,10 +24,12 @@ def new_run(config: PretrainConfig) -> PretrainConfig:
     """The settings of a new run, checked, before anything of it is written.
 
     Raises:
-        ValueError, TypeError, OSError: a setting or the corpus does not hold.
+        ValueError, TypeError, OSError: a setting or the corpus does not hold. ImportError: an optimizer's package is
+            missing.
     """
     config.check()
     check_environment()
+    check_package(config)
     check_texts(config)
     refuse_a_second_run(config.output)
     words_of(config, resume=False)
@@ -65,7 +68,9 @@ _DECIDED_BY_A_STORE = (
 def resumed_run(folder: Path) -> PretrainConfig:
     """The settings of the run in `folder`; raises as `check_environment`, `read_config` and `choose_linear`."""
     check_environment()
-    return with_choices(read_config(folder))
+    config = read_config(folder)
+    check_package(config)
+    return with_choices(config)
 
 
 def with_choices(config: PretrainConfig) -> PretrainConfig:
@@ -73,6 +78,8 @@ def with_choices(config: PretrainConfig) -> PretrainConfig:
     own = {"lr": LEARNING_RATES[config.model][config.preset]} | OWN[config.model]
     if config.init is not None:
         own = {"lr": CONTINUED_LR, "objective": own["objective"]}
+    if config.optimizer == "lamb":
+        own["lr"] = usual_lr(config.batch_tokens * config.accumulate / config.all_phases()[0].seq_len)
     given = {name: getattr(config, name) for name in own if getattr(config, name) is not None}
     return dataclasses.replace(config, **(own | given), linear=choose_linear(config))
 
@@ -117,7 +124,7 @@ _ADDED_LATER = {
     "masking": "token", "static_shapes": False, "inputs": "doc-sentences", "capture": False, "checkpoint_layers": False,
     "dictionary": None, "words": None, "init": None, "add_words": None, "rows_first": 0, "phases": None,
     "shard": False, "schedule": "linear", "decay": 0.2, "power": 1.0, "final_lr": 0.0, "task_type": None,
-    "store": None,
+    "store": None, "optimizer": "lazy_adam",
 }  # fmt: skip
 _NSP = {True: "mlm+nsp", False: "mlm"}  # the setting that was there before the objective
 

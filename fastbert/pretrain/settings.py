@@ -74,7 +74,7 @@ class PretrainConfig:
     static_shapes: bool = False
     """Give every batch the same shape, as CUDA graphs and compilers want it; less than a fiftieth of it is padding."""
     accumulate: int = 1
-    """Batches whose gradients are added up for one step."""
+    """Batches whose gradients are added up for one step; several processes share them out (docs/pretraining.md)."""
     objective: Objective | None = None
     """What to train beside the masked language model (mlm): nothing, next-sentence prediction (nsp), sentence-order
     prediction (sop); if not given mlm for RoBERTa, which has no other, mlm+sop for ALBERT, mlm+nsp for the others. clm
@@ -115,6 +115,9 @@ class PretrainConfig:
     """With --schedule polynomial: what is left of the run, to this power; 1 is linear."""
     final_lr: float = 0.0
     """The learning rate at the end, as a share of the highest."""
+    optimizer: Literal["lazy_adam", "lamb"] = "lazy_adam"
+    """LazyAdam, or LAMB for batches of thousands of sequences (--accumulate); lamb needs the package pytorch_optimizer,
+    and its --lr, if not given, is the paper's: 5e-3 for 32,768 sequences, and as the root of the batch."""
     weight_decay: float = 0.01
     """Decoupled; none on biases and LayerNorm."""
     beta2: float = 0.98
@@ -152,7 +155,7 @@ class PretrainConfig:
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     workers: int = 0
-    """Processes that prepare batches; 0 prepares them in the training process. The batches are the same."""
+    """Processes that prepare batches, of each training process; 0 prepares them there. The batches are the same."""
     device: str = "cpu"
     """Where to train, as torch names it."""
 
@@ -188,6 +191,8 @@ class PretrainConfig:
         expect(self.preset in presets, "preset", f"for model {self.model} one of {', '.join(presets)}", self.preset)
         if self.add_words is not None and self.init is None:
             raise ValueError("words are added to a folder's tokenizer: give --add-words with --init")
+        if self.optimizer == "lamb":
+            self._check_lamb()
         if self.rows_first and self.shard:
             raise ValueError("--rows-first trains one table, which --shard splits with all others: leave one out")
         if self.rows_first and self.add_words is None:
@@ -226,6 +231,17 @@ class PretrainConfig:
         if self.schedule == "wsd":
             rule = f"at most what warmup={self.warmup:g} leaves"
             expect(self.warmup + self.decay <= 1, "decay", rule, self.decay)
+
+    def _check_lamb(self) -> None:
+        rule = "all with optimizer lamb, which scales a step by the norm of the whole table"
+        expect(self.embedding_update == "all", "embedding_update", rule, self.embedding_update)
+        expect(self.rows_first == 0, "rows_first", "left out with optimizer lamb, likewise", self.rows_first)
+        expect(
+            not self.shard, "shard", "left out with optimizer lamb, which needs the norms of whole tables", self.shard
+        )
+        on_gpu = torch.device(self.device).type == "cuda"
+        rule = "false (--no-capture) with optimizer lamb, which counts its steps in Python, unseen by a CUDA graph"
+        expect(not (on_gpu and self.capture), "capture", rule, self.capture)
 
     def _check_lengths(self) -> None:
         """What `seq_len`, or the phases in its place, must hold to."""

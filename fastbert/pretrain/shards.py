@@ -37,8 +37,13 @@ def load(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
     state = _state_of(model, optimizer)
-    with _own_error():
-        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    try:
+        with _own_error():
+            dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    except (RuntimeError, ValueError) as error:
+        if "gloo" in str(error):  # another process has ended
+            raise
+        raise ValueError(f"{folder} holds another model or optimizer: {error}") from error
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 

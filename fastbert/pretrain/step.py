@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fastbert.backends.linear import use_linear
 from fastbert.capture import WARMUP, Captured, capture
@@ -15,8 +16,10 @@ from fastbert.models.inputs import IGNORED
 from fastbert.models.pretraining import PreTrainingModel
 from fastbert.models.working import WorkingCopy
 from fastbert.optim.lazy_adam import LazyAdam, decay_groups
+from fastbert.pretrain.accuracy import accuracies, hits
 from fastbert.pretrain.divergence import Watch
 from fastbert.pretrain.evaluate import forward
+from fastbert.pretrain.lamb import make_lamb
 from fastbert.pretrain.processes import Processes
 from fastbert.pretrain.settings import PretrainConfig
 from fastbert.pretrain.together import ALONE, Together
@@ -38,9 +41,10 @@ def train_step(
 
     The MLM loss is the mean over all tokens of the step that are predicted, the NSP or SOP loss over all its sequences,
     however they are spread over micro-batches and, with `together`, over processes. A mean over nothing is 0: [UNK] is
-    never predicted, so a step may have nothing to predict. `watch` sees the losses as step `number` before the
-    optimizer does. `working` computes in place of the model. `words`, int64 [R], are the ids whose embeddings move,
-    whatever config says. With micro-batches, lr and number on a GPU nothing waits for it, and the step can be captured.
+    never predicted, so a step may have nothing to predict. Accuracies come with the steps that are logged, and with all
+    that are captured. `watch` sees the losses as step `number` before the optimizer does. `working` computes in place
+    of the model. `words`, int64 [R], are the ids whose embeddings move, whatever config says. With micro-batches, lr
+    and number on a GPU nothing waits for it, and the step can be captured.
     """
     computes = model if working is None else working.model
     computes.train()
@@ -50,11 +54,15 @@ def train_step(
     pair_shares = [None] * len(micro)
     if pair(config):
         pair_shares = shares([batch.sentence_label for batch in micro], static, together)
-    mlm_loss, sentence_loss = [], []
+    mlm_loss, sentence_loss, found = [], [], []
+    captured = isinstance(number, Tensor)  # then steps are all alike
+    scored = captured or number % config.log_every == 0 or number == config.steps
     together.skip_before(computes.base_model, config.device)
     for batch, word_share, pair_share in zip(micro, word_shares, pair_shares, strict=True):
         with products(config, autocast=working is None):
             out = forward(computes, batch)
+        if scored:
+            found.append(hits(out, batch))
         losses = [out.mlm_loss if word_share is None else out.mlm_loss * word_share]
         mlm_loss += [losses[0].detach()]
         if pair(config):
@@ -73,6 +81,8 @@ def train_step(
     rows = None if words is None else {model.word_embeddings: words}
     norm, factor = optimizer.clip_factor(config.clip, rows=rows)
     record = {"loss": total(sums), "mlm_loss": sums[0], "lr": lr, "gradient_norm": norm}
+    if scored:
+        record |= accuracies(*together.sums([total(found)]), pair(config))
     if watch is not None:
         watch.see(number, record["loss"], norm)
     for group in optimizer.param_groups:
@@ -134,7 +144,8 @@ def make_step(
     On a GPU, where batches have one shape, that is a captured `train_step`, or with --no-capture one that differs in
     being launched anew each time.
     """
-    if config.shard or not (on_gpu(config) and config.static_shapes):
+    capturable = on_gpu(config) and config.static_shapes and config.optimizer != "lamb"
+    if config.shard or not capturable:
         together = Together(processes, config.accumulate, summed(model, config), model if config.shard else None)
         return lambda micro, lr, number: train_step(
             model, optimizer, micro, lr, config, watch, number, together=together
@@ -178,8 +189,10 @@ def pair(config: PretrainConfig) -> str:
     return config.objective.partition("+")[2]
 
 
-def make_optimizer(model: PreTrainingModel, config: PretrainConfig) -> LazyAdam:
+def make_optimizer(model: PreTrainingModel, config: PretrainConfig) -> LazyAdam | Optimizer:
     """BERT's own, with bias correction."""
+    if config.optimizer == "lamb":
+        return make_lamb(model, config.weight_decay, config.lr, config.beta2)
     return LazyAdam(decay_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, config.beta2), eps=1e-6)
 
 

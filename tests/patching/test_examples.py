@@ -138,6 +138,19 @@ def test_sentence_transformers(sections):
     torch.testing.assert_close(torch.from_numpy(names["vectors"]), torch.from_numpy(plain), atol=1e-5, rtol=0)
 
 
+def test_cross_encoders(readers_folder):
+    from sentence_transformers import CrossEncoder
+
+    model, pairs = (
+        CrossEncoder("bert-base-uncased", num_labels=1),
+        [("a quiet film", "loud"), ("a film", "a long night")],
+    )
+    theirs = model.predict(pairs)
+    ours = fastbert.patch(model).predict(pairs)
+    assert is_patched(model)
+    torch.testing.assert_close(torch.from_numpy(ours), torch.from_numpy(theirs), atol=1e-5, rtol=0)
+
+
 def test_peft(sections):
     """Adapters are computed on packed tokens, before patching or behind it, and they alone are trained."""
     names = sections["`peft`"]

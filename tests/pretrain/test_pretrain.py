@@ -1,7 +1,6 @@
 """What a run leaves, learns and exports, and how many steps it takes."""
 
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -13,9 +12,10 @@ import torch
 from pretrain_runs import losses
 
 from fastbert.models.bert import BertForPreTraining
-from fastbert.pretrain import loop, schedule, snapshot
 from fastbert.pretrain import run as runs
+from fastbert.pretrain import snapshot
 from fastbert.pretrain.loop import pretrain
+from fastbert.pretrain.processes import Processes
 from fastbert.pretrain.report import last_scores, read_metrics
 
 
@@ -91,7 +91,7 @@ def test_the_export_is_the_trained_model(finished):
 
 def a_second_a_step(monkeypatch, first=0):
     seconds = itertools.count(first)
-    monkeypatch.setattr(loop, "Progress", functools.partial(schedule.Progress, clock=lambda: float(next(seconds))))
+    monkeypatch.setattr(Processes, "clock", lambda self: float(next(seconds)))
 
 
 def test_minutes_are_kept_and_the_rate_follows_the_clock(settings, tmp_path, monkeypatch):

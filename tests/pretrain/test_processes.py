@@ -12,6 +12,9 @@ from pretrain_runs import assert_same_run, places
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from fastbert.models.bert import BertConfig, BertForPreTraining
+from fastbert.optim.lazy_adam import LazyAdam
+from fastbert.pretrain import shards, snapshot
 from fastbert.pretrain.loop import pretrain
 from fastbert.pretrain.processes import Processes, check_devices, joined
 from fastbert.pretrain.report import read_metrics
@@ -19,9 +22,10 @@ from fastbert.pretrain.stream import Stream
 
 CASES = {
     "plain": {},  # three micro-batches: one process has one of them, the other two
-    "touched": {"embedding_update": "touched", "accumulate": 2},
+    "touched": {"embedding_update": "touched", "accumulate": 2, "seq_len": 128, "phases": ["16:0.5", "32:0.5"]},
     "static": {"static_shapes": True, "embedding_update": "touched"},
     "shard": {"shard": True, "embedding_update": "touched", "accumulate": 6},  # of one process it is not split
+    "words": {"init": "COUNT plain/model", "vocab_size": 8192, "add_words": "words.txt", "rows_first": 3, "steps": 6},
 }
 
 
@@ -49,20 +53,26 @@ def end_well(processes):
             process.stdout.close()
 
 
+def of_run(settings, count):
+    return settings | ({"init": settings["init"].replace("COUNT", count)} if "init" in settings else {})
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, corpus):
     """Of runs by two processes, `two NAME`, the same by one, `one NAME`, and of some that were resumed."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "manual.txt").write_text(corpus.read_text()[:60_000])
+    (folder / "words.txt").write_text("yields\nexpression\n")
     names = "broken, 1", "broken, 2", "broken, 3", "one, then two", "shards, 1", "shards, 2", "shards, 3"
     resumed = [{"name": name, "resume": True} for name in names]
-    runs = [{"name": f"two {name}", "settings": settings} for name, settings in CASES.items()]
+    runs = [{"name": f"two {name}", "settings": of_run(settings, "two")} for name, settings in CASES.items()]
+    clocked = {"name": "by the clock", "settings": {"steps": None, "minutes": 0.02}}
     broken = {"name": "broken", "broken_off": 8}, {"name": "shards", "broken_off": 8, "settings": CASES["shard"]}
-    two = run_together(folder, 2, [*broken, *runs, resumed[1], resumed[3], resumed[5]])
+    two = run_together(folder, 2, [*broken, *runs, clocked, resumed[1], resumed[3], resumed[5]])
     three = run_together(folder, 3, [resumed[2], resumed[6]])
     try:
         for name, settings in CASES.items():
-            alone = settings | {"shard": False}
+            alone = of_run(settings, "one") | {"shard": False}
             pretrain(together.settings_of(folder, {"name": f"one {name}", "settings": alone}))
         shutil.copytree(folder / "one plain", folder / "one, then two")
         for step in (9, 12):
@@ -86,7 +96,8 @@ def assert_close_runs(ours, theirs):
     """Records of every step and held-out scores, and the exported weights, to rounding."""
     pairs = list(zip(read_metrics(ours / "metrics.jsonl"), read_metrics(theirs / "metrics.jsonl"), strict=True))
     for one, other in pairs:
-        one.pop("tokens_per_second", 0), other.pop("tokens_per_second", 0)
+        for name in ("tokens_per_second", "padding", "waiting", "mfu"):  # of the clock, or of the first process
+            one.pop(name, 0), other.pop(name, 0)
         assert one == pytest.approx(other, rel=1e-5)
     ours, theirs = (load_file(path / "model/model.safetensors") for path in (ours, theirs))
     for name, weight in ours.items():
@@ -111,6 +122,27 @@ def test_resumed_by_more_or_fewer_it_takes_the_same_steps(folder, name):
     said = (folder / "resumed.txt").read_text()
     assert said.count("resumed elsewhere than it was stopped, so not bit for bit the unbroken run: ") == 3
     assert "processes 2 -> 3" in said and "processes 1 -> 2" in said
+
+
+def test_a_run_by_the_clock_ends_in_all_at_once(folder):
+    assert read_metrics(folder / "by the clock/metrics.jsonl")[-1]["step"] > 0
+    assert (folder / "by the clock/model").exists()
+
+
+def test_damaged_shards_and_other_models_are_named(folder, tmp_path):
+    shutil.copytree(folder / "broken/snapshots", tmp_path / "snapshots")
+    newest = tmp_path / "snapshots/step-00000006"
+    model = BertForPreTraining(BertConfig.preset("mini", vocab_size=500))
+    with pytest.raises(ValueError, match=r"shards holds another model or optimizer: .*word_embeddings"):
+        shards.load(model, LazyAdam(model.parameters()), newest / "shards")
+    part = next((newest / "shards").glob("__1*"))
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"shards/{part.name} does not match the checksum.* snapshot of step 3"):
+        snapshot.load(tmp_path / "snapshots")
+    with pytest.raises(OSError, match=r"Not a directory|File exists"):
+        shards.save(model, LazyAdam(model.parameters()), part)
 
 
 class Numbers:

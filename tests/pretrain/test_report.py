@@ -2,6 +2,7 @@ import errno
 import json
 import math
 
+import matplotlib.figure
 import pytest
 
 from fastbert.pretrain.report import Metrics, last_scores, plot_loss, read_metrics, summary
@@ -97,11 +98,42 @@ def test_a_full_disk_is_named_with_the_file(tmp_path, monkeypatch):
     metrics.close()
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are drawn."""
+    figures, figure = [], matplotlib.figure.Figure
+    monkeypatch.setattr(
+        matplotlib.figure, "Figure", lambda *given, **named: figures.append(figure(*given, **named)) or figures[-1]
+    )
+    return figures
+
+
 @pytest.mark.parametrize("gaps", [False, True])
-def test_plot_is_a_picture(tmp_path, gaps):
-    records = [{"step": s, "mlm_loss": None if gaps and s % 3 else 8 - s / 10} for s in range(1, 20)]
+def test_plot_is_a_picture(tmp_path, drawn, gaps):
+    """A panel for all that was recorded, each value where it belongs, and lines where phases begin."""
+    records = [
+        {
+            "step": s, "mlm_loss": None if gaps and s % 3 else 8 - s / 10, "mlm_accuracy": s / 100, "sop_accuracy": 0.5,
+            "lr": 0.1 / s, "seq_len": 32 if s < 12 else 64,
+        }
+        for s in range(1, 20)
+    ]  # fmt: skip
     records.append({"step": 19, "held_out/mlm_loss": None if gaps else 6.3, "held_out/frequency_loss": 6.6})
     plot_loss(records, tmp_path / "loss.png", "title")
     assert (tmp_path / "loss.png").stat().st_size > 10_000
+    loss, accuracy, rate = drawn[0].axes
+    assert [axes.get_ylabel() for axes in drawn[0].axes] == [
+        "loss (nats per predicted token)",
+        "accuracy",
+        "learning rate",
+    ]
+    seen = [s for s in range(1, 20) if not (gaps and s % 3)]
+    assert list(loss.lines[0].get_xdata()) == seen and list(loss.lines[0].get_ydata()) == [8 - s / 10 for s in seen]
+    assert list(rate.lines[0].get_ydata()) == [0.1 / s for s in range(1, 20)]
+    names = [text.get_text() for text in accuracy.get_legend().get_texts()]
+    assert names == ["words, training, smoothed", "sentence order, training, smoothed"]
+    assert all(list(axes.lines[-1].get_xdata()) == [12, 12] for axes in drawn[0].axes), "longer sequences from there on"
+    assert [text.get_text() for text in loss.texts] == ([] if gaps else ["6.30"])
+
     plot_loss([], tmp_path / "loss.png", "nothing was recorded")
-    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG" and len(drawn[1].axes) == 1
