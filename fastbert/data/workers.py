@@ -19,8 +19,7 @@ from fastbert import extras
 from fastbert.signals import obey_the_parent_alone
 
 _ERRORS = {kind.__name__: kind for kind in (ValueError, TypeError, ImportError, OSError, MemoryError)}
-# One core each; and memory that is free goes back to the system, a third of what a process would keep for a twentieth of
-# its speed.
+# One core each; and free memory goes back to the system, which saves a third of it for a twentieth of the speed.
 _ALONE = {
     "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 24),
