@@ -156,37 +156,36 @@ def test_the_bytes_do_not_depend_on_how_many_write_them(store, corpus, tokenizer
 
 
 WRITE = """
-import sys
+import os, signal, sys, time
 from pathlib import Path
-from fastbert.data import Reading, load_tokenizer, prepare_store
-store, corpus, tokenizer, shard = sys.argv[1:]
-print(flush=True)
+from fastbert.data import Reading, load_tokenizer, prepare_store, workers
+store, corpus, tokenizer, shard, shards, seconds = sys.argv[1:]
+in_processes = workers.on_this_machine
+
+def killed(*arguments):
+    for number, result in enumerate(in_processes(*arguments)):
+        if number == int(shards):
+            time.sleep(float(seconds))
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield result
+
+workers.on_this_machine = killed
 prepare_store(Path(store), Path(corpus), Reading(), load_tokenizer(tokenizer), held_out=0.1, shard_bytes=int(shard),
               processes=2, progress=False)
 """
 
 
 def killed_and_resumed(store, corpus, folder, kills, shard, seed):
-    """Kills the process that writes a store at random moments, until it ends before it is killed."""
-    wait, left = random.Random(seed), kills
-    while True:
-        command = [sys.executable, "-c", WRITE, folder, corpus, store / "tokenizer", str(shard)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
-        process.stdout.readline()
-        if left:
-            begun = len(list(folder.glob("0*")))
-            deadline = time.monotonic() + wait.uniform(0, 1.5)
-            while time.monotonic() < deadline or (left % 2 and len(list(folder.glob("0*"))) == begun):
-                time.sleep(0.01)
-                if process.poll() is not None:
-                    break
-            process.kill()
-        process.stdout.close()
-        status = process.wait()
+    """How often the process that writes a store was killed, at random moments while its two processes were writing."""
+    chance = random.Random(seed)
+    for killed in range(kills + 1):
+        moment = (chance.randrange(3), chance.uniform(0, 0.02)) if killed < kills else (-1, 0)
+        command = [sys.executable, "-c", WRITE, folder, corpus, store / "tokenizer", str(shard), *map(str, moment)]
+        status = subprocess.run(command, check=False).returncode
         if status == 0:
-            return kills - left
+            return killed
         assert status == -signal.SIGKILL
-        left -= 1
+    raise AssertionError("it did not end")
 
 
 def test_killed_and_resumed_it_has_the_same_bytes(store, corpus, tmp_path):
@@ -223,7 +222,7 @@ def test_a_cluster_of_which_a_worker_is_killed_writes_the_same_bytes(corpus, tok
             running.append(subprocess.Popen([*dask[1], "--scheduler-file", file, *options], **quiet))
         address = json.loads(file.read_text())["address"]
         program = WRITE.replace("processes=2", f"scheduler={address!r}")
-        arguments = tmp_path / "store", corpus, tmp_path / "once/tokenizer", "4000"
+        arguments = tmp_path / "store", corpus, tmp_path / "once/tokenizer", "4000", "-1", "0"
         writing = subprocess.Popen([sys.executable, "-c", program, *arguments])
         while not list((tmp_path / "store").glob("0*")):
             assert writing.poll() is None
