@@ -17,7 +17,8 @@ TEXTS = ["The yield expression is used when defining a generator.", "A class."]
 @pytest.mark.parametrize(
     ("model", "kind", "tokenizer", "losses"),
     [("roberta", "RobertaForMaskedLM", "RobertaTokenizer", set()),
-     ("ernie", "ErnieForPreTraining", "BertTokenizer", {"nsp_loss", "nsp_accuracy", "held_out/nsp_loss", "held_out/nsp_accuracy"})],
+     ("ernie", "ErnieForPreTraining", "BertTokenizer",
+      {"nsp_loss", "nsp_accuracy", "held_out/nsp_loss", "held_out/nsp_accuracy"})],
 )  # fmt: skip
 def test_raw_text_becomes_a_folder_of_transformers(settings, tmp_path, capsys, model, kind, tokenizer, losses):
     transformers = pytest.importorskip("transformers")
