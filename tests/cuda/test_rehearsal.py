@@ -29,7 +29,7 @@ def test_a_step_waits_for_nothing(alone, settings):
 
 
 def test_a_step_of_two_processes_waits_for_nothing(alone):
-    """They exchange how many labels count, the gradients of one bucket, losses, ids of rows and the rows: no more."""
+    """They exchange counts of labels, one bucket of gradients, losses, ids of rows, the rows, right predictions."""
     launches, _ = alone(
         rehearsed.pretraining_step, "tiny", 100, 4, 16, 30, embedding_update="touched", accumulate=2, count=2
     )
@@ -38,7 +38,7 @@ def test_a_step_of_two_processes_waits_for_nothing(alone):
     ids = 100 + 16  # of each process: input and labels; of a gathering its own and those of both
     assert exchanges == [
         *[("allreduce_", 8)] * 2, ("allreduce_", 4 * parameters), ("allreduce_", 2 * 4), ("allgather_", 3 * ids * 8),
-        ("allreduce_", 2 * ids * 128 * 4),
+        ("allreduce_", 2 * ids * 128 * 4), ("allreduce_", 4 * 8),
     ]  # fmt: skip
 
 
