@@ -44,10 +44,10 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(settings, finished, tmp_pat
     config = dataclasses.replace(settings, output=tmp_path / "killed")
     take = step.train_step
 
-    def killed_at_7(*arguments):
+    def killed_at_7(*arguments, **named):
         if arguments[6] == 7:
             raise KeyboardInterrupt
-        return take(*arguments)
+        return take(*arguments, **named)
 
     monkeypatch.setattr(step, "train_step", killed_at_7)
     with pytest.raises(KeyboardInterrupt):
