@@ -40,7 +40,7 @@ def rows():
         objective="mlm", inputs="full-sentences",
     )  # fmt: skip
     batch = batches[0]
-    assert len(batches) == 1 and len(batch.cu_seqlens) > DOCUMENTS > len(batches.order), "a row has several documents"
+    assert len(batches) == 1 and len(batch.cu_seqlens) > DOCUMENTS > batches.count, "a row has several documents"
     return batch
 
 
