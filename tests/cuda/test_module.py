@@ -204,7 +204,10 @@ def test_the_contract_is_read_from_its_header():
     assert list(pointers) == ["q", "k", "v", "cu_seqlens", "seed", "dout", "out", "lse", "dqkv", "scratch"]
     assert [name for name, use in pointers.items() if use is not None] == ["dqkv", "scratch"]
     step = {field.name: field.use for field in emulated_backend.contract()["lazy_adam_step"] if field.is_pointer}
-    assert {name for name, use in step.items() if use is emulated.InOut} == emulated_backend.IN_PLACE - {"last_step", "dtable"}
+    assert {name for name, use in step.items() if use is emulated.InOut} == emulated_backend.IN_PLACE - {
+        "last_step",
+        "dtable",
+    }
     assert step["grad"] is None and step["scratch"] is emulated.Output
 
 
