@@ -4,8 +4,7 @@ The update itself is an op (`fastbert.ops.lazy_adam`); here are parameter groups
 gradients, state, plans and missed steps have a file each. Everything is checked before anything is changed.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
@@ -17,12 +16,12 @@ from fastbert.backends.lazy_adam import can_plan
 from fastbert.ops.lazy_adam import check, has_plans
 from fastbert.optim import gradients, replay, state
 from fastbert.optim.gradients import Gradient, Rows
+from fastbert.optim.missed import MissedSteps
 from fastbert.optim.options import (
     DEFAULTS,
     Formula,
     check_choices,
     check_options,
-    check_padding_idx,
     check_param,
     check_touched,
     choices_of,
@@ -35,7 +34,7 @@ from fastbert.optim.scaling import Scaling, scaling_of
 from fastbert.optim.shards import first_row, is_shard, local, spread
 
 
-class LazyAdam(Optimizer):
+class LazyAdam(MissedSteps, Optimizer):
     """AdamW that moves only the rows a batch touched: weight, both moments and weight decay.
 
     **`weight_decay` is 0.0 unless given, not AdamW's 0.01.** It is decoupled, as in AdamW, and a row decays when it is
@@ -144,7 +143,6 @@ class LazyAdam(Optimizer):
         self._copies: dict[Tensor, Tensor] = {}  # in bfloat16, of some parameters
         self._checked: list[tuple] = []  # of each group, the options that were found to hold
         self._forget_plans()
-        self.is_raw = False
         super().__init__(params, defaults)
 
     @classmethod
@@ -374,66 +372,6 @@ class LazyAdam(Optimizer):
             self._forget_plans()
         return self._copies[param]
 
-    # ---- missed steps ----------------------------------------------------------------------------------------------
-
-    def attach(self, embedding: nn.Module) -> None:
-        """Ties an `nn.Embedding` or `nn.EmbeddingBag` to this optimizer.
-
-        Its `padding_idx` never moves. With `missed="replay"` rows are brought up to date before the module reads them,
-        and all of them before its `state_dict()` and `load_state_dict()`, except within `raw()`.
-
-        Raises:
-            ValueError: its weight is not this optimizer's, or its padding_idx is not a row.
-            TypeError: it is no embedding.
-        """
-        if not isinstance(getattr(embedding, "weight", None), Tensor) or not hasattr(embedding, "padding_idx"):
-            raise TypeError(f"attach takes an nn.Embedding or nn.EmbeddingBag, got {type(embedding)}")
-        group = self._group_of(embedding.weight)
-        check_padding_idx(embedding.padding_idx, embedding.weight)
-        if embedding.padding_idx is not None:
-            self._padding[embedding.weight] = embedding.padding_idx
-            self._forget_plans()
-        if group["missed"] == "replay":
-            hook = replay.Hook(self)
-            embedding.register_forward_pre_hook(hook.before_forward, with_kwargs=True)
-            embedding.register_state_dict_pre_hook(hook.before_state_dict)
-            embedding.register_load_state_dict_pre_hook(hook.before_load)
-
-    @torch.no_grad()
-    def catch_up(self, param: Tensor, ids: Tensor | None = None) -> None:
-        """Brings rows of a parameter, or all, to the last step; nothing to do unless `missed="replay"`.
-
-        Args:
-            ids: of any shape and integer type.
-
-        Raises:
-            ValueError: ids outside the table, or a parameter that is not this optimizer's.
-            TypeError: ids that are not an integer tensor.
-            RuntimeError: a row to be brought has a gradient already, which was computed from where it stood before.
-        """
-        group = self._group_of(param)
-        rows = None if ids is None else gradients.row_ids(ids, param)
-        its, padding_idx = self.state.get(param, {}), self._padding_idx(param, group)
-        replay.check_unread(param, its, rows, padding_idx)
-        replay.catch_up(param, its, rows, padding_idx)
-
-    def flush(self) -> None:
-        """Brings all rows of all parameters to the last step."""
-        for param in self._parameters():
-            self.catch_up(param)
-
-    @contextlib.contextmanager
-    def raw(self) -> Iterator[None]:
-        """Within the block, `state_dict()` of an attached module does not bring its rows up to date.
-
-        For checkpoints to resume from, together with this optimizer's state: both are as they stand.
-        """
-        before, self.is_raw = self.is_raw, True
-        try:
-            yield
-        finally:
-            self.is_raw = before
-
     def _parameters(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 
@@ -457,7 +395,6 @@ class LazyAdam(Optimizer):
         return {**super().__getstate__(), "_padding": self._padding}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.setdefault("is_raw", False)
         self._checked, self._copies = [], {}
         self._forget_plans()
         super().__setstate__(state)
