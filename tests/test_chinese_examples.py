@@ -103,12 +103,17 @@ def test_a_file_of_a_package_is_what_it_was(tmp_path, monkeypatch):
 
     commands = []
     monkeypatch.setattr(corpora.subprocess, "run", lambda command, check: commands.append(command))
-    corpora.pretrain(tmp_path / "run", tmp_path / "corpus.txt", words="spaces", bf16=False, batch_tokens=64)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/config.json").write_text(json.dumps({}))
-    corpora.pretrain(tmp_path / "run", tmp_path / "corpus.txt", words="spaces")
-    (tmp_path / "run/model").mkdir()
-    assert corpora.pretrain(tmp_path / "run", tmp_path / "corpus.txt") == tmp_path / "run/model"
-    start = [sys.executable, "-m", "fastbert", "pretrain", "--output", str(tmp_path / "run")]
-    given = ["--corpus", str(tmp_path / "corpus.txt"), "--words", "spaces", "--no-bf16", "--batch-tokens", "64"]
-    assert commands == [[*start, *given], [*start, "--resume"]]
+    options = corpora.arguments("").parse_args(["--output", str(tmp_path), "--steps", "9", "--batch-tokens", "64"])
+    run, text = tmp_path / "word-tiny-9-seed3", tmp_path / "corpus.txt"
+    corpora.pretrain(options, text, "word", 3, words="spaces")
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({}))
+    corpora.pretrain(options, text, "word", 3, words="spaces")
+    (run / "model").mkdir()
+    assert corpora.pretrain(options, text, "word", 3) == run / "model"
+    start = [sys.executable, "-m", "fastbert", "pretrain", "--output", str(run)]
+    given = (
+        f"--corpus {text} --words spaces --masking word --objective mlm --preset tiny --seq-len 48 --dropout 0 "
+        "--batch-tokens 64 --no-bf16 --steps 9 --lr 0.003 --seed 3"
+    )
+    assert commands == [[*start, *given.split(" ")], [*start, "--resume"]]
