@@ -93,6 +93,24 @@ def json_text(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, indent=indent, allow_nan=False, default=os.fspath)
 
 
+def json_object(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; ValueError where that is no object, OSError, naming it, where it cannot be read."""
+    with naming(path):
+        content = path.read_bytes()
+    value = json.loads(content)
+    if not isinstance(value, dict):
+        raise ValueError("it is no JSON object")
+    return value
+
+
+def json_object_or_none(path: Path) -> dict[str, Any] | None:
+    """What a JSON file holds; None where it is missing or damaged."""
+    try:
+        return json_object(path)
+    except (OSError, ValueError):
+        return None
+
+
 def flush(path: str | os.PathLike) -> None:
     """Waits until a file's or folder's content is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -93,7 +93,7 @@ def prepare_store(
     store, corpus = store.resolve(), corpus.resolve()
     vocabulary = Vocabulary.of(tokenizer, words)
     before = read_index(store) if is_store(store) else None
-    plan = _read_json(store / PLAN)
+    plan = files.json_object_or_none(store / PLAN)
     if before is not None and plan is not None and len(before["shards"]) > plan["first"]:
         (store / PLAN).unlink()  # the call before ended, but for this
         return
@@ -167,7 +167,7 @@ def read_index(folder: Path) -> dict[str, Any]:
             if (folder / PLAN).is_file()
             else f"{folder} holds no token store ({STORE} is missing): write one with fastbert prepare"
         )
-    index = _read_json(folder / STORE)
+    index = files.json_object_or_none(folder / STORE)
     if index is None or not {"format", "made", "shards", "corpora", "counts"} <= index.keys():
         raise ValueError(f"{folder / STORE} is damaged: delete the folder and prepare the store again")
     if index["format"] != FORMAT:
@@ -395,12 +395,3 @@ def _finish(
     }
     files.write(store, {COUNTS: counts.tobytes(), STORE: (files.json_text(index, indent=1) + "\n").encode()})
     (store / PLAN).unlink()
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """What a file says; None where it is missing or damaged."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None

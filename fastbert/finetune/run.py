@@ -52,12 +52,8 @@ def read_config(folder: Path) -> FinetuneConfig:
             f"the run in {folder} has ended, its model is {folder / 'model'}: to train longer, start a new run in "
             "another --output"
         )
-    with files.naming(path):
-        content = path.read_bytes()
     try:
-        stored = json.loads(content)
-        if not isinstance(stored, dict):
-            raise ValueError("it is no JSON object")
+        stored = files.json_object(path)
         names = {field.name for field in dataclasses.fields(FinetuneConfig)}
         stored = {name: value for name, value in stored.items() if name in names} | {"output": folder}
         if missing := sorted(names - stored.keys()):

@@ -6,7 +6,6 @@ all; so what stands there belongs to it, and a second try makes only what is mis
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -98,7 +97,7 @@ def _finished(data_at: Path) -> bool:
 
 def _from_store(config: PretrainConfig, resume: bool) -> tuple[Tokenizer, TokenStore, TokenStore]:
     """Tokenizer and stores of `config.store`; a resumed run has the shards that it began with."""
-    made = (_read(config.output) or {}) if resume else {}
+    made = (files.json_object_or_none(config.output / MADE_OF) or {}) if resume else {}
     stores = open_stores(config.store, made.get("shards"))
     tokenizer = read_tokenizer(config.store) if config.init is None else extended_tokenizer(config)
     for store in stores:
@@ -211,7 +210,7 @@ def _say_unknown(tokenizer: Tokenizer, stores: tuple[TokenStore, ...]) -> None:
 
 
 def _discard_what_differs(config: PretrainConfig, words: Words | None, tokenizer_at: Path, data_at: Path) -> None:
-    now, then = made_of(config, words), _read(config.output)
+    now, then = made_of(config, words), files.json_object_or_none(config.output / MADE_OF)
     copied = [] if config.init is None else [config.output / COPY]
     if then is None and (found := [str(path) for path in (tokenizer_at, data_at, *copied) if path.exists()]):
         raise ValueError(
@@ -228,7 +227,7 @@ def _discard_what_differs(config: PretrainConfig, words: Words | None, tokenizer
 
 
 def _expect_same_corpus(config: PretrainConfig, words: Words | None) -> None:
-    now, then = made_of(config, words), _read(config.output)
+    now, then = made_of(config, words), files.json_object_or_none(config.output / MADE_OF)
     if then is None or then.get("corpus") != now["corpus"]:
         gone = f"{config.output} lacks its tokenizer/ or data/"
         before = f"no readable {MADE_OF} says what it was made of" if then is None else f"was {then.get('corpus')}"
@@ -243,12 +242,3 @@ def _expect_same_corpus(config: PretrainConfig, words: Words | None) -> None:
             f"numbers: this version draws others, by contract {CONTRACT}. Put it back as it was, or start a new run in "
             "another --output"
         )
-
-
-def _read(folder: Path) -> dict[str, Any] | None:
-    """What `corpus.json` says; None where it is missing or damaged."""
-    try:
-        content = json.loads((folder / MADE_OF).read_text())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None

@@ -1,7 +1,6 @@
 """A run's beginning and its folder: what is checked before anything is written, and config.json."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
@@ -141,12 +140,8 @@ def read_config(folder: Path) -> PretrainConfig:
             f"{folder} holds no run to resume: there is no {path}. A run that ended before its data was ready is "
             "started again without --resume, and reuses what is good"
         )
-    with files.naming(path):
-        content = path.read_bytes()
     try:
-        stored = json.loads(content)
-        if not isinstance(stored, dict):
-            raise ValueError("it is no JSON object")
+        stored = files.json_object(path)
         stored.pop("environment", None)
         if "nsp" in stored and "objective" not in stored:
             stored["objective"] = _NSP.get(stored.pop("nsp"))
