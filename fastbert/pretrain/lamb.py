@@ -49,10 +49,14 @@ def make_lamb(model: PreTrainingModel, weight_decay: float, lr: float, beta2: fl
             return norm_and_factor(self._parameters(), max_norm)
 
         @torch.no_grad()
-        def step(self, *, rows: None = None, grad_factor: Tensor) -> None:
-            """A step by the gradients, which become `grad_factor` times as large."""
-            gradients = [param.grad for param in self._parameters() if param.grad is not None]
-            torch._foreach_mul_(gradients, grad_factor)
+        def step(self, closure: None = None, *, rows: None = None, grad_factor: Tensor | None = None) -> None:
+            """A step by the gradients, which become `grad_factor` times as large.
+
+            Without one `torch.distributed.checkpoint` steps, to have the state made that it reads into.
+            """
+            if grad_factor is not None:
+                gradients = [param.grad for param in self._parameters() if param.grad is not None]
+                torch._foreach_mul_(gradients, grad_factor)
             super().step()
 
         def _parameters(self) -> list[Tensor]:

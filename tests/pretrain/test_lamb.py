@@ -9,7 +9,7 @@ import torch
 from pretrain_runs import assert_same_run, bad
 
 from fastbert.models.bert import BertConfig, BertForPreTraining
-from fastbert.pretrain import lamb
+from fastbert.pretrain import lamb, shards
 from fastbert.pretrain import run as runs
 from fastbert.pretrain.loop import pretrain
 
@@ -43,6 +43,31 @@ def test_steps_are_those_of_the_paper():
         optimizer.step(grad_factor=factor)
         for param, x in truth.items():
             torch.testing.assert_close(param.detach().double(), x, rtol=1e-4, atol=1e-5)
+
+
+def test_what_several_processes_wrote_is_read(tmp_path):
+    """The state that `torch.distributed.checkpoint` has made for it becomes the one written, and steps go on alike."""
+    sizes, trained = BertConfig.preset("tiny", vocab_size=50, num_hidden_layers=1), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = BertForPreTraining(sizes)
+        trained.append((model, lamb.make_lamb(model, 0.1, 0.05, 0.98)))
+
+    def step(model, optimizer):
+        torch.manual_seed(2)
+        for param in model.parameters():
+            param.grad = torch.randn_like(param)
+        optimizer.step(grad_factor=optimizer.clip_factor(1.0)[1])
+        optimizer.zero_grad()
+
+    step(*trained[0])
+    shards.save(*trained[0], tmp_path / "shards")
+    shards.load(*trained[1], tmp_path / "shards")
+    for each in trained:
+        step(*each)
+    weights, theirs = (model.state_dict() for model, _ in trained)
+    assert all(torch.equal(weight, theirs[name]) for name, weight in weights.items())
+    assert [group["step"] for group in trained[1][1].param_groups] == [2, 2]
 
 
 def test_a_run_learns_and_resumes_bit_for_bit(settings, tmp_path):
@@ -84,6 +109,8 @@ def test_what_lamb_cannot_is_refused(settings, tmp_path, capsys, monkeypatch):
     own = dataclasses.replace(settings, optimizer="lamb")
     with pytest.raises(ValueError, match="rows_first must be left out with optimizer lamb"):
         dataclasses.replace(own, init=tmp_path, add_words=tmp_path, rows_first=5).check()
+    with pytest.raises(ValueError, match="shard must be left out with optimizer lamb"):
+        dataclasses.replace(own, shard=True).check()
     with pytest.raises(ValueError, match=r"capture must be false \(--no-capture\) with optimizer lamb, which counts"):
         dataclasses.replace(own, device="cuda").check()
 
