@@ -45,9 +45,10 @@ def take_settings(config: PretrainConfig) -> PretrainConfig:
     if config.task_type is not None and not getattr(sizes, "use_task_id", False):
         raise ValueError(f"the model in {config.init} has no task types (use_task_id): leave --task-type out")
     extended_tokenizer(config)
-    if config.seq_len > longest:
+    seq_len = max(phase.seq_len for phase in config.all_phases())
+    if seq_len > longest:
         raise ValueError(
-            f"seq_len must be at most what the model in {config.init} takes, {longest} tokens, got {config.seq_len}"
+            f"seq_len must be at most what the model in {config.init} takes, {longest} tokens, got {seq_len}"
         )
     return dataclasses.replace(config, model=kind.names.model_type, max_position_embeddings=longest)
 

@@ -117,6 +117,14 @@ def test_the_folder_decides_sizes_and_dropout(going_on, tmp_path, recwarn):
     stored = json.loads((plain.output / "config.json").read_text())
     assert (stored["model"], stored["lr"], stored["objective"]) == ("bert", 1e-4, "mlm+nsp")
 
+    short = tmp_path / "short"
+    sizes = dataclasses.replace(model.config, max_position_embeddings=64)
+    BertForPreTraining(sizes).save_pretrained(short, going_on.init)
+    phases = {"init": short, "seq_len": PretrainConfig.seq_len, "steps": 2}  # which is longer, and not what counts
+    init.take_settings(dataclasses.replace(plain, phases=("16:0.5", "64:0.5"), **phases)).check()
+    with pytest.raises(ValueError, match=r"at most what the model in .*short takes, 64 tokens, got 65"):
+        init.take_settings(dataclasses.replace(plain, phases=("65:0.5", "16:0.5"), **phases))
+
 
 def test_what_does_not_hold_gets_a_sentence(going_on, tmp_path, capsys, monkeypatch):
     def said(*arguments, corpus=going_on.corpus, folder=going_on.init):
