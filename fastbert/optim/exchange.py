@@ -32,6 +32,9 @@ class SummedGradients:
         params: the same in every process. Those without a gradient are left out, in all processes alike.
         group: the process group; None for the default one.
         bucket: bytes from which a bucket is full.
+
+    Raises:
+        TypeError: a gradient that is not dense, when `exchange` ends.
     """
 
     def __init__(
@@ -88,6 +91,11 @@ def _in_buckets(params: Iterable[Tensor], size: int) -> list[list[Tensor]]:
     """Neighbours of one dtype and device together, until they have `size` bytes."""
     buckets, last, room = [], None, 0
     for param in params:
+        if param.grad.layout is not torch.strided:
+            raise TypeError(
+                f"SummedGradients adds up dense gradients, got a {param.grad.layout} one of shape {list(param.shape)}: "
+                "leave that parameter out, and exchange it by all_gather_rows"
+            )
         kind = param.grad.dtype, param.grad.device
         if kind != last or room <= 0:
             buckets.append([])

@@ -193,6 +193,13 @@ def test_gradients_are_those_of_all_batches(results):
                 assert one is other is None
 
 
+def test_sums_refuse_a_sparse_gradient():
+    table = nn.Embedding(5, 2, sparse=True)
+    says = pytest.raises(TypeError, match=r"got a torch\.sparse_coo one of shape \[5, 2\]: leave that parameter out")
+    with says, SummedGradients(table.parameters()).exchange():
+        table(torch.tensor([1])).sum().backward()
+
+
 def some_rows(rank, fixed_size):
     param = nn.Parameter(torch.zeros(6, 2))
     param.grad = torch.full((6, 2), 10.0**rank) * torch.arange(6.0).unsqueeze(1)
