@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastbert.pretrain import snapshot
-from fastbert.pretrain.processes import Processes
+from fastbert.pretrain.processes import ALONE, Processes
 from fastbert.pretrain.settings import PretrainConfig
 
 
@@ -50,7 +50,7 @@ class Watch:
             if not math.isfinite(scores.get(name, 0.0)):
                 raise self._diverged(step, f"the held-out {name} after it is {scores[name]:g}")
 
-    def state(self, step: int, state: dict[str, Any], processes: Processes = snapshot.ALONE) -> None:
+    def state(self, step: int, state: dict[str, Any], processes: Processes = ALONE) -> None:
         """What a snapshot after step `step` is to hold; where processes hold different parts, all look at theirs."""
         name = next(filter(None, processes.gathered(snapshot.not_finite(state))), None)
         if name is not None:

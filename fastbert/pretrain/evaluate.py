@@ -12,7 +12,7 @@ from fastbert.data.batches import Batch, PretrainBatches
 from fastbert.data.tokenizer import continuations, is_wide, special_ids
 from fastbert.models.pretraining import Predictions, PreTrainingModel
 from fastbert.ops.cross_entropy import cross_entropy
-from fastbert.pretrain.processes import Processes
+from fastbert.pretrain.processes import ALONE, Processes
 
 RARE_SHARE = 0.1  # the rarest words that together make up this share of the training text
 
@@ -58,7 +58,7 @@ def evaluate(
     frequencies: Frequencies,
     device: str,
     pairs_are: str = "nsp",
-    processes: Processes = Processes(),  # noqa: B008 - it is frozen
+    processes: Processes = ALONE,
 ) -> dict[str, float]:
     """Scores over the first `count` batches (all, where there are fewer), without dropout.
 

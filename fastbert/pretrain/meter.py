@@ -95,7 +95,6 @@ class Meter:
             self.places += tokens + -tokens % self.rounded_to
             self.filled += batch.filled_tokens
             self.operations += work(batch, self.model_config)
-        return micro
 
     def used(self, tokens: int) -> dict[str, float]:
         """Since the start: tokens a second of all processes, `tokens` by now; and of this one `padding` of the tokens

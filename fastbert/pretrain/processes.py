@@ -117,6 +117,14 @@ class Processes:
         return stop
 
 
+ALONE = Processes()
+
+
+def backend() -> str:
+    """Of torch.distributed: what exchanges tensors on the CPU, and where there are GPUs those on them."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[Processes]:
     """The processes that torchrun's environment variables name, connected within the block; one alone without them.
@@ -134,16 +142,15 @@ def joined() -> Iterator[Processes]:
         return
     rank, count, local = (_variable(name, usual) for name, usual in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if count == 1:
-        yield Processes()
+        yield ALONE
         return
     if not 0 <= rank < count:
         raise ValueError(f"RANK is a process's number among WORLD_SIZE: expected 0 to {count - 1}, got {rank}")
     store, *_ = next(rendezvous("env://"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local % torch.cuda.device_count())
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     dist.init_process_group(
-        backend, store=dist.PrefixStore("fastbert", store), rank=rank, world_size=count, timeout=TIMEOUT
+        backend(), store=dist.PrefixStore("fastbert", store), rank=rank, world_size=count, timeout=TIMEOUT
     )
     processes = Processes(rank, count)
     try:

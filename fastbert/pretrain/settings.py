@@ -177,16 +177,11 @@ class PretrainConfig:
         for name, (low, high) in _INTEGERS.items():
             value = getattr(self, name)
             holds = type(value) is int and low <= value <= high
-            expect(
-                holds or (name in ("steps", "task_type") and value is None),
-                name,
-                f"an integer from {low} to {high}",
-                value,
-            )
+            expect(holds or (value is None and name in _OPTIONAL), name, f"an integer from {low} to {high}", value)
         for name, (rule, holds) in _NUMBERS.items():
             value = getattr(self, name)
             number = type(value) in (int, float) and holds(value)
-            expect(number or (name in ("lr", "minutes", "dropout") and value is None), name, rule, value)
+            expect(number or (value is None and name in _OPTIONAL), name, rule, value)
         presets = PRETRAINING[self.model].config_class.presets
         expect(self.preset in presets, "preset", f"for model {self.model} one of {', '.join(presets)}", self.preset)
         if self.add_words is not None and self.init is None:
@@ -198,9 +193,8 @@ class PretrainConfig:
         if self.rows_first and self.add_words is None:
             raise ValueError("the rows to train first are those of new words: give --rows-first with --add-words")
         if self.task_type is not None and self.init is None:
-            expect(
-                self.model == "ernie", "task_type", "left out but for model ernie, which has task types", self.task_type
-            )
+            rule = "left out but for model ernie, which has task types"
+            expect(self.model == "ernie", "task_type", rule, self.task_type)
         words_alone = PRETRAINING[self.model].sentence_label is None
         rule = f"mlm or clm for model {self.model}, which has no head for pairs of texts"
         expect(not words_alone or self.objective in (None, "mlm", "clm"), "objective", rule, self.objective)
@@ -236,9 +230,8 @@ class PretrainConfig:
         rule = "all with optimizer lamb, which scales a step by the norm of the whole table"
         expect(self.embedding_update == "all", "embedding_update", rule, self.embedding_update)
         expect(self.rows_first == 0, "rows_first", "left out with optimizer lamb, likewise", self.rows_first)
-        expect(
-            not self.shard, "shard", "left out with optimizer lamb, which needs the norms of whole tables", self.shard
-        )
+        rule = "left out with optimizer lamb, which needs the norms of whole tables"
+        expect(not self.shard, "shard", rule, self.shard)
         on_gpu = torch.device(self.device).type == "cuda"
         rule = "false (--no-capture) with optimizer lamb, which counts its steps in Python, unseen by a CUDA graph"
         expect(not (on_gpu and self.capture), "capture", rule, self.capture)
@@ -277,6 +270,7 @@ OWN = {
 # Continued pretraining's usual rate: Gururangan et al., "Don't stop pretraining" (2020).
 CONTINUED_LR = 1e-4
 
+_OPTIONAL = "steps", "minutes", "lr", "dropout", "task_type"
 _MANY = 2**31 - 1  # the largest int32
 _INTEGERS = {  # setting: lowest and highest value
     "vocab_size": (64, LARGEST_VOCABULARY),

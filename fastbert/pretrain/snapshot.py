@@ -21,9 +21,8 @@ from torch import Tensor
 
 from fastbert import files
 from fastbert.optim.shards import local
-from fastbert.pretrain.processes import Processes
+from fastbert.pretrain.processes import ALONE, Processes
 
-ALONE = Processes()
 SHARDS, SHARDED = "shards", ("model", "optimizer")  # their folder, and what is in it
 
 
@@ -145,9 +144,8 @@ def not_finite(state: Any, name: str = "") -> str | None:
         state = local(state)
         if not state.is_floating_point() or not state.numel():
             return None
-        return (
-            None if all(extreme.isfinite() for extreme in state.aminmax()) else name
-        )  # NaN is both: one pass, no copy
+        are_finite = all(extreme.isfinite() for extreme in state.aminmax())  # NaN is both: one pass, no copy
+        return None if are_finite else name
     if isinstance(state, float):
         return None if math.isfinite(state) else name
     if isinstance(state, (list, tuple)):

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from fastbert.models.auto import PRETRAINING
 from fastbert.models.encoder import Layer
 from fastbert.models.pretraining import PreTrainingModel
+from fastbert.pretrain.processes import backend
 from fastbert.pretrain.settings import PretrainConfig
 
 
@@ -54,8 +55,7 @@ def group_of_one() -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:

@@ -20,9 +20,9 @@ from fastbert.pretrain.accuracy import accuracies, hits
 from fastbert.pretrain.divergence import Watch
 from fastbert.pretrain.evaluate import forward
 from fastbert.pretrain.lamb import make_lamb
-from fastbert.pretrain.processes import Processes
+from fastbert.pretrain.processes import ALONE, Processes
 from fastbert.pretrain.settings import PretrainConfig
-from fastbert.pretrain.together import ALONE, Together
+from fastbert.pretrain.together import SOLO, Together
 
 
 def train_step(
@@ -35,7 +35,7 @@ def train_step(
     number: int | Tensor = 0,
     working: WorkingCopy | None = None,
     words: Tensor | None = None,
-    together: Together = ALONE,
+    together: Together = SOLO,
 ) -> dict[str, Tensor | float]:
     """Forward and backward over the micro-batches, one step of the optimizer; losses as device scalars.
 
@@ -111,7 +111,7 @@ def total(losses: list[Tensor]) -> Tensor:
     return functools.reduce(torch.add, losses)
 
 
-def shares(labels: list[Tensor], static: bool, together: Together = ALONE) -> list[float] | list[Tensor] | list[None]:
+def shares(labels: list[Tensor], static: bool, together: Together = SOLO) -> list[float] | list[Tensor] | list[None]:
     """Of each micro-batch in the step's labels; with static shapes of those that count, which the device counts.
 
     None is all of them.
@@ -138,7 +138,7 @@ def make_step(
     optimizer: LazyAdam,
     config: PretrainConfig,
     watch: Watch | None = None,
-    processes: Processes = Processes(),  # noqa: B008 - it is frozen
+    processes: Processes = ALONE,
 ) -> Callable[[list[Batch], float, int], dict[str, Tensor | float]]:
     """What takes a step of the run, of its micro-batches, learning rate and number.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastbert.models.encoder import Encoder
 from fastbert.optim.exchange import SummedGradients, all_gather_ids, sum_rows
-from fastbert.pretrain.processes import Processes
+from fastbert.pretrain.processes import ALONE, Processes
 
 if TYPE_CHECKING:  # which takes a second to import
     from torch.distributed.fsdp import FSDPModule
@@ -43,7 +43,7 @@ class Together:
         self._gradients = SummedGradients(params) if processes.count > 1 and params else None
 
     def sums(self, numbers: list[Tensor]) -> list[Tensor]:
-        """Of each number, a scalar, the sum of what all processes have."""
+        """Of each number, or of tensors of one shape, the sum of what all processes have."""
         if self.processes.count == 1:
             return numbers
         together = torch.stack(numbers)
@@ -84,4 +84,4 @@ class Together:
             sum_rows(param, ids, fixed_size=fixed_size)
 
 
-ALONE = Together(Processes(), 1)
+SOLO = Together(ALONE, 1)
