@@ -4,6 +4,7 @@ import dataclasses
 import pydoc_data.topics
 
 import pytest
+import together
 
 from fastbert.pretrain.loop import pretrain
 from fastbert.pretrain.settings import PretrainConfig
@@ -30,6 +31,13 @@ def finished(settings, tmp_path_factory):
     config = dataclasses.replace(settings, output=tmp_path_factory.mktemp("run") / "whole")
     pretrain(config)
     return config.output
+
+
+@pytest.fixture(autouse=True)
+def drawn_and_measured_once():
+    """By `finished`, not by each test's own runs."""
+    with together.quick():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,12 @@ CASES = {
     "words": {"init": "COUNT plain/model", "vocab_size": 8192, "add_words": "words.txt", "rows_first": 3, "steps": 6},
 }
 
+# Which run each goes on from, and by how many processes it is resumed.
+RESUMED = {
+    "broken, 2": ("broken", 2), "one, then two": ("one plain", 2), "shards, 1": ("shards", 1),
+    "shards, 2": ("shards", 2), "shards of one, then two": ("shards of one", 2),
+}  # fmt: skip
+
 
 def run_together(folder, count, runs):
     """`runs` by so many processes, started; see tests/together.py."""
@@ -63,32 +69,30 @@ def folder(tmp_path_factory, corpus):
     folder = tmp_path_factory.mktemp("processes")
     (folder / "manual.txt").write_text(corpus.read_text()[:60_000])
     (folder / "words.txt").write_text("yields\nexpression\n")
-    names = "broken, 1", "broken, 2", "broken, 3", "one, then two", "shards, 1", "shards, 2", "shards, 3"
-    resumed = [{"name": name, "resume": True} for name in names]
+    resumed = {by: [{"name": name, "resume": True} for name in RESUMED if RESUMED[name][1] == by] for by in (1, 2)}
     runs = [{"name": f"two {name}", "settings": of_run(settings, "two")} for name, settings in CASES.items()]
-    clocked = {"name": "by the clock", "settings": {"steps": None, "minutes": 0.02}}
+    clocked = {"name": "by the clock", "settings": {"steps": None, "minutes": 0.005}}
     broken = {"name": "broken", "broken_off": 8}, {"name": "shards", "broken_off": 8, "settings": CASES["shard"]}
-    two = run_together(folder, 2, [*broken, *runs, clocked, resumed[1], resumed[3], resumed[5]])
-    three = run_together(folder, 3, [resumed[2], resumed[6]])
+    two = run_together(folder, 2, [*broken, *runs, clocked, *resumed[2]])
     try:
-        for name, settings in CASES.items():
-            alone = of_run(settings, "one") | {"shard": False}
-            pretrain(together.settings_of(folder, {"name": f"one {name}", "settings": alone}))
-        shutil.copytree(folder / "one plain", folder / "one, then two")
-        for step in (9, 12):
-            shutil.rmtree(folder / f"one, then two/snapshots/step-{step:08d}")
-        for name in ("broken", "shards"):
-            together.wait_for(folder / f"{name} is there")
-            for count in (1, 2, 3):
-                shutil.copytree(folder / name, folder / f"{name}, {count}")
-        for run in resumed:
-            (folder / f"{run['name']} is there").touch()
-        for run in resumed[0], resumed[4]:
-            pretrain(together.settings_of(folder, run), resume=True)
+        with together.quick():
+            for name, settings in CASES.items():
+                alone = of_run(settings, "one") | {"shard": False}
+                pretrain(together.settings_of(folder, {"name": f"one {name}", "settings": alone}))
+            of_one = {"name": "shards of one", "settings": CASES["shard"]}
+            together.broken_off(together.settings_of(folder, of_one), 8)
+            for name, (origin, _) in RESUMED.items():
+                if origin in ("broken", "shards"):
+                    together.wait_for(folder / f"{origin} is there")
+                shutil.copytree(folder / origin, folder / name)
+                for step in (9, 12):
+                    shutil.rmtree(folder / name / f"snapshots/step-{step:08d}", ignore_errors=True)
+                (folder / f"{name} is there").touch()
+            pretrain(together.settings_of(folder, *resumed[1]), resume=True)
     finally:
-        said = end_well(two), end_well(three)
-    assert "counting words" in said[0][0] and not said[0][1].strip(), "the first one speaks for all"
-    (folder / "resumed.txt").write_text(said[0][0] + said[1][0])
+        said = end_well(two)
+    assert "counting words" in said[0] and not said[1].strip(), "the first one speaks for all"
+    (folder / "resumed.txt").write_text(said[0])
     return folder
 
 
@@ -116,12 +120,12 @@ def test_broken_off_and_resumed_by_as_many_it_ends_in_the_same_bits(folder):
     assert_same_run(folder / "shards, 2", folder / "two shard")
 
 
-@pytest.mark.parametrize("name", ["broken, 1", "broken, 3", "one, then two", "shards, 1", "shards, 3"])
+@pytest.mark.parametrize("name", ["one, then two", "shards, 1", "shards of one, then two"])
 def test_resumed_by_more_or_fewer_it_takes_the_same_steps(folder, name):
     assert_close_runs(folder / name, folder / ("one shard" if "shards" in name else "one plain"))
     said = (folder / "resumed.txt").read_text()
-    assert said.count("resumed elsewhere than it was stopped, so not bit for bit the unbroken run: ") == 3
-    assert "processes 2 -> 3" in said and "processes 1 -> 2" in said
+    assert said.count("resumed elsewhere than it was stopped, so not bit for bit the unbroken run: ") == 2
+    assert said.count("processes 1 -> 2") == 2
 
 
 def test_a_run_by_the_clock_ends_in_all_at_once(folder):

@@ -45,12 +45,16 @@ def run(config, *extra, what="", step=0, rank=0, count=2):
     """What the processes printed, and their exit status."""
     code = HAPPENS.format(what=what, step=step, rank=rank)
     processes = [start(config, *extra, code=code, environment=place) for place in places(count)]
+    return end(processes), [process.returncode for process in processes]
+
+
+def end(processes):
+    """What they printed, when all have ended; none outlives this."""
     try:
-        said = [process.communicate(timeout=100)[0] for process in processes]
+        return [process.communicate(timeout=100)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return said, [process.returncode for process in processes]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +100,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(settings):
     while processes[0].poll() is None and max(losses(config.output), default=0) < 4:
         time.sleep(0.01)
     processes[1].send_signal(signal.SIGTERM)
-    said = [process.communicate(timeout=100)[0] for process in processes]
+    said = end(processes)
     assert [process.returncode for process in processes] == [130, 130], said
     step = snapshot.steps(config.output / "snapshots")[-1]
     assert f"stopped by a signal to another process after step {step} of 24" in said[0]

@@ -122,11 +122,8 @@ def test_plot_is_a_picture(tmp_path, drawn, gaps):
     plot_loss(records, tmp_path / "loss.png", "title")
     assert (tmp_path / "loss.png").stat().st_size > 10_000
     loss, accuracy, rate = drawn[0].axes
-    assert [axes.get_ylabel() for axes in drawn[0].axes] == [
-        "loss (nats per predicted token)",
-        "accuracy",
-        "learning rate",
-    ]
+    labels = ["loss (nats per predicted token)", "accuracy", "learning rate"]
+    assert [axes.get_ylabel() for axes in drawn[0].axes] == labels
     seen = [s for s in range(1, 20) if not (gaps and s % 3)]
     assert list(loss.lines[0].get_xdata()) == seen and list(loss.lines[0].get_ydata()) == [8 - s / 10 for s in seen]
     assert list(rate.lines[0].get_ydata()) == [0.1 / s for s in range(1, 20)]
