@@ -114,7 +114,7 @@ def test_plot_is_a_picture(tmp_path, drawn, gaps):
     records = [
         {
             "step": s, "mlm_loss": None if gaps and s % 3 else 8 - s / 10, "mlm_accuracy": s / 100, "sop_accuracy": 0.5,
-            "lr": 0.1 / s, "seq_len": 32 if s < 12 else 64,
+            "lr": 0.1 / s, "seq_len": 64 if 12 <= s < 19 else 32,
         }
         for s in range(1, 20)
     ]  # fmt: skip

@@ -19,6 +19,8 @@ def test_learning_rate_by_hand():
     assert [learning_rate(step, 6, 1.0, 0.0, "wsd", decay=0.5, final=0.5) for step in range(6)] == [
         1.0, 1.0, 1.0, 1.0, 1 - math.sqrt(1 / 3) / 2, 1 - math.sqrt(2 / 3) / 2,
     ]  # fmt: skip
+    halves = [learning_rate(step, 5, 1.0, 0.0, "wsd", decay=0.5) for step in range(2, 5)]
+    assert halves == pytest.approx([1.0, 1 - math.sqrt(1 / 3), 1 - math.sqrt(2 / 3)]), "half of five steps are three"
 
 
 @pytest.mark.parametrize(
@@ -76,9 +78,8 @@ def test_a_run_is_as_far_as_steps_or_clock_whichever_is_further():
     assert parts(Progress(8, None, **start), range(100, 900, 100), 4) == [0, 1, 1, 2, 2, 3, 3, 4], "no clock counts"
     timed = Progress(None, 1.0, **start)
     assert timed.expected_steps() is None and timed.done() == (0, 60_000)
-    assert (
-        parts(timed, [14.9, 15.0, 59.999, 61.0], 4) == [0, 1, 3, 4] and timed.over and timed.done() == (61_000, 60_000)
-    )
+    assert parts(timed, [14.9, 15.0, 59.999, 61.0], 4) == [0, 1, 3, 4]
+    assert timed.over and timed.done() == (61_000, 60_000)
     both = Progress(4, 1.0, **start)
     assert parts(both, [10.0], 4) == [1] and both.done() == (1, 4) and both.expected_steps() == 4
     assert parts(both, [45.0], 4) == [3] and both.done() == (45_000, 60_000) and both.expected_steps() == 3
