@@ -128,6 +128,18 @@ def test_resumed_by_more_or_fewer_it_takes_the_same_steps(folder, name):
     assert said.count("processes 1 -> 2") == 2
 
 
+@pytest.mark.nested
+def test_what_two_wrote_is_resumed_by_three(folder):
+    runs = [{"name": f"{name}, 3", "resume": True} for name in ("broken", "shards")]
+    for run in runs:
+        shutil.copytree(folder / run["name"].removesuffix(", 3"), folder / run["name"])
+        (folder / f"{run['name']} is there").touch()
+    said = end_well(run_together(folder, 3, runs))
+    assert said[0].count("processes 2 -> 3") == 2
+    assert_close_runs(folder / "broken, 3", folder / "one plain")
+    assert_close_runs(folder / "shards, 3", folder / "one shard")
+
+
 def test_a_run_by_the_clock_ends_in_all_at_once(folder):
     assert read_metrics(folder / "by the clock/metrics.jsonl")[-1]["step"] > 0
     assert (folder / "by the clock/model").exists()
