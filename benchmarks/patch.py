@@ -72,9 +72,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
     """In training mode all the same, so that gradients are those of training."""
     model.train()
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.eval()
-        if hasattr(module, "attention_head_size"):
+        if isinstance(module, nn.Dropout) or hasattr(module, "attention_head_size"):  # attention asks its own mode
             module.eval()
     return model
 
