@@ -21,6 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
+from ragged import DTYPES, draw_lengths, parse, parser
 from timing import interleaved, machine, results_path, write_csv
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,14 +29,12 @@ from torch.nn import functional as F
 import fastbert
 from fastbert.models.bert import BertConfig, BertModel
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 VARIANTS = ("fastbert", "fastbert packed", "fastbert frozen", "transformers eager", "transformers compiled")
 
 
 def make_batch(options: argparse.Namespace) -> tuple[dict, dict, Tensor]:
     """The same random words padded and packed, and where the real ones stand, [B, S]."""
-    lengths = torch.linspace(options.shortest, options.seq_len, options.batch).round().long()
-    lengths = lengths[torch.randperm(options.batch)]
+    lengths = draw_lengths(options)
     real = torch.arange(options.seq_len) < lengths[:, None]
     ids = torch.randint(1, options.vocab_size, real.shape) * real
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
@@ -93,27 +92,10 @@ def verify(chosen: dict, theirs: torch.nn.Module, padded: dict, dtype: torch.dty
         print(f"{dtype}: {name} is off by {error:.2e}, allowed {allowed:.2e}")
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--preset", default="base", help="width, heads and feed-forward size of this BERT")
-    parser.add_argument("--vocab-size", type=int, default=30522)
-    parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=32, help="sequences")
-    parser.add_argument("--shortest", type=int, default=32, help="tokens of the shortest sequence")
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="of transformers")
-    parser.add_argument("--quick", action="store_true", help="tiny model, three repeats, no CSV: does it run?")
-    options = parser.parse_args()
-    if options.quick:
-        options.preset, options.layers, options.vocab_size, options.repeats = "tiny", 2, 1000, 3
-    return options
-
-
 def main() -> None:
-    options = parse()
+    arguments = parser(__doc__, VARIANTS, shortest=32, repeats=10)
+    arguments.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="of transformers")
+    options = parse(arguments)
     kept = fastbert.keep_memory()
     torch.manual_seed(0)
     padded, packed, real = make_batch(options)

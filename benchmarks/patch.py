@@ -18,19 +18,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
+from ragged import DTYPES, draw_lengths, parse, parser
 from timing import interleaved, machine, results_path, write_csv
 from torch import Tensor, nn
 
 import fastbert
+from fastbert.models.bert import BertConfig
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 VARIANTS = ("transformers", "transformers compiled", "attention alone", "patched", "patched, LazyAdam")
 
 
 def make_batch(options: argparse.Namespace) -> dict[str, Tensor]:
     """Random words [B, S], 0 and masked out at padding, and labels [B]."""
-    lengths = torch.linspace(options.shortest, options.seq_len, options.batch).round().long()
-    lengths = lengths[torch.randperm(options.batch)]
+    lengths = draw_lengths(options)
     mask = (torch.arange(options.seq_len) < lengths[:, None]).long()
     words = torch.randint(1000, options.vocab_size, mask.shape) * mask
     batch = {"input_ids": words, "attention_mask": mask, "labels": torch.randint(2, (options.batch,))}
@@ -38,12 +38,11 @@ def make_batch(options: argparse.Namespace) -> dict[str, Tensor]:
 
 
 def make_model(options: argparse.Namespace) -> nn.Module:
-    sizes = {"base": (768, 12, 3072), "tiny": (128, 2, 512)}
-    hidden, heads, inner = sizes[options.preset]
+    sizes = BertConfig.preset(options.preset)
     config = transformers.BertConfig(
-        vocab_size=options.vocab_size, hidden_size=hidden, num_attention_heads=heads, intermediate_size=inner,
-        num_hidden_layers=options.layers, max_position_embeddings=max(512, options.seq_len),
-        attn_implementation="sdpa",
+        vocab_size=options.vocab_size, hidden_size=sizes.hidden_size, num_attention_heads=sizes.num_attention_heads,
+        intermediate_size=sizes.intermediate_size, num_hidden_layers=options.layers,
+        max_position_embeddings=max(512, options.seq_len), attn_implementation="sdpa",
     )  # fmt: skip
     return transformers.BertForSequenceClassification(config).to(options.device)
 
@@ -72,9 +71,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
     """In training mode all the same, so that gradients are those of training."""
     model.train()
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.eval()
-        if hasattr(module, "attention_head_size"):
+        if isinstance(module, nn.Dropout) or hasattr(module, "attention_head_size"):  # attention asks its own mode
             module.eval()
     return model
 
@@ -147,27 +144,10 @@ def calls(models: dict[str, nn.Module], batch: dict, dtype: torch.dtype) -> dict
     }
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--preset", default="base", choices=("base", "tiny"), help="width, heads and feed-forward size")
-    parser.add_argument("--vocab-size", type=int, default=30522)
-    parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=32, help="sequences")
-    parser.add_argument("--shortest", type=int, default=16, help="tokens of the shortest sequence")
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--quick", action="store_true", help="tiny model, three repeats, no CSV: does it run?")
-    options = parser.parse_args()
-    if options.quick:
-        options.preset, options.layers, options.vocab_size, options.repeats = "tiny", 2, 2000, 3
-    return options
-
-
 def main() -> None:
-    options = parse()
+    arguments = parser(__doc__, VARIANTS, shortest=16, repeats=7)
+    arguments.add_argument("--device", default="cpu")
+    options = parse(arguments)
     torch.set_default_device(options.device if options.device != "cpu" else None)
     kept = fastbert.keep_memory()
     torch.manual_seed(0)

@@ -66,10 +66,10 @@ def attend(
             f"attn_implementation={NAME!r} takes queries, keys and values of one shape, got {list(query.shape)}, "
             f'{list(key.shape)} and {list(value.shape)}: heads that share keys run with "sdpa"'
         )
-    if attention_mask is not None and attention_mask.dim() != 2:
+    if attention_mask is not None and attention_mask.shape != query.shape[0:3:2]:
         raise ValueError(
-            f"attn_implementation={NAME!r} takes a padding mask [batch, tokens], got one of shape "
-            f'{list(attention_mask.shape)}: use "sdpa"'
+            f"attn_implementation={NAME!r} takes a padding mask [batch, tokens], here {list(query.shape[0:3:2])}, got "
+            f'one of shape {list(attention_mask.shape)}: mend it, or use "sdpa" for masks of other forms'
         )
     packing = pack(query.transpose(1, 2), attention_mask)
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)

@@ -20,7 +20,7 @@ def predict(head: Callable[[nn.Module], WordHead], model: nn.Module, original: C
     batch are computed at labels that are not -100, and the output has none.
 
     Raises:
-        ValueError: labels at padding, which would count predictions of zeros.
+        ValueError: labels that are not one a token, or stand at padding, which would count predictions of zeros.
     """
     labels = given.get("labels")
     if labels is None or not model.training:
@@ -28,7 +28,13 @@ def predict(head: Callable[[nn.Module], WordHead], model: nn.Module, original: C
     _check(labels, given.get("attention_mask"))
     others = {name: value for name, value in given.items() if name not in ("labels", "return_dict")}
     output = model.base_model(**others, return_dict=True)
-    loss = _loss(head(model), output.last_hidden_state, labels)
+    hidden = output.last_hidden_state
+    if labels.numel() != hidden.shape[:2].numel():  # or they would be read as those of other tokens
+        raise ValueError(
+            f"labels must have one for each token, shape {list(hidden.shape[:2])}, got {list(labels.shape)}: pad them "
+            f"with {IGNORED} as the words are padded"
+        )
+    loss = _loss(head(model), hidden, labels)
     result = MaskedLMOutput(loss, hidden_states=output.hidden_states, attentions=output.attentions)
     as_dict = given.get("return_dict")
     return result if (model.config.return_dict if as_dict is None else as_dict) else result.to_tuple()

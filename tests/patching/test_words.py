@@ -43,3 +43,10 @@ def test_labels_at_padding_are_refused():
     inputs = batch(model)
     with pytest.raises(ValueError, match=r"36 labels stand at padding, .* -100"):
         model(**inputs, labels=inputs["input_ids"])
+
+
+def test_labels_that_are_not_one_a_token_are_refused():
+    model = fastbert.patch(make("bert", "AutoModelForMaskedLM")).train()
+    inputs = batch(model)
+    with pytest.raises(ValueError, match=r"one for each token, shape \[4, 20\], got \[4, 19\]"):
+        model(**inputs, labels=word_labels(inputs)[:, :19])
