@@ -1,6 +1,6 @@
 // How much scratch layer_norm_backward needs: blocks leave their sums of dweight, dbias and, where there was
-// an x_bias, of its gradient there. The number
-// of blocks follows from the shape alone, so that the bits of a result are the same on every GPU.
+// an x_bias, of its gradient there. The number of blocks follows from the shape alone, so that the bits of a
+// result are the same on every GPU.
 #pragma once
 #include "../contract.h"
 #include "column_parts.h"

@@ -27,7 +27,7 @@ _has_storage = getattr(torch._C, "_has_storage", lambda x: False)  # a batched t
 
 def register(twins: type, kernels: ModuleType, changed: tuple[str, ...] = (), **fakes: Callable) -> dict[str, type]:
     """Opaque ops `fastbert::<name>`, one for each of `fakes`, and for those written in Triton too
-    `fastbert_triton::<name>`. Of their inputs they change those of the names `changed`.
+    `fastbert_triton::<name>`.
 
     What `torch.library.custom_op` makes, less its look for aliases at every call, which takes longer than the rest of
     a call (12 microseconds of 17); `torch.library.opcheck` looks for them in the tests.
@@ -36,6 +36,7 @@ def register(twins: type, kernels: ModuleType, changed: tuple[str, ...] = (), **
         twins: the reference, whose functions' names and signatures are the ops'.
         kernels: a file of `fastbert.backends` with functions of the same names, which run on the CPU and on GPUs.
             `fastbert.kernels` has one of that name for Triton, which is imported when it is first called.
+        changed: names of the arguments that they change in place; these have no result of their own.
         fakes: by name, what gives empty results of the right shapes and dtypes, for torch.compile. The twins would do,
             but take 2 to 60 times as long under fake tensors, most where dropout draws its mask, and a compiler asks
             some ten times for each call in a model. tests/ops/test_fakes.py holds both to be the same.
@@ -43,9 +44,8 @@ def register(twins: type, kernels: ModuleType, changed: tuple[str, ...] = (), **
     Returns:
         By the name of a backend, the functions that run there.
     """
-    compiled = _namespace(
-        twins, fakes, lambda name: getattr(kernels, name), "fastbert", changed
-    )  # a tensor's device decides
+    # Of these a tensor's device decides.
+    compiled = _namespace(twins, fakes, functools.partial(getattr, kernels), "fastbert", changed)
     functions = {"reference": twins, "cpu": compiled, "cuda": compiled}
     stem = kernels.__name__.rpartition(".")[2]
     if stem in OPS:

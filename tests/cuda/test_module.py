@@ -193,21 +193,14 @@ def test_reports_go_to_memory_of_the_modules_own_at_the_first_call(emulated_cuda
 
 def test_the_contract_is_read_from_its_header():
     backward = emulated_backend.contract()["attention_backward"]
-    assert [field.name for field in backward[:5]] == [
-        "q",
-        "k",
-        "v",
-        "cu_seqlens",
-        "max_seqlen",
-    ]  # the base's come first
+    # the base's come first
+    assert [field.name for field in backward[:5]] == ["q", "k", "v", "cu_seqlens", "max_seqlen"]
     pointers = {field.name: field.use for field in backward if field.is_pointer}
     assert list(pointers) == ["q", "k", "v", "cu_seqlens", "seed", "dout", "out", "lse", "dqkv", "scratch"]
     assert [name for name, use in pointers.items() if use is not None] == ["dqkv", "scratch"]
     step = {field.name: field.use for field in emulated_backend.contract()["lazy_adam_step"] if field.is_pointer}
-    assert {name for name, use in step.items() if use is emulated.InOut} == emulated_backend.IN_PLACE - {
-        "last_step",
-        "dtable",
-    }
+    of_others = {"last_step", "dtable"}
+    assert {name for name, use in step.items() if use is emulated.InOut} == emulated_backend.IN_PLACE - of_others
     assert step["grad"] is None and step["scratch"] is emulated.Output
 
 

@@ -122,11 +122,14 @@ def test_fakes_are_what_twins_and_kernels_give(dtype, weight_dtype):
 
 
 @pytest.mark.skipif(native.module is None, reason=str(native.cpu_missing))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_custom_ops_are_sound(dtype):
-    """Schemas, fakes, no aliases, functionalization: by torch's own check, of the last and fullest call of each op."""
-    calls = {op: arguments for op, arguments in with_twins(dtype, dtype, everything=False)}
-    for op, arguments in [*calls.items(), *of_linear(dtype, dtype)]:
+def test_custom_ops_are_sound():
+    """Schemas, fakes, no aliases, functionalization: by torch's own check, of the last and fullest call of each op.
+
+    In float32, where a cast that changes nothing would give an input back.
+    """
+    both = torch.float32, torch.float32
+    calls = {op: arguments for op, arguments in with_twins(*both, everything=False)}
+    for op, arguments in [*calls.items(), *of_linear(*both)]:
         torch.library.opcheck(op.default, arguments)
 
 
