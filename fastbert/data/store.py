@@ -35,6 +35,8 @@ _REWRITE = "delete the folder and write the store again"
 class Joined:
     """Arrays of several shards, read as one: the i-th element, elements by their places, a slice, a sorted search.
 
+    Places are integers, from the end where they are negative; IndexError beyond, or for anything else.
+
     Args:
         parts: 1-dimensional, of one dtype, none empty.
         offsets: they are offsets, of which each shard's begin with 0: those of one go on where the last one's end, and
@@ -54,8 +56,14 @@ class Joined:
 
     def __getitem__(self, places: Any) -> Any:
         if isinstance(places, slice):
-            return self._slice(*places.indices(self.length)[:2])
+            start, end, step = places.indices(self.length)
+            if step != 1:
+                raise IndexError(f"a slice of several shards has step 1, got {step}: slice what it gives once more")
+            return self._slice(start, end)
         places = np.asarray(places)
+        integers = places.dtype.kind in "iu" or not places.size
+        if not integers or places.min(initial=0) < -self.length or places.max(initial=-1) >= self.length:
+            raise IndexError(f"places are integers from {-self.length} to {self.length - 1}: got {places}")
         which = np.searchsorted(self.first, np.where(places < 0, places + self.length, places), "right") - 1
         return self._by_part(places % self.length, which, lambda part, own: part[own], self.first, self.base)
 
