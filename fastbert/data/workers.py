@@ -84,7 +84,7 @@ def _talk(process: subprocess.Popen, todo: queue.SimpleQueue, said: queue.Simple
                 )
     except queue.Empty:
         pass
-    except (OSError, ValueError) as error:  # a pipe that is closed, at the end or because the process died
+    except Exception as error:  # such as a pipe that is closed; one that nobody heard of would be waited for forever
         said.put(error)
 
 
@@ -129,11 +129,19 @@ def on_cluster(
     """As `on_this_machine`, by the workers of a Dask scheduler, which gives a lost worker's shards to the others."""
     if why := extras.missing("working on a cluster needs", "distributed"):
         raise ImportError(why)
-    from distributed import Client, as_completed
+    from concurrent.futures import CancelledError
+
+    from distributed import Client, KilledWorker, as_completed
 
     with Client(address) as client:
         futures = client.map(write_shard, [str(store)] * len(numbers), numbers, pure=False)
         for future in as_completed(futures):
-            result = future.result()
+            try:
+                result = future.result()
+            except (KilledWorker, CancelledError) as error:
+                raise ChildProcessError(
+                    f"the cluster gave up a shard ({error}), as it does after several workers died at it or where the "
+                    "scheduler ended: run the command once more, and it goes on with the shards that are missing"
+                ) from error
             done(result["number"])
             yield result
