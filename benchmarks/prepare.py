@@ -158,18 +158,8 @@ def main() -> None:
 
         def ours() -> tuple[float, float, float]:
             shutil.rmtree(folder / "store", ignore_errors=True)
-            command = [
-                sys.executable,
-                "-c",
-                SCRIPT,
-                "prepare",
-                corpus,
-                "--column",
-                "text",
-                "--output",
-                folder / "store",
-            ]
-            command += ["--tokenizer", tokenizer, "--workers", str(args.processes)]
+            options = "--column", "text", "--output", folder / "store", "--tokenizer", tokenizer
+            command = [sys.executable, "-c", SCRIPT, "prepare", corpus, *options, "--workers", str(args.processes)]
             return watched(command, stderr=subprocess.DEVNULL)
 
         def theirs() -> tuple[float, float, float]:

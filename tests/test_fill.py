@@ -35,7 +35,7 @@ def folder(request, tmp_path_factory):
     return path, tokenizer
 
 
-def by_hand(model, tokenizer, text, mask, places):
+def by_hand(model, tokenizer, text, places):
     """All fillings of neighbouring places, by transformers, one place after another."""
     start, special = tokenizer.encode(text).ids, set(special_ids(tokenizer))
     beams = {(): 1.0}
@@ -66,7 +66,7 @@ def test_gaps_are_filled_as_the_rule_says(folder, capsys, monkeypatch):
         groups = [[places[0]], places[1:]] if len(gaps) == 2 else [places]
         for group, words in zip(groups, gaps, strict=True):
             with torch.no_grad():
-                expected = by_hand(theirs, tokenizer, text, mask, group)
+                expected = by_hand(theirs, tokenizer, text, group)
             for (ids, probability), word in zip(expected, words, strict=False):
                 assert word.ids == ids and word.probability == pytest.approx(probability, rel=1e-3)
             assert all(a.probability >= b.probability for a, b in itertools.pairwise(words)) and len(words) == 16
