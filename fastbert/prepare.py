@@ -11,11 +11,21 @@ from fastbert import lock
 from fastbert.data.byte_bpe import train_byte_bpe
 from fastbert.data.corpus import Reading, check_corpus, iter_documents
 from fastbert.data.dictionary import read_words
-from fastbert.data.shards import PLAN, TOKENIZER, is_store, open_stores, prepare_store, read_index, read_tokenizer
+from fastbert.data.shards import (
+    PLAN,
+    TOKENIZER,
+    is_store,
+    open_stores,
+    prepare_store,
+    read_index,
+    read_tokenizer,
+    what_is_there,
+)
 from fastbert.data.tables import Quoting
 from fastbert.data.tokenizer import load_tokenizer, train_tokenizer
 from fastbert.data.unigram import train_unigram
 from fastbert.data.words import Segmentation, Words
+from fastbert.data.writer import check_fraction
 
 TRAINERS = {"wordpiece": train_tokenizer, "unigram": train_unigram, "bpe": train_byte_bpe}
 
@@ -117,8 +127,9 @@ def _check(config: PrepareConfig) -> None:
             f"there is no folder {config.tokenizer}: --tokenizer is a folder with a tokenizer, or one of "
             f"{', '.join(TRAINERS)} to train one"
         )
-    if is_store(config.output) and not (config.add or config.verify or (config.output / PLAN).exists()):
-        raise FileExistsError(f"{config.output} is a finished store: give --add to add to it, or another --output")
+    check_fraction(config.held_out)
+    if not config.verify:
+        what_is_there(config.output, config.add)
 
 
 def _words(config: PrepareConfig) -> Words | None:

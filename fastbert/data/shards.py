@@ -32,7 +32,7 @@ from fastbert.data import workers
 from fastbert.data.corpus import Piece, Reading, piece_documents
 from fastbert.data.pieces import cut, in_shards, shard_size
 from fastbert.data.sources import find_files
-from fastbert.data.store import TokenStore
+from fastbert.data.store import META, TokenStore
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer
 from fastbert.data.words import Words
 from fastbert.data.writer import (
@@ -43,6 +43,7 @@ from fastbert.data.writer import (
     check_fraction,
     encoder_of,
     expect_text,
+    expect_words,
     write_sides,
 )
 
@@ -87,17 +88,16 @@ def prepare_store(
     Raises:
         FileExistsError: the store is finished, and `add` was not given. FileNotFoundError: nothing to add to.
         ValueError: another tokenizer, corpus or setting than the store was begun with; a corpus that does not hold.
+            The finished store that it was to be added to stays as it was.
         OSError: the disk is full or fails; the shards that are whole stay.
     """
     check_fraction(held_out)
     store, corpus = store.resolve(), corpus.resolve()
     vocabulary = Vocabulary.of(tokenizer, words)
-    before = read_index(store) if is_store(store) else None
-    plan = files.json_object_or_none(store / PLAN)
-    if before is not None and plan is not None and len(before["shards"]) > plan["first"]:
-        (store / PLAN).unlink()  # the call before ended, but for this
+    before, plan = what_is_there(store, add)
+    if _has_ended(before, plan):
+        (store / PLAN).unlink()
         return
-    _check_place(store, before, plan, add)
     expected = _conditions(corpus, reading, vocabulary, held_out, seed, shard_bytes, before)
     expected["words"] = None if words is None else [words.segmentation, list(words.dictionary)]
     if before is not None:
@@ -109,13 +109,43 @@ def prepare_store(
         store.mkdir(parents=True, exist_ok=True)
         if before is None:
             save_tokenizer(tokenizer, store / TOKENIZER)
+        _remove_shards(store, plan["first"])  # of an addition that was given up
         files.write(store, {PLAN: files.json_text(plan).encode()})
     else:
-        _expect_same(store, plan, expected, "was begun with")
+        added = f"remove {PLAN} from it, which gives up what was being added" if before else ""
+        _expect_same(store, plan, expected, "was begun with", added)
     _remove_rests(store)
     counts = _write_missing(store, plan, processes, scheduler, progress)
     _remove_rests(store)
     _finish(store, plan, before, counts, vocabulary, nsp)
+
+
+def what_is_there(store: Path, add: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The index of a finished store, and the plan of what an earlier call has begun; None for what is not there.
+
+    Raises:
+        FileExistsError: a finished store without `add`, or something else. FileNotFoundError: nothing to add to.
+        ValueError: the index is damaged.
+    """
+    before = read_index(store) if is_store(store) else None
+    plan = files.json_object_or_none(store / PLAN)
+    if _has_ended(before, plan):
+        return before, plan
+    if store.exists() and not store.is_dir():
+        raise FileExistsError(f"{store} is a file, and a store is a folder: choose another --output")
+    if before is not None and not add:
+        raise FileExistsError(f"{store} is a finished store: give --add to add to it, or choose another --output")
+    if before is None and add and plan is None:
+        raise FileNotFoundError(f"{store} holds no finished store to add to: leave out --add to make one")
+    others = [path.name for path in store.iterdir() if path.name not in (".lock", TOKENIZER)] if store.is_dir() else []
+    if before is None and plan is None and others:
+        raise FileExistsError(f"{store} holds other files ({', '.join(sorted(others)[:3])}): choose another --output")
+    return before, plan
+
+
+def _has_ended(before: dict[str, Any] | None, plan: dict[str, Any] | None) -> bool:
+    """Whether the call before has written all, and was stopped as it was about to remove its plan."""
+    return before is not None and plan is not None and len(before["shards"]) > plan["first"]
 
 
 def open_stores(folder: Path, shards: int | None = None, verify: bool = False) -> tuple[TokenStore, TokenStore]:
@@ -191,18 +221,6 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 # ---- before anything is written --------------------------------------------------------------------------------------
 
 
-def _check_place(store: Path, before: dict[str, Any] | None, plan: dict[str, Any] | None, add: bool) -> None:
-    if store.exists() and not store.is_dir():
-        raise FileExistsError(f"{store} is a file, and a store is a folder: choose another --output")
-    if before is not None and not add:
-        raise FileExistsError(f"{store} is a finished store: give --add to add to it, or choose another --output")
-    if before is None and add and plan is None:
-        raise FileNotFoundError(f"{store} holds no finished store to add to: leave out --add to make one")
-    others = [path.name for path in store.iterdir() if path.name not in (".lock", TOKENIZER)] if store.is_dir() else []
-    if before is None and plan is None and others:
-        raise FileExistsError(f"{store} holds other files ({', '.join(sorted(others)[:3])}): choose another --output")
-
-
 def _conditions(
     corpus: Path, reading: Reading, vocabulary: Vocabulary, held_out: float, seed: int, shard_bytes: int | None,
     before: dict[str, Any] | None,
@@ -227,7 +245,7 @@ def _conditions(
     }  # fmt: skip
 
 
-def _expect_same(store: Path, then: dict[str, Any], now: dict[str, Any], how: str) -> None:
+def _expect_same(store: Path, then: dict[str, Any], now: dict[str, Any], how: str, instead: str = "") -> None:
     then = json.loads(files.json_text(then))
     now = json.loads(files.json_text(now))
     different = []
@@ -243,7 +261,7 @@ def _expect_same(store: Path, then: dict[str, Any], now: dict[str, Any], how: st
     if different:
         raise ValueError(
             f"{store} {how} another tokenizer, corpus or setting ({'; '.join(different)}): give the same as before, "
-            "or choose another --output"
+            f"or {instead or 'choose another --output'}"
         )
 
 
@@ -263,6 +281,14 @@ def _remove_rests(store: Path) -> None:
     """Removes what processes that were killed had not finished."""
     for rest in store.glob(".*.writing"):
         shutil.rmtree(rest, ignore_errors=True)
+
+
+def _remove_shards(store: Path, first: int) -> None:
+    """Removes shards from number `first` on, of which no plan and no index knows."""
+    for meta in store.glob(f"*/{SIDES[0]}/{META}"):
+        shard = meta.parent.parent
+        if shard.name.isdecimal() and int(shard.name) >= first:
+            shutil.rmtree(shard)
 
 
 # ---- the shards ------------------------------------------------------------------------------------------------------
@@ -384,6 +410,13 @@ def _finish(
     if before is None:
         expect_text(sides, vocabulary, nsp)
     else:
+        tokens, sentences, documents = (sum(each) for each in zip(*(side[1:4] for side in sides), strict=True))
+        try:
+            expect_words(Written("this addition", tokens, sentences, documents, counts.sum(0)), vocabulary)
+        except ValueError:
+            (store / PLAN).unlink()
+            _remove_shards(store, plan["first"])
+            raise
         counts = counts + np.fromfile(store / COUNTS, np.int64).reshape(counts.shape)
     new = [[name, *(side.fingerprint for side in each)] for name, each in zip(names, opened, strict=True)]
     index = {

@@ -135,7 +135,7 @@ def check_fraction(held_out_fraction: float) -> None:
     if not 0.0 < held_out_fraction <= 0.5:
         raise ValueError(
             f"held_out_fraction is the share of documents kept for evaluation: expected 0 < fraction <= 0.5, got "
-            f"{held_out_fraction}; write_store splits nothing"
+            f"{held_out_fraction}"
         )
 
 
