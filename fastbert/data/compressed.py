@@ -42,9 +42,7 @@ def open_part(file: Path, start: int, end: int | None) -> Iterator[io.BufferedRe
             with open(file, "rb") as stream, io.BufferedReader(_Part(stream, start, end), _CHUNK) as part:
                 yield part
             return
-        stream = _left_open.pop(file, None)
-        if stream is None or stream.tell() > start:
-            stream = _decompressed(file)
+        stream = _left_open.pop(file, None) or _decompressed(file)
         try:
             with io.BufferedReader(_Part(stream, start, end), _CHUNK) as part:
                 yield part

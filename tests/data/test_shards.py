@@ -33,6 +33,8 @@ from fastbert.data.corpus import piece_documents
 from fastbert.data.pieces import cut, in_shards
 from fastbert.data.shards import PLAN, STORE, read_index, read_tokenizer
 from fastbert.data.store import Joined
+from fastbert.data.wordwise import Encoder
+from fastbert.data.writer import Vocabulary, write_sides
 
 TEXTS = [text for _, text in sorted(topics.items())][:60]
 SHARD = 24_000  # bytes of text, which makes nine of them
@@ -250,6 +252,12 @@ def write_table(folder, texts):
     (folder / "t.tsv").write_text("id\ttext\n" + "".join(f"1\t{text.replace(chr(10), '<br>')}\n" for text in texts))
 
 
+def halves(file):
+    """A compressed file may be several in a row, which need not end where a line does."""
+    data = file.read_bytes()
+    return data[: len(data) // 2], data[len(data) // 2 :]
+
+
 @pytest.mark.parametrize("name", ["t.jsonl", "t.csv", "t.tsv", "t.jsonl.gz", "t.csv.zst", "t.parquet", "t.txt.gz"])
 def test_a_file_in_pieces_is_the_file(tmp_path, name):
     """Compressed or not, whatever the size of the pieces; those after the first begin in the middle of the file."""
@@ -264,14 +272,16 @@ def test_a_file_in_pieces_is_the_file(tmp_path, name):
         parquet.write_table(table.table({"id": range(len(rows)), "text": rows}), file, row_group_size=3)
         plain = tmp_path / "t.jsonl"
     elif name.endswith(".gz"):
-        file.write_bytes(gzip.compress(plain.read_bytes()))
+        file.write_bytes(b"".join(map(gzip.compress, halves(plain))))
     elif name.endswith(".zst"):
-        file.write_bytes(pytest.importorskip("zstandard").compress(plain.read_bytes()))
+        file.write_bytes(b"".join(map(pytest.importorskip("zstandard").compress, halves(plain))))
     column = None if kind == "txt" else "text"
     expected = list(iter_documents(plain, column))
     assert len(expected) >= len(texts) and list(iter_documents(file, column)) == expected
     for size in (500, 5_000, 10**7):
-        shards = in_shards(cut(file, Reading(column), size), size)
+        pieces = cut(file, Reading(column), size)
+        assert kind == "parquet" or len(pieces) <= pieces[-1].end // size + 1
+        shards = in_shards(pieces, size)
         assert [d for pieces in shards for piece in pieces for d in piece_documents(piece, Reading(column))] == expected
         assert len(shards) > {500: 3, 5_000: 1, 10**7: 0}[size]
         assert [piece.start for pieces in shards for piece in pieces][1:] == [
@@ -430,6 +440,17 @@ def test_a_call_that_was_killed_at_its_very_end_is_ended(store, corpus, tokenize
     (folder / PLAN).write_text(json.dumps({"first": 0}))
     again(folder, corpus, tokenizer)
     assert content(folder) == content(store)
+
+
+def test_each_shard_holds_out_documents_of_other_places(tokenizer, tmp_path):
+    held_out = []
+    for shard in (0, 1):
+        (tmp_path / str(shard)).mkdir()
+        documents, vocabulary = [[text] for text in TEXTS], Vocabulary.of(tokenizer)
+        write_sides(tmp_path / str(shard), documents, Encoder(tokenizer), vocabulary, 0.1, seed=0, shard=shard)
+        store = TokenStore.open(tmp_path / str(shard) / "held_out")
+        held_out.append([store.document(i)[0].tolist() for i in range(len(store.documents) - 1)])
+    assert len(held_out[0]) == len(held_out[1]) == 6 and held_out[0] != held_out[1]
 
 
 def test_a_file_that_changes_while_it_is_read_is_noticed(corpus, tokenizer, tmp_path, monkeypatch):
