@@ -293,6 +293,30 @@ def test_workers_and_starting_point_change_nothing(store, tokenizer, workers, op
         assert same(batch, batches[i])
 
 
+@pytest.mark.parametrize("options", [{"objective": "mlm"}, {"objective": "mlm", "static": True}, ROWS])
+def test_an_epoch_of_many_blocks_has_every_token_once(store, tokenizer, options, monkeypatch):
+    """Of an epoch longer than 65,536 samples; the first batches again after the last ones are the same."""
+    monkeypatch.setattr("fastbert.data.batches.BLOCK", 90)
+    batches, counts = make(store, tokenizer, **options), np.zeros(store.vocab_size, np.int64)
+    first = batches[0]
+    for i in batches.numbers():
+        batch = batches[i]
+        ids = batch.input_ids.clone()
+        real = batch.labels >= 0
+        ids[batch.masked_positions[real]] = batch.labels[real]
+        counts += np.bincount(ids[: batch.filled_tokens], minlength=store.vocab_size)
+        assert len(batches.blocks) <= 4
+    assert i + 1 == len(batches) and len(batches.ends) - 1 == -(-batches.count // 90) > 5
+    special = counts[[2, 3]]
+    counts[[2, 3]] = 0
+    assert np.array_equal(counts, store.token_counts()) and special[0] == special[1] > 0
+    assert 0 not in batches.blocks and same(batches[0], first)
+    middle = batches.ends[2]
+    assert list(make(store, tokenizer, **options).numbers(middle)) == [*range(middle, len(batches))]
+    with pytest.raises(IndexError, match=f"expected 0 <= i < {len(batches)}"):
+        batches[len(batches)]
+
+
 @pytest.mark.parametrize("objective", ["mlm", "mlm+nsp", "mlm+sop"])
 def test_static_batches_have_one_shape_and_the_same_samples(store, tokenizer, objective):
     """Each sample once, with the masks that it has in any other batch; what is empty counts nowhere."""
