@@ -19,6 +19,8 @@ from fastbert.models.parameter_names import Names
 
 # What no model here does, by configuration field: the one value it can take.
 _SUPPORTED = {"position_embedding_type": "absolute", "add_cross_attention": False}
+# Before model_type where norms are not LayerNorm: `transformers`, which has no others, would not notice it otherwise.
+_OWN = "fastbert-"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Before the encoder's names in a folder whose configuration does not name its kind, beside the model's own name;
 # another model's would be "roberta".
@@ -73,6 +75,8 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON ({error}): fetch or export the folder anew") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold an object with a model's sizes, got {type(fields).__name__}")
+    if isinstance(fields.get("model_type"), str):
+        fields["model_type"] = fields["model_type"].removeprefix(_OWN)
     return fields
 
 
@@ -268,7 +272,8 @@ def save(model: nn.Module, folder: str | os.PathLike, fields: dict[str, Any], to
     named = parameter_names.to_hugging_face(model.state_dict(), model.names)
     tensors = {name: x.detach().cpu().contiguous() for name, x in named.items()}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    config = {"architectures": [type(model).__name__], "model_type": model.names.model_type, "dtype": dtype} | fields
+    kind = model.names.model_type if model.config.norm == "layer" else _OWN + model.names.model_type
+    config = {"architectures": [type(model).__name__], "model_type": kind, "dtype": dtype} | fields
     config |= _SUPPORTED | {"tie_word_embeddings": True}
     contents = {
         "config.json": (files.json_text(dict(sorted(config.items())), 2) + "\n").encode(),
