@@ -67,8 +67,8 @@ class AlbertConfig(ModelConfig):
             )
         if self.norm in WITH_RUNNING:
             raise ValueError(
-                f"norm {self.norm!r} keeps running statistics of a layer, and ALBERT's layers share theirs, which differ "
-                "from layer to layer: expected layer, instance or group"
+                f"norm {self.norm!r} keeps running statistics of a layer, and ALBERT's layers, which differ in them, "
+                "are one: expected layer, instance or group"
             )
         if self.is_decoder:
             raise ValueError(

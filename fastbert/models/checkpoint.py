@@ -252,6 +252,9 @@ def _list(names: list[str]) -> str:
 def save(model: nn.Module, folder: str | os.PathLike, fields: dict[str, Any], tokenizer: Any = None) -> None:
     """Writes config.json, model.safetensors and the tokenizer's files as `transformers` reads them.
 
+    A model whose norms are not LayerNorm has the `model_type` "fastbert-bert" (or -roberta, ...) there, and other names
+    for the norms' tensors: `transformers`, which has no such norms, then refuses it and does not compute other numbers.
+
     Every file is first written whole under another name and then moved into place, so that a full disk or a kill
     while writing leaves an earlier export as it was.
 

@@ -112,8 +112,8 @@ class ModelConfig:
         if self.norm in REACHES_OTHERS:
             if self.is_decoder:
                 raise ValueError(
-                    f"norm {self.norm!r} takes statistics over tokens, and so tells a token of those behind it: expected "
-                    "layer or group where is_decoder is True (objective clm)"
+                    f"norm {self.norm!r} takes statistics over tokens, and so tells a token of those behind it: "
+                    "expected layer or group where is_decoder is True (objective clm)"
                 )
             if self.pad_token_id is None:
                 raise ValueError(f"norm {self.norm!r} leaves padding out: pad_token_id must say what that is, got None")

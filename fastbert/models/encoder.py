@@ -172,7 +172,10 @@ class PreTrainedModel(nn.Module):
         return f"fastbert loads it; transformers cannot, as it has no {self.config.norm} norm"
 
     def save_pretrained(self, folder: str | os.PathLike, tokenizer: Any = None) -> None:
-        """Writes a folder that `from_pretrained` loads, and `transformers` where norms are LayerNorm; `checkpoint.save`."""
+        """Writes a folder that `from_pretrained` loads, and `transformers` too where `config.norm` is "layer".
+
+        See `checkpoint.save`.
+        """
         checkpoint.save(self, folder, self.fields(), tokenizer)
 
 

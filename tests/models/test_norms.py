@@ -195,7 +195,7 @@ def test_statistics_over_tokens_compile():
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="norm must be one of layer, batch, instance, group, switchable, got 'rms'"):
         config("rms")
-    with pytest.raises(ValueError, match="multiple of norm_groups.*got 8 and 3"):
+    with pytest.raises(ValueError, match=r"multiple of norm_groups.*got 8 and 3"):
         BertConfig(hidden_size=8, num_attention_heads=2, norm="group", norm_groups=3)
     with pytest.raises(ValueError, match="tells a token of those behind it"):
         config("instance", is_decoder=True)
