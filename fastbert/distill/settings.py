@@ -48,6 +48,9 @@ class DistillConfig(TaskConfig):
 
     layers: int | None = None
     """Of bert: how many layers it has; they begin as copies of the teacher's, evenly spaced."""
+    intermediate_size: int | None = None
+    """Of bert: numbers within each layer's feed-forward network, those with the largest weights in the teacher; if not
+    given all."""
     embedding_size: int = 300
     """Of textcnn and bilstm: numbers of a word's vector."""
     width: int = 150
@@ -93,6 +96,8 @@ class DistillConfig(TaskConfig):
         expect(
             self.layers is None or (type(self.layers) is int and self.layers >= 1), "layers", "1 or more", self.layers
         )
+        if self.intermediate_size is not None and self.student != "bert":
+            raise ValueError(f"--intermediate-size is of --student bert, got --student {self.student}")
         if self.unlabelled and self.pair is not None:
             raise ValueError("--unlabelled holds single texts, and --pair asks for two: leave one of them out")
         if self.store is not None and not self.unlabelled:

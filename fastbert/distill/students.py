@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.distill.settings import DistillConfig
@@ -14,6 +15,8 @@ from fastbert.models.classification import CLASSIFIERS, SequenceClassifier
 from fastbert.models.small import SMALL, SmallConfig
 
 _LAYER = re.compile(r"(.*\bencoder\.layer\.)(\d+)(\..*)")
+
+_MAKES = "intermediate.dense.weight"
 
 
 def make_student(config: DistillConfig, teacher: SequenceClassifier) -> Classifier:
@@ -36,30 +39,50 @@ def make_student(config: DistillConfig, teacher: SequenceClassifier) -> Classifi
     if config.dropout is not None:
         changed = {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout}
     if config.student == "bert":
-        student = _shallower(teacher, config.layers, changed)
+        student = _smaller(teacher, config, changed)
     else:
         student = _of_folder(Path(config.student), config.teacher, teacher, changed)
     student.base_model.embeddings.word_embeddings.sparse = True
     return student
 
 
-def _shallower(teacher: SequenceClassifier, layers: int, changed: dict[str, float]) -> SequenceClassifier:
-    """The teacher with `layers` of its layers: the last, and those at even distances before it."""
-    depth = teacher.config.num_hidden_layers
-    if layers > depth:
-        raise ValueError(f"layers must be at most the teacher's, {depth}, got {layers}")
-    sizes = dataclasses.replace(teacher.config, num_hidden_layers=layers, **changed)
-    student = type(teacher)(sizes, teacher.labels, teacher.problem_type)
-    kept = {(i + 1) * depth // layers - 1: i for i in range(layers)}
+def _smaller(teacher: SequenceClassifier, config: DistillConfig, changed: dict[str, float]) -> SequenceClassifier:
+    """The teacher with `layers` of its layers, the last and those at even distances before it, and narrower ones."""
+    sizes = teacher.config
+    inner = sizes.intermediate_size if config.intermediate_size is None else config.intermediate_size
+    for name, most, got in (("layers", sizes.num_hidden_layers, config.layers),
+                            ("intermediate_size", sizes.intermediate_size, inner)):  # fmt: skip
+        if not 1 <= got <= most:
+            raise ValueError(f"{name} must be from 1 to the teacher's, {most}, got {got}")
+    smaller = dataclasses.replace(sizes, num_hidden_layers=config.layers, intermediate_size=inner, **changed)
+    student = type(teacher)(smaller, teacher.labels, teacher.problem_type)
+    kept = {(i + 1) * sizes.num_hidden_layers // config.layers - 1: i for i in range(config.layers)}
     state = {}
     for name, x in teacher.state_dict().items():
-        if match := _LAYER.fullmatch(name):
-            if int(match[2]) not in kept:
-                continue
-            name = f"{match[1]}{kept[int(match[2])]}{match[3]}"
-        state[name] = x
-    student.load_state_dict(state)
+        match = _LAYER.fullmatch(name)
+        if match is None:
+            state[name] = x
+        elif int(match[2]) in kept:
+            state[f"{match[1]}{kept[int(match[2])]}{match[3]}"] = x
+    student.load_state_dict(_narrowed(state, inner))
     return student
+
+
+def _narrowed(state: dict[str, Tensor], inner: int) -> dict[str, Tensor]:
+    """Each feed-forward network with the `inner` of its numbers that have the largest weights, in their order.
+
+    How large is the product of the norms of the weights that make a number and of those that read it: without the
+    activation between them, what leaving it out would change.
+    """
+    state = dict(state)
+    for makes in [name for name in state if name.endswith(_MAKES)]:
+        layer = makes.removesuffix(_MAKES)
+        bias, reads = f"{layer}intermediate.dense.bias", f"{layer}output.dense.weight"
+        size = state[makes].norm(dim=1) * state[reads].norm(dim=0)
+        kept = size.topk(inner).indices.sort().values
+        for name, axis in ((makes, 0), (bias, 0), (reads, 1)):
+            state[name] = state[name].index_select(axis, kept)
+    return state
 
 
 def _of_folder(
