@@ -51,9 +51,9 @@ class DistillConfig(TaskConfig):
     intermediate_size: int | None = None
     """Of bert: numbers within each layer's feed-forward network, those with the largest weights in the teacher; if not
     given all."""
-    embedding_size: int = 300
+    embedding_size: int = 128
     """Of textcnn and bilstm: numbers of a word's vector."""
-    width: int = 150
+    width: int = 128
     """Of textcnn: filters of each window; of bilstm: numbers of each direction."""
     dropout: float | None = None
     """Probability of dropout in the student; if not given 0.5 of textcnn and bilstm, otherwise the folder's."""

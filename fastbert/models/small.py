@@ -39,8 +39,8 @@ class SmallConfig:
     """
 
     vocab_size: int
-    embedding_size: int = 300
-    width: int = 150
+    embedding_size: int = 128
+    width: int = 128
     windows: tuple[int, ...] = (3, 4, 5)
     max_length: int = 512
     pad_token_id: int | None = 0
