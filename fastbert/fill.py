@@ -35,6 +35,8 @@ class FillConfig:
     """Texts with [MASK] where a token is wanted; several in a row are filled together, as one word or phrase."""
     top_k: int = 5
     """How many words to show for each place."""
+    at_once: bool = False
+    """Fill several [MASK] in a row independently, not each given those before it: for whole-word masked models."""
     json: bool = False
     """Print a JSON object a text, with ids and unrounded probabilities."""
     device: str = "cpu"
@@ -64,7 +66,7 @@ def fill(config: FillConfig) -> None:
     """
     config.check()
     model, tokenizer = load_masked_lm(config.folder, config.device), load_tokenizer(config.folder)
-    filled = fill_masks(model, tokenizer, config.texts, config.top_k)
+    filled = fill_masks(model, tokenizer, config.texts, config.top_k, config.at_once)
     for text, gaps in zip(config.texts, filled, strict=True):
         if config.json:
             rows = [[word._asdict() for word in words] for words in gaps]
@@ -111,7 +113,7 @@ class _Gap(NamedTuple):
 
 @torch.inference_mode()
 def fill_masks(
-    model: PreTrainingModel, tokenizer: Tokenizer, texts: Sequence[str], top_k: int = 5
+    model: PreTrainingModel, tokenizer: Tokenizer, texts: Sequence[str], top_k: int = 5, at_once: bool = False
 ) -> list[list[list[Filled]]]:
     """The likeliest fillings of each text's gaps, a gap being a [MASK] or several in a row.
 
@@ -123,6 +125,9 @@ def fill_masks(
         model: in evaluation mode. tokenizer: the model's own.
         texts: with the tokenizer's mask token, or "[MASK]", at least once each. Other special tokens that they spell
             out are such.
+        top_k: fillings of each gap, 1 or more.
+        at_once: every token of a gap is filled as all are hidden, as a model saw them in training whose words were
+            hidden whole. A filling's probability is then the product of independent ones.
 
     Returns:
         For every text, for every gap, at most `top_k` fillings, the likeliest first.
@@ -135,19 +140,19 @@ def fill_masks(
     special, width = torch.tensor(special_ids(tokenizer)), max(BEAM, 4 * top_k)
     for piece in range(max((len(gap.places) for some in gaps for gap in some), default=0)):
         growing = [key for key in beams if len(gaps[key[0]][key[1]].places) > piece]
-        wanted = [(key, ids, score) for key in growing for ids, score in beams[key]]
+        wanted = [(key, ids) for key in growing for ids in ([()] if at_once else [ids for ids, _ in beams[key]])]
         sequences, places = [], []
-        for (i, j), ids, _ in wanted:
+        for (i, j), ids in wanted:
             gap = gaps[i][j]
             sequences.append(list(gap.ids))
             for place, token in zip(gap.places, ids, strict=False):
                 sequences[-1][place] = token
             places.append(gap.places[piece])
-        found = _likeliest(model, sequences, places, special, width)
-        grown: dict[tuple[int, int], list] = {key: [] for key in growing}
-        for (key, ids, score), row in zip(wanted, found, strict=True):
-            grown[key] += [((*ids, token), score + more) for token, more in row]
-        beams |= {key: sorted(some, key=lambda each: -each[1])[:width] for key, some in grown.items()}
+        found = dict(zip(wanted, _likeliest(model, sequences, places, special, width), strict=True))
+        for key in growing:
+            rows = [(ids, score, found[key, () if at_once else ids]) for ids, score in beams[key]]
+            grown = [((*ids, token), score + more) for ids, score, row in rows for token, more in row]
+            beams[key] = sorted(grown, key=lambda each: -each[1])[:width]
 
     def words(beam: list) -> list[Filled]:
         best = [(ids, torch.tensor(score, dtype=torch.float64).exp().item()) for ids, score in beam[:top_k]]

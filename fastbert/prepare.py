@@ -95,9 +95,9 @@ def prepare(config: PrepareConfig) -> Path:
         return config.output
     print(check_corpus(config.corpus, config.column, separator=config.separator, quoting=config.quoting))
     words = _words(config)
-    tokenizer = _tokenizer(config, words)
     config.output.mkdir(parents=True, exist_ok=True)
     with lock.hold(config.output, "writes there", "the same command goes on where it was"):
+        tokenizer = _tokenizer(config, words)
         made = read_index(config.output)["made"] if config.add and is_store(config.output) else {}
         prepare_store(
             config.output, config.corpus, Reading(config.column, config.separator, config.quoting), tokenizer,
@@ -128,6 +128,8 @@ def _check(config: PrepareConfig) -> None:
             f"{', '.join(TRAINERS)} to train one"
         )
     check_fraction(config.held_out)
+    if not 0 <= config.seed < 2**64:
+        raise ValueError(f"seed must be from 0 to 2**64 - 1, got {config.seed}")
     if not config.verify:
         what_is_there(config.output, config.add)
 

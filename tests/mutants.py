@@ -202,7 +202,7 @@ FAULTS = [
         ("        if found[name][1] != digest:", "        if False:"),
     ),
     *python("pretrain/together", "pretrain/test_processes.py",
-            ("encoder.skip_seeds(self.own.start, device)", "encoder.skip_seeds(0, device)"),
+            ("model.skip_seeds(self.own.start, device)", "model.skip_seeds(0, device)"),
             ("ids[:1].expand(", "ids[:1].expand(0 * ")),
     *python("pretrain/stream", "pretrain/test_processes.py",
             ("before = (before + len(places)) % self.accumulate", "before = 0")),

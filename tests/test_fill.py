@@ -34,15 +34,15 @@ def folder(request, tmp_path_factory):
     return path, tokenizer
 
 
-def by_hand(model, tokenizer, text, places):
-    """All fillings of neighbouring places, by transformers, one place after another."""
+def by_hand(model, tokenizer, text, places, at_once):
+    """All fillings of neighbouring places, by transformers, one place after another or each as all are hidden."""
     start, special = tokenizer.encode(text).ids, set(special_ids(tokenizer))
     beams = {(): 1.0}
     for place in places:
         grown = {}
         for ids, probability in beams.items():
             now = list(start)
-            for at, token in zip(places, ids, strict=False):
+            for at, token in zip(places, () if at_once else ids, strict=False):
                 now[at] = token
             row = model(torch.tensor([now])).logits[0, place].double().softmax(-1)
             grown |= {(*ids, i): probability * p for i, p in enumerate(row.tolist()) if i not in special}
@@ -50,12 +50,13 @@ def by_hand(model, tokenizer, text, places):
     return beams
 
 
-def test_gaps_are_filled_as_the_rule_says(folder, capsys, monkeypatch):
+@pytest.mark.parametrize("at_once", [False, True])
+def test_gaps_are_filled_as_the_rule_says(at_once, folder, capsys, monkeypatch):
     path, tokenizer = folder
     mask = tokenizer.id_to_token(special_ids(tokenizer).mask)
     texts = ["we go to [MASK] at [MASK][MASK]", "诸葛亮[MASK][MASK]下雨", "[MASK]"]
     model = load_masked_lm(path)
-    filled = fill_masks(model, tokenizer, texts, top_k=16)
+    filled = fill_masks(model, tokenizer, texts, top_k=16, at_once=at_once)
     assert [len(gaps) for gaps in filled] == [2, 1, 1]
     theirs = AutoModelForMaskedLM.from_pretrained(path).eval()
     for text, gaps in zip(texts, filled, strict=True):
@@ -65,14 +66,14 @@ def test_gaps_are_filled_as_the_rule_says(folder, capsys, monkeypatch):
         groups = [[places[0]], places[1:]] if len(gaps) == 2 else [places]
         for group, words in zip(groups, gaps, strict=True):
             with torch.no_grad():
-                expected = by_hand(theirs, tokenizer, text, group)
+                expected = by_hand(theirs, tokenizer, text, group, at_once)
             assert [word.probability for word in words] == pytest.approx([*expected.values()][:16], rel=1e-3)
             assert all(word.probability == pytest.approx(expected[word.ids], rel=1e-3) for word in words)
             assert words[0].ids == next(iter(expected)) and len({word.ids for word in words}) == 16
     chinese = filled[1][0]
     assert not any(" " in word.word for word in chinese if all("一" < c < "龥" for c in word.word if c != " "))
 
-    monkeypatch.setattr(sys, "argv", ["fastbert", "fill", str(path), *texts, "--top-k", "2"])
+    monkeypatch.setattr(sys, "argv", ["fastbert", "fill", str(path), *texts, "--top-k", "2", *["--at-once"] * at_once])
     cli.main()
     said = capsys.readouterr().out.splitlines()
     assert said[:3] == [texts[0], "  gap 1", f"  {filled[0][0][0].probability:7.2%}  {filled[0][0][0].word}"]

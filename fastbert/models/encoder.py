@@ -282,10 +282,9 @@ class Encoder(PreTrainedModel):
         seed, *seeds = draw_seeds(probabilities, device)
         return seed, *zip(*[iter(seeds)] * 3, strict=True)
 
-    def skip_seeds(self, passes: int, device: torch.device | str) -> None:
-        """Draws from torch's generator what so many forward passes would, so that others may compute them elsewhere."""
-        for _ in range(passes):
-            self._draw_seeds(len(self.layers()), torch.device(device))
+    def skip_seeds(self, device: torch.device) -> None:
+        """Draws from torch's generator what a forward pass would, so that another process may compute it."""
+        self._draw_seeds(len(self.layers()), device)
 
     def _through(
         self, layer: Callable[..., tuple[Tensor, Tensor]], x: Tensor, residual: Tensor, packing: inputs.Packing,

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from fastbert.models import inputs
 from fastbert.models.config import ModelConfig
 from fastbert.models.encoder import ModelWithHead
-from fastbert.models.layers import LayerNorm, LinearGELU
+from fastbert.models.layers import Dropout, LayerNorm, LinearGELU
 from fastbert.ops.cross_entropy import cross_entropy
 from fastbert.ops.linear import linear, padded_linear
+from fastbert.ops.philox import draw_seeds
 
 ROWS = 8  # a GPU's products by 16-bit weights are three times as fast where their numbers of rows are multiples of it
 
@@ -79,6 +80,14 @@ class PreTrainingModel(ModelWithHead):
     def word_embeddings(self) -> nn.Parameter:
         """The table that the input is looked up in and that decodes predictions, a row per word."""
         return self.base_model.embeddings.word_embeddings.weight
+
+    def skip_seeds(self, passes: int, device: torch.device | str) -> None:
+        """Draws from torch's generator what so many forward passes would, so that others may compute them elsewhere."""
+        heads = [] if self.sentence_head is None or not self.training else self.sentence_head.modules()
+        dropped = [module.p for module in heads if isinstance(module, Dropout)]
+        for _ in range(passes):
+            self.base_model.skip_seeds(torch.device(device))
+            draw_seeds(dropped, torch.device(device))
 
     def predict(
         self,

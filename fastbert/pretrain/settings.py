@@ -245,12 +245,13 @@ class PretrainConfig:
                 rule = f"of a step each or more, of steps={self.steps}"
                 expect(all(a < b for a, b in itertools.pairwise(bounds)), "phases", rule, " ".join(self.phases))
         low, high = _INTEGERS["seq_len"]
+        given = "seq_len" if self.phases is None else "phases"
         for length, _ in self.all_phases():
             if self.phases is not None:
                 expect(low <= length <= high, "phases", f"of lengths from {low} to {high}", length)
             rule = f"at most the rows of the position table, max_position_embeddings={self.max_position_embeddings}"
-            expect(length <= self.max_position_embeddings, "seq_len", rule, length)
-            rule = f"at least one sample's, seq_len={length}"
+            expect(length <= self.max_position_embeddings, given, rule, length)
+            rule = f"at least one sample's, of {length} tokens"
             expect(self.batch_tokens >= length, "batch_tokens", rule, self.batch_tokens)
 
     def all_phases(self) -> list[Phase]:

@@ -57,7 +57,7 @@ def train_step(
     mlm_loss, sentence_loss, found = [], [], []
     captured = isinstance(number, Tensor)  # then steps are all alike
     scored = captured or number % config.log_every == 0 or number == config.steps
-    together.skip_before(computes.base_model, config.device)
+    together.skip_before(computes, config.device)
     for batch, word_share, pair_share in zip(micro, word_shares, pair_shares, strict=True):
         with products(config, autocast=working is None):
             out = forward(computes, batch)
@@ -71,7 +71,7 @@ def train_step(
         is_all = word_share is pair_share is None and len(losses) == 1 + (out.sentence_loss is not None)
         with together.backward(batch is micro[-1]):
             (out.loss if is_all else total(losses)).backward()
-    together.skip_behind(computes.base_model, config.device)
+    together.skip_behind(computes, config.device)
     sums = together.sums([total(losses) for losses in (mlm_loss, sentence_loss) if losses])
     if working is not None:
         working.hand_over_gradients()

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastbert.models.encoder import Encoder
+from fastbert.models.pretraining import PreTrainingModel
 from fastbert.optim.exchange import SummedGradients, all_gather_ids, sum_rows
 from fastbert.pretrain.processes import ALONE, Processes
 
@@ -50,13 +50,13 @@ class Together:
         dist.all_reduce(together)
         return list(together.unbind())
 
-    def skip_before(self, encoder: Encoder, device: torch.device | str) -> None:
+    def skip_before(self, model: PreTrainingModel, device: torch.device | str) -> None:
         """Draws dropout's random numbers of the micro-batches before the own ones, which others compute."""
-        encoder.skip_seeds(self.own.start, device)
+        model.skip_seeds(self.own.start, device)
 
-    def skip_behind(self, encoder: Encoder, device: torch.device | str) -> None:
+    def skip_behind(self, model: PreTrainingModel, device: torch.device | str) -> None:
         """Those of the micro-batches behind the own ones."""
-        encoder.skip_seeds(self.accumulate - self.own.stop, device)
+        model.skip_seeds(self.accumulate - self.own.stop, device)
 
     def backward(self, is_last: bool) -> contextlib.AbstractContextManager:
         """Around the backward pass of each micro-batch; behind the last one gradients are those of all processes."""

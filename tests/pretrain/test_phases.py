@@ -88,10 +88,10 @@ def test_each_phase_has_a_captured_step_of_its_own(settings, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["128:0.9", "1024:0.1"], "seq_len must be at most the rows of the position table, max_position_embeddings="),
+        (["128:0.9", "1024:0.1"], "phases must be at most the rows of the position table, max_position_embeddings="),
         (["128:0.9", "512:0.2"], "the phases' shares must be above 0, and 1 together, got 128:0.9 512:0.2: 1.1"),
         (["4:0.5", "128:0.5"], "phases must be of lengths from 8 to 65536, got 4"),
-        (["128:0.9", "512:0.1", "--batch-tokens", "500"], "batch_tokens must be at least one sample's, seq_len=512"),
+        (["128:0.9", "512:0.1", "--batch-tokens", "500"], "batch_tokens must be at least one sample's, of 512 tokens"),
         (["128:0.99", "512:0.01"], "phases must be of a step each or more, of steps=20, got '128:0.99 512:0.01'"),
         (["128:0.9", "512:0.1", "--seq-len", "64"], "seq_len must be left out with phases, got 64"),
     ],

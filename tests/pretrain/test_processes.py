@@ -23,7 +23,7 @@ from fastbert.pretrain.stream import Stream
 CASES = {
     "plain": {},  # three micro-batches: one process has one of them, the other two
     "touched": {"embedding_update": "touched", "accumulate": 2, "seq_len": 128, "phases": ["16:0.5", "32:0.5"]},
-    "static": {"static_shapes": True, "embedding_update": "touched"},
+    "static": {"static_shapes": True, "embedding_update": "touched", "model": "albert", "objective": "mlm+sop"},
     "shard": {"shard": True, "embedding_update": "touched", "accumulate": 6},  # of one process it is not split
     "words": {"init": "COUNT plain/model", "vocab_size": 8192, "add_words": "words.txt", "rows_first": 3, "steps": 6},
 }

@@ -49,7 +49,7 @@ def test_bad_input_gets_a_sentence(tmp_path, corpus, finished, capsys, monkeypat
     )
     assert "lr must be a number above 0, got nan" in said("--corpus", corpus, "--steps", 5, "--lr", "nan")
     for setting, value, message in (
-        ("batch-tokens", 64, "batch_tokens must be at least one sample's, seq_len=128, got 64"),
+        ("batch-tokens", 64, "batch_tokens must be at least one sample's, of 128 tokens, got 64"),
         ("vocab-size", 10, "vocab_size must be an integer from 64 to"),
         ("held-out", 0.7, "held_out must be a share above 0 and at most 0.5, got 0.7"),
         ("device", "gpu", "device must be one that torch has here, got 'gpu'"),

@@ -12,7 +12,7 @@ from pretrain_runs import assert_same_run, bad
 from fastbert import lock
 from fastbert.backends import linear
 from fastbert.ops import linear_timing
-from fastbert.pretrain import environment, loop, snapshot
+from fastbert.pretrain import environment, snapshot, training
 from fastbert.pretrain import run as runs
 from fastbert.pretrain.loop import pretrain
 from fastbert.pretrain.report import last_scores, read_metrics, summary
@@ -152,7 +152,7 @@ def test_the_library_of_products_is_chosen_once(settings, finished, tmp_path, mo
     config = runs.new_run(dataclasses.replace(settings, output=tmp_path / "new"))
     assert config.linear == "onednn" and timed == [(512, 128, 512, torch.float32)]
     assert "linear products by onednn: a test says so" in capsys.readouterr().out
-    with loop.products(config):
+    with training.products(config):
         assert linear.chosen() == "onednn"
     assert environment.environment(config)["linear products"] == "onednn"
     config.output.mkdir()

@@ -11,7 +11,7 @@ from fastbert.data.batches import PretrainBatches
 from fastbert.data.shards import open_stores
 from fastbert.data.tokenizer import load_tokenizer, special_ids
 from fastbert.models.bert import BertConfig, BertForPreTraining
-from fastbert.pretrain import loop, snapshot, step
+from fastbert.pretrain import snapshot, step, training
 from fastbert.pretrain.loop import pretrain
 
 
@@ -135,7 +135,7 @@ def test_a_model_compiles_once_for_static_batches(settings, finished):
 
 def test_a_run_that_diverges_stops_and_keeps_its_snapshots(settings, finished, tmp_path, monkeypatch, capsys):
     config = dataclasses.replace(settings, output=tmp_path / "diverged", snapshot_every=5, keep=1)
-    monkeypatch.setattr(loop, "learning_rate", lambda step, *_, **__: 1e-3 if step < 11 else 1e30)
+    monkeypatch.setattr(training, "learning_rate", lambda step, *_, **__: 1e-3 if step < 11 else 1e30)
     with pytest.raises(ValueError, match=r"diverged at step 1[34] of 40: its loss .* the snapshot of step 10 is kept"):
         pretrain(config)
     assert snapshot.steps(config.output / "snapshots") == [10]

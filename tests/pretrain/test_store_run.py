@@ -73,6 +73,7 @@ def test_what_a_store_does_not_fit_is_refused(store, corpus, tmp_path, capsys, m
     assert "a store needs a folder" in said("prepare", corpus)
     assert "there is no folder" in said("prepare", corpus, "--output", tmp_path / "x", "--tokenizer", tmp_path / "y")
     assert "workers must be from 1" in said("prepare", corpus, "--output", tmp_path / "x", "--workers", "0")
+    assert "seed must be from 0" in said("prepare", corpus, "--output", tmp_path / "x", "--seed", "-1")
     monkeypatch.setattr("fastbert.prepare.TRAINERS", {})  # which may read for hours, and come after what is refused
     new = "prepare", corpus, "--output", tmp_path / "x"
     assert "expected 0 < fraction <= 0.5, got 2.0" in said(*new, "--held-out", 2)
