@@ -58,8 +58,11 @@ def distill(config: DistillConfig, resume: bool = False) -> Path | None:
         if source is not None and labels is None:
             print(f"stopped while the teacher labelled texts; go on with: {resume_command(config)}")
             return None
-        taught = logits_of(teacher, encoded, config, EVALUATED)
-        _say_how_good(logits_of(teacher, held_out, config, EVALUATED), evaluation.targets, config)
+        if config.label_weight < 1:
+            taught = logits_of(teacher, encoded, config, EVALUATED)
+            _say_how_good(logits_of(teacher, held_out, config, EVALUATED), evaluation.targets, config)
+        else:  # the labelled texts are learned by their labels alone
+            taught = torch.zeros(len(encoded), len(teacher.labels))
         torch.manual_seed(config.seed)
         scale = Scale.of(train.targets) if config.regression else None
         targets = train.targets if scale is None else scale.standardized(train.targets)
