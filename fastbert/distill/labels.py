@@ -7,6 +7,7 @@ there; they are read through the system's page cache, so that memory does not gr
 """
 
 import bisect
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Iterator
@@ -139,10 +140,10 @@ def label(source: Source, teacher: SequenceClassifier, tokenizer: Tokenizer, con
             damaged. BlockingIOError: another process labels there. OSError: it cannot be written.
     """
     folder, identity = config.store_folder, source.identity()
-    made = _there(folder, identity)
+    refuse_other(folder, identity)
     folder.mkdir(parents=True, exist_ok=True)
     with lock.hold(folder, "labels texts there", "Ctrl-C or SIGTERM keeps what it has labelled"):
-        made = _there(folder, identity)  # as it is now that nobody else writes
+        made = _there(folder)
         done = sum(part["texts"] for part in made)
         texts = islice(_texts(config), done, None)
         bar = tqdm(total=source.count, initial=done, desc="labelling", unit="text", dynamic_ncols=True, leave=False)
@@ -177,30 +178,44 @@ def _write_part(folder: Path, name: str, encoded: list[Encoded], logits: Tensor)
     return {"name": name, "texts": len(encoded), "bytes": len(content), "sha256": digest}
 
 
-def _there(folder: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
+def refuse_other(folder: Path, identity: dict[str, Any]) -> None:
+    """Raises ValueError where `folder` holds something that is no store of this identity; reads its manifest alone."""
+    path = folder / MANIFEST
+    if not path.exists():
+        for each in folder.iterdir() if folder.is_dir() else ():
+            if not each.name.startswith((".", "part-")):
+                raise ValueError(f"{folder} is no store of labels, it holds {each.name}: name another --store")
+        return
+    with _as_manifest(path):
+        of = files.json_object(path)["of"]
+        different = [name for name, value in identity.items() if of[name] != value]
+    if different:
+        raise ValueError(
+            f"{folder} holds a teacher's outputs that are not those asked for, its {', '.join(different)} differing: "
+            "name another --store, or the teacher and texts it was made with"
+        )
+
+
+def _there(folder: Path) -> list[dict[str, Any]]:
     """What the manifest says of the parts that are there, after they were read and compared with it."""
     path = folder / MANIFEST
     if not path.exists():
-        if folder.exists() and any(each.name != ".lock" and each.suffix != files.WRITING for each in folder.iterdir()):
-            other = [each for each in folder.iterdir() if not each.name.startswith((".", "part-"))]
-            if other:
-                raise ValueError(f"{folder} is no store of labels, it holds {other[0].name}: name another --store")
         return []
-    try:
-        stored = files.json_object(path)
-        of, parts = stored["of"], stored["parts"]
-        different = [name for name, value in identity.items() if of[name] != value]
+    with _as_manifest(path):
+        parts = files.json_object(path)["parts"]
         for part in parts:
             content = folder / part["name"]
             with files.naming(content), content.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             if digest != part["sha256"]:
                 raise ValueError(f"{content.name} does not match the checksum in it")
+    return parts
+
+
+@contextlib.contextmanager
+def _as_manifest(path: Path) -> Iterator[None]:
+    """What is wrong within the block is said of the store."""
+    try:
+        yield
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"{path} cannot be used: {error}. Put its folder back as it was, or remove it") from error
-    if different:
-        raise ValueError(
-            f"{folder} holds a teacher's outputs that are not those asked for, its {', '.join(different)} differing: "
-            "name another --store, or the teacher and texts it was made with"
-        )
-    return parts

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastbert import files
 from fastbert.data.tokenizer import load_tokenizer
-from fastbert.distill.labels import Source, label
+from fastbert.distill.labels import Source, label, refuse_other
 from fastbert.distill.settings import DistillConfig
 from fastbert.distill.students import make_student
 from fastbert.distill.training import Distiller
@@ -49,6 +49,7 @@ def distill(config: DistillConfig, resume: bool = False) -> Path | None:
     digest = fingerprint((encoded, held_out), (train.targets, evaluation.targets), classes)
     source = Source.of(config, teacher) if config.unlabelled else None
     if source is not None:
+        refuse_other(config.store_folder, source.identity())
         digest = hashlib.sha256((digest + files.json_text(source.identity())).encode()).hexdigest()
     print(f"student: {type(student).__name__}, {_count(student):,} parameters; teacher: {_count(teacher):,}")
     if torch.device(config.device).type == "cpu":

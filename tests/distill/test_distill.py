@@ -134,5 +134,6 @@ def test_what_does_not_hold_is_refused_before_anything_is_written(config, lesson
         ({"pair": "second"}, "--unlabelled holds single texts"),
         ({"onnx": True, "student": "bert", "layers": 1}, "onnx must be left out but for textcnn and bilstm"),
         ({"seq_len": 99}, "seq_len must be at most what the model takes, 32"),
+        ({"store": lesson / "teacher"}, "is no store of labels, it holds"),
     ):  # fmt: skip
         assert why in refused(**changes), changes
