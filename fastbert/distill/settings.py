@@ -14,11 +14,8 @@ STUDENTS = tuple(name.removeprefix("fastbert_") for name in SMALL)
 
 
 @dataclasses.dataclass(frozen=True)
-class DistillConfig(TaskConfig):
-    """Settings of `fastbert distill`; its --help shows them."""
-
-    command: ClassVar[str] = "distill"
-    sources: ClassVar[tuple[str, ...]] = ("train", "evaluate", "unlabelled", "teacher")
+class DistillPaths:
+    """What must be given: a base of its own, so that it comes first in --help."""
 
     teacher: Path
     """The folder of a trained classifier or regression: model/ of `fastbert finetune`, or one of transformers."""
@@ -29,6 +26,15 @@ class DistillConfig(TaskConfig):
     """The table (CSV, TSV, JSON lines) with a text and its label in each row."""
     output: Path
     """The folder for what comes of it, new, or continued with --resume: model/, scores.json and a picture."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig(TaskConfig, DistillPaths):
+    """Settings of `fastbert distill`; its --help shows them."""
+
+    command: ClassVar[str] = "distill"
+    sources: ClassVar[tuple[str, ...]] = ("train", "evaluate", "unlabelled", "teacher")
+
     unlabelled: tuple[Path, ...] = ()
     """Texts without labels, however many, from which the student learns what the teacher makes of them: text files with
     a text a line, folders of such, or tables with the column --text."""
