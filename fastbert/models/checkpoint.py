@@ -18,6 +18,8 @@ from fastbert.models.parameter_names import Names
 
 # What no model here does, by configuration field: the one value it can take.
 _SUPPORTED = {"position_embedding_type": "absolute", "add_cross_attention": False}
+# Before model_type where norms are not LayerNorm: `transformers`, which has no others, would not notice it otherwise.
+_OWN = "fastbert-"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Before the encoder's names in a folder whose configuration does not name its kind, beside the model's own name;
 # another model's would be "roberta".
@@ -72,6 +74,8 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON ({error}): fetch or export the folder anew") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold an object with a model's sizes, got {type(fields).__name__}")
+    if isinstance(fields.get("model_type"), str):
+        fields["model_type"] = fields["model_type"].removeprefix(_OWN)
     return fields
 
 
@@ -248,6 +252,9 @@ def _list(names: list[str]) -> str:
 def save(model: nn.Module, folder: str | os.PathLike, fields: dict[str, Any], tokenizer: Any = None) -> None:
     """Writes config.json, model.safetensors and the tokenizer's files as `transformers` reads them.
 
+    A model whose norms are not LayerNorm has the `model_type` "fastbert-bert" (or -roberta, ...) there, and other names
+    for the norms' tensors: `transformers`, which has no such norms, then refuses it and does not compute other numbers.
+
     Every file is first written whole under another name and then moved into place, so that a full disk or a kill
     while writing leaves an earlier export as it was.
 
@@ -265,7 +272,8 @@ def save(model: nn.Module, folder: str | os.PathLike, fields: dict[str, Any], to
     """
     named = parameter_names.to_hugging_face(model.state_dict(), model.names)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    config = {"architectures": [type(model).__name__], "model_type": model.names.model_type, "dtype": dtype} | fields
+    kind = model.names.model_type if model.config.norm == "layer" else _OWN + model.names.model_type
+    config = {"architectures": [type(model).__name__], "model_type": kind, "dtype": dtype} | fields
     write(folder, config | _SUPPORTED | {"tie_word_embeddings": True}, named, model.config, tokenizer)
 
 
