@@ -107,6 +107,11 @@ class TaskConfig:
         return linear.chosen(torch.bfloat16 if self.bf16 else torch.float32)
 
     @property
+    def patient_after(self) -> int:
+        """Epochs at the start that patience does not count."""
+        return 0
+
+    @property
     def tokenizer(self) -> Path:
         """The folder with the tokenizer that the model reads by, which is exported beside it."""
         raise NotImplementedError
