@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastbert import extras
+from fastbert import extras, files
 from fastbert.version import __version__
 
 USAGE = """usage: fastbert COMMAND
@@ -18,7 +18,8 @@ USAGE = """usage: fastbert COMMAND
   prepare     raw text, however much, to a folder of tokens that pretrain --store reads at once
   pretrain    raw text to a BERT, ALBERT, RoBERTa or ERNIE that transformers loads; see fastbert pretrain --help
   finetune    a table of texts with classes or numbers, and any such model, to a classifier; its score, a picture
-  distill     a classifier's folder to a small model that does as it does: TextCNN, BiLSTM or fewer layers
+  distill     a classifier's folder to a small model that does as it does: TextCNN, BiLSTM or fewer layers; with
+              --corpus a pretrained model's folder to a small one of its kind
   predict     a classifier's labels for new texts
   embed       vectors of texts or of their tokens by any such model, to .npy or .safetensors
   fill        the likeliest words for the [MASK]s of a text by any such model
@@ -153,11 +154,29 @@ def finetune(arguments: list[str]) -> int:
 
 def distill(arguments: list[str]) -> int:
     """`fastbert distill`; the exit status as of `finetune`."""
+    if _is_general(arguments):
+        _expect_packages("distilling on a corpus needs", "sklearn", "scipy", "matplotlib", "tensorboard")
+        from fastbert.distill import GeneralConfig, distill_general
+
+        described = "Train a small model to have the inside of a pretrained one, before it has a task (TinyBERT)."
+        return _train(distill_general, GeneralConfig, described, arguments)
     _expect_packages("distilling needs", "sklearn", "scipy", "matplotlib")
     from fastbert.distill import DistillConfig
     from fastbert.distill import distill as train
 
-    return _train(train, DistillConfig, "Train a small model to do as a trained classifier does.", arguments)
+    described = (
+        "Train a small model to do as a trained classifier does. With --corpus it learns from a pretrained model in "
+        "place of that, before it has a task; what that takes says fastbert distill --corpus TEXT --help."
+    )
+    return _train(train, DistillConfig, described, arguments)
+
+
+def _is_general(arguments: list[str]) -> bool:
+    """Whether a distillation is one on a corpus: it names one, or the run that it goes on with does."""
+    if any(each.split("=")[0] == "--corpus" for each in arguments):
+        return True
+    folder = _folder_to_resume(arguments)
+    return folder is not None and "corpus" in (files.json_object_or_none(folder / "config.json") or {})
 
 
 def _train(train: Callable[..., Path | None], kind: type, description: str, arguments: list[str]) -> int:

@@ -7,12 +7,13 @@ understanding" (2020), section 3.1.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastbert.models.encoder import Layer, PreTrainedModel
+from fastbert.models.encoder import Encoder, Layer
 from fastbert.ops.attention_distillation import attention_distillation
 
 MAPS = "uniform", "last"
@@ -74,7 +75,7 @@ class Inside:
     qkv: list[Tensor] = field(default_factory=list)
 
 
-def refuse_inside(model: PreTrainedModel, who: str) -> None:
+def refuse_inside(model: Encoder, who: str) -> None:
     """Raises ValueError where this encoder's layers cannot be told apart."""
     layers = list(model.layers())
     if not all(isinstance(layer, Layer) for layer in layers) or len({id(layer) for layer in layers}) != len(layers):
@@ -85,7 +86,7 @@ def refuse_inside(model: PreTrainedModel, who: str) -> None:
 
 
 @contextmanager
-def watched(encoder: PreTrainedModel) -> Iterator[Inside]:
+def watched(encoder: Encoder) -> Iterator[Inside]:
     """What passes through the encoder within the block. Its last layer must compute all places."""
     inside = Inside()
     hooks = [encoder.embeddings.register_forward_hook(lambda _, __, out: setattr(inside, "embeddings", out))]
@@ -121,6 +122,30 @@ class IntermediateLoss(nn.Module):
             )
         self.heads, self.layers = heads, list(layers)
         self.project = None if width == teacher_width else nn.Linear(width, teacher_width, bias=False)
+
+    @classmethod
+    def between(cls, student: Encoder, teacher: Encoder, kind: str | Sequence[int]) -> Self:
+        """Of these two encoders; a matrix between widths is drawn from torch's generator.
+
+        Args:
+            kind: as of `layer_map`.
+
+        Raises:
+            ValueError: layers, heads or a layer map that do not fit.
+        """
+        refuse_inside(teacher, "teacher")
+        refuse_inside(student, "student")
+        mine, theirs = student.config, teacher.config
+        layers = layer_map(kind, mine.num_hidden_layers, theirs.num_hidden_layers)
+        return cls(mine.hidden_size, mine.num_attention_heads, theirs.hidden_size, theirs.num_attention_heads, layers)
+
+    def of_batch(self, student: Encoder, teacher: Encoder, batch: dict[str, Tensor | int]) -> Tensor:
+        """The loss of a packed batch, both encoders' arguments by name; the teacher runs once, without gradients."""
+        with watched(teacher) as theirs, torch.no_grad():
+            teacher(**batch)
+        with watched(student) as mine:
+            student(**batch)
+        return self(mine, theirs, batch["cu_seqlens"], batch["max_seqlen"])
 
     def forward(self, student: Inside, teacher: Inside, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         loss = self._states(student.embeddings, teacher.embeddings)

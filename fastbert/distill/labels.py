@@ -28,6 +28,7 @@ from fastbert.data.tokenizer import load_tokenizer
 from fastbert.distill.settings import DistillConfig
 from fastbert.finetune.predict import logits_of
 from fastbert.models.classification import SequenceClassifier
+from fastbert.models.encoder import PreTrainedModel
 from fastbert.signals import stop_signals
 
 PART = 8192  # texts: what is lost where labelling is broken off, and what is held in memory
@@ -66,12 +67,9 @@ class Source:
             count += 1
         if not count:
             raise ValueError(f"{', '.join(map(str, config.unlabelled))} hold no text: name files with a text a line")
-        weights = hashlib.sha256(files.json_text(teacher.fields()).encode())
-        for name, x in sorted(teacher.state_dict().items()):
-            weights.update(name.encode() + x.detach().cpu().contiguous().numpy().tobytes())
         words = hashlib.sha256(load_tokenizer(config.teacher).to_str().encode())
         longest = teacher.config.longest if config.seq_len is None else config.seq_len
-        return cls(config, longest, count, digest.hexdigest(), weights.hexdigest(), words.hexdigest())
+        return cls(config, longest, count, digest.hexdigest(), digest_of(teacher), words.hexdigest())
 
     def identity(self) -> dict[str, Any]:
         """What a store must have been made of to be this one's."""
@@ -79,6 +77,14 @@ class Source:
             "teacher": self.teacher, "tokenizer": self.tokenizer, "texts": self.texts, "count": self.count,
             "tokens of a text": self.longest,
         }  # fmt: skip
+
+
+def digest_of(model: PreTrainedModel) -> str:
+    """SHA-256 of a model's configuration and weights."""
+    digest = hashlib.sha256(files.json_text(model.fields()).encode())
+    for name, x in sorted(model.state_dict().items()):
+        digest.update(name.encode() + x.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _texts(config: DistillConfig) -> Iterator[str]:

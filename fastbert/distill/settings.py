@@ -4,13 +4,24 @@ import dataclasses
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
+import torch
+
 from fastbert import extras
+from fastbert.backends import linear
+from fastbert.data.batches import LONGEST
+from fastbert.data.tables import Quoting
 from fastbert.finetune.settings import TaskConfig, expect_number
 from fastbert.models.small import SMALL
-from fastbert.pretrain.settings import expect
+from fastbert.pretrain.settings import PretrainConfig, expect
 
 OutputLoss = Literal["soft", "mse"]
 STUDENTS = tuple(name.removeprefix("fastbert_") for name in SMALL)
+
+
+def layer_numbers(kind: str) -> str | list[int]:
+    """A written layer map, such as uniform or 4,8,12, as `fastbert.distill.intermediate.layer_map` takes it."""
+    parts = kind.split(",")
+    return [int(part) for part in parts] if all(part.strip().isdecimal() for part in parts) else kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +101,7 @@ class DistillConfig(TaskConfig, DistillPaths):
     @property
     def layer_numbers(self) -> str | list[int]:
         """The layer map as `fastbert.distill.intermediate.layer_map` takes it."""
-        parts = self.layer_map.split(",")
-        return [int(part) for part in parts] if all(part.strip().isdecimal() for part in parts) else self.layer_map
+        return layer_numbers(self.layer_map)
 
     @property
     def is_small(self) -> bool:
@@ -110,16 +120,7 @@ class DistillConfig(TaskConfig, DistillPaths):
             expect(type(value) is int and 1 <= value < 2**20, name, "an integer from 1 on", value)
         known = self.is_small or self.student == "bert" or Path(self.student).is_dir()
         expect(known, "student", f"{', '.join(STUDENTS)}, bert or a model's folder", self.student)
-        if (self.layers is None) == (self.student == "bert"):
-            raise ValueError(
-                "--student bert needs --layers, how many of the teacher's it has, and no other student takes it: "
-                f"got --student {self.student} and layers {self.layers}"
-            )
-        expect(
-            self.layers is None or (type(self.layers) is int and self.layers >= 1), "layers", "1 or more", self.layers
-        )
-        if self.intermediate_size is not None and self.student != "bert":
-            raise ValueError(f"--intermediate-size is of --student bert, got --student {self.student}")
+        check_layers(self)
         whole = type(self.intermediate_epochs) is int and 0 <= self.intermediate_epochs < self.epochs
         expect(whole, "intermediate_epochs", f"from 0 to less than epochs, {self.epochs}", self.intermediate_epochs)
         if self.is_small and (self.intermediate_epochs or self.layer_map != "uniform"):
@@ -139,3 +140,127 @@ class DistillConfig(TaskConfig, DistillPaths):
     @property
     def store_folder(self) -> Path:
         return self.output / "labels" if self.store is None else self.store
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneralPaths:
+    """What must be given: a base of its own, so that it comes first in --help."""
+
+    teacher: Path
+    """The folder of a pretrained BERT, RoBERTa or ERNIE, of fastbert pretrain or of transformers."""
+    student: str
+    """What learns: bert, the teacher with fewer --layers, narrower where --width says so; or the folder of a model that
+    reads by the teacher's tokenizer."""
+    corpus: Path
+    """A text file (one sentence or more per line, blank lines between documents), a table (CSV, TSV, JSON lines), or a
+    folder of such."""
+    output: Path
+    """The folder for what comes of it, new, or continued with --resume: model/, metrics.jsonl and scores.json."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneralConfig(GeneralPaths):
+    """Settings of `fastbert distill --corpus`; its --help shows them."""
+
+    command: ClassVar[str] = "distill"
+    sources: ClassVar[tuple[str, ...]] = ("teacher", "corpus")
+
+    column: str | None = None
+    """The table's column, or the JSON objects' field, that holds the text; every row is a document."""
+    separator: str | None = None
+    """The character between a table's columns; if not given a comma, in .tsv files a tab."""
+    quoting: Quoting = "auto"
+    """How a table's cells are quoted: double ("" for a quote within), backslash, none; auto looks at the header."""
+    held_out: float = 0.02
+    """Share of the documents kept for evaluation."""
+
+    layers: int | None = None
+    """Of bert: how many layers it has."""
+    width: int | None = None
+    """Of bert: its hidden size, a multiple of the teacher's heads. It then begins as random numbers; if not given it
+    has the teacher's width, and begins as copies of the teacher's layers."""
+    intermediate_size: int | None = None
+    """Of bert: numbers within each layer's feed-forward network; if not given the teacher's, and with --width as many
+    times the width as in the teacher."""
+    layer_map: str = "uniform"
+    """Which of the teacher's layers each layer of the student learns from: uniform, at even distances; last, the last
+    ones; or their numbers from 1 on, such as 4,8,12."""
+    dropout: float | None = None
+    """Probability of dropout in the student; if not given as in the teacher's, or the student's, folder."""
+
+    seq_len: int = 128
+    """Longest sequence in tokens, [CLS] and [SEP] included."""
+    batch_tokens: int = 4096
+    """Tokens of a batch; sequences are packed without padding."""
+    accumulate: int = 1
+    """Batches whose gradients are added up for one step; several processes share them out (torchrun)."""
+    steps: int | None = None
+    """Optimizer steps; with --minutes as well: at most so many."""
+    minutes: float | None = None
+    """Training time, which the learning rate then follows."""
+    lr: float = 2e-4
+    """Highest learning rate."""
+    warmup: float = 0.1
+    """Share of the steps, or of the time, in which the learning rate rises; then it falls linearly to 0."""
+    weight_decay: float = 0.01
+    """Decoupled; none on biases and LayerNorm."""
+    clip: float = 1.0
+    """Largest norm of the gradient that is applied."""
+    bf16: bool = False
+    """Compute in bfloat16 (autocast); weights stay float32."""
+    seed: int = 0
+    """Of everything random."""
+
+    evaluations: int = 8
+    """Evaluations on the held-out part, evenly over the run."""
+    evaluation_batches: int = 32
+    """Batches of one evaluation."""
+    snapshot_every: int = 1000
+    """Steps between snapshots, from which a run can be resumed; Ctrl-C and SIGTERM take one too."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    workers: int = 0
+    """Processes that prepare batches, of each training process; 0 prepares them there."""
+    device: str = "cpu"
+    """Where to train, as torch names it."""
+
+    @property
+    def linear(self) -> str:
+        """As of `TaskConfig`."""
+        return linear.chosen(torch.bfloat16 if self.bf16 else torch.float32)
+
+    @property
+    def layer_numbers(self) -> str | list[int]:
+        """The layer map as `fastbert.distill.intermediate.layer_map` takes it."""
+        return layer_numbers(self.layer_map)
+
+    def as_pretraining(self) -> PretrainConfig:
+        """A pretraining run on the same data: whole texts, unmasked, by the teacher's tokenizer."""
+        names = {field.name for field in dataclasses.fields(PretrainConfig)}
+        same = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name in names}
+        return PretrainConfig(**same, init=self.teacher, objective="clm", max_position_embeddings=LONGEST)
+
+    def check(self) -> None:
+        """Raises ValueError with the rule, what came and what is expected, where a setting does not hold."""
+        self.as_pretraining().check()
+        known = self.student == "bert" or Path(self.student).is_dir()
+        expect(known, "student", "bert or a model's folder", self.student)
+        check_layers(self)
+        if self.width is not None:
+            expect(type(self.width) is int and self.width >= 1, "width", "an integer from 1 on", self.width)
+            if self.student != "bert":
+                raise ValueError(f"--width is of --student bert, got --student {self.student}")
+
+
+def check_layers(config: DistillConfig | GeneralConfig) -> None:
+    """Raises ValueError unless layers, and sizes within them, are given where the student is made by them alone."""
+    if (config.layers is None) == (config.student == "bert"):
+        raise ValueError(
+            "--student bert needs --layers, how many of the teacher's it has, and no other student takes it: "
+            f"got --student {config.student} and layers {config.layers}"
+        )
+    for name in ("layers", "intermediate_size"):
+        value = getattr(config, name)
+        expect(value is None or (type(value) is int and value >= 1), name, "1 or more", value)
+    if config.intermediate_size is not None and config.student != "bert":
+        raise ValueError(f"--intermediate-size is of --student bert, got --student {config.student}")

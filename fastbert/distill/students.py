@@ -9,10 +9,11 @@ from torch import Tensor
 
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.distill.intermediate import layer_map
-from fastbert.distill.settings import DistillConfig
+from fastbert.distill.settings import DistillConfig, GeneralConfig
 from fastbert.finetune.predict import Classifier
 from fastbert.models.auto import ENCODERS, class_of
 from fastbert.models.classification import CLASSIFIERS, SequenceClassifier
+from fastbert.models.encoder import Encoder, PreTrainedModel
 from fastbert.models.small import SMALL, SmallConfig
 
 _LAYER = re.compile(r"(.*\bencoder\.layer\.)(\d+)(\..*)")
@@ -36,9 +37,7 @@ def make_student(config: DistillConfig, teacher: SequenceClassifier) -> Classifi
             pad_token_id=sizes.pad_token_id, **dropout,
         )  # fmt: skip
         return SMALL[f"fastbert_{config.student}"](small, teacher.labels, teacher.problem_type)
-    changed = {}
-    if config.dropout is not None:
-        changed = {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout}
+    changed = _dropout(config.dropout)
     if config.student == "bert":
         student = _smaller(teacher, config, changed)
     else:
@@ -58,16 +57,65 @@ def _smaller(teacher: SequenceClassifier, config: DistillConfig, changed: dict[s
     smaller = dataclasses.replace(sizes, num_hidden_layers=config.layers, intermediate_size=inner, **changed)
     student = type(teacher)(smaller, teacher.labels, teacher.problem_type)
     chosen = layer_map(config.layer_numbers, config.layers, sizes.num_hidden_layers)
+    student.load_state_dict(_narrowed(_of_layers(teacher.state_dict(), chosen), inner))
+    return student
+
+
+def make_encoder(config: GeneralConfig, teacher: Encoder) -> Encoder:
+    """The encoder that learns from a pretrained one, its new weights drawn by the seed.
+
+    It has a pooler where its classifiers take one. A pooler is no part of what is learned, and is drawn anew unless it
+    is a folder's.
+
+    Raises:
+        FileNotFoundError, ValueError: as `make_student`; a width that the teacher's heads do not divide.
+    """
+    torch.manual_seed(config.seed)
+    changed = _dropout(config.dropout)
+    if config.student != "bert":
+        folder = Path(config.student)
+        takes_pooler = class_of(folder, CLASSIFIERS).takes_pooler
+        student = class_of(folder, ENCODERS).from_pretrained(folder, add_pooling_layer=takes_pooler)
+        _expect_same_words(student, folder, teacher, config.teacher)
+        student.config = dataclasses.replace(student.config, **changed)
+        return student
+    sizes = teacher.config
+    width = sizes.hidden_size if config.width is None else config.width
+    inner = config.intermediate_size or sizes.intermediate_size * width // sizes.hidden_size
+    if width % sizes.num_attention_heads:
+        raise ValueError(f"width must be a multiple of the teacher's {sizes.num_attention_heads} heads, got {width}")
+    chosen = layer_map(config.layer_numbers, config.layers, sizes.num_hidden_layers)
+    if width == sizes.hidden_size and inner > sizes.intermediate_size:
+        raise ValueError(
+            f"intermediate_size must be at most the teacher's, {sizes.intermediate_size}, where the student begins as "
+            f"its layers, got {inner}"
+        )
+    changed |= {"num_hidden_layers": config.layers, "intermediate_size": inner, "hidden_size": width}
+    takes_pooler = class_of(config.teacher, CLASSIFIERS).takes_pooler
+    student = type(teacher)(dataclasses.replace(sizes, **changed), add_pooling_layer=takes_pooler)
+    if width == sizes.hidden_size:
+        taken = _narrowed(_of_layers(teacher.state_dict(), chosen), inner)
+        student.load_state_dict(student.state_dict() | taken)
+    return student
+
+
+def _dropout(probability: float | None) -> dict[str, float]:
+    """What it changes in a configuration."""
+    names = "hidden_dropout_prob", "attention_probs_dropout_prob"
+    return {} if probability is None else dict.fromkeys(names, probability)
+
+
+def _of_layers(state: dict[str, Tensor], chosen: list[int]) -> dict[str, Tensor]:
+    """Of a model's state the layers with these numbers, from 1 on, numbered anew; all else as it is."""
     kept = {number - 1: i for i, number in enumerate(chosen)}
-    state = {}
-    for name, x in teacher.state_dict().items():
+    taken = {}
+    for name, x in state.items():
         match = _LAYER.fullmatch(name)
         if match is None:
-            state[name] = x
+            taken[name] = x
         elif int(match[2]) in kept:
-            state[f"{match[1]}{kept[int(match[2])]}{match[3]}"] = x
-    student.load_state_dict(_narrowed(state, inner))
-    return student
+            taken[f"{match[1]}{kept[int(match[2])]}{match[3]}"] = x
+    return taken
 
 
 def _narrowed(state: dict[str, Tensor], inner: int) -> dict[str, Tensor]:
@@ -92,17 +140,22 @@ def _of_folder(
 ) -> SequenceClassifier:
     """The folder's encoder with a new head."""
     kind = class_of(folder, CLASSIFIERS)
+    encoder = class_of(folder, ENCODERS).from_pretrained(folder, add_pooling_layer=kind.takes_pooler)
+    _expect_same_words(encoder, folder, teacher, teacher_folder)
+    encoder.config = dataclasses.replace(encoder.config, **changed)
+    return kind.over(encoder, teacher.labels, teacher.problem_type)
+
+
+def _expect_same_words(student: Encoder, folder: Path, teacher: PreTrainedModel, teacher_folder: Path) -> None:
+    """Raises ValueError unless the student of a folder reads what the teacher does."""
     if load_tokenizer(folder).to_str() != load_tokenizer(teacher_folder).to_str():
         raise ValueError(
             f"{folder} has another tokenizer than the teacher in {teacher_folder}, and both must read the same tokens: "
             "give a student that was trained with the teacher's, such as one of fastbert distill"
         )
-    encoder = class_of(folder, ENCODERS).from_pretrained(folder, add_pooling_layer=kind.takes_pooler)
-    if encoder.config.vocab_size != teacher.config.vocab_size or encoder.config.longest < teacher.config.longest:
+    if student.config.vocab_size != teacher.config.vocab_size or student.config.longest < teacher.config.longest:
         raise ValueError(
-            f"{folder} has {encoder.config.vocab_size} words and takes {encoder.config.longest} tokens, the teacher "
+            f"{folder} has {student.config.vocab_size} words and takes {student.config.longest} tokens, the teacher "
             f"{teacher.config.vocab_size} and {teacher.config.longest}: the student needs as many words, and no fewer "
             "tokens"
         )
-    encoder.config = dataclasses.replace(encoder.config, **changed)
-    return kind.over(encoder, teacher.labels, teacher.problem_type)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fastbert.data.order import at_places
 from fastbert.data.texts import Encoded, pack
-from fastbert.distill.intermediate import IntermediateLoss, watched
+from fastbert.distill.intermediate import IntermediateLoss
 from fastbert.distill.labels import Labels
 from fastbert.distill.losses import label_loss, logit_mse, mixed, soft_cross_entropy
 from fastbert.distill.settings import DistillConfig
@@ -86,13 +86,8 @@ class Distiller(Trainer):
         sizes = self.model.config
         packed = pack(encoded, sizes.pad_token_id, sizes.type_vocab_size, sizes.longest, 1)
         arguments = packed.arguments(self.model.classifier.weight.device)
-        student, teacher = self.model.base_model, self.teacher.base_model
         with autocast(self.config):
-            with watched(teacher) as theirs, torch.no_grad():
-                teacher(**arguments)
-            with watched(student) as mine:
-                student(**arguments)
-            return self.inside(mine, theirs, arguments["cu_seqlens"], arguments["max_seqlen"])
+            return self.inside.of_batch(self.model.base_model, self.teacher.base_model, arguments)
 
     def batch(self, places: Tensor) -> tuple[list[Encoded], Tensor, Tensor]:
         """The texts at these places, labelled ones first; the teacher's outputs [B, C]; the first ones' targets."""

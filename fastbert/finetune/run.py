@@ -7,16 +7,26 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from fastbert import files, lock
 from fastbert.data.texts import Encoded
-from fastbert.finetune.settings import TaskConfig
 
-Config = TypeVar("Config", bound=TaskConfig)
+
+class RunConfig(Protocol):
+    """Settings of a training that can be resumed; see `TaskConfig` for its attributes."""
+
+    command: ClassVar[str]
+    sources: ClassVar[tuple[str, ...]]
+    output: Path
+
+    def check(self) -> None: ...
+
+
+Config = TypeVar("Config", bound=RunConfig)
 
 
 def refuse_many_processes() -> None:
@@ -40,7 +50,7 @@ def refuse_what_is_there(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def begun(config: TaskConfig, resume: bool) -> Iterator[None]:
+def begun(config: RunConfig, resume: bool) -> Iterator[None]:
     """Within the block the run's folder is this process's; a new run's is made, and its config.json makes it a run."""
     if not resume:
         config.output.mkdir(parents=True)
@@ -101,5 +111,5 @@ def fingerprint(encoded: Sequence[list[Encoded]], targets: Sequence[Tensor], cla
     return digest.hexdigest()
 
 
-def resume_command(config: TaskConfig) -> str:
+def resume_command(config: RunConfig) -> str:
     return f"fastbert {config.command} --output {config.output} --resume"

@@ -1,0 +1,154 @@
+"""A student learns a pretrained model's inside on a corpus, and then a task."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from finetune_tables import rows
+from pretrain_runs import bad, places
+from safetensors.torch import load_file
+
+pytest.importorskip("sklearn")
+pytest.importorskip("tensorboard")
+
+from fastbert import cli
+from fastbert.data.tokenizer import load_tokenizer
+from fastbert.distill import DistillConfig, GeneralConfig, distill, distill_general, general
+from fastbert.models import BertModel
+
+
+@pytest.fixture(scope="module")
+def config(lesson, tmp_path_factory):
+    """Of a teacher with two layers and its corpus of 40 documents, for a narrower student of one layer."""
+    folder = tmp_path_factory.mktemp("general")
+    tokenizer, small = load_tokenizer(lesson / "bert"), BertModel.from_pretrained(lesson / "bert").config
+    torch.manual_seed(0)
+    BertModel(dataclasses.replace(small, num_hidden_layers=2)).save_pretrained(folder / "teacher", tokenizer)
+    texts = [row["text"] for row in rows(160, seed=3)]
+    (folder / "corpus.txt").write_text("\n\n".join("\n".join(texts[i : i + 4]) for i in range(0, 160, 4)))
+    return GeneralConfig(
+        folder / "teacher", "bert", folder / "corpus.txt", folder / "run", layers=1, width=16, steps=24, lr=1e-2,
+        batch_tokens=256, seq_len=32, held_out=0.2, evaluations=4, snapshot_every=7, log_every=1, accumulate=2,
+        dropout=0.1,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(config):
+    return distill_general(config)
+
+
+def held_out(folder):
+    return json.loads((folder / "scores.json").read_text())["held out"]
+
+
+def test_the_student_comes_nearer_and_is_a_folder_for_the_second_stage(config, done, lesson, tmp_path):
+    scores = held_out(config.output)
+    assert [each["step"] for each in scores] == [6, 12, 18, 24]
+    assert scores[-1]["loss"] < 0.8 * scores[0]["loss"]
+    assert not any("project" in name or "inside" in name for name in load_file(done / "model.safetensors"))
+    transformers = pytest.importorskip("transformers")
+    loaded, ours = transformers.AutoModel.from_pretrained(done).eval(), BertModel.from_pretrained(done)
+    ids = torch.arange(5, 12)[None]
+    torch.testing.assert_close(ours(ids).sequence_output, loaded(ids)[0], rtol=1e-4, atol=1e-5)
+    assert ours.config.hidden_size == 16 and ours.config.num_hidden_layers == 1
+    second = DistillConfig(
+        lesson / "teacher/model", str(done), lesson / "train.csv", tmp_path / "second", epochs=2, intermediate_epochs=1,
+        batch_size=16,
+    )  # fmt: skip
+    assert distill(second) == tmp_path / "second/model"
+
+
+def test_stopped_and_resumed_in_the_same_bits(config, done, tmp_path, monkeypatch):
+    take, steps = general._Training._step, []
+
+    def step(self, *others):
+        steps.append(self.progress.step)
+        if len(steps) == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(self, *others)
+
+    monkeypatch.setattr(general._Training, "_step", step)
+    broken = dataclasses.replace(config, output=tmp_path / "broken")
+    assert distill_general(broken) is None
+    monkeypatch.setattr(sys, "argv", ["fastbert", "distill", "--output", str(broken.output), "--resume"])
+    with pytest.raises(SystemExit) as ended:  # the command knows by the run's folder which stage it is
+        cli.main()
+    assert ended.value.code == 0
+    assert steps == list(range(24))
+    ours, theirs = (load_file(folder / "model/model.safetensors") for folder in (broken.output, config.output))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_texts_are_not_masked_and_losses_are_the_teachers_inside(config, done, tmp_path, monkeypatch):
+    """With as many layers, of the same width, the student begins as the teacher, and nothing is left to learn."""
+    seen = []
+    take = general._Training._loss
+    monkeypatch.setattr(general._Training, "_loss", lambda self, batch: seen.append(batch) or take(self, batch))
+    same = dataclasses.replace(config, layers=2, width=None, dropout=0.0, steps=1, output=tmp_path / "same")
+    distill_general(same)
+    record = json.loads((same.output / "metrics.jsonl").read_text().splitlines()[0])
+    assert record["loss"] < 1e-9
+    mask = load_tokenizer(config.teacher).token_to_id("[MASK]")
+    assert seen and not any((batch.input_ids == mask).any() for batch in seen)
+
+
+def test_what_does_not_hold_is_refused_before_anything_is_written(config, tmp_path, capsys, monkeypatch):
+    new = dataclasses.replace(config, output=tmp_path / "new")
+    for changes, why in (
+        ({"width": 17}, "width must be a multiple of the teacher's"),
+        ({"layers": 3}, "it must have 1 to the teacher's 2, got 3"),
+        ({"layers": None}, "--student bert needs --layers"),
+        ({"seq_len": 64}, "seq_len must be at most what the teacher takes, 32, got 64"),
+        ({"corpus": tmp_path / "none"}, "does not exist"),
+        ({"steps": None}, "give --steps, --minutes or both"),
+        ({"student": "textcnn", "layers": None, "width": None}, "student must be bert or a model's folder"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError)) as error:
+            distill_general(dataclasses.replace(new, **changes))
+        assert why in str(error.value) and not new.output.exists()
+    arguments = [
+        "--corpus",
+        config.corpus,
+        "--teacher",
+        config.teacher,
+        "--student",
+        "bert",
+        "--steps",
+        1,
+        "--output",
+        new.output,
+    ]
+    assert "--student bert needs --layers" in bad(capsys, monkeypatch, "distill", *arguments)
+
+
+def test_two_processes_take_the_steps_of_one(config, done, tmp_path):
+    given = {"output": tmp_path / "two"}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is not None and type(value) is not bool and field.name != "output":
+            given[field.name] = value
+    command = [str(x) for name, value in given.items() for x in (f"--{name.replace('_', '-')}", value)]
+    code = "from fastbert.cli import main; main()"
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, "distill", *command], env=os.environ | place, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )
+        for place in places(2)
+    ]  # fmt: skip
+    said = [process.communicate()[0] for process in running]
+    assert all(process.returncode == 0 for process in running), said
+    ours, theirs = (load_file(folder / "model/model.safetensors") for folder in (given["output"], config.output))
+    assert ours.keys() == theirs.keys()
+    for name, x in ours.items():
+        torch.testing.assert_close(x, theirs[name], rtol=0, atol=2e-3)
+    scores = [
+        json.loads((folder / "scores.json").read_text())["held out"] for folder in (given["output"], config.output)
+    ]
+    assert scores[0][0]["loss"] == pytest.approx(scores[1][0]["loss"], rel=1e-3)
