@@ -148,7 +148,7 @@ def fill_masks(
             for place, token in zip(gap.places, ids, strict=False):
                 sequences[-1][place] = token
             places.append(gap.places[piece])
-        found = dict(zip(wanted, _likeliest(model, sequences, places, special, width), strict=True))
+        found = dict(zip(wanted, likeliest(model, sequences, places, special, width), strict=True))
         for key in growing:
             rows = [(ids, score, found[key, () if at_once else ids]) for ids, score in beams[key]]
             grown = [((*ids, token), score + more) for ids, score, row in rows for token, more in row]
@@ -181,10 +181,13 @@ def _gaps(text: str, model: PreTrainingModel, tokenizer: Tokenizer) -> list[_Gap
     return [_Gap(ids, places[a:b]) for a, b in zip([0, *cuts], [*cuts, len(places)], strict=True)]
 
 
-def _likeliest(
+def likeliest(
     model: PreTrainingModel, sequences: list[list[int]], places: list[int], special: torch.Tensor, width: int
 ) -> list[list[tuple[int, float]]]:
-    """Of every sequence the `width` likeliest tokens at its place with the logarithms of their probabilities."""
+    """Of every sequence the `width` likeliest tokens at its place with the logarithms of their probabilities.
+
+    The probabilities are those among all tokens; the ids in `special` are left out.
+    """
     encoded = [Encoded(ids, [0] * len(ids), False) for ids in sequences]
     device, sizes = model.word_embeddings.device, model.config
     found: list[list[tuple[int, float]]] = [[] for _ in sequences]

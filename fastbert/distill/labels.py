@@ -10,7 +10,7 @@ import bisect
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -41,13 +41,15 @@ class Source:
     """Unlabelled texts, and who labels them.
 
     Attributes:
-        config: says where they are.
+        config: says how they are read.
+        files: where they are.
         longest: tokens at which they are cut off.
         count: how many there are.
         texts, teacher, tokenizer: SHA-256 of what they hold.
     """
 
     config: DistillConfig
+    files: tuple[Path, ...]
     longest: int
     count: int
     texts: str
@@ -55,21 +57,23 @@ class Source:
     tokenizer: str
 
     @classmethod
-    def of(cls, config: DistillConfig, teacher: SequenceClassifier) -> Self:
-        """Reads all texts once, so that one that cannot be read is told before any is labelled.
+    def of(cls, config: DistillConfig, teacher: SequenceClassifier, more: Sequence[Path] = ()) -> Self:
+        """The unlabelled texts that the settings name, and those in `more` files.
+
+        Reads all texts once, so that one that cannot be read is told before any is labelled.
 
         Raises:
             FileNotFoundError, ValueError: as `iter_texts`; files without any text.
         """
-        digest, count = hashlib.sha256(), 0
-        for text in tqdm(_texts(config), desc="reading unlabelled texts", unit="text", leave=False):
+        digest, count, named = hashlib.sha256(), 0, (*config.unlabelled, *more)
+        for text in tqdm(_texts(config, named), desc="reading unlabelled texts", unit="text", leave=False):
             digest.update(len(text).to_bytes(8, "little") + text.encode())
             count += 1
         if not count:
-            raise ValueError(f"{', '.join(map(str, config.unlabelled))} hold no text: name files with a text a line")
+            raise ValueError(f"{', '.join(map(str, named))} hold no text: name files with a text a line")
         words = hashlib.sha256(load_tokenizer(config.teacher).to_str().encode())
         longest = teacher.config.longest if config.seq_len is None else config.seq_len
-        return cls(config, longest, count, digest.hexdigest(), digest_of(teacher), words.hexdigest())
+        return cls(config, named, longest, count, digest.hexdigest(), digest_of(teacher), words.hexdigest())
 
     def identity(self) -> dict[str, Any]:
         """What a store must have been made of to be this one's."""
@@ -87,8 +91,8 @@ def digest_of(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def _texts(config: DistillConfig) -> Iterator[str]:
-    for path in config.unlabelled:
+def _texts(config: DistillConfig, named: Sequence[Path]) -> Iterator[str]:
+    for path in named:
         yield from iter_texts(path, config.text, separator=config.separator, quoting=config.quoting)
 
 
@@ -151,7 +155,7 @@ def label(source: Source, teacher: SequenceClassifier, tokenizer: Tokenizer, con
     with lock.hold(folder, "labels texts there", "Ctrl-C or SIGTERM keeps what it has labelled"):
         made = _there(folder)
         done = sum(part["texts"] for part in made)
-        texts = islice(_texts(config), done, None)
+        texts = islice(_texts(config, source.files), done, None)
         bar = tqdm(total=source.count, initial=done, desc="labelling", unit="text", dynamic_ncols=True, leave=False)
         with stop_signals() as stopped, bar:
             while some := list(islice(texts, PART)):
@@ -166,9 +170,7 @@ def label(source: Source, teacher: SequenceClassifier, tokenizer: Tokenizer, con
                 files.write(folder, {MANIFEST: files.json_text({"of": identity, "parts": made}, 2).encode()})
                 bar.update(len(some))
     if sum(part["texts"] for part in made) != source.count:
-        raise ValueError(
-            f"{', '.join(map(str, config.unlabelled))} changed while the teacher labelled them: start again"
-        )
+        raise ValueError(f"{', '.join(map(str, source.files))} changed while the teacher labelled them: start again")
     return Labels(folder, {part["name"]: part["texts"] for part in made})
 
 

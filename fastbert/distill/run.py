@@ -1,7 +1,7 @@
 """A student taught by a classifier: what `fastbert distill` runs, in the order it happens.
 
 The run's folder is that of a fine-tuning (`fastbert.finetune.loop`), and beside it may be `labels/`, what the teacher
-made of unlabelled texts.
+made of unlabelled texts, and `augmented.txt`, copies of the labelled ones with words replaced.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastbert import files
 from fastbert.data.tokenizer import load_tokenizer
+from fastbert.distill.augment import MADE, augmented, load_augmenter
 from fastbert.distill.intermediate import IntermediateLoss
 from fastbert.distill.labels import Source, label, refuse_other
 from fastbert.distill.settings import DistillConfig
@@ -53,17 +54,24 @@ def distill(config: DistillConfig, resume: bool = False) -> Path | None:
     teacher.to(config.device)
     digest = fingerprint((encoded, held_out), (train.targets, evaluation.targets), classes)
     source = Source.of(config, teacher) if config.unlabelled else None
-    if source is not None:
+    copies = config.output / MADE
+    augmenter = load_augmenter(config) if config.augment and not copies.exists() else None
+    if source is not None and not config.augment:
         refuse_other(config.store_folder, source.identity())
-        digest = hashlib.sha256((digest + files.json_text(source.identity())).encode()).hexdigest()
     print(f"student: {type(student).__name__}, {_count(student):,} parameters; teacher: {_count(teacher):,}")
-    if torch.device(config.device).type == "cpu":
-        freeze(teacher, torch.bfloat16 if config.bf16 else None)
     with begun(config, resume):
-        labels = None if source is None else label(source, teacher, load_tokenizer(config.teacher), config)
-        if source is not None and labels is None:
-            print(f"stopped while the teacher labelled texts; go on with: {resume_command(config)}")
-            return None
+        if augmenter is not None and not augmented(config.output, augmenter, train.texts.texts):
+            return _stop("texts were augmented", config)
+        if config.augment:
+            source = Source.of(config, teacher, [copies])
+        if torch.device(config.device).type == "cpu":
+            freeze(teacher, torch.bfloat16 if config.bf16 else None)
+        labels = None
+        if source is not None:
+            labels = label(source, teacher, load_tokenizer(config.teacher), config)
+            if labels is None:
+                return _stop("the teacher labelled texts", config)
+            digest = hashlib.sha256((digest + files.json_text(source.identity())).encode()).hexdigest()
         if config.label_weight < 1:
             taught = logits_of(teacher, encoded, config, EVALUATED)
             _say_how_good(logits_of(teacher, held_out, config, EVALUATED), evaluation.targets, config)
@@ -76,6 +84,10 @@ def distill(config: DistillConfig, resume: bool = False) -> Path | None:
         return train_epochs(
             trainer, held_out, evaluation.targets, classes, scale, digest, resume, lambda: _export_onnx(config)
         )
+
+
+def _stop(during: str, config: DistillConfig) -> None:
+    print(f"stopped while {during}; go on with: {resume_command(config)}")
 
 
 def load_teacher(config: DistillConfig) -> SequenceClassifier:

@@ -44,7 +44,7 @@ class DistillConfig(TaskConfig, DistillPaths):
     """Settings of `fastbert distill`; its --help shows them."""
 
     command: ClassVar[str] = "distill"
-    sources: ClassVar[tuple[str, ...]] = ("train", "evaluate", "unlabelled", "teacher")
+    sources: ClassVar[tuple[str, ...]] = ("train", "evaluate", "unlabelled", "teacher", "augment_model")
 
     unlabelled: tuple[Path, ...] = ()
     """Texts without labels, however many, from which the student learns what the teacher makes of them: text files with
@@ -54,6 +54,16 @@ class DistillConfig(TaskConfig, DistillPaths):
     labels/ in --output."""
     mix: float = 4.0
     """Unlabelled texts in an epoch for each labelled one; the next epoch goes on where it ended."""
+
+    augment: int = 0
+    """Copies of each labelled text with words replaced, as TinyBERT makes them (20): unlabelled texts beside those of
+    --unlabelled, of which --mix are taken in an epoch for each labelled one."""
+    augment_model: Path | None = None
+    """With --augment: the folder of a pretrained model with its masked word head, which says what replaces a word."""
+    augment_share: float = 0.4
+    """Probability that a word is replaced."""
+    augment_candidates: int = 15
+    """Words of which one takes its place."""
 
     loss: OutputLoss = "soft"
     """How the student's outputs are compared with the teacher's: soft, cross entropy with the teacher's probabilities;
@@ -128,14 +138,28 @@ class DistillConfig(TaskConfig, DistillPaths):
                 f"--intermediate-epochs and --layer-map are of transformers, got --student {self.student}: it has no "
                 "layers like the teacher's"
             )
-        if self.unlabelled and self.pair is not None:
-            raise ValueError("--unlabelled holds single texts, and --pair asks for two: leave one of them out")
+        if (self.unlabelled or self.augment) and self.pair is not None:
+            raise ValueError("--unlabelled and --augment are of single texts, and --pair asks for two: leave one out")
+        self._check_augmentation()
         if self.store is not None and not self.unlabelled:
             raise ValueError("--store keeps what the teacher makes of --unlabelled texts: name these too")
         if self.onnx:
             expect(self.is_small, "onnx", f"left out but for {' and '.join(STUDENTS)}", self.student)
             if why := extras.missing("writing ONNX needs", "onnx", "onnxscript"):
                 raise ImportError(why)
+
+    def _check_augmentation(self) -> None:
+        for name, low in (("augment", 0), ("augment_candidates", 1)):
+            value = getattr(self, name)
+            expect(type(value) is int and low <= value <= 1000, name, f"an integer from {low} to 1000", value)
+        expect_number("augment_share", self.augment_share, 0, 1)
+        if (self.augment_model is None) == bool(self.augment):
+            raise ValueError(
+                "--augment and --augment-model go together: how many copies, and the folder of a model with its masked "
+                f"word head; got augment {self.augment} and augment_model {self.augment_model}"
+            )
+        if self.augment and self.store is not None:
+            raise ValueError("--augment makes texts of this run's own, and --store is for several: leave one out")
 
     @property
     def store_folder(self) -> Path:

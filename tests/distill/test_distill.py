@@ -131,7 +131,7 @@ def test_what_does_not_hold_is_refused_before_anything_is_written(config, lesson
         ({"train": write(tmp_path / "odd.csv", table)}, "no class of the teacher has the label 'splendid'"),
         ({"unlabelled": (tmp_path / "none.txt",)}, "none.txt does not exist"),
         ({"unlabelled": (), "store": tmp_path}, "--store keeps what the teacher makes of --unlabelled"),
-        ({"pair": "second"}, "--unlabelled holds single texts"),
+        ({"pair": "second"}, "--unlabelled and --augment are of single texts"),
         ({"onnx": True, "student": "bert", "layers": 1}, "onnx must be left out but for textcnn and bilstm"),
         ({"seq_len": 99}, "seq_len must be at most what the model takes, 32"),
         ({"store": lesson / "teacher"}, "is no store of labels, it holds"),
