@@ -7,8 +7,9 @@ For queries i and keys j of the same sequence and a head n, with D and E the two
     dq_in = 2 / (N P sqrt(D)) sum_j e_ijn k_jn,   dk_jn = 2 / (N P sqrt(D)) sum_i e_ijn q_in
 
 Scores are those before softmax, as TinyBERT compares them; negative ones take part. q, k are [T, N, D], the teacher's
-[T, N, E]. One head's scores [B, S, S] are in memory at a time, and none after the call: dq and dk are made with the
-loss, and backward scales them. Scores and sums are float32 (float64 for float64 inputs).
+[T, N, E]. The scores [B, S, S] of one head are in memory at a time, on a GPU of as many heads as have 2**24 of them,
+and none after the call: dq and dk are made with the loss, and backward scales them. Scores and sums are float32
+(float64 for float64 inputs).
 
 It is composed of torch's products on every device; there is no kernel of its own.
 Source: Jiao et al., "TinyBERT: distilling BERT for natural language understanding" (2020), equation 7.
@@ -22,6 +23,10 @@ from torch import Tensor
 from fastbert.ops.attention import Padding, check_packed
 from fastbert.ops.checks import as_int, check_tensor, wide
 from fastbert.ops.register import once_differentiable
+
+# Scores in memory at a time, of one head at least. A CPU is fastest by single heads, whose scores stay in its caches. A
+# GPU would wait for the launches of so many small products: there heads are computed together up to 64 MiB of scores.
+AT_ONCE = {"cpu": 1, "cuda": 1 << 24}
 
 
 def attention_distillation(
@@ -68,17 +73,18 @@ def loss_and_gradients(
     lengths = wide(cu_seqlens.diff().to(q.dtype)) if q.dtype == torch.float64 else cu_seqlens.diff().float()
     share = 1 / (heads * lengths.square().sum().clamp(min=1))
     loss, dq, dk = share.new_zeros(()), [], []
-    for head in range(heads):
+    sequences = cu_seqlens.numel() - 1
+    together = max(1, AT_ONCE.get(q.device.type, 1) // max(sequences * max_seqlen**2, 1))
+    for first in range(0, heads, together):
         # Zeros stand at padding on both sides, so its scores are 0 in both models and differ by nothing.
-        mine, my_keys, theirs, their_keys = (
-            layout.pad(x[:, head : head + 1])[:, 0] for x in (q, k, teacher_q, teacher_k)
-        )
+        group = (layout.pad(x[:, first : first + together]) for x in (q, k, teacher_q, teacher_k))
+        mine, my_keys, theirs, their_keys = (x.flatten(0, 1) for x in group)
         difference = torch.baddbmm(mine @ my_keys.mT, theirs, their_keys.mT, beta=scale, alpha=-teacher_scale)
         loss = loss + difference.square().sum()
         for gradients, x in ((dq, difference @ my_keys), (dk, difference.mT @ mine)):
-            gradients.append(layout.unpad(x.unsqueeze(1))[:, 0])
+            gradients.append(layout.unpad(x.unflatten(0, (sequences, min(together, heads - first)))))
     factor = 2 * scale * share
-    return loss * share, torch.stack(dq, 1) * factor, torch.stack(dk, 1) * factor
+    return loss * share, torch.cat(dq, 1) * factor, torch.cat(dk, 1) * factor
 
 
 class _Loss(torch.autograd.Function):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastbert.ops.attention_distillation import attention_distillation
+from fastbert.ops.attention_distillation import AT_ONCE, attention_distillation
 
 
 def inputs(dtype, teacher_size=5):
@@ -28,7 +28,9 @@ def test_two_tokens_by_hand():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("longest", [7, 19])  # the longest sequence, and padding behind all
-def test_loss_and_gradients_are_those_of_all_scores_at_once(dtype, longest):
+@pytest.mark.parametrize("at_once", [1, 10**6])  # a head at a time, and both
+def test_loss_and_gradients_are_those_of_all_scores_at_once(dtype, longest, at_once, monkeypatch):
+    monkeypatch.setitem(AT_ONCE, "cpu", at_once)
     q, k, teacher_q, teacher_k, cu = inputs(dtype)
     loss = 3 * attention_distillation(q, k, teacher_q, teacher_k, cu, longest)
     loss.backward()
