@@ -105,7 +105,7 @@ class DistillConfig(TaskConfig, DistillPaths):
         return self.teacher
 
     @property
-    def patient_after(self) -> int:
+    def outputs_after(self) -> int:
         return self.intermediate_epochs
 
     @property

@@ -161,7 +161,7 @@ class History:
 
     Attributes:
         epochs: a dict of each.
-        best: the place of the best one in `epochs`; None before the first.
+        best: the place of the best one in `epochs`; None before the first that trains outputs.
         predicted: what it predicted: classes, int64 [N], or numbers, float64 [N].
     """
 
@@ -176,7 +176,8 @@ class History:
         """One more epoch; whether it is the best so far."""
         measure = number_scores if self.config.regression else class_scores
         scores = measure(targets.numpy(), predicted.numpy())
-        is_best = better(scores[self.metric], None if self.best is None else self.best_score, self.metric)
+        counts = len(self.epochs) >= self.config.outputs_after
+        is_best = counts and better(scores[self.metric], None if self.best is None else self.best_score, self.metric)
         self.epochs.append({"epoch": len(self.epochs) + 1, "loss": loss, **scores})
         if is_best:
             self.best, self.predicted = len(self.epochs) - 1, predicted
@@ -191,8 +192,8 @@ class History:
         return self.epochs[self.best][self.metric]
 
     def without_gain(self) -> int:
-        """Epochs since the best one, of those that count."""
-        return max(0, len(self.epochs) - max(self.best + 1, self.config.patient_after)) if self.epochs else 0
+        """Epochs since the best one."""
+        return 0 if self.best is None else len(self.epochs) - self.best - 1
 
     def ended(self) -> bool:
         return len(self.epochs) >= self.config.epochs or self.without_gain() >= self.config.patience

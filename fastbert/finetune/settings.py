@@ -107,8 +107,8 @@ class TaskConfig:
         return linear.chosen(torch.bfloat16 if self.bf16 else torch.float32)
 
     @property
-    def patient_after(self) -> int:
-        """Epochs at the start that patience does not count."""
+    def outputs_after(self) -> int:
+        """Epochs at the start that train no output: none of them is the best, nor counted by patience."""
         return 0
 
     @property

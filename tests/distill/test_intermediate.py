@@ -101,7 +101,9 @@ def test_a_narrower_student_learns_the_inside_then_outputs_and_resumes_in_the_sa
     BertModel(narrow).save_pretrained(tmp_path / "narrow", load_tokenizer(config.teacher))
     config = dataclasses.replace(config, student=str(tmp_path / "narrow"), layers=None)
     distill(config)
-    losses = [epoch["loss"] for epoch in json.loads((config.output / "scores.json").read_text())["epochs"]]
+    scores = json.loads((config.output / "scores.json").read_text())
+    losses = [epoch["loss"] for epoch in scores["epochs"]]
+    assert scores["best_epoch"] > 3, "before, no output was trained"
     assert len(losses) == 5, "patience does not count the first stage"
     assert losses[2] < 0.8 * losses[0], "the student comes nearer to the teacher's inside"
     take, steps = Trainer._take_step, []
