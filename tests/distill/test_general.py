@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from finetune_tables import rows
+from finetune_tables import make_encoder, rows
 from pretrain_runs import bad, places
 from safetensors.torch import load_file
 
@@ -20,6 +20,7 @@ from fastbert import cli
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.distill import DistillConfig, GeneralConfig, distill, distill_general, general
 from fastbert.models import BertModel
+from fastbert.models.auto import ENCODERS, class_of
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,26 @@ def test_stopped_and_resumed_in_the_same_bits(config, done, tmp_path, monkeypatc
     assert steps == list(range(24))
     ours, theirs = (load_file(folder / "model/model.safetensors") for folder in (broken.output, config.output))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def killed(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kind", ["roberta", "ernie"])
+def test_other_kinds_of_model_and_a_kill_before_the_data_is_there(kind, config, tmp_path, monkeypatch):
+    other = dataclasses.replace(
+        config, teacher=make_encoder(kind, tmp_path / "teacher"), output=tmp_path / "run", steps=2, evaluations=1,
+        width=None, intermediate_size=48, seq_len=30, bf16=kind == "roberta",
+    )  # fmt: skip
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        broken.setattr(
+            "fastbert.pretrain.prepare.prepare_store", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        distill_general(other)
+    made = distill_general(other, resume=True)
+    assert class_of(made, ENCODERS).from_pretrained(made, add_pooling_layer=False).config.intermediate_size == 48
+    assert held_out(other.output)[-1]["step"] == 2
 
 
 def test_texts_are_not_masked_and_losses_are_the_teachers_inside(config, done, tmp_path, monkeypatch):
