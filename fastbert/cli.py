@@ -23,6 +23,7 @@ USAGE = """usage: fastbert COMMAND
   predict     a classifier's labels for new texts
   embed       vectors of texts or of their tokens by any such model, to .npy or .safetensors
   fill        the likeliest words for the [MASK]s of a text by any such model
+  attention   who looks at whom in a sentence, by layer and head, as a page for the browser and a PNG
   --version   the version of this package"""
 
 TRAININGS = "pretrain", "finetune", "distill"
@@ -65,10 +66,11 @@ def run(command: str, arguments: list[str]) -> None:
         from fastbert.backends import info, linear
 
         print(info(), linear.info(), waiting(), sep="\n")
+    elif command in ("prepare", "predict", "embed", "fill", "attention"):
+        commands = {"prepare": prepare, "predict": predict, "embed": embed, "fill": fill, "attention": attention}
+        commands[command](arguments)
     elif command in TRAININGS:
         sys.exit({"pretrain": pretrain, "finetune": finetune, "distill": distill}[command](arguments))
-    elif command in ("prepare", "predict", "embed", "fill"):
-        {"prepare": prepare, "predict": predict, "embed": embed, "fill": fill}[command](arguments)
     elif command in ("-h", "--help") or arguments in (["-h"], ["--help"]):
         print(USAGE)
     elif command == "--version":
@@ -242,6 +244,15 @@ def fill(arguments: list[str]) -> None:
     from fastbert.fill import fill as run_fill
 
     run_fill(_parse(FillConfig, "fill", "Show the likeliest words for the [MASK]s of texts by a model.", arguments))
+
+
+def attention(arguments: list[str]) -> None:
+    """`fastbert attention`."""
+    _expect_packages("showing attention needs", "matplotlib")
+    from fastbert.attention_page import AttentionConfig
+    from fastbert.attention_page import attention as run_attention
+
+    run_attention(_parse(AttentionConfig, "attention", "Show the attention of a sentence in a model.", arguments))
 
 
 def _expect_packages(what: str, *more: str) -> None:
