@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 _GELU = {  # hidden_act -> approximate; transformers has several names, and ways to compute it, for each of the two
     "gelu": "none",
@@ -14,6 +14,10 @@ _GELU = {  # hidden_act -> approximate; transformers has several names, and ways
     "gelu_accurate": "tanh",
 }
 
+Norm = Literal["layer", "batch", "instance", "group", "switchable"]
+REACHES_OTHERS = "batch", "instance", "switchable"  # norms in which a token's result depends on other tokens
+WITH_RUNNING = "batch", "switchable"  # norms that keep running statistics
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -23,6 +27,10 @@ class ModelConfig:
     "gelu_fast" and "gelu_accurate" (tanh). `pad_token_id` is the row of the word embeddings that starts as zeros and
     gets no gradient from the input; None for no such row. With `is_decoder` a token sees itself and those before it
     alone, as a language model that predicts the next token.
+
+    `norm` is what normalises behind attention and behind the feed-forward network: "layer", "batch", "instance",
+    "group" (of `norm_groups` groups of features) or "switchable", see `norms`. LayerNorm it stays behind the embeddings
+    and in the head for masked words. `transformers` has LayerNorm alone.
 
     Raises:
         ValueError: a value that no such model can have.
@@ -42,6 +50,8 @@ class ModelConfig:
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
     is_decoder: bool = False
+    norm: Norm = "layer"
+    norm_groups: int = 8
 
     presets: ClassVar[dict[str, dict[str, int]]] = {}  # name -> the fields that differ from the class's defaults
 
@@ -86,9 +96,27 @@ class ModelConfig:
         for name in (f.name for f in dataclasses.fields(self) if f.type is bool):
             if type(value := getattr(self, name)) is not bool:
                 raise ValueError(f"{name} must be True or False, got {value!r}")
+        self._check_norm()
         pad = self.pad_token_id
         if pad is not None and not (_is_number(pad, int) and 0 <= pad < self.vocab_size):
             raise ValueError(f"pad_token_id must be None or an id in the vocabulary of {self.vocab_size}, got {pad!r}")
+
+    def _check_norm(self) -> None:
+        if self.norm not in get_args(Norm):
+            raise ValueError(f"norm must be one of {', '.join(get_args(Norm))}, got {self.norm!r}")
+        if self.norm == "group" and self.hidden_size % self.norm_groups:
+            raise ValueError(
+                "hidden_size must be a multiple of norm_groups, so that every group has as many features; got "
+                f"{self.hidden_size} and {self.norm_groups}"
+            )
+        if self.norm in REACHES_OTHERS:
+            if self.is_decoder:
+                raise ValueError(
+                    f"norm {self.norm!r} takes statistics over tokens, and so tells a token of those behind it: "
+                    "expected layer or group where is_decoder is True (objective clm)"
+                )
+            if self.pad_token_id is None:
+                raise ValueError(f"norm {self.norm!r} leaves padding out: pad_token_id must say what that is, got None")
 
     @property
     def first_position(self) -> int:
