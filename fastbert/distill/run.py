@@ -12,13 +12,14 @@ from torch import Tensor
 
 from fastbert import files
 from fastbert.data.tokenizer import load_tokenizer
+from fastbert.distill.intermediate import IntermediateLoss, layer_map, refuse_inside
 from fastbert.distill.labels import Source, label, refuse_other
 from fastbert.distill.settings import DistillConfig
 from fastbert.distill.students import make_student
 from fastbert.distill.training import Distiller
 from fastbert.finetune.examples import read_examples
 from fastbert.finetune.loop import EVALUATED, checked, encode_both, train_epochs
-from fastbert.finetune.predict import load, logits_of
+from fastbert.finetune.predict import Classifier, load, logits_of
 from fastbert.finetune.run import begun, fingerprint, resume_command
 from fastbert.finetune.scores import class_scores, number_scores
 from fastbert.finetune.training import Scale
@@ -45,6 +46,7 @@ def distill(config: DistillConfig, resume: bool = False) -> Path | None:
     train, evaluation, classes = read_examples(config, None if config.regression else teacher.labels)
     encoded, held_out = encode_both(config, train, evaluation, classes, teacher.config)
     student = make_student(config, teacher).to(config.device)
+    inside = make_inside(config, student, teacher)
     teacher.to(config.device)
     digest = fingerprint((encoded, held_out), (train.targets, evaluation.targets), classes)
     source = Source.of(config, teacher) if config.unlabelled else None
@@ -67,7 +69,7 @@ def distill(config: DistillConfig, resume: bool = False) -> Path | None:
         torch.manual_seed(config.seed)
         scale = Scale.of(train.targets) if config.regression else None
         targets = train.targets if scale is None else scale.standardized(train.targets)
-        trainer = Distiller(config, student, encoded, targets, taught, labels, scale)
+        trainer = Distiller(config, student, encoded, targets, taught, labels, scale, inside, teacher)
         return train_epochs(
             trainer, held_out, evaluation.targets, classes, scale, digest, resume, lambda: _export_onnx(config)
         )
@@ -84,6 +86,25 @@ def load_teacher(config: DistillConfig) -> SequenceClassifier:
         told = "numbers: pass --regression" if not config.regression else "classes: leave --regression out"
         raise ValueError(f"the teacher in {config.teacher} predicts {told}")
     return teacher.requires_grad_(False)
+
+
+def make_inside(
+    config: DistillConfig, student: Classifier, teacher: SequenceClassifier
+) -> IntermediateLoss | None:  # fmt: skip
+    """The losses on the teacher's inside, a matrix between widths drawn anew; None where they are not asked for.
+
+    Raises:
+        ValueError: layers, heads or a layer map that do not fit.
+    """
+    if not config.intermediate_epochs:
+        return None
+    refuse_inside(teacher.base_model, "teacher")
+    refuse_inside(student.base_model, "student")
+    mine, theirs = student.config, teacher.config
+    layers = layer_map(config.layer_numbers, mine.num_hidden_layers, theirs.num_hidden_layers)
+    return IntermediateLoss(
+        mine.hidden_size, mine.num_attention_heads, theirs.hidden_size, theirs.num_attention_heads, layers
+    ).to(config.device)
 
 
 def _count(model: torch.nn.Module) -> int:

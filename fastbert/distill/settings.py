@@ -14,11 +14,8 @@ STUDENTS = tuple(name.removeprefix("fastbert_") for name in SMALL)
 
 
 @dataclasses.dataclass(frozen=True)
-class DistillConfig(TaskConfig):
-    """Settings of `fastbert distill`; its --help shows them."""
-
-    command: ClassVar[str] = "distill"
-    sources: ClassVar[tuple[str, ...]] = ("train", "evaluate", "unlabelled", "teacher")
+class DistillPaths:
+    """What must be given: a base of its own, so that it comes first in --help."""
 
     teacher: Path
     """The folder of a trained classifier or regression: model/ of `fastbert finetune`, or one of transformers."""
@@ -29,6 +26,15 @@ class DistillConfig(TaskConfig):
     """The table (CSV, TSV, JSON lines) with a text and its label in each row."""
     output: Path
     """The folder for what comes of it, new, or continued with --resume: model/, scores.json and a picture."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig(TaskConfig, DistillPaths):
+    """Settings of `fastbert distill`; its --help shows them."""
+
+    command: ClassVar[str] = "distill"
+    sources: ClassVar[tuple[str, ...]] = ("train", "evaluate", "unlabelled", "teacher")
+
     unlabelled: tuple[Path, ...] = ()
     """Texts without labels, however many, from which the student learns what the teacher makes of them: text files with
     a text a line, folders of such, or tables with the column --text."""
@@ -51,6 +57,12 @@ class DistillConfig(TaskConfig):
     intermediate_size: int | None = None
     """Of bert: numbers within each layer's feed-forward network, those with the largest weights in the teacher; if not
     given all."""
+    intermediate_epochs: int = 0
+    """Of a transformer: so many epochs come first in which it learns the teacher's inside as TinyBERT does, embeddings,
+    hidden states and attention scores; outputs and labels follow. They are part of --epochs."""
+    layer_map: str = "uniform"
+    """Which of the teacher's layers each layer of the student learns from, and of bert begins as: uniform, at even
+    distances; last, the last ones; or their numbers from 1 on, such as 4,8,12."""
     embedding_size: int = 128
     """Of textcnn and bilstm: numbers of a word's vector."""
     width: int = 128
@@ -70,6 +82,16 @@ class DistillConfig(TaskConfig):
     @property
     def tokenizer(self) -> Path:
         return self.teacher
+
+    @property
+    def patient_after(self) -> int:
+        return self.intermediate_epochs
+
+    @property
+    def layer_numbers(self) -> str | list[int]:
+        """The layer map as `fastbert.distill.intermediate.layer_map` takes it."""
+        parts = self.layer_map.split(",")
+        return [int(part) for part in parts] if all(part.strip().isdecimal() for part in parts) else self.layer_map
 
     @property
     def is_small(self) -> bool:
@@ -98,6 +120,13 @@ class DistillConfig(TaskConfig):
         )
         if self.intermediate_size is not None and self.student != "bert":
             raise ValueError(f"--intermediate-size is of --student bert, got --student {self.student}")
+        whole = type(self.intermediate_epochs) is int and 0 <= self.intermediate_epochs < self.epochs
+        expect(whole, "intermediate_epochs", f"from 0 to less than epochs, {self.epochs}", self.intermediate_epochs)
+        if self.is_small and (self.intermediate_epochs or self.layer_map != "uniform"):
+            raise ValueError(
+                f"--intermediate-epochs and --layer-map are of transformers, got --student {self.student}: it has no "
+                "layers like the teacher's"
+            )
         if self.unlabelled and self.pair is not None:
             raise ValueError("--unlabelled holds single texts, and --pair asks for two: leave one of them out")
         if self.store is not None and not self.unlabelled:

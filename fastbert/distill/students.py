@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbert.data.tokenizer import load_tokenizer
+from fastbert.distill.intermediate import layer_map
 from fastbert.distill.settings import DistillConfig
 from fastbert.finetune.predict import Classifier
 from fastbert.models.auto import ENCODERS, class_of
@@ -47,7 +48,7 @@ def make_student(config: DistillConfig, teacher: SequenceClassifier) -> Classifi
 
 
 def _smaller(teacher: SequenceClassifier, config: DistillConfig, changed: dict[str, float]) -> SequenceClassifier:
-    """The teacher with `layers` of its layers, the last and those at even distances before it, and narrower ones."""
+    """The teacher with those of its layers that the layer map chooses, and narrower ones."""
     sizes = teacher.config
     inner = sizes.intermediate_size if config.intermediate_size is None else config.intermediate_size
     for name, most, got in (("layers", sizes.num_hidden_layers, config.layers),
@@ -56,7 +57,8 @@ def _smaller(teacher: SequenceClassifier, config: DistillConfig, changed: dict[s
             raise ValueError(f"{name} must be from 1 to the teacher's, {most}, got {got}")
     smaller = dataclasses.replace(sizes, num_hidden_layers=config.layers, intermediate_size=inner, **changed)
     student = type(teacher)(smaller, teacher.labels, teacher.problem_type)
-    kept = {(i + 1) * sizes.num_hidden_layers // config.layers - 1: i for i in range(config.layers)}
+    chosen = layer_map(config.layer_numbers, config.layers, sizes.num_hidden_layers)
+    kept = {number - 1: i for i, number in enumerate(chosen)}
     state = {}
     for name, x in teacher.state_dict().items():
         match = _LAYER.fullmatch(name)

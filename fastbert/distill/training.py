@@ -2,15 +2,17 @@
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastbert.data.order import at_places
-from fastbert.data.texts import Encoded
+from fastbert.data.texts import Encoded, pack
+from fastbert.distill.intermediate import IntermediateLoss, watched
 from fastbert.distill.labels import Labels
 from fastbert.distill.losses import label_loss, logit_mse, mixed, soft_cross_entropy
 from fastbert.distill.settings import DistillConfig
 from fastbert.finetune.predict import Classifier, autocast, packed_logits
 from fastbert.finetune.training import Scale, Trainer
+from fastbert.models.classification import SequenceClassifier
 
 SMALL_RATE = 1e-3
 
@@ -23,6 +25,8 @@ class Distiller(Trainer):
         taught: float32 [N, C], the teacher's outputs for them.
         labels: the teacher's outputs for unlabelled texts; None without.
         scale: of a regression: the teacher's outputs are standardized by it.
+        inside: the losses on the teacher's inside, of the first epochs; None without.
+        teacher: where `inside` is given; in evaluation mode and without gradients.
     """
 
     def __init__(
@@ -34,11 +38,20 @@ class Distiller(Trainer):
         taught: Tensor,
         labels: Labels | None = None,
         scale: Scale | None = None,
+        inside: IntermediateLoss | None = None,
+        teacher: SequenceClassifier | None = None,
     ):
+        self.inside, self.teacher = inside, teacher
         super().__init__(config, model, encoded, targets)
         self.taught, self.labels, self.scale = taught, labels, scale
         self.unlabelled = 0 if labels is None else round(config.mix * len(encoded))  # of an epoch
         self.texts = len(encoded) + self.unlabelled
+
+    def learned(self) -> nn.Module:
+        """With a matrix that maps widths, that one too."""
+        if self.inside is None or self.inside.project is None:
+            return self.model
+        return nn.ModuleDict({"student": self.model, "inside": self.inside})
 
     def usual_lr(self) -> float:
         return SMALL_RATE if self.config.is_small else super().usual_lr()
@@ -62,9 +75,24 @@ class Distiller(Trainer):
 
     def loss(self, places: Tensor) -> Tensor:
         encoded, taught, targets = self.batch(places)
+        if self.step < self.config.intermediate_epochs * self.steps:
+            return self.inside_loss(encoded)
         with autocast(self.config):
             logits = packed_logits(self.model, encoded)
         return self.output_loss(logits, taught, targets)
+
+    def inside_loss(self, encoded: list[Encoded]) -> Tensor:
+        """The loss on embeddings, hidden states and attention scores of these texts' tokens."""
+        sizes = self.model.config
+        packed = pack(encoded, sizes.pad_token_id, sizes.type_vocab_size, sizes.longest, 1)
+        arguments = packed.arguments(self.model.classifier.weight.device)
+        student, teacher = self.model.base_model, self.teacher.base_model
+        with autocast(self.config):
+            with watched(teacher) as theirs, torch.no_grad():
+                teacher(**arguments)
+            with watched(student) as mine:
+                student(**arguments)
+            return self.inside(mine, theirs, arguments["cu_seqlens"], arguments["max_seqlen"])
 
     def batch(self, places: Tensor) -> tuple[list[Encoded], Tensor, Tensor]:
         """The texts at these places, labelled ones first; the teacher's outputs [B, C]; the first ones' targets."""

@@ -128,7 +128,7 @@ def train_epochs(
 
     def take_snapshot() -> None:
         state = {
-            "model": model.state_dict(), "optimizer": trainer.optimizer.state_dict(), "step": trainer.step,
+            "model": trainer.learned().state_dict(), "optimizer": trainer.optimizer.state_dict(), "step": trainer.step,
             "total": trainer.total, **history.state(), "random": random_state(config.device),
             "environment": environment(config), "data": data,
         }  # fmt: skip
@@ -191,8 +191,8 @@ class History:
         return self.epochs[self.best][self.metric]
 
     def without_gain(self) -> int:
-        """Epochs since the best one."""
-        return len(self.epochs) - 1 - self.best if self.epochs else 0
+        """Epochs since the best one, of those that count."""
+        return max(0, len(self.epochs) - max(self.best + 1, self.config.patient_after)) if self.epochs else 0
 
     def ended(self) -> bool:
         return len(self.epochs) >= self.config.epochs or self.without_gain() >= self.config.patience
@@ -218,7 +218,7 @@ def _go_on(trainer: Trainer, history: History, data: str, scale: Scale | None) -
         )
     name_differences(state["environment"], config)
     try:
-        trainer.model.load_state_dict(state["model"])
+        trainer.learned().load_state_dict(state["model"])
     except RuntimeError as error:
         raise ValueError(f"{config.tokenizer} is another model than the run in {folder} began with: {error}") from error
     trainer.optimizer.load_state_dict(state["optimizer"])

@@ -107,6 +107,11 @@ class TaskConfig:
         return linear.chosen(torch.bfloat16 if self.bf16 else torch.float32)
 
     @property
+    def patient_after(self) -> int:
+        """Epochs at the start that patience does not count."""
+        return 0
+
+    @property
     def tokenizer(self) -> Path:
         """The folder with the tokenizer that the model reads by, which is exported beside it."""
         raise NotImplementedError
@@ -118,11 +123,8 @@ class TaskConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class FinetuneConfig(TaskConfig):
-    """Settings of `fastbert finetune`; its --help shows them."""
-
-    command: ClassVar[str] = "finetune"
-    sources: ClassVar[tuple[str, ...]] = ("train", "evaluate", "init")
+class FinetunePaths:
+    """What must be given: a base of its own, so that it comes first in --help."""
 
     init: Path
     """The model folder to start from, BERT, ALBERT, RoBERTa or ERNIE, of this program or of transformers."""
@@ -130,6 +132,15 @@ class FinetuneConfig(TaskConfig):
     """The table (CSV, TSV, JSON lines) with a text and its label in each row."""
     output: Path
     """The folder for what comes of it, new, or continued with --resume: model/, scores.json and a picture."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig(TaskConfig, FinetunePaths):
+    """Settings of `fastbert finetune`; its --help shows them."""
+
+    command: ClassVar[str] = "finetune"
+    sources: ClassVar[tuple[str, ...]] = ("train", "evaluate", "init")
+
     dropout: float | None = None
     """Probability of dropout, in hidden layers and in attention; if not given the folder's."""
 

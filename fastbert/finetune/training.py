@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastbert.data.texts import Encoded
@@ -80,9 +80,13 @@ class Trainer:
     def __init__(self, config: TaskConfig, model: Classifier, encoded: list[Encoded], targets: Tensor):
         self.config, self.model, self.encoded, self.targets = config, model, encoded, targets
         self.lr = self.usual_lr() if config.lr is None else config.lr
-        self.optimizer = LazyAdam(decay_groups(model, config.weight_decay), lr=self.lr, eps=1e-6)
+        self.optimizer = LazyAdam(decay_groups(self.learned(), config.weight_decay), lr=self.lr, eps=1e-6)
         self.texts = len(encoded)
         self.step, self.total = 0, 0.0
+
+    def learned(self) -> nn.Module:
+        """All that the optimizer moves and a snapshot keeps."""
+        return self.model
 
     def usual_lr(self) -> float:
         return RATE * WIDTH / self.model.config.hidden_size

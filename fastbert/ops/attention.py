@@ -76,7 +76,7 @@ def attention(
             not hold (looked at on the CPU only: elsewhere it would wait for the device).
         RuntimeError: an explicit backend that cannot run here.
     """
-    _check_packed("q", q, cu_seqlens, axes=3)
+    check_packed("q", q, cu_seqlens, axes=3)
     for name, x in (("k", k), ("v", v)):
         check_tensor(name, x)
         if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
@@ -111,12 +111,12 @@ def attention_qkv(
     Raises:
         As `attention` does.
     """
-    _check_packed("qkv", qkv, cu_seqlens, axes=4)
+    check_packed("qkv", qkv, cu_seqlens, axes=4)
     options = _options(qkv, max_seqlen, dropout_p, seed, scale, causal, window)
     return _run(backend, cu_seqlens, options, autocast(qkv))
 
 
-def _check_packed(name: str, x: Tensor, cu_seqlens: Tensor, axes: int) -> None:
+def check_packed(name: str, x: Tensor, cu_seqlens: Tensor, axes: int) -> None:
     check_activation("attention", name, x)
     if x.dim() != axes or (axes == 4 and x.shape[1] != 3):
         expected = "[tokens, heads, head size]" if axes == 3 else "[tokens, 3, heads, head size]"
@@ -184,7 +184,7 @@ class reference:  # a namespace, spelled as the backend is
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if not torch.compiler.is_compiling():
             kernels.check_sequences(cu_seqlens, max_seqlen, q.shape[0])
-        layout = _Padding(cu_seqlens, max_seqlen, q.shape[0])
+        layout = Padding(cu_seqlens, max_seqlen, q.shape[0])
         scores = scale * layout.pad(q) @ layout.pad(k).transpose(-1, -2)
         scores = scores.masked_fill(~layout.visible(causal, window), -torch.inf)  # [B, N, S, S]
         lse = scores.logsumexp(-1)
@@ -199,7 +199,7 @@ class reference:  # a namespace, spelled as the backend is
         dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int,
         scale: float, t: int, seed: Tensor | None, causal: bool, window: list[int] | None,
     ) -> Tensor:  # fmt: skip
-        dtype, layout = q.dtype, _Padding(cu_seqlens, max_seqlen, q.shape[0])
+        dtype, layout = q.dtype, Padding(cu_seqlens, max_seqlen, q.shape[0])
         dout, out, q, k, v = (layout.pad(x) for x in (dout, out, q, k, v))
         scores = scale * q @ k.transpose(-1, -2)
         scores = scores.masked_fill(~layout.visible(causal, window), -torch.inf)
@@ -220,7 +220,7 @@ def _weights(scores: Tensor, lse: Tensor) -> Tensor:
     return torch.where(lse == -torch.inf, 0.0, torch.exp(scores - lse))
 
 
-class _Padding:
+class Padding:
     """Index arithmetic between packed [T, N, D] and padded [B, N, S, D]."""
 
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int, tokens: int):

@@ -1,0 +1,97 @@
+"""How far a student's attention scores are from a teacher's, over packed sequences, with its gradient in one pass.
+
+For queries i and keys j of the same sequence and a head n, with D and E the two models' head sizes:
+
+    e_ijn = q_in . k_jn / sqrt(D) - teacher_q_in . teacher_k_jn / sqrt(E)
+    loss = 1 / (N P) sum_n sum_ij e_ijn^2,        P = sum_b S_b^2, the pairs of real tokens
+    dq_in = 2 / (N P sqrt(D)) sum_j e_ijn k_jn,   dk_jn = 2 / (N P sqrt(D)) sum_i e_ijn q_in
+
+Scores are those before softmax, as TinyBERT compares them; negative ones take part. q, k are [T, N, D], the teacher's
+[T, N, E]. One head's scores [B, S, S] are in memory at a time, and none after the call: dq and dk are made with the
+loss, and backward scales them. Scores and sums are float32 (float64 for float64 inputs).
+
+It is composed of torch's products on every device; there is no kernel of its own.
+Source: Jiao et al., "TinyBERT: distilling BERT for natural language understanding" (2020), equation 7.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastbert.ops.attention import Padding, check_packed
+from fastbert.ops.checks import as_int, check_tensor, wide
+from fastbert.ops.register import once_differentiable
+
+
+def attention_distillation(
+    q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> Tensor:
+    """Mean squared difference of two models' attention scores before softmax; see the top of this file.
+
+    Args:
+        q, k: [T, N, D], the student's, of one dtype, any that `attention` takes.
+        teacher_q, teacher_k: [T, N, E], the teacher's, which take no gradient.
+        cu_seqlens: int32 [B + 1] on q's device: 0, ..., T, never decreasing.
+        max_seqlen: tokens of the longest sequence, or more.
+
+    Returns:
+        A float32 number (float64 for float64 inputs); 0 where there is no token.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, other numbers of heads among them.
+    """
+    check_packed("q", q, cu_seqlens, axes=3)
+    for name, x, like in (("k", k, q), ("teacher_q", teacher_q, None), ("teacher_k", teacher_k, teacher_q)):
+        check_tensor(name, x)
+        if like is not None and (x.shape != like.shape or x.dtype != like.dtype):
+            raise ValueError(
+                f"{name} must be like its queries, {like.dtype} {list(like.shape)}, got {x.dtype} {list(x.shape)}"
+            )
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+    if teacher_q.dim() != 3 or teacher_q.shape[:2] != q.shape[:2]:
+        raise ValueError(
+            f"teacher_q must have q's tokens and heads, [{q.shape[0]}, {q.shape[1]}, head size], got "
+            f"{list(teacher_q.shape)}: a student's attention is taught by a teacher with as many heads"
+        )
+    max_seqlen = as_int("max_seqlen", max_seqlen)
+    return _Loss.apply(q, k, teacher_q.detach(), teacher_k.detach(), cu_seqlens, max_seqlen)
+
+
+def loss_and_gradients(
+    q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, dq, dk), the gradients in the dtype of sums; arguments as `attention_distillation`."""
+    layout = Padding(cu_seqlens, max_seqlen, q.shape[0])
+    heads, scale, teacher_scale = q.shape[1], 1 / math.sqrt(q.shape[2]), 1 / math.sqrt(teacher_q.shape[2])
+    lengths = wide(cu_seqlens.diff().to(q.dtype)) if q.dtype == torch.float64 else cu_seqlens.diff().float()
+    share = 1 / (heads * lengths.square().sum().clamp(min=1))
+    loss, dq, dk = share.new_zeros(()), [], []
+    for head in range(heads):
+        # Zeros stand at padding on both sides, so its scores are 0 in both models and differ by nothing.
+        mine, my_keys, theirs, their_keys = (
+            layout.pad(x[:, head : head + 1])[:, 0] for x in (q, k, teacher_q, teacher_k)
+        )
+        difference = torch.baddbmm(mine @ my_keys.mT, theirs, their_keys.mT, beta=scale, alpha=-teacher_scale)
+        loss = loss + difference.square().sum()
+        for gradients, x in ((dq, difference @ my_keys), (dk, difference.mT @ mine)):
+            gradients.append(layout.unpad(x.unsqueeze(1))[:, 0])
+    factor = 2 * scale * share
+    return loss * share, torch.stack(dq, 1) * factor, torch.stack(dk, 1) * factor
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, *others):
+        with torch.autocast(q.device.type, enabled=False):
+            loss, dq, dk = loss_and_gradients(q, k, *others)
+        ctx.dtype = q.dtype
+        ctx.save_for_backward(dq, dk)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        dq, dk = ctx.saved_tensors
+        return (dloss * dq).to(ctx.dtype), (dloss * dk).to(ctx.dtype), None, None, None, None
