@@ -121,6 +121,7 @@ struct CrossEntropyForward {  // loss = log(sum_j exp(x_j)) - x_label
   float* losses;           // [T]
   float *maximum, *total;  // [T]: max_j x_j and sum_j exp(x_j - maximum)
   float *result, *count;   // [1]: mean or sum, and how many rows count, at least 1; null: losses alone
+  float* hits;             // [2]: how many rows are right, and how many count; null where `result` is
   int64_t rows, columns, stride;
   DType dtype;
   int64_t launch;

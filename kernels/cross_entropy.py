@@ -8,7 +8,8 @@ outside of [0, V) is not read by forward, which reports it: its loss and its dx 
 apart; dx is 0 between them. Arithmetic is float32.
 
 Where a mean or a sum of the losses is wanted, a second kernel adds them up, and backward takes one dloss for all rows,
-for a mean with the number that it was divided by.
+for a mean with the number that it was divided by. It counts rows that are right beside it: no logit exceeds their
+label's, so that loss = log(s).
 
 Each direction moves its bytes once. Forward gives a row to a program; a thread's running maximum moves once for eight
 elements, so that an element costs one exp (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
@@ -131,18 +132,26 @@ def cross_entropy_forward_kernel(
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
 def reduce_losses_kernel(
-    losses_ptr, labels_ptr, ignore_index, rows, result_ptr, count_ptr, MEAN: tl.constexpr, BLOCK: tl.constexpr
+    losses_ptr, total_ptr, labels_ptr, ignore_index, rows, result_ptr, count_ptr, hits_ptr,
+    MEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program. The count is exact up to 2^24 rows."""
-    sums, counts = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    """One program. Counts are exact up to 2^24 rows."""
+    sums = tl.zeros([BLOCK], tl.float32)
+    counts, hits = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for first in tl.range(0, rows, BLOCK):
         row = first + tl.arange(0, BLOCK)
-        sums += tl.load(losses_ptr + row, mask=row < rows, other=0.0)
+        losses = tl.load(losses_ptr + row, mask=row < rows, other=0.0)
+        total = tl.load(total_ptr + row, mask=row < rows, other=0.0)
+        sums += losses
+        hits += tl.where((total > 0) & (losses <= tl.log(total)), 1.0, 0.0)  # an ignored row's total is 0
         label = tl.load(labels_ptr + row, mask=row < rows, other=ignore_index)
         counts += tl.where(label != ignore_index, 1.0, 0.0)
-    total, count = tl.sum(sums, 0), tl.maximum(tl.sum(counts, 0), 1.0)
-    tl.store(result_ptr, total / count if MEAN else total)
+    result, rows_that_count = tl.sum(sums, 0), tl.sum(counts, 0)
+    count = tl.maximum(rows_that_count, 1.0)
+    tl.store(result_ptr, result / count if MEAN else result)
     tl.store(count_ptr, count)
+    tl.store(hits_ptr, tl.sum(hits, 0))
+    tl.store(hits_ptr + 1, rows_that_count)
 
 
 # ---- backward ------------------------------------------------------------------------------------------------------
@@ -211,11 +220,11 @@ def rows_of(logits: Tensor) -> tuple[Tensor, int]:
 
 def cross_entropy_forward(
     logits: Tensor, labels: Tensor, ignore_index: int, reduction: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (logits, stride), labels = rows_of(logits), labels.contiguous()
     rows, columns = logits.shape
     losses, maximum, total = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
-    result, count = (losses.new_empty(0 if reduction == "none" else ()) for _ in range(2))
+    result, count, hits = (losses.new_empty(0 if reduction == "none" else shape) for shape in ((), (), 2))
     plan = forward_plan(columns)
     launch(
         cross_entropy_forward_kernel, (rows,),
@@ -225,10 +234,10 @@ def cross_entropy_forward(
     faults.raise_interpreted(logits)
     if reduction != "none":
         launch(
-            reduce_losses_kernel, (1,), losses, labels, ignore_index, rows, result, count, MEAN=reduction == "mean",
-            BLOCK=REDUCED, num_warps=4,
+            reduce_losses_kernel, (1,), losses, total, labels, ignore_index, rows, result, count, hits,
+            MEAN=reduction == "mean", BLOCK=REDUCED, num_warps=4,
         )  # fmt: skip
-    return losses, maximum, total, result, count
+    return losses, maximum, total, result, count, hits
 
 
 def cross_entropy_backward(

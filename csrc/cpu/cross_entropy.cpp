@@ -8,7 +8,8 @@
 // `stride` >= V elements apart; dx is 0 between them, so that products over the whole width are right.
 //
 // Where a mean or a sum is wanted, it is added up in double behind the rows, and backward takes one dloss for
-// all rows, for a mean with the number that it was divided by.
+// all rows, for a mean with the number that it was divided by. Rows that are right are counted beside it: no
+// logit exceeds their label's, so that loss = log(s).
 //
 // Arithmetic is float32 for every dtype. Forward reads the logits once: a block of a row stays in the L1
 // cache for its maximum and then its sum, and the sum so far is scaled when the maximum moves (Milakov and
@@ -81,16 +82,18 @@ void forward(const CrossEntropyForward& p) {
   }
 }
 
-// The sum of all losses, or their mean over the rows that count; 0 where none does.
+// The sum of all losses, or their mean over the rows that count, 0 where none does; and how many are right.
 void reduce(const CrossEntropyForward& p) {
   double sum = 0;
-  int64_t count = 0;
+  int64_t count = 0, right = 0;
   for (int64_t r = 0; r < p.rows; ++r) {
     sum += p.losses[r];
     count += p.labels[r] != p.ignore_index;
+    right += p.losses[r] <= __builtin_logf(p.total[r]);  // not an ignored one: log(0) is -inf
   }
   *p.count = count > 0 ? static_cast<float>(count) : 1.f;
   *p.result = static_cast<float>(p.mean ? sum / *p.count : sum);
+  p.hits[0] = static_cast<float>(right), p.hits[1] = static_cast<float>(count);
 }
 
 // ---- backward ---------------------------------------------------------------------------------------

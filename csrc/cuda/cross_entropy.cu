@@ -8,7 +8,8 @@
 // dx is 0 between them. Arithmetic is float32.
 //
 // Where a mean or a sum of the losses is wanted, the last block of forward adds them up, and backward takes
-// one dloss for all rows, for a mean with the number that it was divided by.
+// one dloss for all rows, for a mean with the number that it was divided by. It counts rows that are right
+// beside it: no logit exceeds their label's, so that loss = log(s).
 //
 // Each direction moves its bytes once. Forward gives a row to a block, or a short row to a warp; a thread's
 // running maximum moves once for all the elements that it has loaded, so that an element costs one exp
@@ -160,19 +161,21 @@ DEVICE void loss_of_row(const CrossEntropyForward& p, int64_t row, int32_t* faul
   p.total[row] = softmax.total;
 }
 
-// The sum of all losses, or their mean over the rows that count, by one block.
+// The sum of all losses, or their mean over the rows that count, and how many are right, by one block.
 DEVICE void reduce_losses(const CrossEntropyForward& p) {
-  __shared__ float partial[2][kWarpsPerBlock];
-  float sums[2] = {};  // of losses, and of rows that count, exact up to 2^24
+  __shared__ float partial[3][kWarpsPerBlock];
+  float sums[3] = {};  // of losses, rows that count and rows that are right, exact up to 2^24
 #pragma unroll 2
   for (int64_t row = threadIdx.x; row < p.rows; row += kForwardThreads) {
     sums[0] += p.losses[row];
     sums[1] += p.labels[row] != p.ignore_index;
+    sums[2] += p.losses[row] <= logf(p.total[row]);  // not of an ignored one: log(0) is -inf
   }
   block_sum(sums, partial);
   if (threadIdx.x != 0) return;
   *p.count = fmaxf(sums[1], 1.f);
   *p.result = p.mean ? sums[0] / fmaxf(sums[1], 1.f) : sums[0];
+  p.hits[0] = sums[2], p.hits[1] = sums[1];
 }
 
 template <class T, bool kBlockPerRow>

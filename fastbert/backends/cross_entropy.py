@@ -10,14 +10,14 @@ PADDING = 128  # a vocabulary is padded by fewer columns
 
 def cross_entropy_forward(
     logits: Tensor, labels: Tensor, ignore_index: int, reduction: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     stride = row_stride(logits)
     logits, labels = _rows(logits), labels.contiguous()
     rows, columns = logits.shape
     losses = logits.new_empty(rows, dtype=torch.float32)
     maximum, total = torch.empty_like(losses), torch.empty_like(losses)
-    result, count = empty_result(losses, reduction), empty_result(losses, reduction)
-    results = (0, 0) if reduction == "none" else (result.data_ptr(), count.data_ptr())
+    reduced = empty_results(losses, reduction)
+    results = (0, 0, 0) if reduction == "none" else [each.data_ptr() for each in reduced]
     module, launch = launcher(logits, logits.numel())
     bad = module.cross_entropy_forward(
         logits.data_ptr(), labels.data_ptr(), ignore_index, reduction == "mean",
@@ -26,7 +26,7 @@ def cross_entropy_forward(
     )  # fmt: skip
     if bad >= 0:
         check_labels(labels, columns, ignore_index)
-    return losses, maximum, total, result, count
+    return losses, maximum, total, *reduced
 
 
 def cross_entropy_backward(
@@ -44,9 +44,10 @@ def cross_entropy_backward(
     return first_columns(wider, logits.shape[1])
 
 
-def empty_result(losses: Tensor, reduction: str) -> Tensor:
-    """Room for one number; for none where losses are not reduced."""
-    return losses.new_empty(0) if reduction == "none" else losses.new_empty(())
+def empty_results(losses: Tensor, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for mean or sum, count and hits; for none of them where losses are not reduced."""
+    result, count, hits = (losses.new_empty(0 if reduction == "none" else shape) for shape in ((), (), 2))
+    return result, count, hits
 
 
 def row_stride(logits: Tensor) -> int:

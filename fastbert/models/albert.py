@@ -85,6 +85,8 @@ class AlbertForPreTrainingOutput(NamedTuple):
         sop_loss: float32 scalar, likewise over sequences.
         prediction_logits: [M, V] at the labelled positions in order; without labels at all: [B, S, V] or [T, V].
         sop_logits: [B, 2].
+        hits: of words and, with its labels, of the sentence head, float32 [2] each: how many predictions are right and
+            how many there are, see `cross_entropy_with_hits`; empty without labels.
     """
 
     loss: Tensor | None
@@ -92,6 +94,7 @@ class AlbertForPreTrainingOutput(NamedTuple):
     sop_loss: Tensor | None
     prediction_logits: Tensor
     sop_logits: Tensor
+    hits: tuple[Tensor, ...] = ()
 
     @property
     def sentence_loss(self) -> Tensor | None:

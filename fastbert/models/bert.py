@@ -38,6 +38,8 @@ class BertForPreTrainingOutput(NamedTuple):
         nsp_loss: float32 scalar, likewise over sequences.
         prediction_logits: [M, V] at the labelled positions in order; without labels at all: [B, S, V] or [T, V].
         seq_relationship_logits: [B, 2].
+        hits: of words and, with its labels, of the sentence head, float32 [2] each: how many predictions are right and
+            how many there are, see `cross_entropy_with_hits`; empty without labels.
     """
 
     loss: Tensor | None
@@ -45,6 +47,7 @@ class BertForPreTrainingOutput(NamedTuple):
     nsp_loss: Tensor | None
     prediction_logits: Tensor
     seq_relationship_logits: Tensor
+    hits: tuple[Tensor, ...] = ()
 
     @property
     def sentence_loss(self) -> Tensor | None:

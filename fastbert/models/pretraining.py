@@ -13,7 +13,7 @@ from fastbert.models import inputs
 from fastbert.models.config import ModelConfig
 from fastbert.models.encoder import ModelWithHead
 from fastbert.models.layers import Dropout, LayerNorm, LinearGELU
-from fastbert.ops.cross_entropy import cross_entropy
+from fastbert.ops.cross_entropy import cross_entropy_with_hits
 from fastbert.ops.linear import linear, padded_linear
 from fastbert.ops.philox import draw_seeds
 
@@ -59,6 +59,8 @@ class Predictions(NamedTuple):
         sentence_loss: float32 scalar, likewise over sequences.
         prediction_logits: [M, V] at the labelled positions in order; without labels at all: [B, S, V] or [T, V].
         sentence_logits: [B, 2].
+        hits: of words and, with its labels, of the sentence head, float32 [2] each: how many predictions are right and
+            how many there are, see `cross_entropy_with_hits`; empty without labels.
     """
 
     loss: Tensor | None
@@ -66,6 +68,7 @@ class Predictions(NamedTuple):
     sentence_loss: Tensor | None
     prediction_logits: Tensor
     sentence_logits: Tensor | None
+    hits: tuple[Tensor, ...] = ()
 
 
 class PreTrainingModel(ModelWithHead):
@@ -126,10 +129,10 @@ class PreTrainingModel(ModelWithHead):
         logits = logits.view(*hidden.shape[:-1], logits.shape[1])
         sentence_logits = None if self.sentence_head is None else self.sentence_head(pooled)
 
-        mlm_loss = None if labels is None else cross_entropy(logits, labels, inputs.IGNORED)
-        sentence_loss = None
-        if sentence_label is not None:
-            sentence_loss = cross_entropy(sentence_logits, sentence_label, inputs.IGNORED)
-        losses = [loss for loss in (mlm_loss, sentence_loss) if loss is not None]
-        loss = functools.reduce(torch.add, losses) if losses else None
-        return Predictions(loss, mlm_loss, sentence_loss, logits, sentence_logits)
+        heads = [(logits, labels), (sentence_logits, sentence_label)]
+        scores = [(None, None) if y is None else cross_entropy_with_hits(x, y, inputs.IGNORED) for x, y in heads]
+        losses = [loss for loss, _ in scores]
+        given = [loss for loss in losses if loss is not None]
+        loss = functools.reduce(torch.add, given) if given else None
+        hits = tuple(hits for _, hits in scores if hits is not None)
+        return Predictions(loss, *losses, logits, sentence_logits, hits)

@@ -51,10 +51,13 @@ class MaskedLMOutput(NamedTuple):
     Attributes:
         loss: float32 scalar, the mean over labels that are not ignored, 0 where there are none; None without labels.
         logits: [M, V] at the labelled positions in order; without labels at all: [B, S, V] or [T, V].
+        hits: one float32 [2]: how many predictions are right and how many there are, see `cross_entropy_with_hits`;
+            empty without labels.
     """
 
     loss: Tensor | None
     logits: Tensor
+    hits: tuple[Tensor, ...] = ()
 
     @property
     def mlm_loss(self) -> Tensor | None:
@@ -124,7 +127,7 @@ class RobertaForMaskedLM(PreTrainingModel):
             input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen, labels, None,
             masked_positions,
         )  # fmt: skip
-        return MaskedLMOutput(out.mlm_loss, out.prediction_logits)
+        return MaskedLMOutput(out.mlm_loss, out.prediction_logits, out.hits)
 
 
 class XLMRobertaModel(RobertaModel):

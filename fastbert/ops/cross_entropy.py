@@ -6,6 +6,9 @@
 A mean or a sum of the losses is taken in the same pass. Backward then has one dloss for all rows, which for a mean it
 divides by the number of rows that count, or by 1 where none does.
 
+That pass also counts the rows that are right, those with loss <= log(total): the label's logit is the greatest, to
+within the rounding of the loss. Where several logits are the greatest, each of them is right.
+
 logits are [M, V], labels int64 [M]. Backward saves the logits themselves and two numbers a row, `maximum = max_j x_j`
 and `total = sum_j exp(x_j - maximum)`: their one logarithm would be rounded to the size of the logits, and the error
 would stand in every element of the gradient. Arithmetic is float32 (float64 for float64 logits) whatever the dtype of
@@ -56,6 +59,24 @@ def cross_entropy(
         TypeError: no tensor, a dtype that is not supported, or an ignore_index that is no int.
         RuntimeError: an explicit backend that cannot run here.
     """
+    return cross_entropy_with_hits(logits, labels, ignore_index, reduction, backend=backend)[0]
+
+
+def cross_entropy_with_hits(
+    logits: Tensor, labels: Tensor, ignore_index: int = -100, reduction: str = "mean", *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """`cross_entropy`, and how many predictions are right, which the same pass counts.
+
+    Args:
+        As of `cross_entropy`.
+
+    Returns:
+        The loss as of `cross_entropy`; and [2] in its dtype, without gradient: how many rows are right, which is that
+        no logit exceeds their label's by more than the loss is rounded to, and how many rows count. Empty with "none".
+
+    Raises:
+        As `cross_entropy` does.
+    """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     ignore_index = as_int("ignore_index", ignore_index)
@@ -74,8 +95,8 @@ def cross_entropy(
     chosen = pick("cross_entropy", requested(backend), logits)
     if differentiated(logits):
         return _CrossEntropy.apply(logits, labels, ignore_index, reduction, chosen)
-    losses, _, _, result, _ = functions[chosen].cross_entropy_forward(logits, labels, ignore_index, reduction)
-    return losses if reduction == "none" else result
+    losses, _, _, result, _, hits = functions[chosen].cross_entropy_forward(logits, labels, ignore_index, reduction)
+    return losses if reduction == "none" else result, hits
 
 
 class reference:  # a namespace, spelled as the backend is
@@ -84,10 +105,11 @@ class reference:  # a namespace, spelled as the backend is
     @staticmethod
     def cross_entropy_forward(
         logits: Tensor, labels: Tensor, ignore_index: int, reduction: str
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Losses, maximum and total [M], then two scalars: mean or sum, and the number of rows that count, at least 1.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Losses, maximum and total [M], then two scalars: mean or sum, and the number of rows that count, at least 1;
+        then [2], how many rows are right and how many count, 0 or more.
 
-        With "none" these two are empty.
+        With "none" these three are empty.
         """
         if not torch.compiler.is_compiling():
             kernels.check_labels(labels, logits.shape[1], ignore_index)
@@ -98,9 +120,10 @@ class reference:  # a namespace, spelled as the backend is
         losses = total.log() + (maximum - picked)
         losses, maximum, total = (torch.where(counted, each, 0.0) for each in (losses, maximum, total))
         if reduction == "none":
-            return losses, maximum, total, losses.new_empty(0), losses.new_empty(0)
-        count = counted.sum().clamp(min=1).to(losses.dtype)
-        return losses, maximum, total, losses.sum() / (count if reduction == "mean" else 1), count
+            return losses, maximum, total, *kernels.empty_results(losses, reduction)
+        hits = torch.stack([losses <= total.log(), counted]).sum(1).to(losses.dtype)  # log(0) is -inf
+        count = hits[1].clamp(min=1)
+        return losses, maximum, total, losses.sum() / (count if reduction == "mean" else 1), count, hits
 
     @staticmethod
     def cross_entropy_backward(
@@ -121,7 +144,7 @@ class reference:  # a namespace, spelled as the backend is
 def _fake_forward(logits, labels, ignore_index, reduction):
     dtype = torch.promote_types(logits.dtype, torch.float32)
     losses, maximum, total = (logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(3))
-    return losses, maximum, total, *(kernels.empty_result(losses, reduction) for _ in range(2))
+    return losses, maximum, total, *kernels.empty_results(losses, reduction)
 
 
 def _fake_backward(dlosses, logits, *_):
@@ -140,14 +163,18 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, ignore_index, reduction, chosen):
         forward = functions[chosen].cross_entropy_forward
-        losses, maximum, total, result, count = forward(logits, labels, ignore_index, reduction)
+        losses, maximum, total, result, count, hits = forward(logits, labels, ignore_index, reduction)
         ctx.save_for_backward(logits, labels, maximum, total, count if reduction == "mean" else None)
         ctx.options = ignore_index, chosen
-        return losses if reduction == "none" else result
+        ctx.mark_non_differentiable(hits)
+        ctx.set_materialize_grads(False)  # for hits there would be zeros
+        return losses if reduction == "none" else result, hits
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dresult):
+    def backward(ctx, dresult, _):
+        if dresult is None:
+            return (None,) * 5
         ignore_index, chosen = ctx.options
         dlogits = functions[chosen].cross_entropy_backward(dresult, *ctx.saved_tensors, ignore_index)
         return dlogits, None, None, None, None

@@ -16,7 +16,7 @@ from fastbert.models.inputs import IGNORED
 from fastbert.models.pretraining import PreTrainingModel
 from fastbert.models.working import WorkingCopy
 from fastbert.optim.lazy_adam import LazyAdam, decay_groups
-from fastbert.pretrain.accuracy import accuracies, hits
+from fastbert.pretrain.accuracy import named_hits
 from fastbert.pretrain.divergence import Watch
 from fastbert.pretrain.evaluate import forward
 from fastbert.pretrain.lamb import make_lamb
@@ -41,10 +41,10 @@ def train_step(
 
     The MLM loss is the mean over all tokens of the step that are predicted, the NSP or SOP loss over all its sequences,
     however they are spread over micro-batches and, with `together`, over processes. A mean over nothing is 0: [UNK] is
-    never predicted, so a step may have nothing to predict. Accuracies come with the steps that are logged, and with all
-    that are captured. `watch` sees the losses as step `number` before the optimizer does. `working` computes in place
-    of the model. `words`, int64 [R], are the ids whose embeddings move, whatever config says. With micro-batches, lr
-    and number on a GPU nothing waits for it, and the step can be captured.
+    never predicted, so a step may have nothing to predict. Counts of right predictions come with the steps that are
+    logged, and with all that are captured. `watch` sees the losses as step `number` before the optimizer does.
+    `working` computes in place of the model. `words`, int64 [R], are the ids whose embeddings move, whatever config
+    says. With micro-batches, lr and number on a GPU nothing waits for it, and the step can be captured.
     """
     computes = model if working is None else working.model
     computes.train()
@@ -62,7 +62,7 @@ def train_step(
         with products(config, autocast=working is None):
             out = forward(computes, batch)
         if scored:
-            found.append(hits(out, batch))
+            found.append(out.hits)
         losses = [out.mlm_loss if word_share is None else out.mlm_loss * word_share]
         mlm_loss += [losses[0].detach()]
         if pair(config):
@@ -81,9 +81,10 @@ def train_step(
         together.sum_rows(model.word_embeddings, words, static)
     rows = None if words is None else {model.word_embeddings: words}
     norm, factor = optimizer.clip_factor(config.clip, rows=rows)
-    record = {"loss": total(sums), "mlm_loss": sums[0], "lr": lr, "gradient_norm": norm}
+    loss = out.loss.detach() if is_all else total(sums)  # the same sum
+    record = {"loss": loss, "mlm_loss": sums[0], "lr": lr, "gradient_norm": norm}
     if scored:
-        record |= accuracies(*together.sums([total(found)]), pair(config))
+        record |= named_hits(together.sums([total(list(each)) for each in zip(*found, strict=True)]), pair(config))
     if watch is not None:
         watch.see(number, record["loss"], norm)
     for group in optimizer.param_groups:

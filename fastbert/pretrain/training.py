@@ -16,6 +16,7 @@ from fastbert.data.batches import Batch, PretrainBatches
 from fastbert.models.pretraining import PreTrainingModel
 from fastbert.optim.lazy_adam import LazyAdam
 from fastbert.pretrain import shards, snapshot
+from fastbert.pretrain.accuracy import as_numbers
 from fastbert.pretrain.divergence import Watch
 from fastbert.pretrain.environment import environment, name_differences, random_state, set_random_state
 from fastbert.pretrain.evaluate import Frequencies, evaluate
@@ -174,7 +175,7 @@ class Training:
         """A step's record to `metrics.jsonl` and the bar."""
         self._watch.look()
         self._count_tokens()
-        record = {name: float(value) for name, value in record.items()}
+        record = as_numbers(record)
         used = self._meter.used(self.tokens)
         seq_len = self.phases[self.phase].seq_len
         metrics.write({"step": self.progress.step, **record, "seq_len": seq_len, "tokens": self.tokens, **used})

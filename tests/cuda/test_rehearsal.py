@@ -38,7 +38,7 @@ def test_a_step_of_two_processes_waits_for_nothing(alone):
     ids = 100 + 16  # of each process: input and labels; of a gathering its own and those of both
     assert exchanges == [
         *[("allreduce_", 8)] * 2, ("allreduce_", 4 * parameters), ("allreduce_", 2 * 4), ("allgather_", 3 * ids * 8),
-        ("allreduce_", 2 * ids * 128 * 4), ("allreduce_", 4 * 8),
+        ("allreduce_", 2 * ids * 128 * 4), ("allreduce_", 4 * 4),
     ]  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def test_the_launches_of_bert_base(alone):
     assert ops.count("_to_copy") <= 5  # no weight is cast
     step = sum(launch.bytes for launch in launches if launch.op == "lazy_adam_steps")
     assert 1.70e9 < step < 1.80e9  # 109.5 M weights and two moments read and written, a gradient, and a bfloat16 copy
-    assert len(ops) <= 341  # 12 of them for the accuracies in the record
+    assert len(ops) <= 328
 
 
 def test_what_a_step_keeps_for_its_backward_pass(alone):

@@ -65,9 +65,10 @@ def test_reductions_are_torchs(backend, reduction):
 def test_rows_are_reduced_in_the_op(backend, nan_filled, reduction, rows):
     """More rows than a block adds up at a time; none at all give 0, divided by 1."""
     x, labels, _ = problem(rows, 5, torch.float32)
-    losses, _, _, result, count = op.functions[backend].cross_entropy_forward(x, labels, -100, reduction)
+    losses, _, _, result, count, hits = op.functions[backend].cross_entropy_forward(x, labels, -100, reduction)
     kept = max(1, int((labels != -100).sum()))
     assert count.item() == kept and result.shape == count.shape == ()
+    assert hits.tolist() == [(x.argmax(1) == labels).sum(), (labels != -100).sum()] and (rows < 1100 or hits[0] > 100)
     torch.testing.assert_close(result.double(), losses.double().sum() / (kept if reduction == "mean" else 1))
 
 
@@ -139,6 +140,19 @@ def test_worked_out_by_hand(backend):
     loss, dx = run(lambda x: fastbert.cross_entropy(x, labels, ignore_index=7), (x,), torch.ones(()))
     assert loss.item() == pytest.approx(torch.tensor(4.0).log().item())
     torch.testing.assert_close(dx, torch.tensor([[0.125, -0.75, 0.625], [0.0, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_right_predictions_by_hand(backend, dtype):
+    """Of several greatest logits each is right; rows that are ignored, and those of NaN or +inf, are not."""
+    x = torch.tensor([0.5, 3.0, -2.0, 3.0, 2.984375]).repeat(10, 1)
+    x[5], x[6], x[7, 1], x[8, 1] = -300.0, torch.nan, torch.inf, -torch.inf
+    labels = torch.tensor([1, 3, 4, 0, -100, 2, 1, 1, 3, 1])
+    x[9] = torch.tensor([-torch.inf, 0.0, -torch.inf, -torch.inf, -torch.inf])  # the loss is 0
+    loss, hits = op.cross_entropy_with_hits(x.to(dtype).requires_grad_(), labels, reduction="sum")
+    assert hits.tolist() == [5, 9] and hits.dtype == torch.float32 and not hits.requires_grad
+    assert op.cross_entropy_with_hits(x.to(dtype), labels)[1].tolist() == [5, 9], "without a gradient"
+    assert loss.isnan() and op.cross_entropy_with_hits(x, labels, reduction="none")[1].shape == (0,)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

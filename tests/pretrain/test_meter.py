@@ -1,6 +1,7 @@
 """What a run says of its arithmetic, its padding, its waiting and its accuracy on the training text."""
 
 import dataclasses
+import math
 import types
 
 import pytest
@@ -10,7 +11,8 @@ from pretrain_runs import losses
 from fastbert.data.batches import Batch, Shape
 from fastbert.models.bert import BertConfig, BertForPreTraining
 from fastbert.pretrain import meter, step
-from fastbert.pretrain.accuracy import accuracies, hits
+from fastbert.pretrain.accuracy import as_numbers, named_hits
+from fastbert.pretrain.evaluate import forward
 from fastbert.pretrain.presets import operations
 from fastbert.pretrain.report import read_metrics
 
@@ -70,19 +72,32 @@ def test_the_rate_is_that_of_the_fastest_product_and_draws_no_random_number(sett
 
 
 def test_accuracy_by_hand():
-    words = torch.tensor([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0], [0.0, 0.0, 9.0], [9.0, 0.0, 0.0]])
-    out = types.SimpleNamespace(prediction_logits=words, sentence_logits=torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
-    padded = batch_of(2, 2, labels=[1, 2, 2, -100], sentence_label=[1, -100])
-    assert hits(out, padded).tolist() == [[2, 3], [1, 1]]
-    shorter = batch_of(2, 2, labels=[1, 2], sentence_label=[0])
-    assert hits(out, shorter).tolist() == [[1, 2], [0, 1]], "rows behind the labels are padding's"
-    both = accuracies(hits(out, padded) + hits(out, shorter), "sop")
-    assert {name: value.item() for name, value in both.items()} == pytest.approx(
-        {"mlm_accuracy": 0.6, "sop_accuracy": 0.5}
+    both = {"lr": 0.5, **named_hits([torch.tensor([3.0, 5.0]), torch.tensor([1.0, 2.0])], "sop")}
+    assert as_numbers(both | {"loss": torch.tensor(2.0)}) == {
+        "lr": 0.5, "mlm_accuracy": 0.6, "sop_accuracy": 0.5, "loss": 2.0
+    }  # fmt: skip
+    none = as_numbers(named_hits([torch.tensor([0.0, 0.0])], ""))
+    assert list(none) == ["mlm_accuracy"] and math.isnan(none["mlm_accuracy"])
+
+
+def test_right_predictions_of_a_step_are_those_of_its_logits(settings):
+    """Over micro-batches, one of which has labels that do not count."""
+    config = dataclasses.replace(settings, objective="mlm+nsp", linear="torch")
+    torch.manual_seed(0)
+    model = BertForPreTraining(
+        BertConfig.preset("tiny", vocab_size=100, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     )
-    alone = out.__class__(prediction_logits=words, sentence_logits=None)
-    none = accuracies(hits(alone, batch_of(4, labels=[-100, -100])), "")
-    assert list(none) == ["mlm_accuracy"] and none["mlm_accuracy"].isnan()
+    kinds = [([7, 8, 9], [0, 1]), ([7, 8, -100], [1, -100])]
+    micro = [batch_of(4, 4, labels=labels, sentence_label=pairs) for labels, pairs in kinds]
+    for batch in micro:  # the first label of words and of pairs becomes what the model says, the second something else
+        out = forward(model.eval(), batch)
+        for logits, labels in ((out.prediction_logits, batch.labels), (out.sentence_logits, batch.sentence_label)):
+            labels[0] = logits[0].argmax()
+            if labels[1] != -100:
+                labels[1] = logits[1].argmin()
+    assert (micro[0].labels[2] == 9) and (forward(model, micro[0]).prediction_logits[2].argmax() != 9)
+    record = step.train_step(model, step.make_optimizer(model, config), micro, 0.0, config, number=config.log_every)
+    assert record["mlm_hits"].tolist() == [2, 5] and record["nsp_hits"].tolist() == [2, 3]
 
 
 def test_a_run_logs_them_where_it_logs(settings, finished):
@@ -101,4 +116,4 @@ def test_a_run_logs_them_where_it_logs(settings, finished):
     micro = [batch_of(4, 4, labels=[7, 8], sentence_label=[0, 1])]
     for number, logged in ((1, False), (2, False), (3, True), (torch.tensor(4.0), True)):
         record = step.train_step(model, step.make_optimizer(model, config), micro, 0.0, config, None, number)
-        assert ("mlm_accuracy" in record) == ("nsp_accuracy" in record) == logged
+        assert ("mlm_hits" in record) == ("nsp_hits" in record) == logged
