@@ -73,6 +73,8 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON ({error}): fetch or export the folder anew") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold an object with a model's sizes, got {type(fields).__name__}")
+    if isinstance(kind := fields.get("model_type"), str):
+        fields["model_type"] = kind.removeprefix(_OWN)
     return fields
 
 
@@ -245,8 +247,14 @@ def _list(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
+_OWN = "fastbert-"  # before the model_type of a model that transformers has not and would load as another
+
+
 def save(model: nn.Module, folder: str | os.PathLike, fields: dict[str, Any], tokenizer: Any = None) -> None:
     """Writes config.json, model.safetensors and the tokenizer's files as `transformers` reads them.
+
+    Where the configuration has what `transformers` has not, such as a window, its model_type is "fastbert-bert" (or
+    the like), so that `AutoModel` of `transformers` refuses the folder instead of computing something else.
 
     Every file is first written whole under another name and then moved into place, so that a full disk or a kill
     while writing leaves an earlier export as it was.
@@ -268,7 +276,8 @@ def save(model: nn.Module, folder: str | os.PathLike, fields: dict[str, Any], to
     named = parameter_names.to_hugging_face(model.state_dict(), model.names)
     tensors = {name: x.detach().cpu().contiguous() for name, x in named.items()}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    config = {"architectures": [type(model).__name__], "model_type": model.names.model_type, "dtype": dtype} | fields
+    kind = (_OWN if model.config.is_foreign else "") + model.names.model_type
+    config = {"architectures": [type(model).__name__], "model_type": kind, "dtype": dtype} | fields
     config |= _SUPPORTED | {"tie_word_embeddings": True}
     contents = {
         "config.json": (files.json_text(dict(sorted(config.items())), 2) + "\n").encode(),

@@ -3,7 +3,6 @@
 RoBERTa's head has the pooler within it, with dropout before it too; `_ROBERTA` and `_XLM_ROBERTA` say by which names.
 """
 
-import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
@@ -103,7 +102,7 @@ class SequenceClassifier(ModelWithHead):
         return {"labels": labels, "problem_type": fields.get("problem_type") or kind, "classifier_dropout": dropout}
 
     def fields(self) -> dict[str, Any]:
-        return dataclasses.asdict(self.config) | {
+        return self.config.to_fields() | {
             "id2label": {str(i): label for i, label in enumerate(self.labels)},
             "label2id": {label: i for i, label in enumerate(self.labels)},
             "problem_type": self.problem_type,

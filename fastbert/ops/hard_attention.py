@@ -67,8 +67,8 @@ def hard_attention(
         gumbel: adds noise to the scores, so that a key is drawn by its softmax weight: straight-through
             Gumbel-softmax. For training; in evaluation the best key is taken.
         seed: of the noise, an int, or int64 [1] on q's device; None draws one from torch's default generator.
-        backend: runs on this backend or raises; None chooses by the tensor's device. Only the reference, plain PyTorch
-            that holds all scores in memory, has this op.
+        backend: runs on this backend or raises. Only the reference, plain PyTorch that holds all scores in memory, has
+            this op so far, and takes it unasked.
 
     Returns:
         [T, N, D] in q's dtype; 0 for a query that sees no key.
@@ -86,7 +86,8 @@ def hard_attention(
         raise TypeError(f"gumbel must be True or False, got {kind(gumbel)} {gumbel!r}")
     seed = philox.resolve_seed(seed, int(gumbel), q.device)
     q, k, v = autocast(q), autocast(k), autocast(v)
-    pick_among((), "it has no kernel for it so far", "hard_attention", requested(backend), q)
+    if name := requested(backend):  # otherwise there is nothing to choose among
+        pick_among((), "it has no kernel for it so far", "hard_attention", name, q)
     options = cu_seqlens, max_seqlen, scale, temperature, seed, *visible
     if differentiated(q, k, v):
         return _HardAttention.apply(q, k, v, *options)

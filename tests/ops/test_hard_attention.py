@@ -99,7 +99,7 @@ def test_seeds_and_dtypes():
     qkv = torch.randn(18, 3, 2, 6, generator=drawn("hard attention", "seeds"))
 
     def draw(x, **options):
-        return fastbert.hard_attention(*x.unbind(1), BOUNDS, 12, gumbel=True, backend="reference", **options)
+        return fastbert.hard_attention(*x.unbind(1), BOUNDS, 12, gumbel=True, **options)
 
     torch.manual_seed(1)
     first, second = draw(qkv), draw(qkv)
@@ -108,7 +108,7 @@ def test_seeds_and_dtypes():
     assert torch.equal(draw(qkv, seed=5), draw(qkv, seed=torch.tensor([5])))
     assert torch.equal(draw(qkv.bfloat16().float(), seed=5).bfloat16(), draw(qkv.bfloat16(), seed=5))
     nothing = torch.zeros(0, 3, 2, 6, requires_grad=True)
-    out = fastbert.hard_attention(*nothing.unbind(1), BOUNDS[:1], 0, backend="reference")
+    out = fastbert.hard_attention(*nothing.unbind(1), BOUNDS[:1], 0)
     out.sum().backward()
     assert out.shape == (0, 2, 6) and nothing.grad.shape == nothing.shape
 
@@ -125,8 +125,6 @@ def test_bad_input_and_backends():
         fastbert.hard_attention(q, q, q, bounds, 6, global_tokens=torch.zeros(6, dtype=torch.bool))
     with pytest.raises(RuntimeError, match="backend 'cpu' was asked for and cannot run hard_attention here"):
         fastbert.hard_attention(*3 * [q.float()], bounds, 6, backend="cpu")
-    with pytest.warns(UserWarning, match="hard_attention runs in plain PyTorch on cpu"):
-        fastbert.hard_attention(*3 * [q.float()], bounds, 6)
 
 
 def test_annealed_temperature():
