@@ -111,7 +111,8 @@ def export(training: Training) -> None:
         plot_loss(read_metrics(metrics_at), folder / "loss.png", title)
         print(summary(scores))
         print(guesses(model, training.data.held_out[training.phase], tokenizer, config.device))
-        print(f"\nmodel     {folder / 'model'}  (transformers.{type(model).__name__}.from_pretrained loads it)")
+        library = "fastbert" if model.config.is_foreign else "transformers"
+        print(f"\nmodel     {folder / 'model'}  ({library}.{type(model).__name__}.from_pretrained loads it)")
         print(f"curve     {folder / 'loss.png'}\nmetrics   {metrics_at}, tensorboard --logdir {folder}")
 
     processes.first(write)

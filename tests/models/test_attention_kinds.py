@@ -7,6 +7,7 @@ import transformers
 
 import fastbert
 from fastbert.models.config import ModelConfig
+from fastbert.pretrain.meter import visible_pairs
 
 SMALL = {
     "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
@@ -72,6 +73,21 @@ def test_gumbel_noise_in_training_is_recomputed_alike():
     other = encode(model, ids)
     assert not torch.equal(encode(model, ids), other)
     assert torch.equal(encode(model.eval(), ids), encode(model, ids))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [0, 4, 6, 60])
+def test_pairs_that_count_as_work(window, causal):
+    lengths = torch.tensor([0, 1, 3, 4, 12])
+    config = fastbert.BertConfig(attention_window=window, is_decoder=causal)
+    expected = []
+    for n in lengths.tolist():
+        ahead = torch.arange(n) - torch.arange(n).unsqueeze(1)
+        seen = (ahead.abs() <= window // 2) & ((ahead <= 0) if causal else True)
+        if not causal:
+            seen[:1], seen[:, :1] = True, True
+        expected.append(int(seen.sum()))
+    assert visible_pairs(lengths, config).tolist() == expected
 
 
 @pytest.mark.parametrize(
