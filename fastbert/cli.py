@@ -5,6 +5,7 @@ import dataclasses
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ USAGE = """usage: fastbert COMMAND
   prepare     raw text, however much, to a folder of tokens that pretrain --store reads at once
   pretrain    raw text to a BERT, ALBERT, RoBERTa or ERNIE that transformers loads; see fastbert pretrain --help
   finetune    a table of texts with classes or numbers, and any such model, to a classifier; its score, a picture
+  distill     a classifier's folder to a small model that does as it does: TextCNN, BiLSTM or fewer layers
   predict     a classifier's labels for new texts
   embed       vectors of texts or of their tokens by any such model, to .npy or .safetensors
   fill        the likeliest words for the [MASK]s of a text by any such model
   --version   the version of this package"""
+
+TRAININGS = "pretrain", "finetune", "distill"
 
 
 def main() -> None:
@@ -33,7 +37,7 @@ def main() -> None:
             sys.stdout.flush()  # not when Python ends, where a closed pipe would be a traceback
     except BrokenPipeError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
-        trained = command in ("pretrain", "finetune") and {"-h", "--help"}.isdisjoint(arguments)
+        trained = command in TRAININGS and {"-h", "--help"}.isdisjoint(arguments)
         sys.exit(f"fastbert {command}: {error}" if trained else 128 + signal.SIGPIPE)  # `head` has read enough
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("FASTBERT_DEBUG"):
@@ -44,6 +48,7 @@ def main() -> None:
             raise
         less = {
             "finetune": "a smaller --batch-size or --seq-len",
+            "distill": "a smaller --batch-size or --seq-len",
             "prepare": "fewer --workers",
             "pretrain": "a smaller --batch-tokens (with --accumulate), --checkpoint-layers or a smaller --preset",
         }.get(command, "a smaller --batch-tokens")
@@ -59,8 +64,8 @@ def run(command: str, arguments: list[str]) -> None:
         from fastbert.backends import info, linear
 
         print(info(), linear.info(), waiting(), sep="\n")
-    elif command in ("pretrain", "finetune"):
-        sys.exit({"pretrain": pretrain, "finetune": finetune}[command](arguments))
+    elif command in TRAININGS:
+        sys.exit({"pretrain": pretrain, "finetune": finetune, "distill": distill}[command](arguments))
     elif command in ("prepare", "predict", "embed", "fill"):
         {"prepare": prepare, "predict": predict, "embed": embed, "fill": fill}[command](arguments)
     elif command in ("-h", "--help") or arguments in (["-h"], ["--help"]):
@@ -140,31 +145,45 @@ def prepare(arguments: list[str]) -> None:
 def finetune(arguments: list[str]) -> int:
     """`fastbert finetune`; the exit status: 0 when the run ended, 130 when Ctrl-C or SIGTERM stopped it."""
     _expect_packages("fine-tuning needs", "sklearn", "scipy", "matplotlib")
-    import tyro
-
     from fastbert.finetune import FinetuneConfig
     from fastbert.finetune import finetune as train
+
+    return _train(train, FinetuneConfig, "Train a classifier of texts, or a regression, over a model.", arguments)
+
+
+def distill(arguments: list[str]) -> int:
+    """`fastbert distill`; the exit status as of `finetune`."""
+    _expect_packages("distilling needs", "sklearn", "scipy", "matplotlib")
+    from fastbert.distill import DistillConfig
+    from fastbert.distill import distill as train
+
+    return _train(train, DistillConfig, "Train a small model to do as a trained classifier does.", arguments)
+
+
+def _train(train: Callable[..., Path | None], kind: type, description: str, arguments: list[str]) -> int:
+    """A training that can be resumed; its settings are the dataclass `kind`."""
+    import tyro
+
     from fastbert.finetune.run import read_config
 
     @dataclasses.dataclass(frozen=True)
-    class Command(FinetuneConfig):
-        """Train a classifier of texts, or a regression, over a model."""
-
+    class Command(kind):
         resume: bool = False
         """Continue the run in --output from its newest snapshot, with the settings it was started with."""
 
     def parse(**default: Command) -> Command:
-        return tyro.cli(Command, args=arguments, prog="fastbert finetune", **default)
+        program = f"fastbert {kind.command}"
+        return tyro.cli(Command, args=arguments, prog=program, description=description, **default)
 
     folder = _folder_to_resume(arguments)
     if folder is None:
         command = parse()
     else:
-        stored = Command(**dataclasses.asdict(read_config(folder)), resume=True)
+        stored = Command(**dataclasses.asdict(read_config(folder, kind)), resume=True)
         command = parse(default=stored)
         check_unchanged(stored, command)
-    settings = {field.name: getattr(command, field.name) for field in dataclasses.fields(FinetuneConfig)}
-    return 0 if train(FinetuneConfig(**settings), resume=command.resume) else 130
+    settings = {field.name: getattr(command, field.name) for field in dataclasses.fields(kind)}
+    return 0 if train(kind(**settings), resume=command.resume) else 130
 
 
 def _folder_to_resume(arguments: list[str]) -> Path | None:

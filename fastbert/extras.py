@@ -5,7 +5,8 @@ from importlib.util import find_spec
 # What others than `pretrain` bring.
 EXTRAS = {
     "finetune": {"sklearn", "scipy"}, "chinese": {"jieba", "ahocorasick_rs"}, "patch": {"transformers"},
-    "formats": {"pyarrow", "zstandard"}, "cluster": {"distributed"}, "lamb": {"pytorch_optimizer"},
+    "onnx": {"onnx", "onnxscript"}, "formats": {"pyarrow", "zstandard"},
+    "cluster": {"distributed"}, "lamb": {"pytorch_optimizer"},
 }  # fmt: skip
 
 

@@ -77,12 +77,13 @@ def test_names_are_asked_for_where_they_stand(tmp_path, monkeypatch):
         assert text.count("[MASK]") == len(name) and text.replace("[MASK]" * len(name), name) in joined
         assert len(text.replace("[MASK]", "")) <= 2 * example.AROUND
     answers = [[name if name == "孔明" else "玄德", "诸葛亮"] for _, name in asked]
-    scores = {row["characters"]: row for row in example.score(asked, answers, "a model", 0)}
+    scores = {row["characters"]: row for row in example.score(asked, answers, "a model", "", 0)}
     assert (scores["all"]["first"], scores["all"]["in five"]) == (round(9 / 15, 4), round(12 / 15, 4))
     assert (scores[3]["first"], scores[3]["in five"], scores[2]["names"]) == (0, 0.5, 9)
     assert example.most_frequent("玄德孔明玄德诸葛亮", persons, tokenizer) == {2: ["玄德", "孔明"], 3: ["诸葛亮"]}
-    models = example.FREQUENT, *example.NAMES.values()
-    example.draw([row for name in models for row in example.score(asked, answers, name, 0)], tmp_path / "drawn.png")
+    models = [(name, order) for name in example.NAMES.values() for order in example.ORDERS.values()]
+    groups = (example.FREQUENT, ""), *models
+    example.draw([row for group in groups for row in example.score(asked, answers, *group, 0)], tmp_path / "drawn.png")
     assert (tmp_path / "drawn.png").stat().st_size > 10_000
 
 
@@ -111,9 +112,12 @@ def test_a_file_of_a_package_is_what_it_was(tmp_path, monkeypatch):
     corpora.pretrain(options, text, "word", 3, words="spaces")
     (run / "model").mkdir()
     assert corpora.pretrain(options, text, "word", 3) == run / "model"
+    corpora.pretrain(options, text, "later", 3, masking="word", init=run / "model")
     start = [sys.executable, "-m", "fastbert", "pretrain", "--output", str(run)]
     given = (
-        f"--corpus {text} --words spaces --masking word --objective mlm --preset tiny --seq-len 48 --dropout 0 "
+        f"--corpus {text} --masking word --preset tiny --words spaces --objective mlm --seq-len 48 --dropout 0 "
         "--batch-tokens 64 --no-bf16 --steps 9 --lr 0.003 --seed 3"
     )
-    assert commands == [[*start, *given.split(" ")], [*start, "--resume"]]
+    later = f"--corpus {text} --masking word --init {run / 'model'} {given[given.index('--objective') :]}"
+    assert commands[:2] == [[*start, *given.split(" ")], [*start, "--resume"]]
+    assert commands[2][6:] == later.split(" ") and commands[2][5] == str(tmp_path / "later-tiny-9-seed3")

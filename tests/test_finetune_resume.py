@@ -120,7 +120,7 @@ def test_the_command_resumes_what_it_stopped_and_says_what_does_not_hold(config,
     assert "holds no run to resume" in said(monkeypatch, *resume) and not run.exists()
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
-        assert "fine-tuning runs in one process, and WORLD_SIZE=2 says" in said(patch, *given, "--output", run)
+        assert "this training runs in one process, and WORLD_SIZE=2 says" in said(patch, *given, "--output", run)
     assert not run.exists()
     at_step[9] = lambda: os.kill(os.getpid(), signal.SIGINT)
     assert said(monkeypatch, *given, "--output", run) == 130
@@ -142,7 +142,9 @@ def test_the_command_resumes_what_it_stopped_and_says_what_does_not_hold(config,
     for text, why in (("[]", "it is no JSON object"), (stored.replace('"lr"', '"rl"'), "it lacks lr"),
                       (stored.replace('"lr": 0.01', '"lr": -1'), "lr must be from 0")):  # fmt: skip
         (run / "config.json").write_text(text)
-        assert re.search(rf"does not hold the settings of a fine-tuning: .*{why}", said(monkeypatch, *resume))
+        assert re.search(
+            rf"does not hold the settings of a run of fastbert finetune: .*{why}", said(monkeypatch, *resume)
+        )
     (run / "config.json").write_text(stored)
     (run / "model").rename(tmp_path / "model")
     assert "is missing, the model of epoch 1, the best so far: put it back" in said(monkeypatch, *resume)

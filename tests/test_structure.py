@@ -40,7 +40,7 @@ ROOMS = {
     "optim": {"optim"},
     "models": {"models", "patching"},  # patching: models that transformers wired, over the same ops
     "data": {"data"},
-    "programs": {"pretrain", "prepare", "finetune", "embed", "fill"},
+    "programs": {"pretrain", "prepare", "finetune", "distill", "embed", "fill"},
     "top": {"cli", "bert", "__init__", "__main__"},
 }
 ROOM = {name: room for room, names in ROOMS.items() for name in names}

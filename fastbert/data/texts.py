@@ -1,6 +1,6 @@
 """Texts that stand by themselves, one a row or line, with what belongs to each: a second text, a label."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,9 +8,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from fastbert.data.compressed import kind
 from fastbert.data.encodings import open_text
-from fastbert.data.sources import find_files
-from fastbert.data.tables import Quoting, open_table, table_rows
+from fastbert.data.sources import TEXTS, find_files
+from fastbert.data.tables import TABLES, Quoting, is_json, is_parquet, open_table, parquet_texts, table_rows
 
 
 class Texts(NamedTuple):
@@ -68,6 +69,35 @@ def read_texts(
     pairs = None if pair is None else [row.cells[1] for row in rows]
     labels = None if label is None else [row.cells[-1].strip() for row in rows]
     return Texts([row.line for row in rows], [row.cells[0] for row in rows], pairs, labels)
+
+
+def iter_texts(
+    path: Path, text: str | None, *, separator: str | None = None, quoting: Quoting = "auto"
+) -> Iterator[str]:
+    """The texts of a table's column `text` or of a text file's or folder's lines, one at a time, empty ones left out.
+
+    A file is read as its name says: `text`, `separator` and `quoting` are of tables alone.
+
+    Raises:
+        FileNotFoundError: no such path, or a folder without text files. Raised by the call.
+        ValueError: a table that does not hold, text that is not UTF-8 (while iterating).
+    """
+    is_table = kind(path) in TABLES or (separator is not None and kind(path) not in TEXTS)
+    column = text if is_table and not path.is_dir() else None
+    separator = separator if column is not None and not is_json(path, None) and not is_parquet(path) else None
+    files = find_files(path, column, separator, option="--text").read
+
+    def of(file: Path) -> Iterator[str]:
+        if is_parquet(file):
+            yield from parquet_texts(file, column)
+        elif column is None:
+            with open_text(file) as stream:
+                yield from stream
+        else:
+            with open_table(file) as stream:
+                yield from (row.cells[0] for row in table_rows(file, stream, [column], (), separator, quoting))
+
+    return (stripped for file in files for each in of(file) if (stripped := each.strip()))
 
 
 def _expect_rows(path: Path, rows: Sequence[object]) -> None:
@@ -138,11 +168,11 @@ class PackedTexts(NamedTuple):
         return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self._asdict().items()}
 
 
-def pack(encoded: Sequence[Encoded], pad_id: int | None, types: int, longest: int) -> PackedTexts:
+def pack(encoded: Sequence[Encoded], pad_id: int | None, types: int, longest: int, multiple: int = 64) -> PackedTexts:
     """Packs texts without padding between them.
 
     Behind them stands one sequence of padding that fills T up to a multiple of 64: a CPU's product library prepares
-    code for every new shape, which costs more than a small model's step.
+    code for every new shape, which costs more than a small model's step. Of another `multiple` the sequence is shorter.
 
     Args:
         pad_id: the id of the padding, 0 where it is None.
@@ -150,7 +180,7 @@ def pack(encoded: Sequence[Encoded], pad_id: int | None, types: int, longest: in
         longest: tokens of the model's longest sequence.
     """
     lengths = torch.tensor([len(each.ids) for each in encoded])
-    padding = -int(lengths.sum()) % min(64, longest)
+    padding = -int(lengths.sum()) % min(multiple, longest)
     ids = [i for each in encoded for i in each.ids] + [pad_id or 0] * padding
     kinds = [i for each in encoded for i in each.type_ids] + [0] * padding
     cu_seqlens = torch.cat([torch.zeros(1), lengths.cumsum(0), torch.tensor([len(ids)])]).int()

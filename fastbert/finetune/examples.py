@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from fastbert.data.texts import Texts, read_texts
-from fastbert.finetune.settings import FinetuneConfig
+from fastbert.finetune.settings import TaskConfig
 
 MANY = 0.5  # share of the rows with a class of their own from which they are no classes
 
@@ -31,10 +32,10 @@ class Examples(NamedTuple):
         return Examples(Texts([self.texts.lines[i] for i in places], texts, pairs, labels), self.targets[places])
 
 
-def read_examples(config: FinetuneConfig) -> tuple[Examples, Examples, list[str]]:
+def read_examples(config: TaskConfig, known: Sequence[str] | None = None) -> tuple[Examples, Examples, list[str]]:
     """Examples to train and to evaluate on, and the classes; of a regression the column's name.
 
-    Classes are in the order of their names, whole numbers in that of their values.
+    Classes are in the order of their names, whole numbers in that of their values; or they are those `known` already.
 
     Raises:
         FileNotFoundError, ValueError: as `read_texts`; empty texts, labels that are missing, of one class only, of as
@@ -49,14 +50,15 @@ def read_examples(config: FinetuneConfig) -> tuple[Examples, Examples, list[str]
         if len(set(examples[config.train].targets.tolist())) == 1:
             raise ValueError(f"all labels of {config.train} are the same number: there is nothing to learn from them")
     else:
-        classes = _classes(config.train, read[config.train], config.label)
-        examples = {path: Examples(texts, _places(path, texts, classes, config)) for path, texts in read.items()}
+        classes = _classes(config.train, read[config.train], config.label) if known is None else list(known)
+        owner = f"text of {config.train}" if known is None else "class of the teacher"
+        examples = {path: Examples(texts, _places(path, texts, classes, owner)) for path, texts in read.items()}
     if config.evaluate is not None:
         return examples[config.train], examples[config.evaluate], classes
     return *_split(examples[config.train], classes, config), classes
 
 
-def _read(path: Path, config: FinetuneConfig) -> Texts:
+def _read(path: Path, config: TaskConfig) -> Texts:
     texts = read_texts(
         path, config.text, config.pair, config.label, separator=config.separator, quoting=config.quoting
     )  # fmt: skip
@@ -121,18 +123,18 @@ def _first(labels: list[str] | Counter[str], without: list[str]) -> str:
     return next(label for label in labels if label not in without)
 
 
-def _places(path: Path, texts: Texts, classes: list[str], config: FinetuneConfig) -> Tensor:
+def _places(path: Path, texts: Texts, classes: list[str], owner: str) -> Tensor:
     places = {label: i for i, label in enumerate(classes)}
     for line, label in zip(texts.lines, texts.labels, strict=True):
         if label not in places:
             raise ValueError(
-                f"{path}, line {line:,}: no text of {config.train} has the label {label!r}, those there are "
+                f"{path}, line {line:,}: no {owner} has the label {label!r}, those there are "
                 f"{', '.join(map(repr, classes[:10]))}: mend it, or give examples of it to train on"
             )
     return torch.tensor([places[label] for label in texts.labels])
 
 
-def _split(examples: Examples, classes: list[str], config: FinetuneConfig) -> tuple[Examples, Examples]:
+def _split(examples: Examples, classes: list[str], config: TaskConfig) -> tuple[Examples, Examples]:
     """A part to train on and one to evaluate on, with every class in both."""
     rows = len(examples.targets)
     held_out = max(1, round(config.held_out * rows))

@@ -1,4 +1,4 @@
-"""A classifier or a regression trained over an encoder: what `fastbert finetune` runs, in the order it happens.
+"""A classifier or a regression trained: what `fastbert finetune` and `distill` run, in the order it happens.
 
 The run's folder gets `config.json` when everything is checked, which makes it a run; then `snapshots/`, from which it
 can be resumed, and `model/` as soon as an epoch is the best so far. At the end `scores.json` and a picture are written
@@ -9,29 +9,33 @@ import contextlib
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from fastbert import allocator, files, lock
+from fastbert import allocator, files
 from fastbert.backends import check_environment
-from fastbert.data.texts import encode
+from fastbert.data.texts import Encoded, encode
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.finetune.examples import Examples, read_examples
 from fastbert.finetune.predict import logits_of
 from fastbert.finetune.run import (
+    Config,
+    begun,
     fingerprint,
     read_config,
     refuse_many_processes,
     refuse_what_is_there,
     resume_command,
     settings_text,
-    write_config,
 )
 from fastbert.finetune.scores import better, class_scores, confusion_picture, number_scores, scatter_picture
-from fastbert.finetune.settings import FinetuneConfig
+from fastbert.finetune.settings import FinetuneConfig, TaskConfig
 from fastbert.finetune.training import Scale, Trainer, make_model
 from fastbert.models.classification import SequenceClassifier
+from fastbert.models.small import SmallClassifier
 from fastbert.pretrain import snapshot
 from fastbert.pretrain.environment import environment, name_differences, random_state, set_random_state
 from fastbert.signals import stop_signals
@@ -59,65 +63,96 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> Path | None:
         ValueError, OSError: settings, folder, tables or snapshot that do not hold, before anything is written; a
             training that diverged; a folder in which another process trains.
     """
+    config = checked(config, resume)
+    train, evaluation, classes = read_examples(config)
+    model = make_model(config, classes)
+    encoded, held_out = encode_both(config, train, evaluation, classes, model.config)
+    model.to(config.device)
+    scale = Scale.of(train.targets) if config.regression else None
+    trainer = Trainer(config, model, encoded, train.targets if scale is None else scale.standardized(train.targets))
+    data = fingerprint((encoded, held_out), (train.targets, evaluation.targets), classes)
+    with begun(config, resume):
+        return train_epochs(trainer, held_out, evaluation.targets, classes, scale, data, resume)
+
+
+def checked(config: Config, resume: bool) -> Config:
+    """The settings, of a run that is resumed the stored ones; raises what `finetune` says of settings and folder."""
     refuse_many_processes()
     check_environment()
     if resume:
-        config = read_config(config.output)
+        config = read_config(config.output, type(config))
     else:
         config.check()
         refuse_what_is_there(config.output)
     allocator.keep_memory()
-    train, evaluation, classes = read_examples(config)
-    model = make_model(config, classes)
-    longest = model.config.longest if config.seq_len is None else config.seq_len
-    if longest > model.config.longest:
-        raise ValueError(f"seq_len must be at most what the model takes, {model.config.longest}, got {longest}")
-    tokenizer, words = load_tokenizer(config.init), model.config.vocab_size
-    encoded, held_out = (encode(tokenizer, each.texts, longest, words) for each in (train, evaluation))
-    data = fingerprint((encoded, held_out), (train.targets, evaluation.targets), classes)
-    model.to(config.device)
-    scale = Scale.of(train.targets) if config.regression else None
+    return config
+
+
+def encode_both(
+    config: TaskConfig, train: Examples, evaluation: Examples, classes: list[str], sizes: Any
+) -> tuple[list[Encoded], list[Encoded]]:
+    """The texts to train and to evaluate on as tokens for a model of these sizes; says how many there are."""
+    longest = sizes.longest if config.seq_len is None else config.seq_len
+    if longest > sizes.longest:
+        raise ValueError(f"seq_len must be at most what the model takes, {sizes.longest}, got {longest}")
+    tokenizer = load_tokenizer(config.tokenizer)
+    encoded, held_out = (encode(tokenizer, each.texts, longest, sizes.vocab_size) for each in (train, evaluation))
     cut = sum(each.cut for each in encoded) / len(encoded)
     print(
         f"{len(encoded):,} texts to train on, {len(held_out):,} to evaluate on; {cut:.1%} are cut at {longest} tokens\n"
         f"{'a number' if config.regression else f'{len(classes)} classes: ' + ', '.join(classes[:20])}"
     )
-    trainer = Trainer(config, model, encoded, train.targets if scale is None else scale.standardized(train.targets))
-    if not resume:
-        config.output.mkdir(parents=True)
-    with lock.hold(config.output):
-        if not resume:
-            write_config(config)  # from here on it is a run
-        history = History(config)
-        if resume:
-            _go_on(trainer, history, data, scale)
+    return encoded, held_out
 
-        def take_snapshot() -> None:
-            state = {
-                "model": model.state_dict(), "optimizer": trainer.optimizer.state_dict(), "step": trainer.step,
-                "total": trainer.total, **history.state(), "random": random_state(config.device),
-                "environment": environment(config), "data": data,
-            }  # fmt: skip
-            snapshot.save(config.output / "snapshots", trainer.step, state, KEPT)
 
-        with stop_signals() as stopped:
-            while not history.ended():
-                with contextlib.closing(trainer.epoch()) as steps:
-                    for _ in steps:
-                        if stopped or trainer.step % config.snapshot_every == 0:
-                            take_snapshot()
-                        if stopped:
-                            return _stop(trainer, stopped[0])
-                logits = logits_of(model, held_out, config, EVALUATED)
-                trainer.expect_finite(logits, "the model's outputs for the texts to evaluate on are")
-                predicted = logits.argmax(-1) if scale is None else scale.numbers(logits[:, 0])
-                is_best = history.add(trainer.mean_loss, evaluation.targets, predicted)
-                take_snapshot()  # before the export: of a run that is killed between the two, this model is exported
-                if is_best:
-                    _export(model, scale, config)
-                if stopped and not history.ended():
-                    return _stop(trainer, stopped[0])
-        _write_report(config, history, evaluation, classes)
+def train_epochs(
+    trainer: Trainer, held_out: list[Encoded], targets: Tensor, classes: list[str], scale: Scale | None, data: str,
+    resume: bool, finish: Callable[[], None] = lambda: None,
+) -> Path | None:  # fmt: skip
+    """Trains, evaluates and exports as `finetune` says, within the run's folder, which is `begun`.
+
+    Args:
+        trainer: at its start.
+        held_out: N texts to evaluate on.
+        targets: int64 [N], their classes, or float64 [N], their numbers.
+        classes: their names; of a regression the column's.
+        scale: of a regression.
+        data: the fingerprint of what is trained on.
+        resume: goes on from the newest snapshot.
+        finish: called when the best model is exported, before the report says that the run has ended.
+    """
+    config, model = trainer.config, trainer.model
+    history = History(config)
+    if resume:
+        _go_on(trainer, history, data, scale)
+
+    def take_snapshot() -> None:
+        state = {
+            "model": model.state_dict(), "optimizer": trainer.optimizer.state_dict(), "step": trainer.step,
+            "total": trainer.total, **history.state(), "random": random_state(config.device),
+            "environment": environment(config), "data": data,
+        }  # fmt: skip
+        snapshot.save(config.output / "snapshots", trainer.step, state, KEPT)
+
+    with stop_signals() as stopped:
+        while not history.ended():
+            with contextlib.closing(trainer.epoch()) as steps:
+                for _ in steps:
+                    if stopped or trainer.step % config.snapshot_every == 0:
+                        take_snapshot()
+                    if stopped:
+                        return _stop(trainer, stopped[0])
+            logits = logits_of(model, held_out, config, EVALUATED)
+            trainer.expect_finite(logits, "the model's outputs for the texts to evaluate on are")
+            predicted = logits.argmax(-1) if scale is None else scale.numbers(logits[:, 0])
+            is_best = history.add(trainer.mean_loss, targets, predicted)
+            take_snapshot()  # before the export: of a run that is killed between the two, this model is exported
+            if is_best:
+                _export(model, scale, config)
+            if stopped and not history.ended():
+                return _stop(trainer, stopped[0])
+    finish()
+    _write_report(trainer, history, targets, classes)
     return config.output / "model"
 
 
@@ -130,7 +165,7 @@ class History:
         predicted: what it predicted: classes, int64 [N], or numbers, float64 [N].
     """
 
-    def __init__(self, config: FinetuneConfig):
+    def __init__(self, config: TaskConfig):
         self.config = config
         self.metric = config.metric or ("pearson" if config.regression else "accuracy")
         self.epochs: list[dict[str, float]] = []
@@ -179,14 +214,13 @@ def _go_on(trainer: Trainer, history: History, data: str, scale: Scale | None) -
     if state["data"] != data:
         raise ValueError(
             f"the texts, their labels or the tokenizer are not those that the run in {folder} began with: put back "
-            f"{config.train}{'' if config.evaluate is None else f', {config.evaluate}'} and {config.init} as they "
-            "were, or start a new run in another --output"
+            f"{', '.join(map(str, config.read_paths()))} as they were, or start a new run in another --output"
         )
     name_differences(state["environment"], config)
     try:
         trainer.model.load_state_dict(state["model"])
     except RuntimeError as error:
-        raise ValueError(f"{config.init} is another model than the run in {folder} began with: {error}") from error
+        raise ValueError(f"{config.tokenizer} is another model than the run in {folder} began with: {error}") from error
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.step, trainer.total = state["step"], state["total"]
     history.load(state)
@@ -202,9 +236,9 @@ def _go_on(trainer: Trainer, history: History, data: str, scale: Scale | None) -
         )
 
 
-def _export(model: SequenceClassifier, scale: Scale | None, config: FinetuneConfig) -> None:
+def _export(model: SequenceClassifier, scale: Scale | None, config: TaskConfig) -> None:
     exported = model if scale is None else scale.into(model)
-    exported.save_pretrained(config.output / "model", tokenizer=config.init)
+    exported.save_pretrained(config.output / "model", tokenizer=config.tokenizer)
 
 
 def _stop(trainer: Trainer, by: str) -> None:
@@ -212,10 +246,10 @@ def _stop(trainer: Trainer, by: str) -> None:
     print(f"stopped by {by} after step {trainer.step} of {steps}; go on with: {resume_command(trainer.config)}")
 
 
-def _write_report(config: FinetuneConfig, history: History, evaluation: Examples, classes: list[str]) -> None:
-    folder, predicted = config.output, history.predicted.numpy()
+def _write_report(trainer: Trainer, history: History, targets: Tensor, classes: list[str]) -> None:
+    config, folder, predicted = trainer.config, trainer.config.output, history.predicted.numpy()
     title = f"{history.metric} {history.best_score:.3f} on {len(predicted):,} held-out texts"
-    truth = evaluation.targets.numpy()
+    truth = targets.numpy()
     if config.regression:
         name, picture = "predictions.png", scatter_picture(truth, predicted, title)
     else:
@@ -227,5 +261,6 @@ def _write_report(config: FinetuneConfig, history: History, evaluation: Examples
     }  # fmt: skip
     files.write(folder, {name: picture, "scores.json": settings_text(scores)})  # from here on the run has ended
     shutil.rmtree(folder / "snapshots", ignore_errors=True)
-    print(f"\n{title}\nmodel     {folder / 'model'}  (fastbert predict and transformers load it)")
+    readers = "fastbert predict" if isinstance(trainer.model, SmallClassifier) else "fastbert predict and transformers"
+    print(f"\n{title}\nmodel     {folder / 'model'}  (for {readers})")
     print(f"scores    {folder / 'scores.json'}\npicture   {folder / name}")

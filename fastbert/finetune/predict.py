@@ -15,10 +15,14 @@ from tqdm import tqdm
 from fastbert import allocator, files
 from fastbert.data.texts import Encoded, batches_by_length, encode, pack, read_texts
 from fastbert.data.tokenizer import load_tokenizer
-from fastbert.finetune.settings import FinetuneConfig, PredictConfig
+from fastbert.finetune.settings import PredictConfig, TaskConfig
 from fastbert.models.auto import class_of
+from fastbert.models.checkpoint import read_config
 from fastbert.models.classification import CLASSIFIERS, SequenceClassifier
 from fastbert.models.frozen import freeze
+from fastbert.models.small import SMALL, SmallClassifier
+
+Classifier = SequenceClassifier | SmallClassifier
 
 
 def predict(config: PredictConfig) -> None:
@@ -32,7 +36,7 @@ def predict(config: PredictConfig) -> None:
     texts = read_texts(config.file, config.text, config.pair, separator=config.separator, quoting=config.quoting)
     model = load(config.folder).to(config.device)
     encoded = encode(load_tokenizer(config.folder), texts, model.config.longest, model.config.vocab_size)
-    if torch.device(config.device).type == "cpu":
+    if torch.device(config.device).type == "cpu" and not isinstance(model, SmallClassifier):
         freeze(model, torch.bfloat16 if config.bf16 else None)
     outputs = logits_of(model, encoded, config, config.batch_tokens)
     content = _rows(outputs, model, ".tsv" if config.output is None else config.output.suffix)
@@ -43,21 +47,20 @@ def predict(config: PredictConfig) -> None:
         print(f"{len(encoded):,} rows in {config.output}")
 
 
-def autocast(config: FinetuneConfig | PredictConfig) -> torch.autocast:
+def autocast(config: TaskConfig | PredictConfig) -> torch.autocast:
     """To bfloat16 on the configuration's device where it says so."""
     return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.bf16)
 
 
-def packed_logits(model: SequenceClassifier, encoded: Sequence[Encoded]) -> Tensor:
+def packed_logits(model: Classifier, encoded: Sequence[Encoded]) -> Tensor:
     """float32 [texts, labels], on the model's device."""
     sizes = model.config
-    packed = pack(encoded, sizes.pad_token_id, sizes.type_vocab_size, sizes.longest)
+    multiple = 1 if isinstance(model, SmallClassifier) else 64
+    packed = pack(encoded, sizes.pad_token_id, sizes.type_vocab_size, sizes.longest, multiple)
     return model(**packed.arguments(model.classifier.weight.device)).logits[: len(encoded)].float()
 
 
-def logits_of(
-    model: SequenceClassifier, encoded: Sequence[Encoded], config: FinetuneConfig | PredictConfig, tokens: int
-) -> Tensor:
+def logits_of(model: Classifier, encoded: Sequence[Encoded], config: TaskConfig | PredictConfig, tokens: int) -> Tensor:
     """float32 [texts, labels] on the CPU, in the order of the texts, without dropout; `tokens` are computed at a time.
 
     The model is left in evaluation mode.
@@ -72,19 +75,22 @@ def logits_of(
     return logits
 
 
-def load(folder: Path) -> SequenceClassifier:
+def load(folder: Path) -> Classifier:
     """The classifier in `folder`; raises ValueError where it has none that was trained."""
+    small = SMALL.get(read_config(folder).get("model_type"))
+    if small is not None:
+        return small.from_pretrained(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         try:
             return class_of(folder, CLASSIFIERS).from_pretrained(folder)
         except UserWarning as warning:
             raise ValueError(
-                f"{warning}: expected a classifier's folder, such as model/ of fastbert finetune"
+                f"{warning}: expected a classifier's folder, such as model/ of fastbert finetune or distill"
             ) from None
 
 
-def _rows(outputs: Tensor, model: SequenceClassifier, suffix: str) -> str:
+def _rows(outputs: Tensor, model: Classifier, suffix: str) -> str:
     """What is predicted, a row each: JSON lines, or a header and columns."""
     if model.problem_type == "regression":
         names, rows = [model.labels[0]], [[value] for value in outputs[:, 0].tolist()]

@@ -1,18 +1,22 @@
-"""A fine-tuning's folder: its settings in config.json, and what must hold for it to be begun or gone on with."""
+"""The folder of a fine-tuning or distillation: its settings, and what must hold for it to be begun or gone on with."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
 
-from fastbert import files
+from fastbert import files, lock
 from fastbert.data.texts import Encoded
-from fastbert.finetune.settings import FinetuneConfig
+from fastbert.finetune.settings import TaskConfig
+
+Config = TypeVar("Config", bound=TaskConfig)
 
 
 def refuse_many_processes() -> None:
@@ -20,8 +24,8 @@ def refuse_many_processes() -> None:
     world = os.environ.get("WORLD_SIZE", "")
     if world not in ("", "1"):
         raise ValueError(
-            f"fine-tuning runs in one process, and WORLD_SIZE={world} says that this is one of several: start it once, "
-            "without torchrun (on a CPU one process uses all cores; OMP_NUM_THREADS says how many)"
+            f"this training runs in one process, and WORLD_SIZE={world} says that this is one of several: start it "
+            "once, without torchrun (on a CPU one process uses all cores; OMP_NUM_THREADS says how many)"
         )
 
 
@@ -35,8 +39,19 @@ def refuse_what_is_there(folder: Path) -> None:
         raise ValueError(f"{folder} is there already, and it would be written over: choose another --output")
 
 
-def read_config(folder: Path) -> FinetuneConfig:
-    """The settings of the run in `folder`, which has not ended.
+@contextlib.contextmanager
+def begun(config: TaskConfig, resume: bool) -> Iterator[None]:
+    """Within the block the run's folder is this process's; a new run's is made, and its config.json makes it a run."""
+    if not resume:
+        config.output.mkdir(parents=True)
+    with lock.hold(config.output):
+        if not resume:
+            files.write(config.output, {"config.json": settings_text(dataclasses.asdict(config))})
+        yield
+
+
+def read_config(folder: Path, kind: type[Config]) -> Config:
+    """The settings of the run in `folder`, which has not ended, as `kind`.
 
     Raises:
         FileNotFoundError: there is no run. ValueError: it has ended, or its config.json is damaged.
@@ -54,23 +69,22 @@ def read_config(folder: Path) -> FinetuneConfig:
         )
     try:
         stored = files.json_object(path)
-        names = {field.name for field in dataclasses.fields(FinetuneConfig)}
+        names = {field.name for field in dataclasses.fields(kind)}
         stored = {name: value for name, value in stored.items() if name in names} | {"output": folder}
         if missing := sorted(names - stored.keys()):
             raise ValueError(f"it lacks {', '.join(missing)}")
-        paths = {name: Path(stored[name]) for name in ("init", "train", "evaluate") if stored[name] is not None}
-        config = FinetuneConfig(**stored | paths)
+        for name in kind.sources:
+            value = stored[name]
+            if value is not None:
+                stored[name] = Path(value) if isinstance(value, str) else tuple(map(Path, value))
+        config = kind(**stored)
         config.check()
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{path} does not hold the settings of a fine-tuning: {error}. Put it back as it was, or start a new run "
-            "in another --output"
+            f"{path} does not hold the settings of a run of fastbert {kind.command}: {error}. Put it back, or "
+            "start a new run in another --output"
         ) from error
     return config
-
-
-def write_config(config: FinetuneConfig) -> None:
-    files.write(config.output, {"config.json": settings_text(dataclasses.asdict(config))})
 
 
 def settings_text(content: dict) -> bytes:
@@ -87,5 +101,5 @@ def fingerprint(encoded: Sequence[list[Encoded]], targets: Sequence[Tensor], cla
     return digest.hexdigest()
 
 
-def resume_command(config: FinetuneConfig) -> str:
-    return f"fastbert finetune --output {config.output} --resume"
+def resume_command(config: TaskConfig) -> str:
+    return f"fastbert {config.command} --output {config.output} --resume"

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 import torch
 import tyro
@@ -16,16 +16,26 @@ Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "rmse"]
 OF_CLASSES, OF_NUMBERS = ("accuracy", "f1", "matthews"), ("pearson", "spearman", "rmse")
 
 
-@dataclasses.dataclass(frozen=True)
-class FinetuneConfig:
-    """Settings of `fastbert finetune`; its --help shows them."""
+def expect_number(name: str, value: object, low: float, high: float, or_none: bool = False) -> None:
+    """Raises ValueError unless a setting is a number from `low` to `high`, or None where that may be."""
+    holds = type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+    expect(holds or (value is None and or_none), name, f"from {low} to {high}", value)
 
-    init: Path
-    """The model folder to start from, BERT, ALBERT, RoBERTa or ERNIE, of this program or of transformers."""
-    train: Path
-    """The table (CSV, TSV, JSON lines) with a text and its label in each row."""
-    output: Path
-    """The folder for what comes of it, new, or continued with --resume: model/, scores.json and a picture."""
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """What training on a table of labelled texts can be told, whatever is trained: `finetune` and `distill` share it.
+
+    A subclass has `train`, the table, `output`, the run's folder, and `dropout`, a probability or None.
+
+    Attributes:
+        command: the program that trains so.
+        sources: names of the settings that are paths to what it reads.
+    """
+
+    command: ClassVar[str]
+    sources: ClassVar[tuple[str, ...]]
+
     evaluate: Path | None = None
     """A table like the first, to evaluate on; if not given a part of the first."""
     held_out: float = 0.1
@@ -62,8 +72,6 @@ class FinetuneConfig:
     """Decoupled; none on biases and LayerNorm, and of the word embeddings on the rows of a step's words alone."""
     clip: float = 1.0
     """Largest norm of the gradient that is applied."""
-    dropout: float | None = None
-    """Probability of dropout, in hidden layers and in attention; if not given the folder's."""
     bf16: bool = False
     """Compute in bfloat16 (autocast); weights stay float32."""
     seed: int = 0
@@ -83,9 +91,7 @@ class FinetuneConfig:
             expect(holds, name, f"an integer from {low} on", value)
         for name, low, high in (("held_out", 0, 0.9), ("warmup", 0, 1), ("weight_decay", 0, 1e9), ("clip", 0, 1e9),
                                 ("lr", 0, 1e9), ("dropout", 0, 0.999)):  # fmt: skip
-            value = getattr(self, name)
-            holds = type(value) in (int, float) and math.isfinite(value) and low <= value <= high
-            expect(holds or (value is None and name in ("lr", "dropout")), name, f"from {low} to {high}", value)
+            expect_number(name, getattr(self, name), low, high, name in ("lr", "dropout"))
         expect(self.held_out > 0 and self.clip > 0 and self.lr != 0, "held_out, clip and lr", "above 0", 0)
         fitting = OF_NUMBERS if self.regression else OF_CLASSES
         kind = "a regression" if self.regression else "classes"
@@ -99,6 +105,37 @@ class FinetuneConfig:
     def linear(self) -> str:
         """What multiplies here and now, as `environment` names it; a run asks for no library of its own."""
         return linear.chosen(torch.bfloat16 if self.bf16 else torch.float32)
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder with the tokenizer that the model reads by, which is exported beside it."""
+        raise NotImplementedError
+
+    def read_paths(self) -> list[Path]:
+        """What the run reads."""
+        given = (getattr(self, name) for name in self.sources)
+        return [path for each in given if each is not None for path in ([each] if isinstance(each, Path) else each)]
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig(TaskConfig):
+    """Settings of `fastbert finetune`; its --help shows them."""
+
+    command: ClassVar[str] = "finetune"
+    sources: ClassVar[tuple[str, ...]] = ("train", "evaluate", "init")
+
+    init: Path
+    """The model folder to start from, BERT, ALBERT, RoBERTa or ERNIE, of this program or of transformers."""
+    train: Path
+    """The table (CSV, TSV, JSON lines) with a text and its label in each row."""
+    output: Path
+    """The folder for what comes of it, new, or continued with --resume: model/, scores.json and a picture."""
+    dropout: float | None = None
+    """Probability of dropout, in hidden layers and in attention; if not given the folder's."""
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.init
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastbert.data.texts import Encoded
-from fastbert.finetune.predict import autocast, packed_logits
-from fastbert.finetune.settings import FinetuneConfig
+from fastbert.finetune.predict import Classifier, autocast, packed_logits
+from fastbert.finetune.settings import FinetuneConfig, TaskConfig
 from fastbert.models.auto import ENCODERS, class_of
 from fastbert.models.classification import CLASSIFIERS, SequenceClassifier
 from fastbert.optim.lazy_adam import LazyAdam, decay_groups
@@ -55,7 +55,7 @@ class Scale:
         return outputs.double() * self.deviation + self.mean
 
     @torch.no_grad()
-    def into(self, model: SequenceClassifier) -> SequenceClassifier:
+    def into(self, model: Classifier) -> Classifier:
         """A copy of the model that gives the numbers themselves."""
         model = copy.deepcopy(model)
         model.classifier.weight.mul_(self.deviation)
@@ -66,25 +66,48 @@ class Scale:
 class Trainer:
     """Goes over the training texts, a new order every epoch; the learning rate's way is that of all epochs.
 
+    Args:
+        config: the run's settings.
+        model: what is trained.
+        encoded: N texts. targets: int64 [N], classes, or float32 [N], standardized numbers.
+
     Attributes:
         step: steps taken so far. steps: those of an epoch.
+        texts: that an epoch goes over.
         total: the sum of the texts' losses in the epoch so far.
     """
 
-    def __init__(self, config: FinetuneConfig, model: SequenceClassifier, encoded: list[Encoded], targets: Tensor):
+    def __init__(self, config: TaskConfig, model: Classifier, encoded: list[Encoded], targets: Tensor):
         self.config, self.model, self.encoded, self.targets = config, model, encoded, targets
-        self.lr = RATE * WIDTH / model.config.hidden_size if config.lr is None else config.lr
+        self.lr = self.usual_lr() if config.lr is None else config.lr
         self.optimizer = LazyAdam(decay_groups(model, config.weight_decay), lr=self.lr, eps=1e-6)
-        self.steps = -(-len(encoded) // config.batch_size)
+        self.texts = len(encoded)
         self.step, self.total = 0, 0.0
+
+    def usual_lr(self) -> float:
+        return RATE * WIDTH / self.model.config.hidden_size
+
+    def order(self, number: int) -> Tensor:
+        """Places of the texts in the order of epoch `number`, counted from 0: int64 [texts]."""
+        generator = torch.Generator().manual_seed((self.config.seed << 16) + number)
+        return torch.randperm(self.texts, generator=generator)
+
+    def loss(self, places: Tensor) -> Tensor:
+        """The mean loss of the texts at these places."""
+        with autocast(self.config):
+            logits = packed_logits(self.model, [self.encoded[i] for i in places.tolist()])
+        return self.model.loss(logits, self.targets[places].to(self.config.device))
+
+    @property
+    def steps(self) -> int:
+        return -(-self.texts // self.config.batch_size)
 
     def epoch(self) -> Iterator[None]:
         """Trains an epoch, or what is left of the one that was begun; gives way between its steps."""
         number, begun = divmod(self.step, self.steps)
         if not begun:
             self.total = 0.0
-        generator = torch.Generator().manual_seed((self.config.seed << 16) + number)
-        order = torch.randperm(len(self.encoded), generator=generator).split(self.config.batch_size)
+        order = self.order(number).split(self.config.batch_size)
         self.model.train()
         title = f"epoch {number + 1} of {self.config.epochs}"
         with tqdm(total=self.steps, initial=begun, desc=title, unit="step", leave=False, dynamic_ncols=True) as bar:
@@ -99,14 +122,12 @@ class Trainer:
     @property
     def mean_loss(self) -> float:
         """Of the texts of the epoch that was trained last."""
-        return self.total / len(self.encoded)
+        return self.total / self.texts
 
     def _take_step(self, places: Tensor) -> float:
-        config, model = self.config, self.model
+        config = self.config
         lr = learning_rate(self.step, self.steps * config.epochs, self.lr, config.warmup)
-        with autocast(config):
-            logits = packed_logits(model, [self.encoded[i] for i in places.tolist()])
-        loss = model.loss(logits, self.targets[places].to(config.device))
+        loss = self.loss(places)
         self.expect_finite(loss, f"the loss of step {self.step + 1} is")
         loss.backward()
         norm, factor = self.optimizer.clip_factor(config.clip)

@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from fastbert.backends import linear
 from fastbert.models import parameter_names
-from fastbert.models.config import ModelConfig, sizes
+from fastbert.models.config import WITH_RUNNING, ModelConfig, sizes
 from fastbert.models.encoder import Embeddings, Encoder, Layer
 from fastbert.models.layers import Dropout, Linear, LinearGELU, with_own_bias
 from fastbert.models.pretraining import PreTrainingModel, WordPredictions
@@ -64,6 +64,11 @@ class AlbertConfig(ModelConfig):
             raise ValueError(
                 "num_hidden_layers must be a multiple of num_hidden_groups, so that every group has as many layers; "
                 f"got {self.num_hidden_layers} and {self.num_hidden_groups}"
+            )
+        if self.norm in WITH_RUNNING:
+            raise ValueError(
+                f"norm {self.norm!r} keeps running statistics of a layer, and ALBERT's layers, which differ in them, "
+                "are one: expected layer, instance or group"
             )
         if self.is_decoder:
             raise ValueError(

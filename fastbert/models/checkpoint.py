@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from fastbert import extras, files, tokenizer_files
 from fastbert.models import parameter_names
-from fastbert.models.config import ModelConfig
 from fastbert.models.parameter_names import Names
 
 # What no model here does, by configuration field: the one value it can take.
 _SUPPORTED = {"position_embedding_type": "absolute", "add_cross_attention": False}
+# Before model_type where norms are not LayerNorm: `transformers`, which has no others, would not notice it otherwise.
+_OWN = "fastbert-"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Before the encoder's names in a folder whose configuration does not name its kind, beside the model's own name;
 # another model's would be "roberta".
@@ -42,7 +43,7 @@ def load(folder: str | os.PathLike, names: Names) -> tuple[dict[str, Any], dict[
     path = Path(folder) / "config.json"
     fields = read_config(folder)
     _check_fields(fields, path, names)
-    tensors = _read_tensors(Path(folder))
+    tensors = read_tensors(Path(folder))
     if fields.get("model_type") is None:
         prefix = parameter_names.encoder_prefix(list(tensors), folder, names)
         if prefix.rstrip(".").rpartition(".")[2] not in (names.encoder, *_WRAPPERS):
@@ -73,8 +74,8 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON ({error}): fetch or export the folder anew") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold an object with a model's sizes, got {type(fields).__name__}")
-    if isinstance(kind := fields.get("model_type"), str):
-        fields["model_type"] = kind.removeprefix(_OWN)
+    if isinstance(fields.get("model_type"), str):
+        fields["model_type"] = fields["model_type"].removeprefix(_OWN)
     return fields
 
 
@@ -107,7 +108,8 @@ def _check_fields(fields: dict[str, Any], path: Path, names: Names) -> None:
         )
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder's weights by the names in the file; raises as `load` does."""
     safe, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
     for path in (safe, pickled):
         files.refuse_lfs_pointer(path)
@@ -247,14 +249,12 @@ def _list(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-_OWN = "fastbert-"  # before the model_type of a model that transformers has not and would load as another
-
-
 def save(model: nn.Module, folder: str | os.PathLike, fields: dict[str, Any], tokenizer: Any = None) -> None:
     """Writes config.json, model.safetensors and the tokenizer's files as `transformers` reads them.
 
-    Where the configuration has what `transformers` has not, such as a window, its model_type is "fastbert-bert" (or
-    the like), so that `AutoModel` of `transformers` refuses the folder instead of computing something else.
+    A model that `transformers` has not (`config.foreign`: other norms, other attention) has the `model_type`
+    "fastbert-bert" (or -roberta, ...) there, and other names for the tensors of other norms: `transformers` then
+    refuses it and does not compute other numbers.
 
     Every file is first written whole under another name and then moved into place, so that a full disk or a kill
     while writing leaves an earlier export as it was.
@@ -271,25 +271,33 @@ def save(model: nn.Module, folder: str | os.PathLike, fields: dict[str, Any], to
         ValueError: the tokenizer has ids beyond the model's vocabulary, or gives an id to two tokens.
         OSError: the files cannot be written.
     """
-    folder = Path(folder)
-    safetensors = _safetensors()
     named = parameter_names.to_hugging_face(model.state_dict(), model.names)
-    tensors = {name: x.detach().cpu().contiguous() for name, x in named.items()}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    kind = (_OWN if model.config.is_foreign else "") + model.names.model_type
+    kind = (_OWN if model.config.foreign else "") + model.names.model_type
     config = {"architectures": [type(model).__name__], "model_type": kind, "dtype": dtype} | fields
-    config |= _SUPPORTED | {"tie_word_embeddings": True}
+    write(folder, config | _SUPPORTED | {"tie_word_embeddings": True}, named, model.config, tokenizer)
+
+
+def write(
+    folder: str | os.PathLike, fields: dict[str, Any], named: dict[str, Tensor], sizes: Any, tokenizer: Any = None
+) -> None:
+    """Writes what `save` says, of any model: config.json with `fields`, the `named` tensors and the tokenizer.
+
+    `sizes` has the model's `vocab_size` and `longest`. Raises as `save`.
+    """
+    folder = Path(folder)
+    tensors = {name: x.detach().cpu().contiguous() for name, x in named.items()}
     contents = {
-        "config.json": (files.json_text(dict(sorted(config.items())), 2) + "\n").encode(),
-        "model.safetensors": safetensors.save(tensors, metadata={"format": "pt"}),
+        "config.json": (files.json_text(dict(sorted(fields.items())), 2) + "\n").encode(),
+        "model.safetensors": _safetensors().save(tensors, metadata={"format": "pt"}),
     }
-    tokenizer_contents = _tokenizer_files(tokenizer, model.config)
+    tokenizer_contents = _tokenizer_files(tokenizer, sizes)
     files.write(folder, contents | tokenizer_contents)
     if tokenizer is not None:
         tokenizer_files.remove_others(folder, tokenizer_contents)
 
 
-def _tokenizer_files(tokenizer: Any, config: ModelConfig) -> dict[str, bytes]:
+def _tokenizer_files(tokenizer: Any, config: Any) -> dict[str, bytes]:
     if tokenizer is None:
         return {}
     if isinstance(tokenizer, str | os.PathLike):

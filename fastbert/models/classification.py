@@ -60,11 +60,7 @@ class SequenceClassifier(ModelWithHead):
         problem_type: ProblemType = "single_label_classification",
         classifier_dropout: float | None = None,
     ):
-        if problem_type not in get_args(ProblemType):
-            kinds = " or ".join(get_args(ProblemType))
-            raise ValueError(f"problem_type must be {kinds}, got {problem_type!r}: there is no other head here")
-        if len(set(labels)) != len(labels) or (len(labels) == 1) != (problem_type == "regression"):
-            raise ValueError(f"labels must be two or more names, for a regression one, each once; got {list(labels)}")
+        self.check_labels(labels, problem_type)
         p = classifier_dropout
         if p is not None and (type(p) not in (int, float) or not 0.0 <= p <= 1.0):
             raise ValueError(f"classifier_dropout is a probability: expected None or a number from 0 to 1, got {p!r}")
@@ -73,6 +69,15 @@ class SequenceClassifier(ModelWithHead):
         self.dropout = Dropout(self.dropout_p)
         self.classifier = nn.Linear(config.hidden_size, len(labels))
         self.classifier.apply(self._init_weights)
+
+    @staticmethod
+    def check_labels(labels: Sequence[str], problem_type: str) -> None:
+        """Raises ValueError for another problem type, and for labels that do not fit it."""
+        if problem_type not in get_args(ProblemType):
+            kinds = " or ".join(get_args(ProblemType))
+            raise ValueError(f"problem_type must be {kinds}, got {problem_type!r}: there is no other head here")
+        if len(set(labels)) != len(labels) or (len(labels) == 1) != (problem_type == "regression"):
+            raise ValueError(f"labels must be two or more names, for a regression one, each once; got {list(labels)}")
 
     @property
     def dropout_p(self) -> float:
@@ -102,7 +107,7 @@ class SequenceClassifier(ModelWithHead):
         return {"labels": labels, "problem_type": fields.get("problem_type") or kind, "classifier_dropout": dropout}
 
     def fields(self) -> dict[str, Any]:
-        return self.config.to_fields() | {
+        return super().fields() | {
             "id2label": {str(i): label for i, label in enumerate(self.labels)},
             "label2id": {label: i for i, label in enumerate(self.labels)},
             "problem_type": self.problem_type,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 _GELU = {  # hidden_act -> approximate; transformers has several names, and ways to compute it, for each of the two
     "gelu": "none",
@@ -15,6 +15,10 @@ _GELU = {  # hidden_act -> approximate; transformers has several names, and ways
 }
 ATTENTION_KINDS = ("soft", "hard", "gumbel")
 
+Norm = Literal["layer", "batch", "instance", "group", "switchable"]
+REACHES_OTHERS = "batch", "instance", "switchable"  # norms in which a token's result depends on other tokens
+WITH_RUNNING = "batch", "switchable"  # norms that keep running statistics
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -25,12 +29,17 @@ class ModelConfig:
     gets no gradient from the input; None for no such row. With `is_decoder` a token sees itself and those before it
     alone, as a language model that predicts the next token.
 
-    What `transformers` has not, so that it cannot load such a model: `attention_window`, an even number, lets a token
-    see half as many to each side, as Longformer's field of that name says it, and with `attention_global_first` each
-    sequence's first token sees all and all see it (with the same projections as the others, unlike Longformer).
-    `attention_kind` is "soft", "hard" (each query takes its best key) or "gumbel" (the same, in training with noise);
-    the latter two have a softmax of `attention_temperature` in their gradient, see `fastbert.hard_attention`, and no
-    weights to drop.
+    What `transformers` has not, so that it cannot load such a model (`foreign`):
+
+    `attention_window`, an even number, lets a token see half as many to each side, as Longformer's field of that name
+    says it, and with `attention_global_first` each sequence's first token sees all and all see it (with the same
+    projections as the others, unlike Longformer). `attention_kind` is "soft", "hard" (each query takes its best key)
+    or "gumbel" (the same, in training with noise); the latter two have a softmax of `attention_temperature` in their
+    gradient, see `fastbert.hard_attention`, and no weights to drop.
+
+    `norm` is what normalises behind attention and behind the feed-forward network: "layer", "batch", "instance",
+    "group" (of `norm_groups` groups of features) or "switchable", see `norms`. LayerNorm it stays behind the embeddings
+    and in the head for masked words.
 
     Raises:
         ValueError: a value that no such model can have.
@@ -54,6 +63,8 @@ class ModelConfig:
     attention_global_first: bool = True
     attention_kind: str = "soft"
     attention_temperature: float = 1.0
+    norm: Norm = "layer"
+    norm_groups: int = 8
 
     presets: ClassVar[dict[str, dict[str, int]]] = {}  # name -> the fields that differ from the class's defaults
 
@@ -98,6 +109,7 @@ class ModelConfig:
         for name in (f.name for f in dataclasses.fields(self) if f.type is bool):
             if type(value := getattr(self, name)) is not bool:
                 raise ValueError(f"{name} must be True or False, got {value!r}")
+        self._check_norm()
         pad = self.pad_token_id
         if pad is not None and not (_is_number(pad, int) and 0 <= pad < self.vocab_size):
             raise ValueError(f"pad_token_id must be None or an id in the vocabulary of {self.vocab_size}, got {pad!r}")
@@ -121,16 +133,41 @@ class ModelConfig:
 
     def to_fields(self) -> dict[str, Any]:
         """For a config.json: all fields, less what `transformers` has not where it is as `transformers` has it."""
-        own = {"attention_window": None, "attention_kind": "soft"}
-        details = {"attention_global_first": "attention_window", "attention_temperature": "attention_kind"}
+        usual = {"attention_window": None, "attention_kind": "soft", "norm": "layer"}
+        details = {
+            "attention_global_first": "attention_window",
+            "attention_temperature": "attention_kind",
+            "norm_groups": "norm",
+        }
         fields = dataclasses.asdict(self)
-        usual = {name for name, value in own.items() if fields[name] == value}
-        return {name: x for name, x in fields.items() if name not in usual and details.get(name) not in usual}
+        left_out = {name for name, value in usual.items() if fields[name] == value}
+        return {name: x for name, x in fields.items() if details.get(name, name) not in left_out}
 
     @property
-    def is_foreign(self) -> bool:
-        """Whether `transformers` has no such model: its attention would see what this one does not."""
-        return self.attention_window is not None or self.attention_kind != "soft"
+    def foreign(self) -> str | None:
+        """What `transformers` has not of this model, which it would otherwise load as another; None for nothing."""
+        if self.norm != "layer":
+            return f"{self.norm} norm"
+        if self.attention_kind != "soft":
+            return "hard attention"
+        return None if self.attention_window is None else "window of attention in this model"
+
+    def _check_norm(self) -> None:
+        if self.norm not in get_args(Norm):
+            raise ValueError(f"norm must be one of {', '.join(get_args(Norm))}, got {self.norm!r}")
+        if self.norm == "group" and self.hidden_size % self.norm_groups:
+            raise ValueError(
+                "hidden_size must be a multiple of norm_groups, so that every group has as many features; got "
+                f"{self.hidden_size} and {self.norm_groups}"
+            )
+        if self.norm in REACHES_OTHERS:
+            if self.is_decoder:
+                raise ValueError(
+                    f"norm {self.norm!r} takes statistics over tokens, and so tells a token of those behind it: "
+                    "expected layer or group where is_decoder is True (objective clm)"
+                )
+            if self.pad_token_id is None:
+                raise ValueError(f"norm {self.norm!r} leaves padding out: pad_token_id must say what that is, got None")
 
     @property
     def first_position(self) -> int:

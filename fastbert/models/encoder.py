@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from fastbert.models import checkpoint, inputs
-from fastbert.models.config import ModelConfig
+from fastbert.models.config import REACHES_OTHERS, WITH_RUNNING, ModelConfig
 from fastbert.models.layers import (
     DenseAddLayerNorm,
     Dropout,
@@ -23,6 +23,7 @@ from fastbert.models.layers import (
     SmallEmbedding,
     WordEmbedding,
 )
+from fastbert.models.norms import DenseAddNorm, Tokens
 from fastbert.models.parameter_names import Names
 from fastbert.ops.philox import draw_seeds
 
@@ -92,10 +93,9 @@ class Layer(nn.Module):
             global_first=config.attention_global_first, attention_kind=config.attention_kind,
             temperature=config.attention_temperature,
         )  # fmt: skip
-        ends = {"eps": config.layer_norm_eps, "dropout_p": config.hidden_dropout_prob}
-        self.attention = nn.ModuleDict({"self": heads, "output": DenseAddLayerNorm(hidden, hidden, **ends)})
+        self.attention = nn.ModuleDict({"self": heads, "output": _end(hidden, config)})
         self.intermediate = nn.ModuleDict({"dense": LinearGELU(hidden, inner, config.approximate)})
-        self.output = DenseAddLayerNorm(inner, hidden, **ends)
+        self.output = _end(inner, config)
 
     def forward(
         self,
@@ -105,12 +105,23 @@ class Layer(nn.Module):
         max_seqlen: int,
         read: Tensor | None = None,
         seeds: Seeds = (None, None, None),
+        *tokens: Tokens,
     ) -> tuple[Tensor, Tensor]:
+        """`tokens` are one more argument where the configuration's norm is one of `REACHES_OTHERS`."""
         heads = self.attention["self"](x, cu_seqlens, max_seqlen, seeds[0])
-        if read is not None:
+        if read is not None and not tokens:
             heads, residual = inputs.take_rows(heads, read), inputs.take_rows(residual, read)
-        x, residual = self.attention["output"](heads, residual, seeds[1])
-        return self.output(self.intermediate["dense"](x), residual, seeds[2])
+        x, residual = self.attention["output"](heads, residual, seeds[1], *tokens)
+        x, residual = self.output(self.intermediate["dense"](x), residual, seeds[2], *tokens)
+        if read is not None and tokens:  # statistics were of all
+            x = residual = inputs.take_rows(x, read)
+        return x, residual
+
+
+def _end(in_features: int, config: ModelConfig) -> DenseAddLayerNorm | DenseAddNorm:
+    if config.norm != "layer":
+        return DenseAddNorm(in_features, config)
+    return DenseAddLayerNorm(in_features, config.hidden_size, config.layer_norm_eps, config.hidden_dropout_prob)
 
 
 class PreTrainedModel(nn.Module):
@@ -152,8 +163,18 @@ class PreTrainedModel(nn.Module):
         """What config.json says of the model."""
         return self.config.to_fields()
 
+    @property
+    def loaded_by(self) -> str:
+        """Who loads its folder, as a sentence."""
+        if self.config.foreign is None:
+            return f"transformers.{type(self).__name__}.from_pretrained loads it"
+        return f"fastbert loads it; transformers cannot, as it has no {self.config.foreign}"
+
     def save_pretrained(self, folder: str | os.PathLike, tokenizer: Any = None) -> None:
-        """Writes a folder that `transformers` and `from_pretrained` load; see `checkpoint.save`."""
+        """Writes a folder that `from_pretrained` loads, and `transformers` too unless `config.foreign`.
+
+        See `checkpoint.save`.
+        """
         checkpoint.save(self, folder, self.fields(), tokenizer)
 
 
@@ -258,20 +279,22 @@ class Encoder(PreTrainedModel):
             self.config, input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen,
             masked_positions, more,
         )  # fmt: skip
-        ids = (packing.remove_padding(x) for x in (input_ids, token_type_ids, position_ids))
+        words, *ids = (packing.remove_padding(x) for x in (input_ids, token_type_ids, position_ids))
+        reaches_others = self.config.norm in REACHES_OTHERS
+        tokens = (Tokens.of(words, packing.cu_seqlens, self.config.pad_token_id),) if reaches_others else ()
         *earlier, last = self.layers()
         seed, *seeds = self._draw_seeds(len(earlier) + 1, input_ids.device)
         more = {name: packing.remove_padding(x) for name, x in more.items()}
-        x = residual = self.embed(*ids, seed=seed, **more)  # [T, H]
+        x = residual = self.embed(words, *ids, seed=seed, **more)  # [T, H]
         for number, layer in enumerate(earlier):
-            x, residual = self._through(layer, x, residual, packing, None, seeds[number])
+            x, residual = self._through(layer, x, residual, packing, None, seeds[number], *tokens)
         first = packing.first_places()
         if masked_positions is None:
-            x, _ = self._through(last, x, residual, packing, None, seeds[-1])
+            x, _ = self._through(last, x, residual, packing, None, seeds[-1], *tokens)
             sequence_output, first = packing.put_padding_back(x), inputs.take_rows(x, inputs.within(first, len(x)))
         else:
             read = inputs.within(torch.cat([first, packing.packed_places(masked_positions)]), len(x))
-            x, _ = self._through(last, x, residual, packing, read, seeds[-1])
+            x, _ = self._through(last, x, residual, packing, read, seeds[-1], *tokens)
             first, sequence_output = x.split([len(first), len(masked_positions)])
         if self.pooler is None:
             return EncoderOutput(sequence_output, None)
@@ -292,10 +315,15 @@ class Encoder(PreTrainedModel):
 
     def _through(
         self, layer: Callable[..., tuple[Tensor, Tensor]], x: Tensor, residual: Tensor, packing: inputs.Packing,
-        read: Tensor | None, seeds: Seeds,
+        read: Tensor | None, seeds: Seeds, *tokens: Tokens,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        arguments = x, residual, packing.cu_seqlens, packing.max_seqlen, read, seeds
+        arguments = x, residual, packing.cu_seqlens, packing.max_seqlen, read, seeds, *tokens
         if not (self.checkpoint_layers and self.training and torch.is_grad_enabled()):
             return layer(*arguments)
+        if self.config.norm in WITH_RUNNING:
+            raise ValueError(
+                f"checkpoint_layers computes each layer twice, and norm {self.config.norm!r} would count a batch twice "
+                "in its running statistics: train without one of the two"
+            )
         # Computed again by the same seeds: the generators, which a captured graph could not set back, are left alone.
         return recomputed(layer, *arguments, use_reentrant=False, preserve_rng_state=False)

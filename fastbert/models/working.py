@@ -52,6 +52,7 @@ class WorkingCopy:
             made[param].grad_dtype = param.grad_dtype = torch.bfloat16 if micro_batches == 1 else torch.float32
             self._pairs.append((param, made[param]))
         memo = {id(param): made.get(param, param) for param in model.parameters()}
+        memo |= {id(running): running for running in model.buffers()}  # statistics that a step moves
         self.model = copy.deepcopy(model, memo)
         self.model.predictions.padded = tuple(padded)
         self.model.base_model.embeddings.word_embeddings.is_tied = True

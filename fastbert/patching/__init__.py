@@ -21,8 +21,9 @@ def patch(model: Model) -> Model:
 
     Padding is removed once before the first layer and put back once after the last. Attention, linear products, GELU
     with its bias, and dropout with residual and LayerNorm are those of this package; parameters and their names,
-    `state_dict`, `save_pretrained` and the class's name stay. Of `...ForMaskedLM` in training with labels, logits are
-    computed only where labels are, for the loss: `out.logits` is then None.
+    `state_dict`, `save_pretrained` and the class's name stay. Of `...ForMaskedLM`, and of `...ForPreTraining`
+    with the labels of both heads, words' logits are in training computed only where labels are, for the loss:
+    `out.logits` (`out.prediction_logits`) is then None.
 
     Rows of `last_hidden_state` at padding are 0. What cannot be packed is computed as before, with a warning that says
     once why: `output_attentions`, masks of three and four axes, masks whose first token is padding, cross-attention,

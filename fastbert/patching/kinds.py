@@ -1,6 +1,7 @@
 """The types of models that are patched, and where each has its parts."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -156,6 +157,15 @@ ENCODERS: dict[type, Encoder] = {
 }
 
 
+class PairHead(NamedTuple):
+    """The head beside it that judges a pair of texts; its labels' name, and of the output its class and field."""
+
+    classifier: nn.Module
+    label: str
+    output: type
+    logits: str
+
+
 class WordHead(NamedTuple):
     """The parts of a masked word head in the order in which they compute."""
 
@@ -163,11 +173,17 @@ class WordHead(NamedTuple):
     activation: Any
     norm: nn.Module
     decoder: nn.Module
+    pair: PairHead | None = None
 
 
 def _bert_head(model: nn.Module) -> WordHead:
     transform = model.cls.predictions.transform
     return WordHead(transform.dense, transform.transform_act_fn, transform.LayerNorm, model.cls.predictions.decoder)
+
+
+def _with_pairs(output: type, model: nn.Module) -> WordHead:
+    pair = PairHead(model.cls.seq_relationship, "next_sentence_label", output, "seq_relationship_logits")
+    return _bert_head(model)._replace(pair=pair)
 
 
 def _roberta_head(model: nn.Module) -> WordHead:
@@ -178,6 +194,11 @@ def _roberta_head(model: nn.Module) -> WordHead:
 def _albert_head(model: nn.Module) -> WordHead:
     head = model.predictions
     return WordHead(head.dense, head.activation, head.LayerNorm, head.decoder)
+
+
+def _albert_with_pairs(model: nn.Module) -> WordHead:
+    pair = PairHead(model.sop_classifier, "sentence_order_label", albert.AlbertForPreTrainingOutput, "sop_logits")
+    return _albert_head(model)._replace(pair=pair)
 
 
 def _electra_head(model: nn.Module) -> WordHead:
@@ -191,10 +212,13 @@ def _distilbert_head(model: nn.Module) -> WordHead:
 
 WORD_HEADS: dict[type, Callable[[nn.Module], WordHead]] = {
     bert.BertForMaskedLM: _bert_head,
+    bert.BertForPreTraining: partial(_with_pairs, bert.BertForPreTrainingOutput),
     ernie.ErnieForMaskedLM: _bert_head,
+    ernie.ErnieForPreTraining: partial(_with_pairs, ernie.ErnieForPreTrainingOutput),
     roberta.RobertaForMaskedLM: _roberta_head,
     xlm_roberta.XLMRobertaForMaskedLM: _roberta_head,
     albert.AlbertForMaskedLM: _albert_head,
+    albert.AlbertForPreTraining: _albert_with_pairs,
     electra.ElectraForMaskedLM: _electra_head,
     distilbert.DistilBertForMaskedLM: _distilbert_head,
 }

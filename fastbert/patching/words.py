@@ -14,28 +14,36 @@ from fastbert.patching.kinds import WordHead
 
 
 def predict(head: Callable[[nn.Module], WordHead], model: nn.Module, original: Callable, given: dict[str, Any]) -> Any:
-    """What the `forward` of a patched `...ForMaskedLM` returns; `given` are its arguments by name.
+    """What the `forward` of a patched `...ForMaskedLM` or `...ForPreTraining` returns; `given`: arguments by name.
 
-    In evaluation mode and without labels it is the original's, whose logits are [B, S, V]. In training the logits of a
-    batch are computed at labels that are not -100, and the output has none.
+    In evaluation mode and without labels, all that the model has a head for, it is the original's, whose logits are
+    [B, S, V]. In training words' logits are computed at labels that are not -100, and the output has none.
 
     Raises:
         ValueError: labels that are not one a token, or stand at padding, which would count predictions of zeros.
     """
-    labels = given.get("labels")
-    if labels is None or not model.training:
+    parts = head(model)
+    labels, pair = given.get("labels"), parts.pair
+    pair_labels = given.get(pair.label) if pair else None
+    if labels is None or (pair and pair_labels is None) or not model.training:
         return original(model, **given)
     _check(labels, given.get("attention_mask"))
-    others = {name: value for name, value in given.items() if name not in ("labels", "return_dict")}
-    output = model.base_model(**others, return_dict=True)
+    own = "labels", "return_dict", *([pair.label] if pair else ())
+    output = model.base_model(**{name: value for name, value in given.items() if name not in own}, return_dict=True)
     hidden = output.last_hidden_state
     if labels.numel() != hidden.shape[:2].numel():  # or they would be read as those of other tokens
         raise ValueError(
             f"labels must have one for each token, shape {list(hidden.shape[:2])}, got {list(labels.shape)}: pad them "
             f"with {IGNORED} as the words are padded"
         )
-    loss = _loss(head(model), hidden, labels)
-    result = MaskedLMOutput(loss, hidden_states=output.hidden_states, attentions=output.attentions)
+    loss = _loss(parts, hidden, labels)
+    more = {"hidden_states": output.hidden_states, "attentions": output.attentions}
+    if pair is None:
+        result = MaskedLMOutput(loss, **more)
+    else:
+        scores = pair.classifier(output.pooler_output)  # [B, 2]
+        pair_loss = nn.functional.cross_entropy(scores.view(-1, 2), pair_labels.view(-1).to(scores.device))
+        result = pair.output(loss=loss + pair_loss, **{pair.logits: scores}, **more)
     as_dict = given.get("return_dict")
     return result if (model.config.return_dict if as_dict is None else as_dict) else result.to_tuple()
 

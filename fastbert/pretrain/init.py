@@ -23,7 +23,9 @@ from fastbert.pretrain.settings import PretrainConfig
 COPY = "init"  # in the run's folder
 WORDS = "words.json"
 # What the folder decides.
-_ITS_OWN = "model", "preset", "tokenizer", "vocab_size", "lowercase", "max_position_embeddings", "attention_window"
+_ITS_OWN = (
+    "model", "preset", "tokenizer", "vocab_size", "lowercase", "max_position_embeddings", "attention_window", "norm",
+)  # fmt: skip
 
 
 def take_settings(config: PretrainConfig) -> PretrainConfig:
@@ -50,7 +52,7 @@ def take_settings(config: PretrainConfig) -> PretrainConfig:
         raise ValueError(
             f"seq_len must be at most what the model in {config.init} takes, {longest} tokens, got {seq_len}"
         )
-    return dataclasses.replace(config, model=kind.names.model_type, max_position_embeddings=longest)
+    return dataclasses.replace(config, model=kind.names.model_type, max_position_embeddings=longest, norm=sizes.norm)
 
 
 def extended_tokenizer(config: PretrainConfig) -> Tokenizer:

@@ -46,7 +46,7 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
         def begin() -> PretrainConfig:
             settings = take_settings(config) if config.init is not None and not resume else config
             settings = resumed_run(config.output) if resume else new_run(settings)
-            check_devices(settings.device, settings.accumulate, processes, settings.shard)
+            check_devices(settings.device, settings.accumulate, processes, settings.shard, settings.norm)
             config.output.mkdir(parents=True, exist_ok=True)
             held.enter_context(lock.hold(config.output))
             return settings
@@ -111,8 +111,7 @@ def export(training: Training) -> None:
         plot_loss(read_metrics(metrics_at), folder / "loss.png", title)
         print(summary(scores))
         print(guesses(model, training.data.held_out[training.phase], tokenizer, config.device))
-        library = "fastbert" if model.config.is_foreign else "transformers"
-        print(f"\nmodel     {folder / 'model'}  ({library}.{type(model).__name__}.from_pretrained loads it)")
+        print(f"\nmodel     {folder / 'model'}  ({model.loaded_by})")
         print(f"curve     {folder / 'loss.png'}\nmetrics   {metrics_at}, tensorboard --logdir {folder}")
 
     processes.first(write)

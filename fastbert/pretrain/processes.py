@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from fastbert.models.config import WITH_RUNNING, Norm
+
 T = TypeVar("T")
 
 # The others wait so long for the first one, which may tokenise a large corpus. That a process has died is noticed
@@ -178,12 +180,15 @@ def _is_first_to_fail(store: dist.Store) -> bool:
         return True
 
 
-def check_devices(device: str, accumulate: int, processes: Processes, is_split: bool = False) -> None:
+def check_devices(
+    device: str, accumulate: int, processes: Processes, is_split: bool = False, norm: Norm = "layer"
+) -> None:
     """Raises ValueError where `processes` cannot share the batches of a step, or the GPUs of a machine.
 
     Args:
         device, accumulate: the run's settings.
         is_split: the model is split over them, so that each takes as many batches as the others.
+        norm: the model's.
     """
     if processes.count == 1:
         return
@@ -191,6 +196,11 @@ def check_devices(device: str, accumulate: int, processes: Processes, is_split: 
         raise ValueError(
             f"each process takes at least one of the --accumulate batches of a step, and of {accumulate} "
             f"{processes.count} processes cannot: give --accumulate {processes.count} or a multiple, or start fewer"
+        )
+    if norm in WITH_RUNNING:
+        raise ValueError(
+            f"norm {norm!r} keeps running statistics, of the batches of one process, and here are {processes.count}: "
+            "start one process, or train with another norm"
         )
     if is_split and accumulate % processes.count:
         raise ValueError(

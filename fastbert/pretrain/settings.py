@@ -14,6 +14,7 @@ from fastbert.data.tables import Quoting
 from fastbert.data.tokenizer import LARGEST_VOCABULARY
 from fastbert.data.words import Segmentation
 from fastbert.models.auto import PRETRAINING
+from fastbert.models.config import REACHES_OTHERS, WITH_RUNNING, Norm
 from fastbert.models.ernie import ErnieConfig
 from fastbert.pretrain.phases import Phase, parse_phases, phase_ends
 from fastbert.pretrain.schedule import Schedule
@@ -61,6 +62,8 @@ class PretrainConfig:
     max_position_embeddings: int = 512
     """Rows of the position table: the longest sequence the model will ever take. (RoBERTa's table has some rows more
     that no token takes.)"""
+    norm: Norm = "layer"
+    """What normalises within the layers (docs/norms.md); transformers loads models with layer (LayerNorm) alone."""
     dropout: float | None = None
     """Probability of dropout, in hidden layers and in attention; if not given 0 for ALBERT and 0.1 for the others, and
     with --init the folder's."""
@@ -209,6 +212,7 @@ class PretrainConfig:
         self._check_schedule()
         self._check_lengths()
         objective = self.objective or OWN[self.model]["objective"]
+        self._check_norm(objective)
         if objective == "clm":
             expect(self.model != "albert", "objective", "one with mlm for model albert, which sees all words", "clm")
             expect(self.masking == "token", "masking", "left out with objective clm, which masks nothing", self.masking)
@@ -217,6 +221,16 @@ class PretrainConfig:
         if objective != "clm" and self.inputs == "full-sentences":
             expect(objective == "mlm", "objective", "mlm or clm with inputs full-sentences, no pairs", objective)
         check_device(self.device)
+
+    def _check_norm(self, objective: str) -> None:
+        rule = "layer or group with objective clm: statistics over tokens tell of those to be predicted"
+        expect(objective != "clm" or self.norm not in REACHES_OTHERS, "norm", rule, self.norm)
+        if self.norm in WITH_RUNNING:
+            expect(self.model != "albert", "norm", "layer, instance or group for albert, whose layers share", self.norm)
+            rule = f"left out with norm {self.norm}, which would count each batch twice in its running statistics"
+            expect(not self.checkpoint_layers, "checkpoint_layers", rule, self.checkpoint_layers)
+            rule = f"left out with norm {self.norm}, whose running statistics are one process's"
+            expect(not self.shard, "shard", rule, self.shard)
 
     def _check_schedule(self) -> None:
         default = PretrainConfig

@@ -50,3 +50,24 @@ def test_labels_that_are_not_one_a_token_are_refused():
     inputs = batch(model)
     with pytest.raises(ValueError, match=r"one for each token, shape \[4, 20\], got \[4, 19\]"):
         model(**inputs, labels=word_labels(inputs)[:, :19])
+
+
+@pytest.mark.parametrize("kind", ["bert", "ernie", "albert"])
+def test_beside_a_head_for_pairs(kind):
+    """In training loss and gradients are those of transformers, with scores of pairs and without logits of words."""
+    label = "sentence_order_label" if kind == "albert" else "next_sentence_label"
+    scores = "sop_logits" if kind == "albert" else "seq_relationship_logits"
+    theirs = make(kind, "AutoModelForPreTraining", dropout=False).train()
+    ours = fastbert.patch(make(kind, "AutoModelForPreTraining", dropout=False)).train()
+    inputs = batch(ours)
+    labels = {"labels": word_labels(inputs), label: torch.tensor([0, 1, 1, 0])}
+    expected, out = theirs(**inputs, **labels), ours(**inputs, **labels)
+    expected.loss.backward()
+    out.loss.backward()
+    torch.testing.assert_close(out.loss, expected.loss)
+    torch.testing.assert_close(out[scores], expected[scores], rtol=1e-4, atol=1e-4)
+    for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+    assert type(out) is type(expected) and out.prediction_logits is None
+    alone = ours(**inputs, labels=labels["labels"])  # their loss is there with both labels only
+    assert alone.loss is None and alone.prediction_logits.shape == (*MASK.shape, ours.config.vocab_size)
