@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from op_cases import DTYPES, assert_same_for_threads, assert_solves, drawn, problem
 
 import fastbert
+from fastbert.backends import fallbacks
 from fastbert.ops import philox
 from fastbert.testing import run
 
@@ -154,6 +155,25 @@ def test_truth_of_global_tokens_is_torchs():
     chosen[places] = True
     ours = fastbert.attention(*qkv.unbind(1), cu_seqlens, 12, window=window, global_tokens=chosen)
     torch.testing.assert_close(ours, torch_attention(*qkv.unbind(1), [5, 1, 12], window=window, global_tokens=chosen))
+
+
+def test_kernels_without_global_tokens_refuse_or_leave_them_to_the_twin(monkeypatch):
+    """As those of cuda and triton do; here the CPU's stand in for them."""
+    monkeypatch.setattr("fastbert.ops.attention.GLOBAL_TOKENS", ())
+    monkeypatch.delitem(fallbacks, ("attention", "cpu"), raising=False)
+    q, cu_seqlens, chosen = torch.randn(6, 1, 8), torch.tensor([0, 6], dtype=torch.int32), torch.arange(6) == 2
+    options = {"window": (1, 1), "global_tokens": chosen}
+    with pytest.raises(
+        RuntimeError, match="'cpu' was asked for and cannot run attention here: its kernels have no glob"
+    ):
+        fastbert.attention(q, q, q, cu_seqlens, 6, backend="cpu", **options)
+    twin = fastbert.attention(q, q, q, cu_seqlens, 6, backend="reference", **options)
+    with pytest.warns(
+        UserWarning, match="attention runs in plain PyTorch on cpu, .* its kernels have no global tokens"
+    ):
+        assert torch.equal(fastbert.attention(q, q, q, cu_seqlens, 6, **options), twin)
+    fastbert.attention(q, q, q, cu_seqlens, 6, **options)  # said once
+    del fallbacks["attention", "cpu"]
 
 
 def test_global_tokens_by_hand(kernels):
