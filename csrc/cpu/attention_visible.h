@@ -5,11 +5,13 @@
 // to what global tokens make of it: to the queries from the first to the last global one, or to such keys.
 //
 //                 keys    . . . . G . . . . . . .
-//     query  .            # #     #                   #   computed
+//     query  .            # #     #                # computed
 //            .            # # #   #
-//            G            # # # # # # # # # # # #
 //            .              # # # #
-//            .                  # # #
+//            .                # # #
+//            G            # # # # # # # # # # # #
+//            .                    # # #
+//            .                    # # # #
 #pragma once
 #include "common.h"
 
