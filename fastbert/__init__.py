@@ -11,6 +11,7 @@ from fastbert.ops.attention import attention, attention_qkv
 from fastbert.ops.cross_entropy import cross_entropy
 from fastbert.ops.dropout import dropout
 from fastbert.ops.gelu import gelu
+from fastbert.ops.hard_attention import annealed_temperature, hard_attention
 from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
 from fastbert.ops.linear import linear
 from fastbert.optim.exchange import SummedGradients, all_gather_ids, all_gather_rows, sum_rows
@@ -25,6 +26,7 @@ __all__ = [
     "__version__",
     "all_gather_ids",
     "all_gather_rows",
+    "annealed_temperature",
     "attention",
     "attention_qkv",
     "backends",
@@ -35,6 +37,7 @@ __all__ = [
     "dropout",
     "dropout_add_layer_norm",
     "gelu",
+    "hard_attention",
     "keep_memory",
     "layer_norm",
     "linear",

@@ -30,6 +30,14 @@ constexpr int kCounterKeys = kCounterLanes<uint8_t>;           // for which one 
 static_assert(kKeys % kCounterKeys == 0 && kBackwardKeys % kCounterKeys == 0, "a block begins a counter");
 static_assert(kQueries % kDrawn == 0 && kBackwardQueries % kDrawn == 0, "dropout draws for kDrawn queries");
 
+// Draws for kDrawn queries from `query` on, and `keys` keys from the j0-th of those that are packed on.
+template <int kPacked>
+FASTBERT_INLINE void draw(WeightDropout<kPacked>& dropout, const Attention& p, const Task& task,
+                          int64_t query, int64_t j0, int64_t keys) {
+  const int64_t from = j0 / kDropoutBlock<uint8_t> * kDropoutBlock<uint8_t>;
+  dropout.draw(static_cast<uint32_t>(p.cu_seqlens[task.sequence] + query), from, j0 + keys - from);
+}
+
 // ---- forward -----------------------------------------------------------------------------------------
 
 // A run of queries against all keys, a block of either at a time, and the memory it works in.
@@ -47,11 +55,19 @@ struct ForwardTask {
   float* out;            // [kRun, columns]: of the keys so far,
   float *highest, *sum;  // [kRun]: and the running maximum and sum of their softmax
   float* scores;         // [kQueries, kRow]: q k^T, then drop(P) times sum
+  GlobalTokens<kKeys> globals;
+  int64_t packed;  // the first key of those that are
   WeightDropout<kKeys>& dropout;
   Ahead& ahead;
 
   ForwardTask(const AttentionForward& p, const Task& task, WeightDropout<kKeys>& dropout, Ahead& ahead)
-      : p(p), task(task), sizes(p.head_size), dropout(dropout), ahead(ahead) {
+      : p(p),
+        task(task),
+        sizes(p.head_size),
+        globals(p, task.sequence),
+        packed(-1),
+        dropout(dropout),
+        ahead(ahead) {
     const int64_t columns = sizes.columns, width = sizes.width;
     Scratch scratch(width * (kRow + kLanes) + kKeys * columns + kRun * (width + columns + 2) +
                     kQueries * kRow + 256);
@@ -67,14 +83,19 @@ struct ForwardTask {
 
   void run() {
     pack_queries();
-    const int64_t first_seen = max(0, task.query - p.window_left);
-    const int64_t last_seen = min(task.keys - 1, task.query + task.queries - 1 + p.window_right);
+    const int64_t first_seen = globals.are_given() ? 0 : max(0, task.query - p.window_left);
+    const int64_t last_query = task.query + task.queries - 1;
+    const int64_t last_seen =
+        globals.are_given() ? task.keys - 1 : min(task.keys - 1, last_query + p.window_right);
     for (int64_t key = first_seen / kKeys * kKeys; key <= last_seen; key += kKeys) {
       const int64_t keys = min(kKeys, task.keys - key);
-      pack_keys(key, keys);
+      globals.at(key, keys);
       for (int64_t i = 0; i < task.queries; i += kQueries) {
-        const Block block{task.query + i, min(kQueries, task.queries - i), key, keys};
-        if (!fully_masked(p, block)) attend(block);
+        const Block block =
+            globals.visible_part(p, {task.query + i, min(kQueries, task.queries - i), key, keys});
+        if (block.queries == 0) continue;
+        if (packed != key) pack_keys(key, keys);
+        attend(block);
       }
     }
     store_out();
@@ -84,9 +105,11 @@ struct ForwardTask {
     pack_rows<Words>(row_at<T>(p, task, p.q, p.q_stride, task.query), p.q_stride, task.queries,
                      sizes.head_size, q, sizes.width);
     for (int64_t i = 0; i < task.queries; ++i) highest[i] = -__builtin_inff(), sum[i] = 0.f;
+    if (globals.are_given()) memset(out, 0, task.queries * sizes.columns * sizeof(float));
   }
 
   void pack_keys(int64_t key, int64_t keys) {
+    packed = key;
     if (p.t) dropout.at(static_cast<uint32_t>(key / kCounterKeys), keys, static_cast<uint32_t>(task.head));
     pack_columns<Words>(row_at<T>(p, task, p.k, p.k_stride, key), p.k_stride, keys, sizes.head_size,
                         k_columns, kRow, sizes.width, part);
@@ -96,26 +119,28 @@ struct ForwardTask {
 
   // out (+)= softmax(q k^T) v of the block.
   void attend(const Block& block) {
-    const int64_t i0 = block.query - task.query;
+    const int64_t i0 = block.query - task.query, j0 = block.key - packed;
     multiply<Words>(block.queries, round_up(block.keys, kLanes), sizes.depth,
-                    {q + i0 * sizes.width, sizes.width, 1}, {k_columns, kRow}, {scores, kRow}, false, ahead);
+                    {q + i0 * sizes.width, sizes.width, 1}, {k_columns + j0, kRow}, {scores, kRow}, false,
+                    ahead);
     softmax_rows(block);
-    const bool add = block.key > max(0, block.query - p.window_left) / kKeys * kKeys;  // to earlier keys'
+    const bool add =  // to earlier keys'
+        globals.are_given() || block.key > max(0, block.query - p.window_left) / kKeys * kKeys;
     multiply<Words>(block.queries, sizes.columns, ceil_div(block.keys, Words::kDepth),
-                    {reinterpret_cast<uint32_t*>(scores), kRow, 1}, {v, sizes.columns},
+                    {reinterpret_cast<uint32_t*>(scores), kRow, 1},
+                    {v + j0 / Words::kDepth * sizes.columns, sizes.columns},
                     {out + i0 * sizes.columns, sizes.columns}, add, ahead);
   }
 
   // Scores become weights, and what earlier keys have given is scaled where the maximum has moved.
   void softmax_rows(const Block& block) {
-    const int64_t padded = round_up(block.keys, kLanes);
+    const int64_t padded = round_up(block.keys, kLanes), j0 = block.key - packed;
     for (int64_t i = 0; i < block.queries; ++i) {
       const int64_t query = block.query + i, place = query - task.query;
-      if (p.t && i % kDrawn == 0)
-        dropout.draw(static_cast<uint32_t>(p.cu_seqlens[task.sequence] + query), 0, block.keys);
+      if (p.t && i % kDrawn == 0) draw(dropout, p, task, query, j0, block.keys);
       const float shrink =
-          softmax_block<Words>(p, scores + i * kRow, visible_keys(p, query, block.key, block.keys), padded,
-                               p.t ? dropout.kept(i % kDrawn, 0) : nullptr, highest + place, sum + place);
+          softmax_block<Words>(p, scores + i * kRow, globals.visible(p, block, query), padded,
+                               p.t ? dropout.kept(i % kDrawn, j0) : nullptr, highest + place, sum + place);
       if (shrink == 1.f) continue;
       float* earlier = out + place * sizes.columns;
       for (int64_t d = 0; d < sizes.columns; d += kLanes) store(earlier + d, load(earlier + d) * shrink);
@@ -179,6 +204,8 @@ struct BackwardTask {
   // Of a block of queries and keys.
   float *scores, *products;     // [kBackwardQueries, kRow]: q k^T and dout v^T, then drop(P) and dS
   uint32_t *weights, *dscores;  // [kBackwardQueries / words' depth, kRow]: these, to be summed over queries
+  GlobalTokens<kBackwardKeys> globals;
+  int64_t packed;  // the first key of those that are
   WeightDropout<kBackwardKeys>& dropout;
   Ahead& ahead;
 
@@ -189,6 +216,8 @@ struct BackwardTask {
         sizes(p.head_size),
         some_masked(min(p.window_left, p.window_right) < length_of(p, task.sequence) - 1),
         span(task.query),
+        globals(p, task.sequence),
+        packed(task.key),
         dropout(dropout),
         ahead(ahead) {
     const int64_t columns = sizes.columns, width = sizes.width;
@@ -233,6 +262,8 @@ struct BackwardTask {
   void pack_keys(int64_t key, int64_t keys) {
     const T* k_rows = row_at<T>(p, task, p.k, p.k_stride, key);
     const T* v_rows = row_at<T>(p, task, p.v, p.v_stride, key);
+    packed = key;
+    globals.at(key, keys);
     if (p.t) dropout.at(static_cast<uint32_t>(key / kCounterKeys), keys, static_cast<uint32_t>(task.head));
     pack_columns<Words>(k_rows, p.k_stride, keys, sizes.head_size, k_columns, kRow, sizes.width, part);
     pack_columns<Words>(v_rows, p.v_stride, keys, sizes.head_size, v_columns, kRow, sizes.width, part);
@@ -266,8 +297,9 @@ struct BackwardTask {
   }
 
   // What the block adds to dq, dk and dv.
-  void add_block(const Block& block) {
-    if (fully_masked(p, block)) return;
+  void add_block(const Block& whole) {
+    const Block block = globals.visible_part(p, whole);
+    if (block.queries == 0) return;
     multiply_scores(block);
     softmax_gradients(block);
     if (task.for_keys) add_dk_dv(block);
@@ -277,10 +309,11 @@ struct BackwardTask {
   // scores = q k^T, products = dout v^T
   void multiply_scores(const Block& block) {
     const int64_t first = (block.query - span) * sizes.width, padded = round_up(block.keys, kLanes);
-    multiply<Words>(block.queries, padded, sizes.depth, {q + first, sizes.width, 1}, {k_columns, kRow},
+    const int64_t j0 = block.key - packed;
+    multiply<Words>(block.queries, padded, sizes.depth, {q + first, sizes.width, 1}, {k_columns + j0, kRow},
                     {scores, kRow}, false, ahead);
-    multiply<Words>(block.queries, padded, sizes.depth, {dout + first, sizes.width, 1}, {v_columns, kRow},
-                    {products, kRow}, false, ahead);
+    multiply<Words>(block.queries, padded, sizes.depth, {dout + first, sizes.width, 1},
+                    {v_columns + j0, kRow}, {products, kRow}, false, ahead);
   }
 
   // drop(P) and dS of two queries at a time.
@@ -288,8 +321,7 @@ struct BackwardTask {
     const int64_t padded = round_up(block.keys, kLanes);
     Query pair[2];
     for (int64_t i = 0; i < block.queries; i += 2) {
-      if (p.t && i % kDrawn == 0)
-        dropout.draw(static_cast<uint32_t>(p.cu_seqlens[task.sequence] + block.query + i), 0, block.keys);
+      if (p.t && i % kDrawn == 0) draw(dropout, p, task, block.query + i, block.key - packed, block.keys);
       for (int64_t r = 0; r < 2; ++r) pair[r] = query_at(block, i + r);
       gradients<Words>(p, pair, padded, weights + i / 2 * kRow, dscores + i / 2 * kRow);
     }
@@ -299,30 +331,28 @@ struct BackwardTask {
   FASTBERT_MEMBER Query query_at(const Block& block, int64_t i) const {
     const int64_t query = block.query + i, place = query - span;
     const bool sees = i < block.queries && lse[place] != -__builtin_inff();
-    return {scores + i * kRow,
-            products + i * kRow,
-            sees ? visible_keys(p, query, block.key, block.keys) : Visible{0, -1},
-            lse[place],
-            delta[place],
-            p.t ? dropout.kept(i % kDrawn, 0) : nullptr};
+    return {
+        scores + i * kRow, products + i * kRow, sees ? globals.visible(p, block, query) : Visible{0, -1},
+        lse[place],        delta[place],        p.t ? dropout.kept(i % kDrawn, block.key - packed) : nullptr};
   }
 
   // dv (+)= drop(P)^T dout, dk (+)= dS^T q, summed over queries
   void add_dk_dv(const Block& block) {
     const int64_t columns = sizes.columns, summed = ceil_div(block.queries, Words::kDepth);
     const int64_t first = (block.query - span) / Words::kDepth * columns;
+    const int64_t sums = (block.key - packed) * columns;
     const bool add = some_masked || block.query > task.query;
     multiply<Words>(block.keys, columns, summed, {weights, 1, kRow}, {dout_summed + first, columns},
-                    {dv, columns}, add, ahead);
+                    {dv + sums, columns}, add, ahead);
     multiply<Words>(block.keys, columns, summed, {dscores, 1, kRow}, {q_summed + first, columns},
-                    {dk, columns}, add, ahead);
+                    {dk + sums, columns}, add, ahead);
   }
 
   // dq (+)= dS k, summed over keys
   void add_dq(const Block& block) {
-    const int64_t columns = sizes.columns;
+    const int64_t columns = sizes.columns, first = (block.key - packed) / Words::kDepth * columns;
     multiply<Words>(block.queries, columns, ceil_div(block.keys, Words::kDepth),
-                    {reinterpret_cast<uint32_t*>(products), kRow, 1}, {k, columns},
+                    {reinterpret_cast<uint32_t*>(products), kRow, 1}, {k + first, columns},
                     {dq + (block.query - span) * columns, columns}, some_masked || block.key > task.key,
                     ahead);
   }

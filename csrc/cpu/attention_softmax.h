@@ -1,6 +1,7 @@
 // Attention's softmax of one query, or two, against a block of keys, forward and backward, with what is
 // visible and what dropout keeps. A row of scores lies along the lanes: [kKeys] floats.
 #pragma once
+#include "attention_visible.h"
 #include "dropout.h"
 #include "exp.h"
 #include "matmul.h"
@@ -17,43 +18,6 @@ constexpr int kDrawn = 4;  // queries for which dropout is drawn at a time; some
 template <int kKeys>
 using WeightDropout = DropoutMask<uint8_t, kKeys, kDrawn>;
 using KeptWeights = Kept<uint8_t>;
-
-// ---- what a query sees of a block of keys: lanes first to last of it, none where last < first --------
-
-struct Visible {
-  int64_t first, last;
-};
-
-FASTBERT_INLINE Visible visible_keys(const Attention& p, int64_t query, int64_t key0, int64_t keys) {
-  return {max(0, query - p.window_left - key0), min(keys - 1, query + p.window_right - key0)};
-}
-
-struct AllSeen {
-  FASTBERT_MEMBER vfloat pick(Visible, int64_t, vfloat v, float) const { return v; }
-};
-
-struct SomeSeen {  // `otherwise` in lanes whose key is not visible
-  FASTBERT_MEMBER vfloat pick(Visible s, int64_t j, vfloat v, float otherwise) const {
-    vint key;
-    for (int i = 0; i < kLanes; ++i) key[i] = i;
-    key += static_cast<int32_t>(j);
-    const vint seen = (key >= static_cast<int32_t>(s.first)) & (key <= static_cast<int32_t>(s.last));
-    return seen ? v : splat(otherwise);
-  }
-};
-
-// body(j, seen, i) for the vectors j = 0, kLanes, ... of a row of scores; most are seen whole. i < 2 numbers
-// independent accumulators.
-template <typename Body>
-FASTBERT_INLINE void over_keys(Visible s, int64_t width, Body body) {
-  const int64_t first = min(width, round_up(max(0, s.first), kLanes));
-  const int64_t last = max(first, (s.last + 1) / kLanes * kLanes);
-  for (int64_t j = 0; j < first; j += kLanes) body(j, SomeSeen{}, 0);
-  int64_t j = first;
-  for (; j + 2 * kLanes <= last; j += 2 * kLanes) body(j, AllSeen{}, 0), body(j + kLanes, AllSeen{}, 1);
-  if (j < last) body(j, AllSeen{}, 0);
-  for (j = last; j < width; j += kLanes) body(j, SomeSeen{}, 0);
-}
 
 // e^(score * scale - base), where base is at least the score less 11 (log of dropout's factor); as exact as
 // the words that it is rounded to.
@@ -74,7 +38,7 @@ FASTBERT_INLINE vfloat weight(vfloat score, float scale, float base) {
 template <typename Words>
 FASTBERT_INLINE float softmax_block(const Attention& p, float* scores, Visible s, int64_t width,
                                     const KeptWeights* kept, float* highest, float* sum) {
-  if (s.last < s.first) {
+  if (s.last < s.first && !s.global) {
     memset(scores, 0, width * sizeof(float));
     return 1.f;
   }

@@ -125,16 +125,6 @@ static void run_tasks(const Arguments& p, Plan plan,
 
 // ---- what a task reads and writes ----------------------------------------------------------------------
 
-// Some queries and some keys of one sequence, counted from its first token.
-struct Block {
-  int64_t query, queries, key, keys;
-};
-
-// None of the queries sees any of the keys.
-FASTBERT_INLINE bool fully_masked(const Attention& p, const Block& b) {
-  return b.query - p.window_left >= b.key + b.keys || b.query + b.queries - 1 + p.window_right < b.key;
-}
-
 // How a row of D elements is packed: in `depth` words, padded to `width`, where D is summed over, and in
 // `columns` lanes where it is not.
 template <typename Words>

@@ -252,8 +252,9 @@ def _list(names: list[str]) -> str:
 def save(model: nn.Module, folder: str | os.PathLike, fields: dict[str, Any], tokenizer: Any = None) -> None:
     """Writes config.json, model.safetensors and the tokenizer's files as `transformers` reads them.
 
-    A model whose norms are not LayerNorm has the `model_type` "fastbert-bert" (or -roberta, ...) there, and other names
-    for the norms' tensors: `transformers`, which has no such norms, then refuses it and does not compute other numbers.
+    A model that `transformers` has not (`config.foreign`: other norms, other attention) has the `model_type`
+    "fastbert-bert" (or -roberta, ...) there, and other names for the tensors of other norms: `transformers` then
+    refuses it and does not compute other numbers.
 
     Every file is first written whole under another name and then moved into place, so that a full disk or a kill
     while writing leaves an earlier export as it was.
@@ -272,7 +273,7 @@ def save(model: nn.Module, folder: str | os.PathLike, fields: dict[str, Any], to
     """
     named = parameter_names.to_hugging_face(model.state_dict(), model.names)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    kind = model.names.model_type if model.config.norm == "layer" else _OWN + model.names.model_type
+    kind = (_OWN if model.config.foreign else "") + model.names.model_type
     config = {"architectures": [type(model).__name__], "model_type": kind, "dtype": dtype} | fields
     write(folder, config | _SUPPORTED | {"tie_word_embeddings": True}, named, model.config, tokenizer)
 

@@ -13,6 +13,7 @@ _GELU = {  # hidden_act -> approximate; transformers has several names, and ways
     "gelu_fast": "tanh",
     "gelu_accurate": "tanh",
 }
+ATTENTION_KINDS = ("soft", "hard", "gumbel")
 
 Norm = Literal["layer", "batch", "instance", "group", "switchable"]
 REACHES_OTHERS = "batch", "instance", "switchable"  # norms in which a token's result depends on other tokens
@@ -28,9 +29,17 @@ class ModelConfig:
     gets no gradient from the input; None for no such row. With `is_decoder` a token sees itself and those before it
     alone, as a language model that predicts the next token.
 
+    What `transformers` has not, so that it cannot load such a model (`foreign`):
+
+    `attention_window`, an even number, lets a token see half as many to each side, as Longformer's field of that name
+    says it, and with `attention_global_first` each sequence's first token sees all and all see it (with the same
+    projections as the others, unlike Longformer). `attention_kind` is "soft", "hard" (each query takes its best key)
+    or "gumbel" (the same, in training with noise); the latter two have a softmax of `attention_temperature` in their
+    gradient, see `fastbert.hard_attention`, and no weights to drop.
+
     `norm` is what normalises behind attention and behind the feed-forward network: "layer", "batch", "instance",
     "group" (of `norm_groups` groups of features) or "switchable", see `norms`. LayerNorm it stays behind the embeddings
-    and in the head for masked words. `transformers` has LayerNorm alone.
+    and in the head for masked words.
 
     Raises:
         ValueError: a value that no such model can have.
@@ -50,6 +59,10 @@ class ModelConfig:
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
     is_decoder: bool = False
+    attention_window: int | None = None
+    attention_global_first: bool = True
+    attention_kind: str = "soft"
+    attention_temperature: float = 1.0
     norm: Norm = "layer"
     norm_groups: int = 8
 
@@ -100,6 +113,44 @@ class ModelConfig:
         pad = self.pad_token_id
         if pad is not None and not (_is_number(pad, int) and 0 <= pad < self.vocab_size):
             raise ValueError(f"pad_token_id must be None or an id in the vocabulary of {self.vocab_size}, got {pad!r}")
+        self._check_attention()
+
+    def _check_attention(self) -> None:
+        window, temperature = self.attention_window, self.attention_temperature
+        if window is not None and not (_is_number(window, int) and window >= 0 and window % 2 == 0):
+            raise ValueError(
+                f"attention_window must be None or an even int of at least 0, half of it to each side, got {window!r}"
+            )
+        if self.attention_kind not in ATTENTION_KINDS:
+            raise ValueError(f"attention_kind must be one of {', '.join(ATTENTION_KINDS)}, got {self.attention_kind!r}")
+        if not _is_number(temperature, float) or not 0.0 < temperature < float("inf"):
+            raise ValueError(f"attention_temperature must be a number above 0 and finite, got {temperature!r}")
+        if self.attention_kind != "soft" and self.attention_probs_dropout_prob > 0.0:
+            raise ValueError(
+                f"attention_kind {self.attention_kind!r} takes one key and has no weights to drop: set "
+                f"attention_probs_dropout_prob to 0, got {self.attention_probs_dropout_prob}"
+            )
+
+    def to_fields(self) -> dict[str, Any]:
+        """For a config.json: all fields, less what `transformers` has not where it is as `transformers` has it."""
+        usual = {"attention_window": None, "attention_kind": "soft", "norm": "layer"}
+        details = {
+            "attention_global_first": "attention_window",
+            "attention_temperature": "attention_kind",
+            "norm_groups": "norm",
+        }
+        fields = dataclasses.asdict(self)
+        left_out = {name for name, value in usual.items() if fields[name] == value}
+        return {name: x for name, x in fields.items() if details.get(name, name) not in left_out}
+
+    @property
+    def foreign(self) -> str | None:
+        """What `transformers` has not of this model, which it would otherwise load as another; None for nothing."""
+        if self.norm != "layer":
+            return f"{self.norm} norm"
+        if self.attention_kind != "soft":
+            return "hard attention"
+        return None if self.attention_window is None else "window of attention in this model"
 
     def _check_norm(self) -> None:
         if self.norm not in get_args(Norm):

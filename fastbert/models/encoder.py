@@ -4,7 +4,6 @@ Inside, tokens are packed: padding is removed once before the first layer and pu
 computes is in `layers` and the ops under it. Source: Devlin, Chang, Lee and Toutanova, "BERT" (2019).
 """
 
-import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
@@ -88,9 +87,12 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
+        window = None if config.attention_window is None else (config.attention_window // 2,) * 2
         heads = MultiHeadAttention(
-            hidden, config.num_attention_heads, config.attention_probs_dropout_prob, config.is_decoder
-        )
+            hidden, config.num_attention_heads, config.attention_probs_dropout_prob, config.is_decoder, window=window,
+            global_first=config.attention_global_first, attention_kind=config.attention_kind,
+            temperature=config.attention_temperature,
+        )  # fmt: skip
         self.attention = nn.ModuleDict({"self": heads, "output": _end(hidden, config)})
         self.intermediate = nn.ModuleDict({"dense": LinearGELU(hidden, inner, config.approximate)})
         self.output = _end(inner, config)
@@ -158,21 +160,18 @@ class PreTrainedModel(nn.Module):
         return {}
 
     def fields(self) -> dict[str, Any]:
-        """What config.json says of the model; of norms only where they are not LayerNorm."""
-        fields = dataclasses.asdict(self.config)
-        if self.config.norm == "layer":
-            del fields["norm"], fields["norm_groups"]
-        return fields
+        """What config.json says of the model."""
+        return self.config.to_fields()
 
     @property
     def loaded_by(self) -> str:
         """Who loads its folder, as a sentence."""
-        if self.config.norm == "layer":
+        if self.config.foreign is None:
             return f"transformers.{type(self).__name__}.from_pretrained loads it"
-        return f"fastbert loads it; transformers cannot, as it has no {self.config.norm} norm"
+        return f"fastbert loads it; transformers cannot, as it has no {self.config.foreign}"
 
     def save_pretrained(self, folder: str | os.PathLike, tokenizer: Any = None) -> None:
-        """Writes a folder that `from_pretrained` loads, and `transformers` too where `config.norm` is "layer".
+        """Writes a folder that `from_pretrained` loads, and `transformers` too unless `config.foreign`.
 
         See `checkpoint.save`.
         """
@@ -304,6 +303,8 @@ class Encoder(PreTrainedModel):
     def _draw_seeds(self, layers: int, device: torch.device) -> tuple[Tensor | None, *tuple[Seeds, ...]]:
         """The embeddings' of dropout and each layer's, all at once."""
         hidden, heads = self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob
+        if self.config.attention_kind == "gumbel":
+            heads = 1.0  # its noise needs the seed
         probabilities = [hidden, *[heads, hidden, hidden] * layers] if self.training else [0.0] * (1 + 3 * layers)
         seed, *seeds = draw_seeds(probabilities, device)
         return seed, *zip(*[iter(seeds)] * 3, strict=True)

@@ -14,6 +14,7 @@ from fastbert.ops.attention import attention_qkv
 from fastbert.ops.dropout import dropout
 from fastbert.ops.embedding import embedding, has_kernel, tied_embedding
 from fastbert.ops.gelu import gelu
+from fastbert.ops.hard_attention import hard_attention
 from fastbert.ops.layer_norm import dropout_add_layer_norm, dropout_add_layer_norm_twice, layer_norm
 from fastbert.ops.linear import linear
 from fastbert.ops.register import once_differentiable
@@ -163,12 +164,30 @@ class MultiHeadAttention(nn.Module):
         heads: N.
         dropout_p: probability that an attention weight is dropped, in training mode only.
         causal: whether a token sees none of those behind it.
+        window: (left, right) of `attention`, or None.
+        global_first: whether, with a window and unless causal, each sequence's first token is a global one.
+        attention_kind: "soft", "hard" or "gumbel", the last with noise in training mode only; see `hard_attention`.
+        temperature: of the latter two; the attribute may be set between steps, as by `annealed_temperature`.
 
     Shapes: x [T, H], cu_seqlens int32 [B + 1], max_seqlen -> [T, H].
     """
 
-    def __init__(self, hidden_size: int, heads: int, dropout_p: float = 0.0, causal: bool = False):
+    def __init__(
+        self,
+        hidden_size: int,
+        heads: int,
+        dropout_p: float = 0.0,
+        causal: bool = False,
+        window: tuple[int, int] | None = None,
+        global_first: bool = False,
+        attention_kind: str = "soft",
+        temperature: float = 1.0,
+    ):
         super().__init__()
+        self.window = window
+        self.global_first = global_first and window is not None and not causal
+        self.attention_kind = attention_kind
+        self.temperature = temperature
         self.heads = heads
         self.dropout_p = dropout_p
         self.causal = causal
@@ -176,9 +195,20 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, seed: Tensor | None = None) -> Tensor:
         qkv = self.qkv(x).view(x.shape[0], 3, self.heads, x.shape[1] // self.heads)  # [T, 3, N, D]
-        dropout_p = self.dropout_p if self.training else 0.0
-        options = {"dropout_p": dropout_p, "seed": seed, "causal": self.causal}
-        return attention_qkv(qkv, cu_seqlens, max_seqlen, **options).flatten(1)
+        options = {"seed": seed, "causal": self.causal, "window": self.window}
+        if self.global_first:
+            options["global_tokens"] = _first_tokens(cu_seqlens, len(x))
+        if self.attention_kind == "soft":
+            options["dropout_p"] = self.dropout_p if self.training else 0.0
+            return attention_qkv(qkv, cu_seqlens, max_seqlen, **options).flatten(1)
+        options |= {"temperature": self.temperature, "gumbel": self.attention_kind == "gumbel" and self.training}
+        return hard_attention(*qkv.unbind(1), cu_seqlens, max_seqlen, **options).flatten(1)
+
+
+def _first_tokens(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """bool [T]: where a sequence starts."""
+    chosen = torch.zeros(tokens + 1, dtype=torch.bool, device=cu_seqlens.device)  # empty ones may start at T
+    return chosen.index_fill(0, cu_seqlens[:-1].long(), True)[:-1]
 
 
 class Dropout(nn.Module):

@@ -1,6 +1,6 @@
 """Multi-head attention over packed sequences, with dropout, forward and backward.
 
-For a query i and a key j of the same sequence and head, where j is visible from i:
+For a query i and a key j of the same sequence and head, where i sees j:
 
     s_ij = scale * q_i . k_j        lse_i = log(sum_j exp(s_ij))        P_ij = exp(s_ij - lse_i)
     out_i = sum_j dropout(P_ij) v_j
@@ -16,9 +16,12 @@ computes P and draws the mask again:
 
 and gives the three as one dqkv [T, 3, N, D].
 
+i sees j within the window, and everywhere in its sequence where i or j is a global token (Longformer's rule).
+
 P_ij is dropped by counter `(key // 16, query, head, 1)`, 8-bit lane `key % 16` (see `philox`), with `query` the token's
 place in the packed batch and `key` the key's place in its own sequence.
-Sources: Vaswani et al., "Attention is all you need" (2017); Dao, "FlashAttention-2" (2023) for what backward saves.
+Sources: Vaswani et al., "Attention is all you need" (2017); Dao, "FlashAttention-2" (2023) for what backward saves;
+Beltagy, Peters and Cohan, "Longformer" (2020) for global tokens.
 """
 
 import math
@@ -28,13 +31,14 @@ import torch
 from torch import Tensor
 
 from fastbert.backends import attention as kernels
-from fastbert.backends import pick, requested
+from fastbert.backends import pick, pick_among, requested
 from fastbert.backends.attention import NO_LIMIT
 from fastbert.ops import philox
 from fastbert.ops.checks import as_float, as_int, autocast, check_activation, check_tensor, kind, wide, without_autocast
 from fastbert.ops.register import differentiated, once_differentiable, register
 
 LANE_BITS = 8  # of dropout: a byte for each weight
+GLOBAL_TOKENS = ("cpu",)  # the backends whose kernels have them
 
 
 def attention(
@@ -49,6 +53,7 @@ def attention(
     scale: float | None = None,
     causal: bool = False,
     window: tuple[int, int] | None = None,
+    global_tokens: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Attention within each sequence of a packed batch.
@@ -66,6 +71,11 @@ def attention(
         causal: a query sees no key behind it.
         window: (left, right): a query at place i of its sequence sees keys i - left to i + right, two ints of which -1
             sets no limit to its side, as FlashAttention's window_size does; None sees all.
+        global_tokens: bool [T] on q's device, beside a window: tokens that see all of their sequence and that all of
+            it sees, Longformer's global attention. Their q, k and v are the same for both; Longformer has projections
+            of their own, which a caller composes by two calls. The cost is that of the window, of each block of keys
+            that has a global token, for all queries, and of each block of queries that has one, over all keys (a block
+            is some 16 to 64 neighbours); so neighbours that are global cost little more than one.
         backend: runs on this backend or raises; None chooses by the tensor's device.
 
     Returns:
@@ -76,15 +86,8 @@ def attention(
             not hold (looked at on the CPU only: elsewhere it would wait for the device).
         RuntimeError: an explicit backend that cannot run here.
     """
-    check_packed("q", q, cu_seqlens, axes=3)
-    for name, x in (("k", k), ("v", v)):
-        check_tensor(name, x)
-        if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(
-                f"{name} must be like q, {q.dtype} {list(q.shape)} on {q.device}, got {x.dtype} {list(x.shape)} on "
-                f"{x.device}"
-            )
-    options = _options(q, max_seqlen, dropout_p, seed, scale, causal, window)
+    check_inputs(q, k, v, cu_seqlens)
+    options = _options(q, max_seqlen, dropout_p, seed, scale, causal, window, global_tokens)
     return _run(backend, cu_seqlens, options, autocast(q), autocast(k), autocast(v))
 
 
@@ -98,6 +101,7 @@ def attention_qkv(
     scale: float | None = None,
     causal: bool = False,
     window: tuple[int, int] | None = None,
+    global_tokens: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """`attention(*qkv.unbind(1), ...)` for one packed projection, whose gradient is then written in one piece.
@@ -112,8 +116,20 @@ def attention_qkv(
         As `attention` does.
     """
     check_packed("qkv", qkv, cu_seqlens, axes=4)
-    options = _options(qkv, max_seqlen, dropout_p, seed, scale, causal, window)
+    options = _options(qkv, max_seqlen, dropout_p, seed, scale, causal, window, global_tokens)
     return _run(backend, cu_seqlens, options, autocast(qkv))
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
+    """Raises unless q, k and v are alike, [T, N, D], and cu_seqlens may be theirs."""
+    check_packed("q", q, cu_seqlens, axes=3)
+    for name, x in (("k", k), ("v", v)):
+        check_tensor(name, x)
+        if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{name} must be like q, {q.dtype} {list(q.shape)} on {q.device}, got {x.dtype} {list(x.shape)} on "
+                f"{x.device}"
+            )
 
 
 def check_packed(name: str, x: Tensor, cu_seqlens: Tensor, axes: int) -> None:
@@ -139,25 +155,68 @@ def _options(
     scale: float | None,
     causal: bool,
     window: tuple[int, int] | None,
+    global_tokens: Tensor | None,
 ) -> tuple:
     """Of the op, from `max_seqlen` on, checked."""
+    max_seqlen, scale = check_numbers(x, max_seqlen, scale)
+    visible = check_visible(x, causal, window, global_tokens)
+    t = philox.threshold(dropout_p, LANE_BITS)
+    return max_seqlen, scale, t, philox.resolve_seed(seed, t, x.device), *visible
+
+
+def check_numbers(x: Tensor, max_seqlen: int, scale: float | None) -> tuple[int, float]:
+    """max_seqlen and scale, of which None is `1 / sqrt(D)`."""
     max_seqlen = as_int("max_seqlen", max_seqlen)
     scale = 1.0 / math.sqrt(x.shape[-1]) if scale is None else as_float("scale", scale)
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be a finite number, got {scale}")
+    return max_seqlen, scale
+
+
+def check_visible(
+    x: Tensor, causal: bool, window: tuple[int, int] | None, global_tokens: Tensor | None
+) -> tuple[bool, list[int] | None, Tensor | None]:
+    """What the ops are told of which keys a query sees: causal, the window's limits, global tokens."""
     if type(causal) is not bool:
         raise TypeError(f"causal must be True or False, got {kind(causal)} {causal!r}")
-    t = philox.threshold(dropout_p, LANE_BITS)
-    seed = philox.resolve_seed(seed, t, x.device)
-    return max_seqlen, scale, t, seed, causal, None if window is None else _limits(window)
+    limits = None if window is None else _limits(window)
+    if global_tokens is not None:
+        _check_global(x, causal, window, global_tokens)
+    return causal, limits, None if global_tokens is None else global_tokens.contiguous()
+
+
+def _check_global(x: Tensor, causal: bool, window: tuple[int, int] | None, global_tokens: Tensor) -> None:
+    check_tensor("global_tokens", global_tokens)
+    if causal:
+        raise ValueError(
+            "global_tokens do not go with causal: a global token sees tokens behind it, which causal forbids. Leave "
+            "one of the two out"
+        )
+    if window is None:
+        raise ValueError(
+            "global_tokens need a window: without one every token sees all of its sequence. Give window=(left, right), "
+            "or leave global_tokens out"
+        )
+    expected = torch.bool, x.shape[:1], x.device
+    if (global_tokens.dtype, global_tokens.shape, global_tokens.device) != expected:
+        raise ValueError(
+            f"global_tokens must be bool [{x.shape[0]}], one for each token, on {x.device}, got {global_tokens.dtype} "
+            f"{list(global_tokens.shape)} on {global_tokens.device}"
+        )
 
 
 def _run(backend: str | None, cu_seqlens: Tensor, options: tuple, *inputs: Tensor) -> Tensor:
     """Of (q, k, v), or of one (qkv)."""
-    chosen = pick("attention", requested(backend), inputs[0])
+    chosen = _pick(requested(backend), inputs[0], options[-1])
     if differentiated(*inputs):
         return _Attention.apply(chosen, *inputs, cu_seqlens, *options)
     return functions[chosen].attention_forward(*_split(inputs), cu_seqlens, *options)[0]
+
+
+def _pick(name: str, x: Tensor, global_tokens: Tensor | None) -> str:
+    if global_tokens is None:
+        return pick("attention", name, x)
+    return pick_among(GLOBAL_TOKENS, "its kernels have no global tokens so far", "attention", name, x)
 
 
 def _limits(window: tuple[int, int]) -> list[int]:
@@ -180,15 +239,13 @@ class reference:  # a namespace, spelled as the backend is
     @without_autocast
     def attention_forward(
         q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, t: int,
-        seed: Tensor | None, causal: bool, window: list[int] | None,
+        seed: Tensor | None, causal: bool, window: list[int] | None, global_tokens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        if not torch.compiler.is_compiling():
-            kernels.check_sequences(cu_seqlens, max_seqlen, q.shape[0])
-        layout = Padding(cu_seqlens, max_seqlen, q.shape[0])
+        layout = Padding.checked(cu_seqlens, max_seqlen, q.shape[0])
         scores = scale * layout.pad(q) @ layout.pad(k).transpose(-1, -2)
-        scores = scores.masked_fill(~layout.visible(causal, window), -torch.inf)  # [B, N, S, S]
+        scores = scores.masked_fill(~layout.visible(causal, window, global_tokens), -torch.inf)  # [B, N, S, S]
         lse = scores.logsumexp(-1)
-        weights = _weights(scores, lse)
+        weights = softmax_weights(scores, lse)
         if t > 0:
             weights = layout.dropout(weights, t, seed)
         return layout.unpad(weights @ layout.pad(v)).to(q.dtype), layout.unpad(lse.unsqueeze(-1)).squeeze(-1)
@@ -198,12 +255,13 @@ class reference:  # a namespace, spelled as the backend is
     def attention_backward(
         dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int,
         scale: float, t: int, seed: Tensor | None, causal: bool, window: list[int] | None,
+        global_tokens: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         dtype, layout = q.dtype, Padding(cu_seqlens, max_seqlen, q.shape[0])
         dout, out, q, k, v = (layout.pad(x) for x in (dout, out, q, k, v))
         scores = scale * q @ k.transpose(-1, -2)
-        scores = scores.masked_fill(~layout.visible(causal, window), -torch.inf)
-        weights = _weights(scores, layout.pad(lse.unsqueeze(-1)).squeeze(-1))
+        scores = scores.masked_fill(~layout.visible(causal, window, global_tokens), -torch.inf)
+        weights = softmax_weights(scores, layout.pad(lse.unsqueeze(-1)).squeeze(-1))
         dweights = dout @ v.transpose(-1, -2)
         dropped = weights
         if t > 0:
@@ -214,7 +272,7 @@ class reference:  # a namespace, spelled as the backend is
         return torch.stack([layout.unpad(x) for x in (dq, dk, dv)], 1).to(dtype)
 
 
-def _weights(scores: Tensor, lse: Tensor) -> Tensor:
+def softmax_weights(scores: Tensor, lse: Tensor) -> Tensor:
     """exp(scores - lse), and 0 in a row that sees no key, where that would be exp(-inf + inf)."""
     lse = lse.unsqueeze(-1)
     return torch.where(lse == -torch.inf, 0.0, torch.exp(scores - lse))
@@ -235,6 +293,13 @@ class Padding:
         sequence = torch.searchsorted(cu_seqlens.contiguous(), order.int(), right=True) - 1
         self.slot = sequence * max_seqlen + order - cu_seqlens[sequence]
 
+    @classmethod
+    def checked(cls, cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> "Padding":
+        """Raises unless the sequences make up the tokens, where a compiler does not look on."""
+        if not torch.compiler.is_compiling():
+            kernels.check_sequences(cu_seqlens, max_seqlen, tokens)
+        return cls(cu_seqlens, max_seqlen, tokens)
+
     def pad(self, x: Tensor) -> Tensor:
         """Zeros where there is no token; float32, or float64 where x is."""
         zeros = x.new_zeros(1, *x.shape[1:])
@@ -243,7 +308,7 @@ class Padding:
     def unpad(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2).flatten(0, 1)[self.slot].contiguous()
 
-    def visible(self, causal: bool, window: list[int] | None) -> Tensor:
+    def visible(self, causal: bool, window: list[int] | None, global_tokens: Tensor | None) -> Tensor:
         """[B, 1, S, S]: whether a query (third axis) sees a key."""
         ahead = self.place - self.place[:, None]  # key - query
         seen = torch.ones_like(ahead, dtype=torch.bool)
@@ -251,6 +316,9 @@ class Padding:
             seen = seen & (ahead <= 0)
         if window is not None:
             seen = seen & (ahead >= -window[0]) & (ahead <= window[1])
+        if global_tokens is not None:
+            chosen = torch.cat([global_tokens, global_tokens.new_zeros(1)])[self.source]  # [B, S]
+            seen = seen | chosen[:, None, :] | chosen[:, :, None]
         return (seen & self.real[:, None, :] & self.real[:, :, None]).unsqueeze(1)
 
     def dropout(self, weights: Tensor, t: int, seed: Tensor) -> Tensor:
@@ -276,21 +344,21 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, chosen, *arguments):
-        inputs, others = arguments[:-7], arguments[-7:]
-        cu_seqlens, max_seqlen, scale, t, seed, causal, window = others
+        inputs, others = arguments[:-8], arguments[-8:]
+        cu_seqlens, max_seqlen, scale, t, seed, causal, window, global_tokens = others
         out, lse = functions[chosen].attention_forward(*_split(inputs), *others)
-        ctx.save_for_backward(out, lse, cu_seqlens, seed, *inputs)
+        ctx.save_for_backward(out, lse, cu_seqlens, seed, global_tokens, *inputs)
         ctx.options = chosen, max_seqlen, scale, t, causal, window
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        out, lse, cu_seqlens, seed, *inputs = ctx.saved_tensors
-        chosen, max_seqlen, scale, t, *visible = ctx.options
-        backward = functions[chosen].attention_backward
-        dqkv = backward(dout, *_split(inputs), out, lse, cu_seqlens, max_seqlen, scale, t, seed, *visible)
-        return None, *((dqkv,) if len(inputs) == 1 else dqkv.unbind(1)), *(None,) * 7
+        out, lse, cu_seqlens, seed, global_tokens, *inputs = ctx.saved_tensors
+        chosen, max_seqlen, scale, t, causal, window = ctx.options
+        options = cu_seqlens, max_seqlen, scale, t, seed, causal, window, global_tokens
+        dqkv = functions[chosen].attention_backward(dout, *_split(inputs), out, lse, *options)
+        return None, *((dqkv,) if len(inputs) == 1 else dqkv.unbind(1)), *(None,) * 8
 
 
 def _split(inputs: Sequence[Tensor]) -> Sequence[Tensor]:

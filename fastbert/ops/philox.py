@@ -37,7 +37,7 @@ def philox(c0: Word, c1: Word, c2: Word, c3: Word, seed: Word) -> tuple[Tensor, 
 
 
 def lanes(columns: int, c1: Word, c2: Word, c3: int, seed: Tensor, bits: int = 16) -> Tensor:
-    """Lanes of `bits` bits, 16 or 8, of `columns` neighbours: [..., columns] int64, each in [0, 2**bits).
+    """Lanes of `bits` bits, 32, 16 or 8, of `columns` neighbours: [..., columns] int64, each in [0, 2**bits).
 
     A counter gives `128 // bits` lanes: that of a column is `(column // (128 // bits), c1, c2, c3)`. `c1` and `c2` are
     ints or int64 tensors whose last axis is 1; the other axes broadcast. `seed` is int64 [1].

@@ -23,7 +23,9 @@ from fastbert.pretrain.settings import PretrainConfig
 COPY = "init"  # in the run's folder
 WORDS = "words.json"
 # What the folder decides.
-_ITS_OWN = "model", "preset", "tokenizer", "vocab_size", "lowercase", "max_position_embeddings", "norm"
+_ITS_OWN = (
+    "model", "preset", "tokenizer", "vocab_size", "lowercase", "max_position_embeddings", "attention_window", "norm",
+)  # fmt: skip
 
 
 def take_settings(config: PretrainConfig) -> PretrainConfig:

@@ -50,9 +50,21 @@ def wait_for(device: torch.device) -> None:
 def work(batch: Batch, config: ModelConfig) -> float:
     """Floating-point operations of a training step on a batch on the CPU, of what is no padding."""
     lengths = batch.cu_seqlens.clamp(max=batch.filled_tokens).diff().to(torch.int64)
-    pairs = int((lengths * (lengths + 1) // 2 if config.is_decoder else lengths * lengths).sum())
+    pairs = int(visible_pairs(lengths, config).sum())
     predicted = int((batch.labels != IGNORED).sum())
     return operations(config, batch.filled_tokens, pairs, predicted, int((lengths > 0).sum()))
+
+
+def visible_pairs(lengths: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """How many pairs of a query and a key that it sees there are in sequences of these lengths, int64 each."""
+    if config.attention_window is None:
+        return lengths * (lengths + 1) // 2 if config.is_decoder else lengths * lengths
+    side = (lengths - 1).clamp(min=0, max=config.attention_window // 2)  # keys to one side, where there are so many
+    before = lengths * side - side * (side + 1) // 2
+    if config.is_decoder:
+        return lengths + before
+    to_first = 2 * (lengths - 1 - side).clamp(min=0) if config.attention_global_first else 0
+    return lengths + 2 * before + to_first
 
 
 class Meter:

@@ -123,7 +123,7 @@ _ADDED_LATER = {
     "masking": "token", "static_shapes": False, "inputs": "doc-sentences", "capture": False, "checkpoint_layers": False,
     "dictionary": None, "words": None, "init": None, "add_words": None, "rows_first": 0, "phases": None,
     "shard": False, "schedule": "linear", "decay": 0.2, "power": 1.0, "final_lr": 0.0, "task_type": None,
-    "store": None, "optimizer": "lazy_adam", "norm": "layer",
+    "store": None, "optimizer": "lazy_adam", "attention_window": None, "norm": "layer",
 }  # fmt: skip
 _NSP = {True: "mlm+nsp", False: "mlm"}  # the setting that was there before the objective
 

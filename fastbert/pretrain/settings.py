@@ -68,6 +68,10 @@ class PretrainConfig:
     """Probability of dropout, in hidden layers and in attention; if not given 0 for ALBERT and 0.1 for the others, and
     with --init the folder's."""
 
+    attention_window: int | None = None
+    """Let a token see this many others, an even number, half of them to each side, and the first token of its sequence,
+    which sees all; if not given it sees all. transformers has no such model and cannot load it."""
+
     seq_len: int = 128
     """Longest sequence in tokens, [CLS] and [SEP] included."""
     phases: tuple[str, ...] | None = None
@@ -195,6 +199,8 @@ class PretrainConfig:
             raise ValueError("--rows-first trains one table, which --shard splits with all others: leave one out")
         if self.rows_first and self.add_words is None:
             raise ValueError("the rows to train first are those of new words: give --rows-first with --add-words")
+        window = self.attention_window
+        expect(window is None or window % 2 == 0, "attention_window", "even, half of it to each side", window)
         if self.task_type is not None and self.init is None:
             rule = "left out but for model ernie, which has task types"
             expect(self.model == "ernie", "task_type", rule, self.task_type)
@@ -285,11 +291,12 @@ OWN = {
 # Continued pretraining's usual rate: Gururangan et al., "Don't stop pretraining" (2020).
 CONTINUED_LR = 1e-4
 
-_OPTIONAL = "steps", "minutes", "lr", "dropout", "task_type"
+_OPTIONAL = "steps", "minutes", "lr", "dropout", "task_type", "attention_window"
 _MANY = 2**31 - 1  # the largest int32
 _INTEGERS = {  # setting: lowest and highest value
     "vocab_size": (64, LARGEST_VOCABULARY),
     "max_position_embeddings": (8, LONGEST),
+    "attention_window": (0, LONGEST),
     "seq_len": (8, LONGEST),
     "batch_tokens": (8, 2**30),  # places in a packed batch are int32, and batches are rounded up
     "accumulate": (1, _MANY),

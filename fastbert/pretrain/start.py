@@ -31,7 +31,7 @@ def new_model(config: PretrainConfig, tokenizer: Tokenizer, frequencies: Frequen
         config.preset, vocab_size=vocab_size(tokenizer), hidden_dropout_prob=config.dropout,
         attention_probs_dropout_prob=config.dropout, max_position_embeddings=config.max_position_embeddings,
         pad_token_id=special_ids(tokenizer).pad, is_decoder=config.objective == "clm",
-        norm=config.norm,
+        attention_window=config.attention_window, norm=config.norm,
         **task_types,
     )  # fmt: skip
     rows = config.max_position_embeddings + sizes.first_position

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from op_cases import DTYPES, assert_same_for_threads, assert_solves, drawn, problem
 
 import fastbert
+from fastbert.backends import fallbacks
 from fastbert.ops import philox
 from fastbert.testing import run
 
@@ -40,13 +41,14 @@ def pack(lengths, heads, head_dim, dtype, generator=None):
     return qkv, torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
 
 
-def torch_attention(q, k, v, lengths, causal=False, window=None):
+def torch_attention(q, k, v, lengths, causal=False, window=None, global_tokens=None):
     """PyTorch's own attention, one sequence at a time. A query that sees nothing gives 0, as ours does."""
     outputs = []
-    for a, b, c in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+    chosen = torch.zeros(len(q), dtype=torch.bool) if global_tokens is None else global_tokens
+    for a, b, c, g in zip(*(x.split(lengths) for x in (q, k, v, chosen)), strict=True):
         ahead = torch.arange(len(a)) - torch.arange(len(a)).unsqueeze(1)
         left, right = (len(a) if limit == -1 else limit for limit in window or (-1, -1))
-        seen = (ahead >= -left) & (ahead <= (min(right, 0) if causal else right))
+        seen = (ahead >= -left) & (ahead <= (min(right, 0) if causal else right)) | g | g.unsqueeze(1)
         out = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (a, b, c)), attn_mask=seen)
         outputs.append(torch.where(seen.any(1)[:, None, None], out.transpose(0, 1), 0.0))
     return torch.cat(outputs)
@@ -107,6 +109,92 @@ def test_truth_is_torchs(mask):
     torch.testing.assert_close(ours, torch_attention(*qkv.unbind(1), lengths, **MASKS[mask]))
 
 
+# (window, the tokens of the batch that are global)
+GLOBALS = {
+    "the first of a sequence, one in the middle": ((3, 2), [0, 300, 525, 530, 535]),
+    "neighbours, and the last": ((0, 0), [250, 251, 252, 539]),
+    "none": ((40, 1), []),
+    "all": ((1, 1), range(540)),
+    "a window that sees all": ((-1, -1), [5]),
+}
+
+
+@functools.cache
+def judged_globals(name, dtype):
+    """Of sequences of 530 tokens (two blocks of keys), 0, 9 and 1; without dropout, and with it."""
+    window, places = GLOBALS[name]
+    lengths, generator = [530, 0, 9, 1], drawn("global tokens", name, dtype)
+    qkv, cu_seqlens = pack(lengths, 1, 12, dtype, generator)
+    dout = torch.randn(540, 1, 12, generator=generator).to(dtype)
+    chosen = torch.zeros(540, dtype=torch.bool)
+    chosen[list(places)] = True
+    options = {"window": window, "global_tokens": chosen}
+
+    def ours(x, p):
+        return fastbert.attention(*x.unbind(1), cu_seqlens, 530, dropout_p=p, seed=SEED, **options)
+
+    def by_torch(x):
+        return torch_attention(*x.unbind(1), lengths, **options)
+
+    return [(p, lambda x, p=p: ours(x, p), problem((qkv,), dout, lambda x, p=p: ours(x, p), theirs))
+            for p, theirs in ((0.0, by_torch), (0.1, None))]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", GLOBALS)
+def test_global_tokens(kernels, nan_filled, name, dtype):
+    """They see all of their sequence and are seen by all of it, whatever block of keys or queries they stand in."""
+    for p, function, given in judged_globals(name, dtype):
+        assert_solves(function, given, (f"out p={p}", f"dqkv p={p}"))
+
+
+def test_truth_of_global_tokens_is_torchs():
+    window, places = (3, 2), [0, 11, 17]
+    qkv, cu_seqlens = pack([5, 1, 12], 2, 8, torch.float64)
+    chosen = torch.zeros(18, dtype=torch.bool)
+    chosen[places] = True
+    ours = fastbert.attention(*qkv.unbind(1), cu_seqlens, 12, window=window, global_tokens=chosen)
+    torch.testing.assert_close(ours, torch_attention(*qkv.unbind(1), [5, 1, 12], window=window, global_tokens=chosen))
+
+
+def test_kernels_without_global_tokens_refuse_or_leave_them_to_the_twin(monkeypatch):
+    """As those of cuda and triton do; here the CPU's stand in for them."""
+    monkeypatch.setattr("fastbert.ops.attention.GLOBAL_TOKENS", ())
+    monkeypatch.delitem(fallbacks, ("attention", "cpu"), raising=False)
+    q, cu_seqlens, chosen = torch.randn(6, 1, 8), torch.tensor([0, 6], dtype=torch.int32), torch.arange(6) == 2
+    options = {"window": (1, 1), "global_tokens": chosen}
+    with pytest.raises(
+        RuntimeError, match="'cpu' was asked for and cannot run attention here: its kernels have no glob"
+    ):
+        fastbert.attention(q, q, q, cu_seqlens, 6, backend="cpu", **options)
+    twin = fastbert.attention(q, q, q, cu_seqlens, 6, backend="reference", **options)
+    with pytest.warns(
+        UserWarning, match="attention runs in plain PyTorch on cpu, .* its kernels have no global tokens"
+    ):
+        assert torch.equal(fastbert.attention(q, q, q, cu_seqlens, 6, **options), twin)
+    fastbert.attention(q, q, q, cu_seqlens, 6, **options)  # said once
+    del fallbacks["attention", "cpu"]
+
+
+def test_global_tokens_by_hand(kernels):
+    """Each sees itself alone, with equal scores: but for the global one of three, which sees all and all see it."""
+    q, v = torch.zeros(4, 1, 1), torch.tensor([3.0, 6.0, 9.0, 5.0]).view(4, 1, 1)
+    cu_seqlens = torch.tensor([0, 3, 4], dtype=torch.int32)
+    chosen = torch.tensor([False, False, True, False])
+    out = fastbert.attention(q, q, v, cu_seqlens, 3, window=(0, 0), global_tokens=chosen)
+    torch.testing.assert_close(out.flatten(), torch.tensor([6.0, 7.5, 6.0, 5.0]))
+
+
+def test_global_tokens_with_any_threads(kernels):
+    """Their blocks are summed in one order, however the queries and keys are cut into tasks."""
+    qkv, cu_seqlens = pack([600, 2200], 1, 16, torch.bfloat16)
+    chosen = torch.zeros(2800, dtype=torch.bool)
+    chosen[[0, 77, 600, 1900, 2799]] = True
+    dout, options = torch.randn(2800, 1, 16), {"dropout_p": 0.1, "seed": SEED, "window": (9, 30)}
+    function = lambda x: fastbert.attention_qkv(x, cu_seqlens, 2200, global_tokens=chosen, **options)  # noqa: E731
+    assert_same_for_threads(lambda: run(function, (qkv,), dout), (1, 16))
+
+
 def test_by_hand(backend):
     # Scores 0 and ln 3: weights 1/4 and 3/4.
     q = torch.ones(2, 1, 1)
@@ -118,7 +206,8 @@ def test_by_hand(backend):
 
 def test_reference_gradients():
     qkv, cu_seqlens = pack([3, 0, 2], 2, 2, torch.float64)
-    for mask in (MASKS["all"], {"window": (1, 1), "causal": True}):
+    chosen = torch.tensor([False, True, False, False, True])
+    for mask in (MASKS["all"], {"window": (1, 1), "causal": True}, {"window": (0, 0), "global_tokens": chosen}):
         assert torch.autograd.gradcheck(
             lambda x, mask=mask: fastbert.attention(*x.unbind(1), cu_seqlens, 5, dropout_p=0.3, seed=SEED, **mask),
             (qkv.requires_grad_(),),
@@ -298,6 +387,14 @@ def test_bad_input():
         fastbert.attention(q, k, v, cu_seqlens, 5, window=(4, -2))
     with pytest.raises(TypeError, match="window's right must be an int, got float"):
         fastbert.attention(q, k, v, cu_seqlens, 5, window=(1, 2.0))
+    chosen = torch.zeros(9, dtype=torch.bool)
+    with pytest.raises(ValueError, match="global_tokens need a window"):
+        fastbert.attention(q, k, v, cu_seqlens, 5, global_tokens=chosen)
+    with pytest.raises(ValueError, match="global_tokens do not go with causal"):
+        fastbert.attention(q, k, v, cu_seqlens, 5, window=(1, 1), causal=True, global_tokens=chosen)
+    for bad in (chosen[:8], chosen.int(), chosen.view(1, 9)):
+        with pytest.raises(ValueError, match=r"global_tokens must be bool \[9\], one for each token, on cpu, got"):
+            fastbert.attention(q, k, v, cu_seqlens, 5, window=(1, 1), global_tokens=bad)
     for bad in (-1, 2**31):
         with pytest.raises(ValueError, match=r"max_seqlen must lie in \[0, 2\*\*31\)"):
             fastbert.attention(q, k, v, cu_seqlens, bad)

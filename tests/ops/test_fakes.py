@@ -64,6 +64,8 @@ def attention(lengths, heads, dtype):
         options = cu_seqlens, max(lengths, default=0), 0.3, t, seed, causal, window
         yield raw.attention_forward, (q, k, v, *options)
         yield raw.attention_backward, (v.contiguous(), q, k, v, q.contiguous(), lse, *options)
+    chosen = torch.arange(sum(lengths)) % 3 == 0
+    yield raw.attention_forward, (q, k, v, cu_seqlens, max(lengths, default=0), 0.3, 0, None, False, [1, 1], chosen)
 
 
 def with_twins(dtype, weight_dtype, everything):

@@ -98,3 +98,21 @@ def test_an_ernies_task_types_go_through_to_the_export(settings, tmp_path, trans
     ):
         with pytest.raises(ValueError, match=says):
             dataclasses.replace(config, **change).check()
+
+
+def test_a_run_with_a_window(settings, tmp_path, capsys):
+    """Its export says which library loads it, and further runs keep the window."""
+    config = dataclasses.replace(settings, output=tmp_path / "run", steps=2, attention_window=8)
+    folder = pretrain(config)
+    assert "fastbert loads it; transformers cannot, as it has no window of attention" in capsys.readouterr().out
+    model = PRETRAINING["bert"].from_pretrained(folder)
+    assert model.config.attention_window == 8 and model.config.attention_global_first
+    again = dataclasses.replace(settings, output=tmp_path / "again", init=folder, steps=1, vocab_size=8192)
+    assert PRETRAINING["bert"].from_pretrained(pretrain(again)).config.attention_window == 8
+    for changed, rule in (
+        ({"attention_window": 7}, "attention_window must be even, half of it to each side, got 7"),
+        ({"attention_window": -2}, "attention_window must be"),
+        ({"init": folder, "vocab_size": 8192}, "decides --attention-window"),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            pretrain(dataclasses.replace(config, output=tmp_path / "refused", **changed))
