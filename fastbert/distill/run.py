@@ -16,7 +16,7 @@ from fastbert.distill.augment import MADE, augmented, load_augmenter
 from fastbert.distill.intermediate import IntermediateLoss
 from fastbert.distill.labels import Source, label, refuse_other
 from fastbert.distill.settings import DistillConfig
-from fastbert.distill.students import make_student
+from fastbert.distill.students import make_student, sizes_of
 from fastbert.distill.training import Distiller
 from fastbert.finetune.examples import read_examples
 from fastbert.finetune.loop import EVALUATED, checked, encode_both, train_epochs
@@ -49,7 +49,7 @@ def distill(config: DistillConfig, resume: bool = False) -> Path | None:
     student = make_student(config, teacher).to(config.device)
     inside = None
     if config.intermediate_epochs:
-        inside = IntermediateLoss.between(student.base_model, teacher.base_model, config.layer_numbers)
+        inside = IntermediateLoss.between(student.base_model, teacher.base_model, config.layer_map)
         inside.to(config.device)
     teacher.to(config.device)
     digest = fingerprint((encoded, held_out), (train.targets, evaluation.targets), classes)
@@ -58,7 +58,7 @@ def distill(config: DistillConfig, resume: bool = False) -> Path | None:
     augmenter = load_augmenter(config) if config.augment and not copies.exists() else None
     if source is not None and not config.augment:
         refuse_other(config.store_folder, source.identity())
-    print(f"student: {type(student).__name__}, {_count(student):,} parameters; teacher: {_count(teacher):,}")
+    print(sizes_of(student, teacher))
     with begun(config, resume):
         if augmenter is not None and not augmented(config.output, augmenter, train.texts.texts):
             return _stop("texts were augmented", config)
@@ -101,10 +101,6 @@ def load_teacher(config: DistillConfig) -> SequenceClassifier:
         told = "numbers: pass --regression" if not config.regression else "classes: leave --regression out"
         raise ValueError(f"the teacher in {config.teacher} predicts {told}")
     return teacher.requires_grad_(False)
-
-
-def _count(model: torch.nn.Module) -> int:
-    return sum(x.numel() for x in model.parameters())
 
 
 def _say_how_good(logits: Tensor, targets: Tensor, config: DistillConfig) -> None:

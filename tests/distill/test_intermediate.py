@@ -29,8 +29,9 @@ def bert(layers, width):
 
 def test_layer_maps():
     assert layer_map("uniform", 2, 12) == [6, 12] and layer_map("last", 2, 12) == [11, 12]
-    assert layer_map([1, 5, 12], 3, 12) == [1, 5, 12]
-    for kind, layers in (("uniform", 13), ("last", 0), ([3, 3], 2), ([0, 3], 2), ([3, 13], 2), ([3], 2), ("fist", 1)):
+    assert layer_map([1, 5, 12], 3, 12) == layer_map("1, 5,12", 3, 12) == [1, 5, 12]
+    for kind, layers in (("uniform", 13), ("last", 0), ([3, 3], 2), ([0, 3], 2), ("3,13", 2), ("3", 2), ("fist", 1),
+                         ("3,", 2), ([], 0)):  # fmt: skip
         with pytest.raises(ValueError, match=r"to the teacher's|increasing, from 1 to 12"):
             layer_map(kind, layers, 12)
 
