@@ -189,6 +189,8 @@ def _write_part(folder: Path, name: str, encoded: list[Encoded], logits: Tensor)
 def refuse_other(folder: Path, identity: dict[str, Any]) -> None:
     """Raises ValueError where `folder` holds something that is no store of this identity; reads its manifest alone."""
     path = folder / MANIFEST
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is no folder, and a store of labels is one: name another --store")
     if not path.exists():
         for each in folder.iterdir() if folder.is_dir() else ():
             if not each.name.startswith((".", "part-")):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 
@@ -108,6 +109,26 @@ def test_a_smaller_bert_begins_as_the_teachers_last_layers_of_their_largest_numb
     assert torch.equal(student.classifier.weight, deep.classifier.weight)
 
 
+def test_another_teacher_is_refused_when_a_run_goes_on(config, tmp_path, monkeypatch):
+    folder, epoch = tmp_path / "teacher", Trainer.epoch
+    shutil.copytree(config.teacher, folder)
+    config = dataclasses.replace(config, teacher=folder, unlabelled=(), epochs=2)
+
+    def stopped(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        yield from epoch(self)
+
+    with monkeypatch.context() as during:
+        during.setattr(Trainer, "epoch", stopped)
+        assert distill(config) is None
+    teacher = load(folder)
+    with torch.no_grad():
+        teacher.classifier.bias[0] += 1
+    teacher.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"are not those that the run in .* began with"):
+        distill(config, resume=True)
+
+
 def test_what_does_not_hold_is_refused_before_anything_is_written(config, lesson, tmp_path):
     def refused(**changes):
         with pytest.raises((ValueError, OSError)) as error:
@@ -135,5 +156,6 @@ def test_what_does_not_hold_is_refused_before_anything_is_written(config, lesson
         ({"onnx": True, "student": "bert", "layers": 1}, "onnx must be left out but for textcnn and bilstm"),
         ({"seq_len": 99}, "seq_len must be at most what the model takes, 32"),
         ({"store": lesson / "teacher"}, "is no store of labels, it holds"),
+        ({"store": lesson / "train.csv"}, "is no folder, and a store of labels is one"),
     ):  # fmt: skip
         assert why in refused(**changes), changes
