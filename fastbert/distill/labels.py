@@ -70,7 +70,7 @@ class Source:
             digest.update(len(text).to_bytes(8, "little") + text.encode())
             count += 1
         if not count:
-            raise ValueError(f"{', '.join(map(str, named))} hold no text: name files with a text a line")
+            raise ValueError(f"there is no text in {', '.join(map(str, named))}: name files with a text a line")
         words = hashlib.sha256(load_tokenizer(config.teacher).to_str().encode())
         longest = teacher.config.longest if config.seq_len is None else config.seq_len
         return cls(config, named, longest, count, digest.hexdigest(), digest_of(teacher), words.hexdigest())

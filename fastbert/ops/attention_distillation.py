@@ -25,8 +25,8 @@ from fastbert.ops.attention import Padding, check_packed
 from fastbert.ops.checks import as_int, check_tensor
 from fastbert.ops.register import once_differentiable
 
-# Scores in memory at a time, of one head at least. A CPU is fastest by single heads, whose scores stay in its caches. A
-# GPU would wait for the launches of so many small products: there heads are computed together up to 64 MiB of scores.
+# Scores in memory at a time, of one head at least. On a CPU a single head's stay in the caches. A GPU would wait for
+# the launches of so many small products: there heads are computed together up to 64 MiB of scores.
 AT_ONCE = {"cpu": 1, "cuda": 1 << 24}
 
 

@@ -16,7 +16,9 @@ pytest.importorskip("sklearn")
 
 from fastbert import cli
 from fastbert.distill import DistillConfig, distill
+from fastbert.distill.losses import label_loss, logit_mse, soft_cross_entropy
 from fastbert.distill.students import make_student
+from fastbert.distill.training import Distiller
 from fastbert.finetune.predict import load
 from fastbert.finetune.training import Trainer
 
@@ -88,6 +90,18 @@ def test_a_regression_is_taught_in_its_own_units(config, lesson, tmp_path):
     assert scores["epochs"][scores["best_epoch"] - 1]["rmse"] < 35, "the numbers are 1000, 1050 and 1100"
 
 
+def test_the_loss_is_of_the_teacher_and_for_those_that_have_one_of_the_label(config):
+    logits, taught, targets = torch.randn(3, 3), torch.randn(3, 3), torch.tensor([2, 0])
+    config = dataclasses.replace(config, label_weight=0.25, temperature=1.5)
+    student = make_student(config, load(config.teacher))
+    soft, label = soft_cross_entropy(logits, taught, 1.5), label_loss(logits[:2], targets)
+    got = Distiller(config, student, [], targets, taught).output_loss(logits, taught, targets)
+    torch.testing.assert_close(got, ((0.75 * soft[:2] + 0.25 * label).sum() + soft[2]) / 3)
+    got = Distiller(dataclasses.replace(config, loss="mse"), student, [], targets, taught)
+    expected = (0.75 * logit_mse(logits, taught)[:2] + 0.25 * label).sum() + logit_mse(logits, taught)[2]
+    torch.testing.assert_close(got.output_loss(logits, taught, targets), expected / 3)
+
+
 def test_a_smaller_bert_begins_as_the_teachers_last_layers_of_their_largest_numbers(config, tmp_path):
     teacher = load(config.teacher)
     sizes = dataclasses.replace(teacher.config, num_hidden_layers=4)
@@ -95,7 +109,8 @@ def test_a_smaller_bert_begins_as_the_teachers_last_layers_of_their_largest_numb
     layers = deep.bert.encoder["layer"]
     with torch.no_grad():
         for inner, layer in enumerate(layers):
-            layer.intermediate["dense"].weight[:60] *= 1e-3  # four of 64 are left
+            layer.intermediate["dense"].weight[:56] *= 1e-3  # four of 64 are made and read by large weights
+            layer.output.dense.weight[:, 56:60] *= 1e-3
             layer.intermediate["dense"].bias[60:] = torch.arange(4.0) + inner
     changed = dataclasses.replace(config, student="bert", layers=2, intermediate_size=4, dropout=0.3)
     student = make_student(changed, deep)

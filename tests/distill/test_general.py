@@ -67,6 +67,23 @@ def test_the_student_comes_nearer_and_is_a_folder_for_the_second_stage(config, d
     assert distill(second) == tmp_path / "second/model"
 
 
+def test_batches_count_by_their_tokens_and_evaluation_is_without_dropout(config, tmp_path, monkeypatch):
+    compute, seen = general._Training._loss, []
+
+    def loss(self, batch):
+        seen.append((self.student.training, batch.filled_tokens, compute(self, batch)))
+        return seen[-1][2]
+
+    monkeypatch.setattr(general._Training, "_loss", loss)
+    short = dataclasses.replace(config, steps=1, evaluations=1, output=tmp_path / "run")
+    distill_general(short)
+    record = json.loads((short.output / "metrics.jsonl").read_text().splitlines()[0])
+    for training, given in ((True, record["loss"]), (False, held_out(short.output)[0]["loss"])):
+        counts, losses = zip(*((n, x.item()) for trains, n, x in seen if trains is training), strict=True)
+        assert len(set(counts)) > 1
+        assert given == pytest.approx(sum(n * x for n, x in zip(counts, losses, strict=True)) / sum(counts), rel=1e-6)
+
+
 def test_stopped_and_resumed_in_the_same_bits(config, done, tmp_path, monkeypatch):
     take, steps = general._Training._step, []
 
