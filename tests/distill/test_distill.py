@@ -21,6 +21,7 @@ from fastbert.distill.students import make_student
 from fastbert.distill.training import Distiller
 from fastbert.finetune.predict import load
 from fastbert.finetune.training import Trainer
+from fastbert.models import BertModel
 
 
 @pytest.fixture
@@ -82,9 +83,7 @@ def test_a_regression_is_taught_in_its_own_units(config, lesson, tmp_path):
 
     numbers = {"label": "number", "regression": True, "metric": "rmse", "lr": 1e-2, "epochs": 4, "batch_size": 16}
     teacher = finetune(FinetuneConfig(lesson / "bert", config.train, tmp_path / "teacher", **numbers))
-    config = dataclasses.replace(
-        config, teacher=teacher, **numbers | {"epochs": 10}, unlabelled=(), label_weight=0.0, dropout=0.0
-    )
+    config = dataclasses.replace(config, teacher=teacher, **numbers | {"epochs": 10}, unlabelled=(), dropout=0.0)
     distill(config)
     scores = json.loads((config.output / "scores.json").read_text())
     assert scores["epochs"][scores["best_epoch"] - 1]["rmse"] < 35, "the numbers are 1000, 1050 and 1100"
@@ -151,7 +150,9 @@ def test_what_does_not_hold_is_refused_before_anything_is_written(config, lesson
         assert not config.output.exists()
         return str(error.value)
 
-    other = make_encoder("roberta", tmp_path / "roberta")
+    other, short = make_encoder("roberta", tmp_path / "roberta"), BertModel.from_pretrained(lesson / "bert").config
+    short = BertModel(dataclasses.replace(short, max_position_embeddings=16))
+    short.save_pretrained(tmp_path / "short", lesson / "bert")
     table = rows(96)
     table[5]["label"] = "splendid"
     for changes, why in (
@@ -160,6 +161,7 @@ def test_what_does_not_hold_is_refused_before_anything_is_written(config, lesson
         ({"student": "bert", "layers": 2}, "layers must be from 1 to the teacher's, 1, got 2"),
         ({"intermediate_size": 8}, "--intermediate-size is of --student bert"),
         ({"student": str(other)}, "has another tokenizer than the teacher"),
+        ({"student": str(tmp_path / "short")}, "takes 16 tokens, the teacher"),
         ({"temperature": 0}, "temperature must be from 0.01 to 1000"),
         ({"label_weight": 1.5}, "label_weight must be from 0 to 1"),
         ({"teacher": lesson / "bert"}, "expected a classifier's folder"),
