@@ -123,6 +123,24 @@ def test_a_smaller_bert_begins_as_the_teachers_last_layers_of_their_largest_numb
     assert torch.equal(student.classifier.weight, deep.classifier.weight)
 
 
+def test_a_teacher_of_another_norm(config, tmp_path, capsys):
+    known = load(config.teacher)
+    teacher = type(known)(dataclasses.replace(known.config, norm="batch", num_hidden_layers=2), known.labels)
+    for name, x in teacher.named_buffers():
+        if name.endswith("running_mean"):
+            x.normal_()
+    teacher.save_pretrained(tmp_path / "batch", config.teacher)
+    config = dataclasses.replace(
+        config, teacher=tmp_path / "batch", student="bert", layers=1, epochs=2, intermediate_epochs=1
+    )
+    begins, last = (model.bert.encoder["layer"][-1].output.norm for model in (make_student(config, teacher), teacher))
+    assert torch.equal(begins.running_mean, last.running_mean), "running statistics are part of a layer"
+    distill(config)
+    assert "fastbert loads it; transformers cannot, as it has no batch norm" in capsys.readouterr().out
+    trained = load(config.output / "model").bert.encoder["layer"][0].output.norm
+    assert not torch.equal(trained.running_mean, begins.running_mean)
+
+
 def test_another_teacher_is_refused_when_a_run_goes_on(config, tmp_path, monkeypatch):
     folder, epoch = tmp_path / "teacher", Trainer.epoch
     shutil.copytree(config.teacher, folder)

@@ -160,8 +160,8 @@ def test_what_does_not_hold_is_refused_before_anything_is_written(config, tmp_pa
         with pytest.raises((ValueError, FileNotFoundError)) as error:
             distill_general(dataclasses.replace(new, **changes))
         assert why in str(error.value) and not new.output.exists()
-    arguments = [f"--corpus={config.corpus}", "--teacher", config.teacher, "--student", "bert", "--steps", 1, "--output",
-                 new.output]  # fmt: skip
+    arguments = [f"--corpus={config.corpus}", "--teacher", config.teacher, "--student", "bert", "--steps", 1]
+    arguments += ["--output", new.output]
     assert "--student bert needs --layers" in bad(capsys, monkeypatch, "distill", *arguments)
 
 
