@@ -50,7 +50,7 @@ def main() -> None:
             raise
         less = {
             "finetune": "a smaller --batch-size or --seq-len",
-            "distill": "a smaller --batch-size or --seq-len",
+            "distill": "a smaller --batch-size (with --corpus --batch-tokens) or --seq-len",
             "prepare": "fewer --workers",
             "pretrain": "a smaller --batch-tokens (with --accumulate), --checkpoint-layers or a smaller --preset",
         }.get(command, "a smaller --batch-tokens")

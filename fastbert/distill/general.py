@@ -29,7 +29,7 @@ from fastbert.data.tokenizer import special_ids
 from fastbert.distill.intermediate import IntermediateLoss
 from fastbert.distill.labels import digest_of
 from fastbert.distill.settings import GeneralConfig
-from fastbert.distill.students import make_encoder
+from fastbert.distill.students import make_encoder, sizes_of
 from fastbert.finetune.predict import autocast
 from fastbert.finetune.run import begun, read_config, refuse_what_is_there, resume_command, settings_text
 from fastbert.models.auto import ENCODERS, class_of
@@ -73,14 +73,15 @@ def distill_general(config: GeneralConfig, resume: bool = False) -> Path | None:
     """
     allocator.keep_memory()
     with joined() as processes, contextlib.ExitStack() as held:
-        given = processes.first(lambda: _checked(config, resume, processes))
+        given = processes.first(lambda: _checked(config, resume))
         teacher = class_of(given.teacher, ENCODERS).from_pretrained(given.teacher, add_pooling_layer=False)
         if given.seq_len > teacher.config.longest:
             longest = teacher.config.longest
             raise ValueError(f"seq_len must be at most what the teacher takes, {longest}, got {given.seq_len}")
         student = make_encoder(given, teacher)
-        inside = IntermediateLoss.between(student, teacher, given.layer_numbers)
-        print(f"student: {type(student).__name__}, {_count(student):,} parameters; teacher: {_count(teacher):,}")
+        check_devices(given.device, given.accumulate, processes, norm=student.config.norm)
+        inside = IntermediateLoss.between(student, teacher, given.layer_map)
+        print(sizes_of(student, teacher))
         processes.first(lambda: held.enter_context(begun(given, resume)))
         expect_same_folder(given.output, processes)
         training = _Training(given, teacher, student, inside, processes)
@@ -92,7 +93,7 @@ def distill_general(config: GeneralConfig, resume: bool = False) -> Path | None:
         return given.output / "model"
 
 
-def _checked(config: GeneralConfig, resume: bool, processes: Processes) -> GeneralConfig:
+def _checked(config: GeneralConfig, resume: bool) -> GeneralConfig:
     """The settings, of a run that is resumed the stored ones."""
     check_environment()
     if resume:
@@ -102,12 +103,7 @@ def _checked(config: GeneralConfig, resume: bool, processes: Processes) -> Gener
         refuse_what_is_there(config.output)
         extended_tokenizer(config.as_pretraining())
         print(check_corpus(config.corpus, config.column, separator=config.separator, quoting=config.quoting))
-    check_devices(config.device, config.accumulate, processes)
     return config
-
-
-def _count(model: nn.Module) -> int:
-    return sum(x.numel() for x in model.parameters())
 
 
 class _Training:

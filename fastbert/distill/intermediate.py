@@ -23,16 +23,18 @@ def layer_map(kind: str | Sequence[int], layers: int, teacher_layers: int) -> li
     """The teacher's layer, counted from 1, that each of the student's learns from.
 
     Args:
-        kind: "uniform", at even distances, the last by the last; "last", the teacher's last ones; or the numbers.
+        kind: "uniform", at even distances, the last by the last; "last", the teacher's last ones; or the numbers, which
+            may be written as a string, such as "4,8,12".
         layers, teacher_layers: how many the student and the teacher have.
 
     Raises:
         ValueError: more layers than the teacher has, numbers out of range or not increasing, or of another count.
     """
     if kind not in MAPS:
-        chosen = [kind] if isinstance(kind, str) else list(kind)
+        written = kind.split(",") if isinstance(kind, str) else kind
+        chosen = [int(i) if isinstance(i, str) and i.strip().isdecimal() else i for i in written]
         rising = all(type(i) is int for i in chosen) and all(a < b for a, b in zip([0, *chosen], chosen, strict=False))
-        if not rising or len(chosen) != layers or chosen[-1] > teacher_layers:
+        if not (chosen and rising) or len(chosen) != layers or chosen[-1] > teacher_layers:
             raise ValueError(
                 f"a layer map is {' or '.join(MAPS)}, or for each of the student's {layers} layers a number of the "
                 f"teacher's, increasing, from 1 to {teacher_layers}, got {kind!r}"

@@ -70,7 +70,7 @@ class Source:
             digest.update(len(text).to_bytes(8, "little") + text.encode())
             count += 1
         if not count:
-            raise ValueError(f"{', '.join(map(str, named))} hold no text: name files with a text a line")
+            raise ValueError(f"there is no text in {', '.join(map(str, named))}: name files with a text a line")
         words = hashlib.sha256(load_tokenizer(config.teacher).to_str().encode())
         longest = teacher.config.longest if config.seq_len is None else config.seq_len
         return cls(config, named, longest, count, digest.hexdigest(), digest_of(teacher), words.hexdigest())
@@ -189,6 +189,8 @@ def _write_part(folder: Path, name: str, encoded: list[Encoded], logits: Tensor)
 def refuse_other(folder: Path, identity: dict[str, Any]) -> None:
     """Raises ValueError where `folder` holds something that is no store of this identity; reads its manifest alone."""
     path = folder / MANIFEST
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is no folder, and a store of labels is one: name another --store")
     if not path.exists():
         for each in folder.iterdir() if folder.is_dir() else ():
             if not each.name.startswith((".", "part-")):

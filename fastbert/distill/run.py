@@ -14,9 +14,9 @@ from fastbert import files
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.distill.augment import MADE, augmented, load_augmenter
 from fastbert.distill.intermediate import IntermediateLoss
-from fastbert.distill.labels import Source, label, refuse_other
+from fastbert.distill.labels import Source, digest_of, label, refuse_other
 from fastbert.distill.settings import DistillConfig
-from fastbert.distill.students import make_student
+from fastbert.distill.students import make_student, sizes_of
 from fastbert.distill.training import Distiller
 from fastbert.finetune.examples import read_examples
 from fastbert.finetune.loop import EVALUATED, checked, encode_both, train_epochs
@@ -49,16 +49,16 @@ def distill(config: DistillConfig, resume: bool = False) -> Path | None:
     student = make_student(config, teacher).to(config.device)
     inside = None
     if config.intermediate_epochs:
-        inside = IntermediateLoss.between(student.base_model, teacher.base_model, config.layer_numbers)
+        inside = IntermediateLoss.between(student.base_model, teacher.base_model, config.layer_map)
         inside.to(config.device)
     teacher.to(config.device)
-    digest = fingerprint((encoded, held_out), (train.targets, evaluation.targets), classes)
+    known = fingerprint((encoded, held_out), (train.targets, evaluation.targets), classes), digest_of(teacher)
     source = Source.of(config, teacher) if config.unlabelled else None
     copies = config.output / MADE
     augmenter = load_augmenter(config) if config.augment and not copies.exists() else None
     if source is not None and not config.augment:
         refuse_other(config.store_folder, source.identity())
-    print(f"student: {type(student).__name__}, {_count(student):,} parameters; teacher: {_count(teacher):,}")
+    print(sizes_of(student, teacher))
     with begun(config, resume):
         if augmenter is not None and not augmented(config.output, augmenter, train.texts.texts):
             return _stop("texts were augmented", config)
@@ -71,7 +71,6 @@ def distill(config: DistillConfig, resume: bool = False) -> Path | None:
             labels = label(source, teacher, load_tokenizer(config.teacher), config)
             if labels is None:
                 return _stop("the teacher labelled texts", config)
-            digest = hashlib.sha256((digest + files.json_text(source.identity())).encode()).hexdigest()
         if config.label_weight < 1:
             taught = logits_of(teacher, encoded, config, EVALUATED)
             _say_how_good(logits_of(teacher, held_out, config, EVALUATED), evaluation.targets, config)
@@ -81,6 +80,8 @@ def distill(config: DistillConfig, resume: bool = False) -> Path | None:
         scale = Scale.of(train.targets) if config.regression else None
         targets = train.targets if scale is None else scale.standardized(train.targets)
         trainer = Distiller(config, student, encoded, targets, taught, labels, scale, inside, teacher)
+        of = [*known, None if source is None else source.identity()]
+        digest = hashlib.sha256(files.json_text(of).encode()).hexdigest()
         return train_epochs(
             trainer, held_out, evaluation.targets, classes, scale, digest, resume, lambda: _export_onnx(config)
         )
@@ -101,10 +102,6 @@ def load_teacher(config: DistillConfig) -> SequenceClassifier:
         told = "numbers: pass --regression" if not config.regression else "classes: leave --regression out"
         raise ValueError(f"the teacher in {config.teacher} predicts {told}")
     return teacher.requires_grad_(False)
-
-
-def _count(model: torch.nn.Module) -> int:
-    return sum(x.numel() for x in model.parameters())
 
 
 def _say_how_good(logits: Tensor, targets: Tensor, config: DistillConfig) -> None:

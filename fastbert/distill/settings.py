@@ -18,12 +18,6 @@ OutputLoss = Literal["soft", "mse"]
 STUDENTS = tuple(name.removeprefix("fastbert_") for name in SMALL)
 
 
-def layer_numbers(kind: str) -> str | list[int]:
-    """A written layer map, such as uniform or 4,8,12, as `fastbert.distill.intermediate.layer_map` takes it."""
-    parts = kind.split(",")
-    return [int(part) for part in parts] if all(part.strip().isdecimal() for part in parts) else kind
-
-
 @dataclasses.dataclass(frozen=True)
 class DistillPaths:
     """What must be given: a base of its own, so that it comes first in --help."""
@@ -107,11 +101,6 @@ class DistillConfig(TaskConfig, DistillPaths):
     @property
     def outputs_after(self) -> int:
         return self.intermediate_epochs
-
-    @property
-    def layer_numbers(self) -> str | list[int]:
-        """The layer map as `fastbert.distill.intermediate.layer_map` takes it."""
-        return layer_numbers(self.layer_map)
 
     @property
     def is_small(self) -> bool:
@@ -252,11 +241,6 @@ class GeneralConfig(GeneralPaths):
     def linear(self) -> str:
         """As of `TaskConfig`."""
         return linear.chosen(torch.bfloat16 if self.bf16 else torch.float32)
-
-    @property
-    def layer_numbers(self) -> str | list[int]:
-        """The layer map as `fastbert.distill.intermediate.layer_map` takes it."""
-        return layer_numbers(self.layer_map)
 
     def as_pretraining(self) -> PretrainConfig:
         """A pretraining run on the same data: whole texts, unmasked, by the teacher's tokenizer."""

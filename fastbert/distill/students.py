@@ -5,19 +5,19 @@ import re
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.distill.intermediate import layer_map
 from fastbert.distill.settings import DistillConfig, GeneralConfig
 from fastbert.finetune.predict import Classifier
+from fastbert.finetune.training import dropout_fields, over_folder
 from fastbert.models.auto import ENCODERS, class_of
 from fastbert.models.classification import CLASSIFIERS, SequenceClassifier
 from fastbert.models.encoder import Encoder, PreTrainedModel
 from fastbert.models.small import SMALL, SmallConfig
 
 _LAYER = re.compile(r"(.*\bencoder\.layer\.)(\d+)(\..*)")
-
 _MAKES = "intermediate.dense.weight"
 
 
@@ -37,16 +37,14 @@ def make_student(config: DistillConfig, teacher: SequenceClassifier) -> Classifi
             pad_token_id=sizes.pad_token_id, **dropout,
         )  # fmt: skip
         return SMALL[f"fastbert_{config.student}"](small, teacher.labels, teacher.problem_type)
-    changed = _dropout(config.dropout)
     if config.student == "bert":
-        student = _smaller(teacher, config, changed)
-    else:
-        student = _of_folder(Path(config.student), config.teacher, teacher, changed)
-    student.base_model.embeddings.word_embeddings.sparse = True
+        return _smaller(teacher, config)
+    student = over_folder(Path(config.student), config.dropout, teacher.labels, teacher.problem_type)
+    _expect_same_words(student, config, teacher)
     return student
 
 
-def _smaller(teacher: SequenceClassifier, config: DistillConfig, changed: dict[str, float]) -> SequenceClassifier:
+def _smaller(teacher: SequenceClassifier, config: DistillConfig) -> SequenceClassifier:
     """The teacher with those of its layers that the layer map chooses, and narrower ones."""
     sizes = teacher.config
     inner = sizes.intermediate_size if config.intermediate_size is None else config.intermediate_size
@@ -54,10 +52,12 @@ def _smaller(teacher: SequenceClassifier, config: DistillConfig, changed: dict[s
                             ("intermediate_size", sizes.intermediate_size, inner)):  # fmt: skip
         if not 1 <= got <= most:
             raise ValueError(f"{name} must be from 1 to the teacher's, {most}, got {got}")
-    smaller = dataclasses.replace(sizes, num_hidden_layers=config.layers, intermediate_size=inner, **changed)
+    changed = {"num_hidden_layers": config.layers, "intermediate_size": inner} | dropout_fields(config.dropout)
+    smaller = dataclasses.replace(sizes, **changed)
     student = type(teacher)(smaller, teacher.labels, teacher.problem_type)
-    chosen = layer_map(config.layer_numbers, config.layers, sizes.num_hidden_layers)
+    chosen = layer_map(config.layer_map, config.layers, sizes.num_hidden_layers)
     student.load_state_dict(_narrowed(_of_layers(teacher.state_dict(), chosen), inner))
+    student.base_model.embeddings.word_embeddings.sparse = True
     return student
 
 
@@ -71,20 +71,21 @@ def make_encoder(config: GeneralConfig, teacher: Encoder) -> Encoder:
         FileNotFoundError, ValueError: as `make_student`; a width that the teacher's heads do not divide.
     """
     torch.manual_seed(config.seed)
-    changed = _dropout(config.dropout)
+    changed = dropout_fields(config.dropout)
     if config.student != "bert":
         folder = Path(config.student)
         takes_pooler = class_of(folder, CLASSIFIERS).takes_pooler
-        student = class_of(folder, ENCODERS).from_pretrained(folder, add_pooling_layer=takes_pooler)
-        _expect_same_words(student, folder, teacher, config.teacher)
-        student.config = dataclasses.replace(student.config, **changed)
+        stored = class_of(folder, ENCODERS).from_pretrained(folder, add_pooling_layer=takes_pooler)
+        _expect_same_words(stored, config, teacher)
+        student = type(stored)(dataclasses.replace(stored.config, **changed), add_pooling_layer=takes_pooler)
+        student.load_state_dict(stored.state_dict())
         return student
     sizes = teacher.config
     width = sizes.hidden_size if config.width is None else config.width
     inner = config.intermediate_size or sizes.intermediate_size * width // sizes.hidden_size
     if width % sizes.num_attention_heads:
         raise ValueError(f"width must be a multiple of the teacher's {sizes.num_attention_heads} heads, got {width}")
-    chosen = layer_map(config.layer_numbers, config.layers, sizes.num_hidden_layers)
+    chosen = layer_map(config.layer_map, config.layers, sizes.num_hidden_layers)
     if width == sizes.hidden_size and inner > sizes.intermediate_size:
         raise ValueError(
             f"intermediate_size must be at most the teacher's, {sizes.intermediate_size}, where the student begins as "
@@ -97,12 +98,6 @@ def make_encoder(config: GeneralConfig, teacher: Encoder) -> Encoder:
         taken = _narrowed(_of_layers(teacher.state_dict(), chosen), inner)
         student.load_state_dict(student.state_dict() | taken)
     return student
-
-
-def _dropout(probability: float | None) -> dict[str, float]:
-    """What it changes in a configuration."""
-    names = "hidden_dropout_prob", "attention_probs_dropout_prob"
-    return {} if probability is None else dict.fromkeys(names, probability)
 
 
 def _of_layers(state: dict[str, Tensor], chosen: list[int]) -> dict[str, Tensor]:
@@ -135,22 +130,14 @@ def _narrowed(state: dict[str, Tensor], inner: int) -> dict[str, Tensor]:
     return state
 
 
-def _of_folder(
-    folder: Path, teacher_folder: Path, teacher: SequenceClassifier, changed: dict[str, float]
-) -> SequenceClassifier:
-    """The folder's encoder with a new head."""
-    kind = class_of(folder, CLASSIFIERS)
-    encoder = class_of(folder, ENCODERS).from_pretrained(folder, add_pooling_layer=kind.takes_pooler)
-    _expect_same_words(encoder, folder, teacher, teacher_folder)
-    encoder.config = dataclasses.replace(encoder.config, **changed)
-    return kind.over(encoder, teacher.labels, teacher.problem_type)
-
-
-def _expect_same_words(student: Encoder, folder: Path, teacher: PreTrainedModel, teacher_folder: Path) -> None:
+def _expect_same_words(
+    student: PreTrainedModel, config: DistillConfig | GeneralConfig, teacher: PreTrainedModel
+) -> None:
     """Raises ValueError unless the student of a folder reads what the teacher does."""
-    if load_tokenizer(folder).to_str() != load_tokenizer(teacher_folder).to_str():
+    folder = Path(config.student)
+    if load_tokenizer(folder).to_str() != load_tokenizer(config.teacher).to_str():
         raise ValueError(
-            f"{folder} has another tokenizer than the teacher in {teacher_folder}, and both must read the same tokens: "
+            f"{folder} has another tokenizer than the teacher in {config.teacher}, and both must read the same tokens: "
             "give a student that was trained with the teacher's, such as one of fastbert distill"
         )
     if student.config.vocab_size != teacher.config.vocab_size or student.config.longest < teacher.config.longest:
@@ -159,3 +146,9 @@ def _expect_same_words(student: Encoder, folder: Path, teacher: PreTrainedModel,
             f"{teacher.config.vocab_size} and {teacher.config.longest}: the student needs as many words, and no fewer "
             "tokens"
         )
+
+
+def sizes_of(student: nn.Module, teacher: nn.Module) -> str:
+    """What both are, in parameters, as a line to show."""
+    mine, theirs = (sum(x.numel() for x in model.parameters()) for model in (student, teacher))
+    return f"student: {type(student).__name__}, {mine:,} parameters; teacher: {theirs:,}"

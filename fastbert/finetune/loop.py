@@ -35,7 +35,6 @@ from fastbert.finetune.scores import better, class_scores, confusion_picture, nu
 from fastbert.finetune.settings import FinetuneConfig, TaskConfig
 from fastbert.finetune.training import Scale, Trainer, make_model
 from fastbert.models.classification import SequenceClassifier
-from fastbert.models.small import SmallClassifier
 from fastbert.pretrain import snapshot
 from fastbert.pretrain.environment import environment, name_differences, random_state, set_random_state
 from fastbert.signals import stop_signals
@@ -214,14 +213,14 @@ def _go_on(trainer: Trainer, history: History, data: str, scale: Scale | None) -
         return
     if state["data"] != data:
         raise ValueError(
-            f"the texts, their labels or the tokenizer are not those that the run in {folder} began with: put back "
-            f"{', '.join(map(str, config.read_paths()))} as they were, or start a new run in another --output"
+            f"the texts, their labels, the tokenizer or a teacher are not those that the run in {folder} began with: "
+            f"put back {', '.join(map(str, config.read_paths()))} as they were, or start a new run in another --output"
         )
     name_differences(state["environment"], config)
     try:
         trainer.learned().load_state_dict(state["model"])
     except RuntimeError as error:
-        raise ValueError(f"{config.tokenizer} is another model than the run in {folder} began with: {error}") from error
+        raise ValueError(f"the model to start from is another than the run in {folder} began with: {error}") from error
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.step, trainer.total = state["step"], state["total"]
     history.load(state)
@@ -262,6 +261,5 @@ def _write_report(trainer: Trainer, history: History, targets: Tensor, classes: 
     }  # fmt: skip
     files.write(folder, {name: picture, "scores.json": settings_text(scores)})  # from here on the run has ended
     shutil.rmtree(folder / "snapshots", ignore_errors=True)
-    readers = "fastbert predict" if isinstance(trainer.model, SmallClassifier) else "fastbert predict and transformers"
-    print(f"\n{title}\nmodel     {folder / 'model'}  (for {readers})")
+    print(f"\n{title}\nmodel     {folder / 'model'}  (for fastbert predict; {trainer.model.loaded_by})")
     print(f"scores    {folder / 'scores.json'}\npicture   {folder / name}")

@@ -6,7 +6,8 @@ words alone. Sequences are packed: no product is computed of padding.
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from fastbert.data.texts import Encoded
 from fastbert.finetune.predict import Classifier, autocast, packed_logits
 from fastbert.finetune.settings import FinetuneConfig, TaskConfig
 from fastbert.models.auto import ENCODERS, class_of
-from fastbert.models.classification import CLASSIFIERS, SequenceClassifier
+from fastbert.models.classification import CLASSIFIERS, ProblemType, SequenceClassifier
 from fastbert.optim.lazy_adam import LazyAdam, decay_groups
 from fastbert.pretrain.schedule import learning_rate
 
@@ -26,15 +27,26 @@ WIDTH, RATE = 768, 5e-5  # BERT base's width, and of the rates that Devlin et al
 def make_model(config: FinetuneConfig, classes: list[str]) -> SequenceClassifier:
     """The folder's encoder with a new head."""
     torch.manual_seed(config.seed)  # of the head, and of a pooler that the folder lacks
-    kind = class_of(config.init, CLASSIFIERS)
-    encoder = class_of(config.init, ENCODERS).from_pretrained(config.init, add_pooling_layer=kind.takes_pooler)
-    if config.dropout is not None:
-        encoder.config = dataclasses.replace(
-            encoder.config, hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout
-        )
-    model = kind.over(encoder, classes, "regression" if config.regression else "single_label_classification")
+    problem_type = "regression" if config.regression else "single_label_classification"
+    return over_folder(config.init, config.dropout, classes, problem_type)
+
+
+def over_folder(
+    folder: Path, dropout: float | None, labels: Sequence[str], problem_type: ProblemType
+) -> SequenceClassifier:
+    """The folder's encoder with a new head, to be trained here; with None the folder's dropout."""
+    kind = class_of(folder, CLASSIFIERS)
+    encoder = class_of(folder, ENCODERS).from_pretrained(folder, add_pooling_layer=kind.takes_pooler)
+    encoder.config = dataclasses.replace(encoder.config, **dropout_fields(dropout))
+    model = kind.over(encoder, labels, problem_type)
     model.base_model.embeddings.word_embeddings.sparse = True
     return model
+
+
+def dropout_fields(probability: float | None) -> dict[str, float]:
+    """What a probability of dropout changes in an encoder's configuration; None changes nothing."""
+    names = "hidden_dropout_prob", "attention_probs_dropout_prob"
+    return {} if probability is None else dict.fromkeys(names, probability)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,57 @@ class SequenceClassifierOutput(NamedTuple):
     logits: Tensor
 
 
-class SequenceClassifier(ModelWithHead):
+class Labelled:
+    """What classifiers have alike, whatever is beneath: their labels, what a folder says of these, and the loss.
+
+    Attributes:
+        labels: names of the classes, in the order of the logits; one for a regression.
+        problem_type: "single_label_classification" or "regression".
+    """
+
+    labels: tuple[str, ...]
+    problem_type: ProblemType
+
+    def set_labels(self, labels: Sequence[str], problem_type: ProblemType) -> None:
+        """Raises ValueError for another problem type, and for labels that do not fit it."""
+        if problem_type not in get_args(ProblemType):
+            kinds = " or ".join(get_args(ProblemType))
+            raise ValueError(f"problem_type must be {kinds}, got {problem_type!r}: there is no other head here")
+        if len(set(labels)) != len(labels) or (len(labels) == 1) != (problem_type == "regression"):
+            raise ValueError(f"labels must be two or more names, for a regression one, each once; got {list(labels)}")
+        self.labels, self.problem_type = tuple(labels), problem_type
+
+    def label_fields(self) -> dict[str, Any]:
+        """What config.json says of the labels."""
+        return {
+            "id2label": {str(i): label for i, label in enumerate(self.labels)},
+            "label2id": {label: i for i, label in enumerate(self.labels)},
+            "problem_type": self.problem_type,
+        }
+
+    @staticmethod
+    def stored_labels(fields: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of `set_labels`, from config.json's fields; ValueError where these do not hold."""
+        names = fields.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # what transformers leaves out
+        try:
+            labels = [names[key] for key in sorted(names, key=int)]
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(f"config.json's id2label must name a label for each number, got {names!r}") from error
+        kind = "regression" if len(labels) == 1 else "single_label_classification"
+        return {"labels": labels, "problem_type": fields.get("problem_type") or kind}
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """What `forward` says of its loss: logits [B, labels] and labels [B] -> float32 scalar; raises as that does."""
+        if labels.shape != logits.shape[:1]:
+            raise ValueError(f"labels must have shape {list(logits.shape[:1])}, got {list(labels.shape)}")
+        if self.problem_type == "regression":
+            if not labels.is_floating_point():
+                raise TypeError(f"labels of a regression must be floating point, got {labels.dtype}")
+            return F.mse_loss(logits[:, 0].float(), labels.float())
+        return cross_entropy(logits, labels, IGNORED)
+
+
+class SequenceClassifier(Labelled, ModelWithHead):
     """An encoder with a classifier over each sequence's pooled output.
 
     Args:
@@ -60,24 +110,15 @@ class SequenceClassifier(ModelWithHead):
         problem_type: ProblemType = "single_label_classification",
         classifier_dropout: float | None = None,
     ):
-        self.check_labels(labels, problem_type)
         p = classifier_dropout
         if p is not None and (type(p) not in (int, float) or not 0.0 <= p <= 1.0):
             raise ValueError(f"classifier_dropout is a probability: expected None or a number from 0 to 1, got {p!r}")
         super().__init__(config)
-        self.labels, self.problem_type, self.classifier_dropout = tuple(labels), problem_type, classifier_dropout
+        self.set_labels(labels, problem_type)
+        self.classifier_dropout = classifier_dropout
         self.dropout = Dropout(self.dropout_p)
         self.classifier = nn.Linear(config.hidden_size, len(labels))
         self.classifier.apply(self._init_weights)
-
-    @staticmethod
-    def check_labels(labels: Sequence[str], problem_type: str) -> None:
-        """Raises ValueError for another problem type, and for labels that do not fit it."""
-        if problem_type not in get_args(ProblemType):
-            kinds = " or ".join(get_args(ProblemType))
-            raise ValueError(f"problem_type must be {kinds}, got {problem_type!r}: there is no other head here")
-        if len(set(labels)) != len(labels) or (len(labels) == 1) != (problem_type == "regression"):
-            raise ValueError(f"labels must be two or more names, for a regression one, each once; got {list(labels)}")
 
     @property
     def dropout_p(self) -> float:
@@ -97,22 +138,10 @@ class SequenceClassifier(ModelWithHead):
 
     @classmethod
     def stored_options(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        names = fields.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # what transformers leaves out
-        try:
-            labels = [names[key] for key in sorted(names, key=int)]
-        except (TypeError, ValueError, KeyError) as error:
-            raise ValueError(f"config.json's id2label must name a label for each number, got {names!r}") from error
-        kind = "regression" if len(labels) == 1 else "single_label_classification"
-        dropout = fields.get("classifier_dropout")
-        return {"labels": labels, "problem_type": fields.get("problem_type") or kind, "classifier_dropout": dropout}
+        return cls.stored_labels(fields) | {"classifier_dropout": fields.get("classifier_dropout")}
 
     def fields(self) -> dict[str, Any]:
-        return super().fields() | {
-            "id2label": {str(i): label for i, label in enumerate(self.labels)},
-            "label2id": {label: i for i, label in enumerate(self.labels)},
-            "problem_type": self.problem_type,
-            "classifier_dropout": self.classifier_dropout,
-        }
+        return super().fields() | self.label_fields() | {"classifier_dropout": self.classifier_dropout}
 
     def forward(
         self,
@@ -141,16 +170,6 @@ class SequenceClassifier(ModelWithHead):
         ).pooled_output  # fmt: skip
         logits = self.classifier(self.dropout(pooled))
         return SequenceClassifierOutput(None if labels is None else self.loss(logits, labels), logits)
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """What `forward` says of its loss: logits [B, labels] and labels [B] -> float32 scalar; raises as that does."""
-        if labels.shape != logits.shape[:1]:
-            raise ValueError(f"labels must have shape {list(logits.shape[:1])}, got {list(labels.shape)}")
-        if self.problem_type == "regression":
-            if not labels.is_floating_point():
-                raise TypeError(f"labels of a regression must be floating point, got {labels.dtype}")
-            return F.mse_loss(logits[:, 0].float(), labels.float())
-        return cross_entropy(logits, labels, IGNORED)
 
 
 class BertForSequenceClassification(SequenceClassifier):

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from fastbert.backends.attention import check_sequences
 from fastbert.models import checkpoint
-from fastbert.models.classification import ProblemType, SequenceClassifier, SequenceClassifierOutput
+from fastbert.models.classification import Labelled, ProblemType, SequenceClassifierOutput
 from fastbert.ops.checks import check_tensor
 
 
@@ -35,7 +36,7 @@ class SmallConfig:
         dropout: probability, on the embeddings and on what is pooled.
 
     Raises:
-        ValueError: a size below 1, no window, or no probability.
+        ValueError: a size below 1, no window, a padding that is no id, or no probability.
     """
 
     vocab_size: int
@@ -54,6 +55,9 @@ class SmallConfig:
         for name, value in sizes.items() | {("windows", window) for window in self.windows or (0,)}:
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be an integer from 1 on, got {value!r}")
+        pad = self.pad_token_id
+        if pad is not None and (type(pad) is not int or not 0 <= pad < self.vocab_size):
+            raise ValueError(f"pad_token_id must be None or an id in the vocabulary of {self.vocab_size}, got {pad!r}")
         if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is a probability below 1, got {self.dropout!r}")
 
@@ -62,7 +66,7 @@ class SmallConfig:
         return self.max_length
 
 
-class SmallClassifier(nn.Module):
+class SmallClassifier(Labelled, nn.Module):
     """What both have: the embeddings, the linear layer at the end, and folders; a subclass has `features`.
 
     Args:
@@ -71,7 +75,7 @@ class SmallClassifier(nn.Module):
         problem_type: "single_label_classification" or "regression".
 
     Raises:
-        ValueError: as `SequenceClassifier`.
+        ValueError: another problem type, or labels that do not fit it.
     """
 
     model_type: ClassVar[str]
@@ -80,8 +84,8 @@ class SmallClassifier(nn.Module):
         self, config: SmallConfig, labels: Sequence[str], problem_type: ProblemType = "single_label_classification"
     ):
         super().__init__()
-        SequenceClassifier.check_labels(labels, problem_type)
-        self.config, self.labels, self.problem_type = config, tuple(labels), problem_type
+        self.set_labels(labels, problem_type)
+        self.config = config
         self.word_embeddings = nn.Embedding(
             config.vocab_size, config.embedding_size, padding_idx=config.pad_token_id, sparse=True
         )
@@ -124,7 +128,8 @@ class SmallClassifier(nn.Module):
             SequenceClassifierOutput. A text without tokens has the classifier's bias for logits.
 
         Raises:
-            ValueError, TypeError: shapes or dtypes that do not fit, padding that stands before a token.
+            ValueError, TypeError: shapes or dtypes that do not fit, boundaries that do not make up the tokens, padding
+                that stands before a token.
         """
         check_tensor("input_ids", input_ids)
         if cu_seqlens is not None:
@@ -147,8 +152,6 @@ class SmallClassifier(nn.Module):
         logits = self.classifier(self.dropout(x))
         return SequenceClassifierOutput(None if labels is None else self.loss(logits, labels), logits)
 
-    loss = SequenceClassifier.loss
-
     def _padded(self, input_ids: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
         """A packed batch as ids and mask [B, S]."""
         if input_ids.dim() != 1 or cu_seqlens.dim() != 1 or not len(cu_seqlens):
@@ -157,6 +160,7 @@ class SmallClassifier(nn.Module):
                 f"{list(input_ids.shape)}"
             )
         lengths = cu_seqlens.diff().long()
+        check_sequences(cu_seqlens, len(input_ids), len(input_ids))
         texts = input_ids.split(lengths.tolist())
         ids = pad_sequence(texts, batch_first=True, padding_value=self.config.pad_token_id or 0)
         return ids, torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
@@ -167,12 +171,13 @@ class SmallClassifier(nn.Module):
 
     def fields(self) -> dict[str, Any]:
         """What config.json says of the model."""
-        return dataclasses.asdict(self.config) | {
-            "architectures": [type(self).__name__],
-            "model_type": self.model_type,
-            "id2label": {str(i): label for i, label in enumerate(self.labels)},
-            "problem_type": self.problem_type,
-        }
+        kind = {"architectures": [type(self).__name__], "model_type": self.model_type}
+        return dataclasses.asdict(self.config) | kind | self.label_fields()
+
+    @property
+    def loaded_by(self) -> str:
+        """Who loads its folder, as a sentence."""
+        return f"fastbert.models.small.{type(self).__name__}.from_pretrained loads it"
 
     def save_pretrained(self, folder: str | os.PathLike, tokenizer: Any = None) -> None:
         """Writes config.json, model.safetensors and the tokenizer's files; see `checkpoint.save`."""
@@ -192,8 +197,7 @@ class SmallClassifier(nn.Module):
         known = {field.name for field in dataclasses.fields(SmallConfig)}
         try:
             config = SmallConfig(**{name: value for name, value in fields.items() if name in known})
-            options = SequenceClassifier.stored_options(fields)
-            model = cls(config, options["labels"], options["problem_type"])
+            model = cls(config, **cls.stored_labels(fields))
             model.load_state_dict(checkpoint.read_tensors(Path(folder)))
         except (TypeError, RuntimeError, ValueError) as error:
             raise ValueError(

@@ -20,12 +20,13 @@ import math
 import torch
 from torch import Tensor
 
+from fastbert.backends.attention import check_sequences
 from fastbert.ops.attention import Padding, check_packed
-from fastbert.ops.checks import as_int, check_tensor, wide
+from fastbert.ops.checks import as_int, check_tensor
 from fastbert.ops.register import once_differentiable
 
-# Scores in memory at a time, of one head at least. A CPU is fastest by single heads, whose scores stay in its caches. A
-# GPU would wait for the launches of so many small products: there heads are computed together up to 64 MiB of scores.
+# Scores in memory at a time, of one head at least. On a CPU a single head's stay in the caches. A GPU would wait for
+# the launches of so many small products: there heads are computed together up to 64 MiB of scores.
 AT_ONCE = {"cpu": 1, "cuda": 1 << 24}
 
 
@@ -44,7 +45,8 @@ def attention_distillation(
         A float32 number (float64 for float64 inputs); 0 where there is no token.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit, other numbers of heads among them.
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, other numbers of heads among them; sequences
+            that do not hold (looked at on the CPU only: elsewhere it would wait for the device).
     """
     check_packed("q", q, cu_seqlens, axes=3)
     for name, x, like in (("k", k, q), ("teacher_q", teacher_q, None), ("teacher_k", teacher_k, teacher_q)):
@@ -61,6 +63,7 @@ def attention_distillation(
             f"{list(teacher_q.shape)}: a student's attention is taught by a teacher with as many heads"
         )
     max_seqlen = as_int("max_seqlen", max_seqlen)
+    check_sequences(cu_seqlens, max_seqlen, q.shape[0])
     return _Loss.apply(q, k, teacher_q.detach(), teacher_k.detach(), cu_seqlens, max_seqlen)
 
 
@@ -70,7 +73,7 @@ def loss_and_gradients(
     """(loss, dq, dk), the gradients in the dtype of sums; arguments as `attention_distillation`."""
     layout = Padding(cu_seqlens, max_seqlen, q.shape[0])
     heads, scale, teacher_scale = q.shape[1], 1 / math.sqrt(q.shape[2]), 1 / math.sqrt(teacher_q.shape[2])
-    lengths = wide(cu_seqlens.diff().to(q.dtype)) if q.dtype == torch.float64 else cu_seqlens.diff().float()
+    lengths = cu_seqlens.diff().to(torch.promote_types(q.dtype, torch.float32))
     share = 1 / (heads * lengths.square().sum().clamp(min=1))
     loss, dq, dk = share.new_zeros(()), [], []
     sequences = cu_seqlens.numel() - 1

@@ -1,5 +1,6 @@
 """A student learns a pretrained model's inside on a corpus, and then a task."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,9 +19,10 @@ pytest.importorskip("tensorboard")
 
 from fastbert import cli
 from fastbert.data.tokenizer import load_tokenizer
-from fastbert.distill import DistillConfig, GeneralConfig, distill, distill_general, general
+from fastbert.distill import DistillConfig, GeneralConfig, distill, distill_general, general, students
 from fastbert.models import BertModel
 from fastbert.models.auto import ENCODERS, class_of
+from fastbert.pretrain.processes import Processes
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,23 @@ def test_the_student_comes_nearer_and_is_a_folder_for_the_second_stage(config, d
     assert distill(second) == tmp_path / "second/model"
 
 
+def test_batches_count_by_their_tokens_and_evaluation_is_without_dropout(config, tmp_path, monkeypatch):
+    compute, seen = general._Training._loss, []
+
+    def loss(self, batch):
+        seen.append((self.student.training, batch.filled_tokens, compute(self, batch)))
+        return seen[-1][2]
+
+    monkeypatch.setattr(general._Training, "_loss", loss)
+    short = dataclasses.replace(config, steps=1, evaluations=1, output=tmp_path / "run")
+    distill_general(short)
+    record = json.loads((short.output / "metrics.jsonl").read_text().splitlines()[0])
+    for training, given in ((True, record["loss"]), (False, held_out(short.output)[0]["loss"])):
+        counts, losses = zip(*((n, x.item()) for trains, n, x in seen if trains is training), strict=True)
+        assert len(set(counts)) > 1
+        assert given == pytest.approx(sum(n * x for n, x in zip(counts, losses, strict=True)) / sum(counts), rel=1e-6)
+
+
 def test_stopped_and_resumed_in_the_same_bits(config, done, tmp_path, monkeypatch):
     take, steps = general._Training._step, []
 
@@ -90,6 +109,16 @@ def killed(*_, **__):
     raise KeyboardInterrupt
 
 
+def test_a_folders_student_has_the_dropout_that_is_asked_for(config):
+    teacher = BertModel.from_pretrained(config.teacher, add_pooling_layer=False)
+    student = students.make_encoder(
+        dataclasses.replace(config, student=str(config.teacher), layers=None, width=None), teacher
+    )
+    probabilities = {module.dropout_p for module in student.modules() if hasattr(module, "dropout_p")}
+    assert probabilities == {0.1} and student.config.attention_probs_dropout_prob == 0.1
+    assert all(torch.equal(x, student.state_dict()[name]) for name, x in teacher.state_dict().items())
+
+
 @pytest.mark.parametrize("kind", ["roberta", "ernie"])
 def test_other_kinds_of_model_and_a_kill_before_the_data_is_there(kind, config, tmp_path, monkeypatch):
     other = dataclasses.replace(
@@ -97,9 +126,7 @@ def test_other_kinds_of_model_and_a_kill_before_the_data_is_there(kind, config, 
         width=None, intermediate_size=48, seq_len=30, bf16=kind == "roberta",
     )  # fmt: skip
     with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
-        broken.setattr(
-            "fastbert.pretrain.prepare.prepare_store", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
+        broken.setattr("fastbert.pretrain.prepare.prepare_store", killed)
         distill_general(other)
     made = distill_general(other, resume=True)
     assert class_of(made, ENCODERS).from_pretrained(made, add_pooling_layer=False).config.intermediate_size == 48
@@ -133,19 +160,26 @@ def test_what_does_not_hold_is_refused_before_anything_is_written(config, tmp_pa
         with pytest.raises((ValueError, FileNotFoundError)) as error:
             distill_general(dataclasses.replace(new, **changes))
         assert why in str(error.value) and not new.output.exists()
-    arguments = [
-        "--corpus",
-        config.corpus,
-        "--teacher",
-        config.teacher,
-        "--student",
-        "bert",
-        "--steps",
-        1,
-        "--output",
-        new.output,
-    ]
+    arguments = [f"--corpus={config.corpus}", "--teacher", config.teacher, "--student", "bert", "--steps", 1]
+    arguments += ["--output", new.output]
     assert "--student bert needs --layers" in bad(capsys, monkeypatch, "distill", *arguments)
+
+
+class _Two(Processes):
+    """As the first of two sees them before they exchange anything."""
+
+    def first(self, make):
+        return make()
+
+
+def test_running_statistics_of_several_processes_are_refused(config, tmp_path, monkeypatch):
+    sizes = dataclasses.replace(BertModel.from_pretrained(config.teacher).config, norm="batch")
+    BertModel(sizes).save_pretrained(tmp_path / "batch", load_tokenizer(config.teacher))
+    new = dataclasses.replace(config, teacher=tmp_path / "batch", output=tmp_path / "new")
+    monkeypatch.setattr(general, "joined", lambda: contextlib.nullcontext(_Two(count=2)))
+    with pytest.raises(ValueError, match="norm 'batch' keeps running statistics"):
+        distill_general(new)
+    assert not new.output.exists()
 
 
 def test_two_processes_take_the_steps_of_one(config, done, tmp_path):

@@ -14,6 +14,7 @@ pytest.importorskip("sklearn")
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.distill import DistillConfig, distill
 from fastbert.distill.intermediate import IntermediateLoss, layer_map, mean_squared, refuse_inside, watched
+from fastbert.distill.training import Distiller
 from fastbert.finetune.predict import load
 from fastbert.finetune.training import Trainer
 from fastbert.models import AlbertConfig, AlbertModel, BertConfig, BertModel
@@ -29,8 +30,9 @@ def bert(layers, width):
 
 def test_layer_maps():
     assert layer_map("uniform", 2, 12) == [6, 12] and layer_map("last", 2, 12) == [11, 12]
-    assert layer_map([1, 5, 12], 3, 12) == [1, 5, 12]
-    for kind, layers in (("uniform", 13), ("last", 0), ([3, 3], 2), ([0, 3], 2), ([3, 13], 2), ([3], 2), ("fist", 1)):
+    assert layer_map([1, 5, 12], 3, 12) == layer_map("1, 5,12", 3, 12) == [1, 5, 12]
+    for kind, layers in (("uniform", 13), ("last", 0), ([3, 3], 2), ([0, 3], 2), ("3,13", 2), ("3", 2), ("fist", 1),
+                         ("3,", 2), ([], 0)):  # fmt: skip
         with pytest.raises(ValueError, match=r"to the teacher's|increasing, from 1 to 12"):
             layer_map(kind, layers, 12)
 
@@ -100,7 +102,11 @@ def test_a_narrower_student_learns_the_inside_then_outputs_and_resumes_in_the_sa
     narrow = dataclasses.replace(encoder.config, hidden_size=16, intermediate_size=32)
     BertModel(narrow).save_pretrained(tmp_path / "narrow", load_tokenizer(config.teacher))
     config = dataclasses.replace(config, student=str(tmp_path / "narrow"), layers=None)
-    distill(config)
+    inside, of_inside = Distiller.inside_loss, []
+    with monkeypatch.context() as counted:
+        counted.setattr(Distiller, "inside_loss", lambda *some: of_inside.append(some[0].step) or inside(*some))
+        distill(config)
+    assert of_inside == list(range(18)), "three epochs of six steps"
     scores = json.loads((config.output / "scores.json").read_text())
     losses = [epoch["loss"] for epoch in scores["epochs"]]
     assert scores["best_epoch"] > 3, "before, no output was trained"

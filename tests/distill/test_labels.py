@@ -84,6 +84,11 @@ def test_a_store_of_something_else_is_refused(config, lesson, tmp_path):
         teacher.classifier.bias[0] += 1e-3
     with pytest.raises(ValueError, match="its teacher differing"):
         label(Source.of(config, teacher), teacher, load_tokenizer(config.teacher), config)
+    with torch.no_grad():
+        teacher.classifier.bias[0] = torch.inf
+    endless = dataclasses.replace(config, store=tmp_path / "endless")
+    with pytest.raises(ValueError, match="are not finite: it diverged"):
+        label(Source.of(endless, teacher), teacher, load_tokenizer(config.teacher), endless)
     with lock.hold(config.store), pytest.raises(BlockingIOError, match="labels texts there"):
         made(config)
     with pytest.raises(ValueError, match=r"is no store of labels, it holds \w+"):

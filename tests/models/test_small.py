@@ -96,8 +96,13 @@ def test_what_does_not_hold_is_refused(model):
         model(ids, torch.tensor([[0, 1, 1]]))
     with pytest.raises(ValueError, match=r"attention_mask must have input_ids' shape \[1, 3\], got \[1, 2\]"):
         model(ids, torch.ones(1, 2))
-    with pytest.raises(ValueError, match="width must be an integer from 1 on, got 0"):
-        SmallConfig(10, width=0)
+    for bounds in ([0, 2], [0, 5, 3]):
+        with pytest.raises(ValueError, match=r"cu_seqlens must start at 0, never decrease and end at .*, 3"):
+            model(ids[0], cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+    for wrong, why in (({"width": 0}, "width must be an integer from 1 on, got 0"),
+                       ({"pad_token_id": 10}, "pad_token_id must be None or an id")):  # fmt: skip
+        with pytest.raises(ValueError, match=why):
+            SmallConfig(10, **wrong)
 
 
 @pytest.mark.filterwarnings("ignore")

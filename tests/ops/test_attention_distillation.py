@@ -55,5 +55,8 @@ def test_what_does_not_fit_is_refused_and_no_token_gives_zero():
         attention_distillation(q, k, teacher_q[:, :1], teacher_k[:, :1], cu, 7)
     with pytest.raises(ValueError, match="k must be like its queries"):
         attention_distillation(q, k[:5], teacher_q, teacher_k, cu, 7)
+    for bounds, longest, why in (([0, 8, 5, 11], 11, "never decrease"), ([0, 4, 11], 6, "max_seqlen is 6")):
+        with pytest.raises(ValueError, match=why):
+            attention_distillation(q, k, teacher_q, teacher_k, torch.tensor(bounds, dtype=torch.int32), longest)
     nothing = torch.zeros(0, 2, 3, requires_grad=True)
     assert attention_distillation(nothing, nothing, nothing, nothing, cu[:1], 1) == 0
