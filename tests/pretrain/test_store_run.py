@@ -28,6 +28,7 @@ def store(corpus, tmp_path_factory):
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker")  # where there is one core
 def test_a_run_from_a_store_is_the_run_from_its_corpus(store, corpus, tmp_path, capsys):
     """The same documents are held out, so the weights are the same, bit for bit; workers prepare the same batches."""
     ours = PretrainConfig(output=tmp_path / "store", store=store, workers=2, **TINY)
