@@ -1,5 +1,8 @@
 """`fastbert attention`: probabilities beside those of transformers, the page in a real browser, the picture."""
 
+import base64
+import json
+import re
 import sys
 
 import browser
@@ -8,11 +11,11 @@ import torch
 from pretrain_runs import bad
 
 from fastbert import cli
-from fastbert.attention_page import draw, probabilities
+from fastbert.attention_page import draw, page, probabilities
 from fastbert.data import load_tokenizer, special_ids, train_byte_bpe, train_tokenizer
 from fastbert.models.auto import ENCODERS, AutoModel
 
-TEXTS = ["the film was long", "a </script> film"]
+TEXTS = ["the film was long", "a film"]
 
 
 @pytest.fixture(scope="module", params=["bert", "albert", "roberta", "ernie", "bert clm"])
@@ -79,6 +82,14 @@ def test_the_page_draws_a_head_and_changes_it_by_a_click(folder, tmp_path, monke
         page.click("#lines")
         assert page.value("pen.getImageData(0, 0, view.width, view.height).data.some(x => x > 0)")
         assert page.requests == [html.resolve().as_uri()] and not page.errors
+
+
+def test_a_token_does_not_end_the_script():
+    written = page(torch.eye(2).view(1, 1, 2, 2), ["</script>", "__DATA__"], [0, 1], "<b>")
+    assert written.count("</script>") == 1 and "<b>" not in written
+    data = json.loads(re.search("const data = (.*);", written)[1])
+    assert data["tokens"] == ["</script>", "__DATA__"] and data["model"] == "<b>" and data["second"] == 1
+    assert base64.b64decode(data["probabilities"]) == b"\xff\xff\0\0\0\0\xff\xff"
 
 
 def test_a_picture_takes_any_token(tmp_path, capsys):

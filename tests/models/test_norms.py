@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastbert import AutoModel, BertConfig, BertForPreTraining
+from fastbert import AlbertConfig, AutoModel, BertConfig, BertForPreTraining
 from fastbert.models.config import WITH_RUNNING
 from fastbert.models.norms import EPS, NORMS, Tokens
 from fastbert.models.working import WorkingCopy
@@ -203,6 +203,8 @@ def test_what_cannot_be_is_refused():
         config("instance", is_decoder=True)
     with pytest.raises(ValueError, match="pad_token_id must say"):
         config("batch", pad_token_id=None)
+    with pytest.raises(ValueError, match="ALBERT's layers, which differ in them, are one"):
+        AlbertConfig(norm="switchable")
     with pytest.raises(ValueError, match="here are 2: start one process"):
         check_devices("cpu", 2, Processes(0, 2), norm="batch")
     model = BertForPreTraining(config("batch")).train()
