@@ -2,10 +2,10 @@
 
     python benchmarks/norms.py --output runs/norms [--steps 250] [--threads 1] [--norms layer batch ...]
 
-Every training is one run of masked words on film reviews by `fastbert pretrain`'s loop, kept in --output: called again,
-the script does what is left. A batch of 4 times 64 tokens holds at least four sequences, as some are shorter. Held-out
-loss is in evaluation mode, where batch and switchable norm use their running statistics; the loss in training, where
-they use the batch's own, is the mean over the last tenth of the steps.
+Every training is one run of masked words on film reviews by `fastbert pretrain`'s loop, kept in --output, in a folder
+for these steps and reviews: called again, the script does what is left. A batch of 4 times 64 tokens holds at least
+four sequences, as some are shorter. Held-out loss is in evaluation mode, where batch and switchable norm use their
+running statistics; the loss in training, where they use the batch's own, is the mean over the last tenth of the steps.
 
 It writes a CSV file with a line per training and a picture of the held-out losses beside it.
 """
@@ -100,6 +100,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    options.output /= f"{options.steps}-steps-of-every-{options.every}"
     options.output.mkdir(parents=True, exist_ok=True)
     fastbert.keep_memory()
     torch.set_num_threads(options.threads)

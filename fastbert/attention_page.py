@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +21,11 @@ from fastbert.models.layers import MultiHeadAttention
 from fastbert.pretrain.settings import expect
 
 LONGEST = 128  # tokens; a page of more is large, and too fine to be read
+# For the picture, those of them that are installed; the first comes with matplotlib, the others have Chinese.
+FONTS = (
+    "DejaVu Sans", "Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "SimHei",
+    "Microsoft YaHei", "PingFang SC", "Arial Unicode MS",
+)  # fmt: skip
 TEMPLATE = Path(__file__).with_suffix(".html")
 
 
@@ -43,7 +49,8 @@ class AttentionConfig:
         for name, suffix in (("output", ".html"), ("png", ".png")):
             path = getattr(self, name)
             if path is not None:
-                expect(path.suffix == suffix, name, f"a file that ends in {suffix}", str(path))
+                is_file = path.suffix == suffix and not path.is_dir()
+                expect(is_file, name, f"a file that ends in {suffix}, not a folder", str(path))
                 if not path.absolute().parent.is_dir():
                     raise ValueError(f"the folder of {path} does not exist: make it, or choose another --{name}")
 
@@ -98,7 +105,7 @@ def probabilities(model: Encoder, ids: Tensor, types: Tensor) -> Tensor:
 
 
 def page(found: Tensor, tokens: Sequence[str], type_ids: Sequence[int], model: str) -> str:
-    """The page as HTML, with the probabilities [layers, heads, S, S] in it, in 65,536ths."""
+    """The page as HTML, with the probabilities [layers, heads, S, S] in it, in 65,535ths."""
     packed = (found * 65535).round().to(torch.int32).numpy().astype("<u2").tobytes()
     data = {
         "model": model, "tokens": list(tokens), "layers": found.shape[0], "heads": found.shape[1],
@@ -111,10 +118,18 @@ def page(found: Tensor, tokens: Sequence[str], type_ids: Sequence[int], model: s
 
 def draw(found: Tensor, tokens: Sequence[str], path: Path) -> None:
     """All layers (rows) and heads (columns) as one picture for print; tokens at the outer maps, where they are few."""
+    from matplotlib import font_manager
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     layers, heads, size, _ = found.shape
+    installed = set(font_manager.get_font_names())
+    families = [name for name in FONTS if name in installed]
+    fonts = [font_manager.get_font(font_manager.findfont(name)) for name in families]
+    shown = tokens if size <= 24 else []
+    boxes = sorted(c for c in set("".join(shown)) if not any(font.get_char_index(ord(c)) for font in fonts))
+    if boxes:
+        print(f"no font here has {' '.join(boxes)}: boxes stand for them in the picture until one is installed")
     inches = max(1.1, 0.16 * size) if size <= 24 else 1.6
     figure = Figure(figsize=(inches * heads + 1.2, inches * layers + 1.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -123,8 +138,11 @@ def draw(found: Tensor, tokens: Sequence[str], path: Path) -> None:
         for head in range(heads):
             axes = panels[layer, head]
             axes.imshow(found[layer, head].numpy(), cmap="Blues", vmin=0, vmax=1)
-            below, left = (tokens if size <= 24 and outer else [] for outer in (layer == layers - 1, head == 0))
-            axes.set_xticks(range(len(below)), below, rotation=90, fontsize=7)
-            axes.set_yticks(range(len(left)), left, fontsize=7)
+            below, left = (shown if outer else [] for outer in (layer == layers - 1, head == 0))
+            text = {"fontsize": 7, "fontfamily": families, "parse_math": False}  # "$$" is no formula
+            axes.set_xticks(range(len(below)), below, rotation=90, **text)
+            axes.set_yticks(range(len(left)), left, **text)
             axes.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=8)
-    figure.savefig(path, dpi=150)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # said above
+        figure.savefig(path, dpi=150)

@@ -188,7 +188,7 @@ FAULTS = [
         ("total[between]", "total[between] - lengths[between]"),
     ),
     *python(
-        "data/shards", "data/test_shards.py",
+        "data/shards", "data/test_shards.py data/test_shards_refused.py",
         ('(store / PLAN).unlink()  # the call', 'pass  # the call'),
         ("if stores[-1].fingerprint != expected:", "if False:"),
         ("if (stat.st_size, stat.st_mtime_ns) != (size, changed):", "if False:"),

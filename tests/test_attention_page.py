@@ -1,5 +1,8 @@
 """`fastbert attention`: probabilities beside those of transformers, the page in a real browser, the picture."""
 
+import base64
+import json
+import re
 import sys
 
 import browser
@@ -8,21 +11,23 @@ import torch
 from pretrain_runs import bad
 
 from fastbert import cli
-from fastbert.attention_page import probabilities
+from fastbert.attention_page import draw, page, probabilities
 from fastbert.data import load_tokenizer, special_ids, train_byte_bpe, train_tokenizer
 from fastbert.models.auto import ENCODERS, AutoModel
 
-TEXTS = ["the film was long", "a </script> film"]
+TEXTS = ["the film was long", "a film"]
 
 
-@pytest.fixture(scope="module", params=["bert", "albert", "roberta", "ernie"])
+@pytest.fixture(scope="module", params=["bert", "albert", "roberta", "ernie", "bert clm"])
 def folder(request, tmp_path_factory):
-    tokenizer = {"roberta": train_byte_bpe}.get(request.param, train_tokenizer)(TEXTS * 3, 300)
+    name, _, objective = request.param.partition(" ")
+    tokenizer = {"roberta": train_byte_bpe}.get(name, train_tokenizer)(TEXTS * 3, 300)
     torch.manual_seed(5)
-    kind = ENCODERS[request.param]
+    kind = ENCODERS[name]
     config = kind.config_class.preset(
         "tiny", vocab_size=max(tokenizer.get_vocab().values()) + 1, pad_token_id=special_ids(tokenizer).pad,
         max_position_embeddings=66, initializer_range=0.2, num_hidden_layers=3,
+        is_decoder=objective == "clm",
     )  # fmt: skip
     path = tmp_path_factory.mktemp(request.param)
     kind(config).save_pretrained(path, tokenizer=tokenizer)
@@ -79,9 +84,28 @@ def test_the_page_draws_a_head_and_changes_it_by_a_click(folder, tmp_path, monke
         assert page.requests == [html.resolve().as_uri()] and not page.errors
 
 
+def test_a_token_does_not_end_the_script():
+    written = page(torch.eye(2).view(1, 1, 2, 2), ["</script>", "__DATA__"], [0, 1], "<b>")
+    assert written.count("</script>") == 1 and "<b>" not in written
+    data = json.loads(re.search("const data = (.*);", written)[1])
+    assert data["tokens"] == ["</script>", "__DATA__"] and data["model"] == "<b>" and data["second"] == 1
+    assert base64.b64decode(data["probabilities"]) == b"\xff\xff\0\0\0\0\xff\xff"
+
+
+def test_a_picture_takes_any_token(tmp_path, capsys):
+    """A formula's sign is none, and what no font has is said once."""
+    draw(torch.rand(1, 2, 3, 3), ["$$", "\\frac", "\ue000"], tmp_path / "a.png")
+    assert capsys.readouterr().out.startswith("no font here has \ue000: boxes stand for them")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_what_cannot_be_shown_is_refused(folder, tmp_path, capsys, monkeypatch):
     said = bad(capsys, monkeypatch, "attention", folder, "film " * 200, "--output", tmp_path / "a.html")
     assert "too many to be looked at" in said
     said = bad(capsys, monkeypatch, "attention", folder, "film", "--output", tmp_path / "a.txt")
     assert "output must be a file that ends in .html" in said
     assert not list(tmp_path.iterdir())
+    (tmp_path / "a.png").mkdir()
+    given = "attention", folder, "film", "--output", tmp_path / "a.html", "--png", tmp_path / "a.png"
+    assert "png must be a file that ends in .png, not a folder" in bad(capsys, monkeypatch, *given)
+    assert not (tmp_path / "a.html").exists()

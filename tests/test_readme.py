@@ -68,20 +68,23 @@ def test_examples_run_as_printed(page, readers_folder):
 def commands(*beginnings):
     for page in PAGES:
         for language, text in BLOCK.findall(page.read_text()):
-            for line in text.splitlines():
+            for line in text.replace("\\\n", "").splitlines():
                 if not language and line.startswith(beginnings):
                     yield pytest.param(line, id=f"{page.name}: {line[:40]}")
 
 
-ON_MODELS = "finetune", "predict", "embed", "fill"
+ON_MODELS = {
+    "finetune": "finetune.finetune", "predict": "finetune.predict", "embed": "embed.embed", "fill": "fill.fill",
+    "attention": "attention_page.attention", "distill": "distill.distill",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("command", list(commands(*(f"fastbert {name} " for name in ON_MODELS))))
 def test_commands_on_models_are_understood(command, monkeypatch):
     pytest.importorskip("sklearn")
     seen, words = [], shlex.split(command, comments=True)
-    module = f"fastbert.{words[1]}" if words[1] in ("embed", "fill") else "fastbert.finetune"
-    monkeypatch.setattr(f"{module}.{words[1]}", lambda config, **resume: seen.append(config))
+    function = "distill.distill_general" if "--corpus" in words else ON_MODELS[words[1]]
+    monkeypatch.setattr(f"fastbert.{function}", lambda config, **resume: seen.append(config))
     monkeypatch.setattr(sys, "argv", words)
     with contextlib.suppress(SystemExit):
         cli.main()

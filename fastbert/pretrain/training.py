@@ -80,13 +80,13 @@ class Training:
         state = snapshot.load(config.output / "snapshots", STATE, processes) or {}
         self.phase, self.tokens = state.get("phase", 0), state.get("tokens", 0)
         self._own_tokens = 0  # of this process, not yet counted among those of all
-        done = state.get("step", 0), state.get("milliseconds", 0)
-        self.progress = Progress(config.steps, config.minutes, *done, clock)
         if state:
             check_fingerprints(state["data"], data.fingerprints, config.output)
             name_differences(state["environment"], config)
             load_trained(state, self.model, self.optimizer, config.output, processes)
             set_random_state(state["random"], config.device)
+        done = state.get("step", 0), state.get("milliseconds", 0)
+        self.progress = Progress(config.steps, config.minutes, *done, clock)  # loading is no training
         share = processes.share(config.accumulate)
         self._stream = Stream(data.train[self.phase], config.workers, config.accumulate, share)
         if state:

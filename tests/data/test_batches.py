@@ -282,7 +282,7 @@ ROWS = {"objective": "mlm", "inputs": "full-sentences", "unit": "span"}
 
 
 @pytest.mark.parametrize(("workers", "options"), [(1, {}), (2, {"static": True}), (7, ROWS)])
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 7 worker")
+@pytest.mark.filterwarnings("ignore:This DataLoader will create [27] worker")  # more than there are cores
 def test_workers_and_starting_point_change_nothing(store, tokenizer, workers, options):
     batches = make(store, tokenizer, **options)
     loader = DataLoader(batches, batch_size=None, sampler=range(3, 12), num_workers=workers)

@@ -1,74 +1,23 @@
-"""Stores of many shards: the same bytes however they come about, nothing lost, nothing overwritten."""
+"""Stores of many shards: nothing lost, and the same bytes however they come about."""
 
-import gzip
 import json
-import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shard_stores import SHARD, TEXTS, again, content
 
-from fastbert.data import (
-    PretrainBatches,
-    Reading,
-    TokenStore,
-    iter_documents,
-    load_tokenizer,
-    open_stores,
-    prepare_store,
-    save_tokenizer,
-    shards,
-    special_ids,
-    train_tokenizer,
-)
-from fastbert.data.corpus import piece_documents
-from fastbert.data.pieces import cut, in_shards
-from fastbert.data.shards import PLAN, STORE, read_index, read_tokenizer
+from fastbert.data import PretrainBatches, TokenStore, iter_documents, open_stores, special_ids
+from fastbert.data.shards import read_index, read_tokenizer
 from fastbert.data.store import Joined
 from fastbert.data.wordwise import Encoder
 from fastbert.data.writer import Vocabulary, write_sides
-
-TEXTS = [text for _, text in sorted(topics.items())][:60]
-SHARD = 24_000  # bytes of text, which makes nine of them
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    (folder / "a.txt").write_text("\n\n".join(TEXTS[:20]))
-    (folder / "b.txt").write_text("\n\n".join(TEXTS[20:]))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(TEXTS, 512)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory, corpus, tokenizer):
-    """Written by this process alone."""
-    folder = tmp_path_factory.mktemp("prepared") / "store"
-    prepare_store(folder, corpus, Reading(), tokenizer, held_out=0.1, shard_bytes=SHARD, progress=False)
-    return folder
-
-
-def content(folder):
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
-
-
-def again(folder, corpus, tokenizer, **options):
-    options = {"held_out": 0.1, "shard_bytes": SHARD, "progress": False} | options
-    prepare_store(folder, corpus, Reading(), tokenizer, **options)
-
 
 # ---- what is in it ---------------------------------------------------------------------------------------------------
 
@@ -149,6 +98,17 @@ def test_joined_arrays_are_one(parts, data):
         with pytest.raises(IndexError):
             joined[wrong]
     assert np.array_equal(tokens[:], np.concatenate(parts)) and tokens[[0, -1]].dtype == np.uint16
+
+
+def test_each_shard_holds_out_documents_of_other_places(tokenizer, tmp_path):
+    held_out = []
+    for shard in (0, 1):
+        (tmp_path / str(shard)).mkdir()
+        documents, vocabulary = [[text] for text in TEXTS], Vocabulary.of(tokenizer)
+        write_sides(tmp_path / str(shard), documents, Encoder(tokenizer), vocabulary, 0.1, seed=0, shard=shard)
+        store = TokenStore.open(tmp_path / str(shard) / "held_out")
+        held_out.append([store.document(i)[0].tolist() for i in range(len(store.documents) - 1)])
+    assert len(held_out[0]) == len(held_out[1]) == 6 and held_out[0] != held_out[1]
 
 
 # ---- the same bytes --------------------------------------------------------------------------------------------------
@@ -240,227 +200,3 @@ def test_a_cluster_of_which_a_worker_is_killed_writes_the_same_bytes(corpus, tok
             process.kill()
             process.wait()
     assert content(tmp_path / "store") == content(tmp_path / "once")
-
-
-# ---- what a corpus may be --------------------------------------------------------------------------------------------
-
-
-def write_table(folder, texts):
-    (folder / "t.jsonl").write_text("".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts))
-    quoted = "".join('"{}",1\r\n'.format(text.replace('"', '""')) for text in texts)
-    (folder / "t.csv").write_text("\ufefftext,id\r\n" + quoted, newline="")
-    (folder / "t.tsv").write_text("id\ttext\n" + "".join(f"1\t{text.replace(chr(10), '<br>')}\n" for text in texts))
-
-
-def halves(file):
-    """A compressed file may be several in a row, which need not end where a line does."""
-    data = file.read_bytes()
-    return data[: len(data) // 2], data[len(data) // 2 :]
-
-
-@pytest.mark.parametrize("name", ["t.jsonl", "t.csv", "t.tsv", "t.jsonl.gz", "t.csv.zst", "t.parquet", "t.txt.gz"])
-def test_a_file_in_pieces_is_the_file(tmp_path, name):
-    """Compressed or not, whatever the size of the pieces; those after the first begin in the middle of the file."""
-    texts = [text.strip().replace("\t", " ") for text in TEXTS[:12]] + ['"Köln", said he.\nUnd 中文。 So!'] * 40
-    write_table(tmp_path, texts)
-    (tmp_path / "t.txt").write_text("\n \n".join(texts))
-    kind = name.split(".")[1]
-    file, plain = tmp_path / name, tmp_path / f"t.{kind}"
-    if kind == "parquet":
-        table, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-        rows = [*texts, None, ""]
-        parquet.write_table(table.table({"id": range(len(rows)), "text": rows}), file, row_group_size=3)
-        plain = tmp_path / "t.jsonl"
-    elif name.endswith(".gz"):
-        file.write_bytes(b"".join(map(gzip.compress, halves(plain))))
-    elif name.endswith(".zst"):
-        file.write_bytes(b"".join(map(pytest.importorskip("zstandard").compress, halves(plain))))
-    column = None if kind == "txt" else "text"
-    expected = list(iter_documents(plain, column))
-    assert len(expected) >= len(texts) and list(iter_documents(file, column)) == expected
-    for size in (500, 5_000, 10**7):
-        pieces = cut(file, Reading(column), size)
-        assert kind == "parquet" or len(pieces) <= pieces[-1].end // size + 1
-        shards = in_shards(pieces, size)
-        assert [d for pieces in shards for piece in pieces for d in piece_documents(piece, Reading(column))] == expected
-        assert len(shards) > {500: 3, 5_000: 1, 10**7: 0}[size]
-        assert [piece.start for pieces in shards for piece in pieces][1:] == [
-            piece.end for pieces in shards for piece in pieces
-        ][:-1]
-
-
-def test_an_error_behind_the_first_piece_names_the_line_of_the_file(tmp_path):
-    write_table(tmp_path, ["One\nline."] * 50 + ["bad"] + ["More."] * 50)
-    file = tmp_path / "t.jsonl"
-    file.write_text(file.read_text().replace('"bad"', "7"))
-    pieces = cut(file, Reading("text"), 300)
-    with pytest.raises(ValueError, match=r"t\.jsonl, line 51: the field 'text' must be a string"):
-        [list(piece_documents(piece, Reading("text"))) for piece in pieces]
-    file = tmp_path / "t.csv"
-    file.write_bytes(file.read_bytes().replace(b'"bad",1', b'"bad",1,2'))
-    with pytest.raises(ValueError, match=r"t\.csv, line 102: the row has 3 cells"):
-        [list(piece_documents(piece, Reading("text"))) for piece in cut(file, Reading("text"), 300)]
-
-
-@pytest.mark.parametrize("name", ["t.txt.gz", "t.txt.zst"])
-def test_a_compressed_file_that_was_cut_off_is_named(tmp_path, name):
-    data = ("A sentence. " * 2000).encode()
-    compress = gzip.compress if name.endswith("gz") else pytest.importorskip("zstandard").compress
-    (tmp_path / name).write_bytes(compress(data)[:-6])
-    with pytest.raises(ValueError, match=rf"{name} is damaged or was cut off .*: fetch or write it again"):
-        list(iter_documents(tmp_path / name))
-
-
-# ---- adding, and what is refused -------------------------------------------------------------------------------------
-
-
-def test_shards_are_added_and_the_others_stay(store, corpus, tokenizer, tmp_path):
-    folder, more = tmp_path / "store", tmp_path / "more.txt"
-    shutil.copytree(store, folder)
-    more.write_text("\n\n".join(f"the statement {i} is here. it goes on." for i in range(60)))
-    again(folder, more, tokenizer, add=True, shard_bytes=1_000)
-    before, after = content(store), content(folder)
-    kept = {name: data for name, data in after.items() if name in before}
-    assert {name for name in kept if kept[name] != before[name]} == {STORE, "counts.bin"}
-    train, held_out = open_stores(folder, verify=True)
-    assert open_stores(folder, shards=9)[0].fingerprint == open_stores(store)[0].fingerprint != train.fingerprint
-    assert len(read_index(folder)["shards"]) > 10 and not (folder / PLAN).exists()
-    for side in (train, held_out):
-        assert np.array_equal(side.token_counts(), np.bincount(side.tokens[:], minlength=512))
-    assert len(train.documents) + len(held_out.documents) - sum(len(s.documents) for s in open_stores(store)) == 60
-    with pytest.raises(ValueError, match="already has the files"):
-        again(folder, more, tokenizer, add=True, shard_bytes=1_000)
-
-
-def test_an_addition_that_fails_is_given_up_and_the_store_stays(store, tokenizer, tmp_path):
-    folder, more = tmp_path / "store", tmp_path / "more.txt"
-    shutil.copytree(store, folder)
-    more.write_bytes(b"it goes on.\n\n" * 300 + b"\xff\n")
-    with pytest.raises(ValueError, match="not UTF-8"):
-        again(folder, more, tokenizer, add=True, shard_bytes=1_000)
-    assert (folder / "00009").is_dir()
-    more.write_bytes(b"it is here.\n\n" * 300)
-    with pytest.raises(ValueError, match=r"was begun with another .*other files.*, or remove unfinished\.json from it"):
-        again(folder, more, tokenizer, add=True, shard_bytes=1_000)
-    assert open_stores(folder, verify=True)[0].fingerprint == open_stores(store)[0].fingerprint
-    (folder / PLAN).unlink()
-    again(folder, more, tokenizer, add=True, shard_bytes=1_000)
-    shutil.copytree(store, tmp_path / "at once")
-    again(tmp_path / "at once", more, tokenizer, add=True, shard_bytes=1_000)
-    before = content(folder)
-    assert content(tmp_path / "at once") == before
-
-    more.write_text("\u5b57\n\n" * 40)
-    with pytest.raises(ValueError, match=r"all .* tokens of the documents for this addition are \[UNK\]"):
-        again(folder, more, tokenizer, add=True)
-    assert content(folder) == before
-
-
-def test_what_is_there_is_never_written_over(store, corpus, tokenizer, tmp_path):
-    with pytest.raises(FileExistsError, match="is a finished store: give --add"):
-        again(store, corpus, tokenizer)
-    with pytest.raises(FileNotFoundError, match="holds no finished store to add to"):
-        again(tmp_path / "none", corpus, tokenizer, add=True)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/thesis.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match=r"holds other files \(thesis\.txt\)"):
-        again(tmp_path / "mine", corpus, tokenizer)
-    with pytest.raises(FileExistsError, match="is a file, and a store is a folder"):
-        again(tmp_path / "mine/thesis.txt", corpus, tokenizer)
-    assert not (tmp_path / "none").exists() and os.listdir(tmp_path / "mine") == ["thesis.txt"]
-
-
-def test_a_store_goes_on_with_the_same_corpus_tokenizer_and_settings_alone(store, corpus, tokenizer, tmp_path):
-    folder = tmp_path / "store"
-    shutil.copytree(store, folder)
-    other = train_tokenizer(["something else"] * 9, 64)
-    (tmp_path / "more.txt").write_text("Text.")
-    with pytest.raises(ValueError, match=r"was made with another tokenizer, corpus or setting .*tokenizer"):
-        again(folder, tmp_path / "more.txt", other, add=True)
-    bad = tmp_path / "bad"
-    bad.mkdir()
-    (bad / "a.txt").write_text("Fine.\n\n" * 900)
-    (bad / "b.txt").write_bytes(b"Fine.\n\n" * 900 + b"\xff\n")
-    with pytest.raises(ValueError, match="not UTF-8"):
-        again(tmp_path / "half", bad, tokenizer, shard_bytes=6_000, processes=2)
-    with pytest.raises(FileNotFoundError, match="is not finished: run the same fastbert prepare once more"):
-        open_stores(tmp_path / "half")
-    with pytest.raises(ValueError, match=r"was begun with another .*\(seed 0, now 5\): give the same"):
-        again(tmp_path / "half", bad, tokenizer, shard_bytes=6_000, seed=5)
-    (bad / "b.txt").write_bytes(b"Fine.\n\n" * 901)
-    with pytest.raises(ValueError, match=r"was begun with another .*other files"):
-        again(tmp_path / "half", bad, tokenizer, shard_bytes=6_000)
-
-
-@pytest.mark.parametrize(
-    ("damage", "says"),
-    [
-        (lambda store: shutil.rmtree(store / "00003"), "00003/train holds no token store"),
-        (lambda store: (store / "00002/train/tokens.bin").write_bytes(b"xy"), r"tokens\.bin has 2 bytes, expected"),
-        (lambda store: flip(store / "00004/held_out/tokens.bin"), r"tokens\.bin is damaged, its checksum differs"),
-        (lambda store: flip(store / "counts.bin"), r"counts\.bin is missing or damaged"),
-        (lambda store: swap(store / "00001", store / "00002"), "00001/train is another shard than"),
-        (lambda store: (store / STORE).write_text("{"), r"store\.json is damaged"),
-        (lambda store: (store / STORE).unlink(), "holds no token store"),
-    ],
-    ids=["missing", "cut short", "changed", "counts", "swapped", "index", "no index"],
-)
-def test_damage_is_found_and_said(store, tmp_path, damage, says):
-    folder = tmp_path / "store"
-    shutil.copytree(store, folder)
-    damage(folder)
-    with pytest.raises((ValueError, FileNotFoundError), match=says):
-        open_stores(folder, verify=True)
-
-
-def flip(file):
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-
-
-def swap(one, other):
-    one.rename(one.with_name("x"))
-    other.rename(one)
-    one.with_name("x").rename(other)
-
-
-def test_another_tokenizer_in_its_folder_is_noticed(store, tmp_path):
-    folder = tmp_path / "store"
-    shutil.copytree(store, folder)
-    save_tokenizer(train_tokenizer(["something else"] * 9, 64), folder / "tokenizer")
-    with pytest.raises(ValueError, match="is another tokenizer than the store was written with"):
-        read_tokenizer(folder)
-    assert load_tokenizer(store / "tokenizer").get_vocab_size() == 512
-
-
-def test_a_call_that_was_killed_at_its_very_end_is_ended(store, corpus, tokenizer, tmp_path):
-    folder = tmp_path / "store"
-    shutil.copytree(store, folder)
-    (folder / PLAN).write_text(json.dumps({"first": 0}))
-    again(folder, corpus, tokenizer)
-    assert content(folder) == content(store)
-
-
-def test_each_shard_holds_out_documents_of_other_places(tokenizer, tmp_path):
-    held_out = []
-    for shard in (0, 1):
-        (tmp_path / str(shard)).mkdir()
-        documents, vocabulary = [[text] for text in TEXTS], Vocabulary.of(tokenizer)
-        write_sides(tmp_path / str(shard), documents, Encoder(tokenizer), vocabulary, 0.1, seed=0, shard=shard)
-        store = TokenStore.open(tmp_path / str(shard) / "held_out")
-        held_out.append([store.document(i)[0].tolist() for i in range(len(store.documents) - 1)])
-    assert len(held_out[0]) == len(held_out[1]) == 6 and held_out[0] != held_out[1]
-
-
-def test_a_file_that_changes_while_it_is_read_is_noticed(corpus, tokenizer, tmp_path, monkeypatch):
-    shutil.copytree(corpus, tmp_path / "corpus")
-    write_missing = shards._write_missing
-
-    def changed(*arguments):
-        os.utime(tmp_path / "corpus/b.txt", ns=(1, 1))
-        return write_missing(*arguments)
-
-    monkeypatch.setattr(shards, "_write_missing", changed)
-    with pytest.raises(ValueError, match=r"b\.txt was changed while the store was being written"):
-        again(tmp_path / "store", tmp_path / "corpus", tokenizer)

@@ -50,6 +50,7 @@ def test_killed_twice_it_ends_in_the_same_bits(settings, finished, tmp_path):
     assert not list((config.output / "snapshots").glob(".*"))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker")  # where there is one core
 def test_signals_to_the_process_group_save_and_end_cleanly(settings, finished, tmp_path):
     """What a terminal, systemd, SLURM and containers send reaches the workers too."""
     config = dataclasses.replace(settings, output=tmp_path / "stopped", snapshot_every=1000, workers=2)

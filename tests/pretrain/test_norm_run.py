@@ -1,6 +1,7 @@
 """A run with a norm that keeps running statistics: snapshots have them, and so does the model at its end."""
 
 import dataclasses
+import json
 import shutil
 
 import pytest
@@ -35,6 +36,7 @@ def test_running_statistics_are_resumed_exported_and_gone_on_from(settings, tmp_
         settings, output=tmp_path / "again", init=folder, vocab_size=8192, norm="layer", steps=1, objective="mlm"
     )
     assert AutoModel.from_pretrained(pretrain(again)).config == encoder.config
+    assert json.loads((again.output / "config.json").read_text())["norm"] == "switchable"
     again = dataclasses.replace(again, output=tmp_path / "other", norm="batch")
     with pytest.raises(ValueError, match="decides --norm: leave that out"):
         pretrain(again)

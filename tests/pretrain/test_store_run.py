@@ -8,7 +8,7 @@ import sys
 import pytest
 from pretrain_runs import assert_same_run, bad
 
-from fastbert import cli
+from fastbert import cli, lock
 from fastbert.data import open_stores
 from fastbert.data.shards import read_index
 from fastbert.pretrain.loop import pretrain
@@ -28,6 +28,7 @@ def store(corpus, tmp_path_factory):
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker")  # where there is one core
 def test_a_run_from_a_store_is_the_run_from_its_corpus(store, corpus, tmp_path, capsys):
     """The same documents are held out, so the weights are the same, bit for bit; workers prepare the same batches."""
     ours = PretrainConfig(output=tmp_path / "store", store=store, workers=2, **TINY)
@@ -84,6 +85,9 @@ def test_what_a_store_does_not_fit_is_refused(store, corpus, tmp_path, capsys, m
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00")
     assert "UTF-16" in said("prepare", tmp_path / "bad.txt", "--output", tmp_path / "x")
     assert not (tmp_path / "x").exists(), "it was written before the input was checked"
+    with lock.hold(tmp_path / "mine", "writes there", "wait"):
+        (tmp_path / "mine/thesis.txt").unlink()
+        assert "is in use" in said("prepare", corpus, "--output", tmp_path / "mine")
 
 
 def test_the_program_prepares_without_torch(corpus, store, tmp_path):
