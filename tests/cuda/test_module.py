@@ -179,7 +179,17 @@ def test_reports_go_to_memory_of_the_modules_own_at_the_first_call(emulated_cuda
         x, labels, results = torch.zeros(2, 4), torch.tensor([1, 9]), torch.empty(3, 2)
         emulated_cuda.library.start()
         emulated_cuda.compiled.cross_entropy_forward(
-            x.data_ptr(), labels.data_ptr(), -100, False, *(each.data_ptr() for each in results), 0, 0, 2, 4, 4, 0, 0
+            x.data_ptr(),
+            labels.data_ptr(),
+            -100,
+            False,
+            *(each.data_ptr() for each in results),
+            *[0] * 3,
+            2,
+            4,
+            4,
+            0,
+            0,
         )
         with pytest.raises(ValueError, match="in row 1: "):
             emulated_cuda.compiled.check_faults()
@@ -196,7 +206,8 @@ def test_the_contract_is_read_from_its_header():
     # the base's come first
     assert [field.name for field in backward[:5]] == ["q", "k", "v", "cu_seqlens", "max_seqlen"]
     pointers = {field.name: field.use for field in backward if field.is_pointer}
-    assert list(pointers) == ["q", "k", "v", "cu_seqlens", "seed", "dout", "out", "lse", "dqkv", "scratch"]
+    taken = ["q", "k", "v", "cu_seqlens", "seed", "global_tokens", "dout", "out", "lse"]
+    assert list(pointers) == [*taken, "dqkv", "scratch"]
     assert [name for name, use in pointers.items() if use is not None] == ["dqkv", "scratch"]
     step = {field.name: field.use for field in emulated_backend.contract()["lazy_adam_step"] if field.is_pointer}
     of_others = {"last_step", "dtable"}
