@@ -19,6 +19,7 @@ from fastbert.models.roberta import (
     XLMRobertaForMaskedLM,
     XLMRobertaModel,
 )
+from fastbert.models.xlnet import XLNetConfig, XLNetLMHeadModel, XLNetModel
 
 __all__ = [
     "AlbertConfig",
@@ -41,5 +42,8 @@ __all__ = [
     "XLMRobertaForMaskedLM",
     "XLMRobertaForSequenceClassification",
     "XLMRobertaModel",
+    "XLNetConfig",
+    "XLNetLMHeadModel",
+    "XLNetModel",
     "freeze",
 ]

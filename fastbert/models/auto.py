@@ -11,9 +11,13 @@ from fastbert.models.encoder import Encoder, PreTrainedModel
 from fastbert.models.ernie import ErnieForPreTraining, ErnieModel
 from fastbert.models.pretraining import PreTrainingModel
 from fastbert.models.roberta import RobertaForMaskedLM, RobertaModel, XLMRobertaForMaskedLM, XLMRobertaModel
+from fastbert.models.xlnet import XLNetLMHeadModel, XLNetModel
 
-_ENCODERS = AlbertModel, BertModel, ErnieModel, RobertaModel, XLMRobertaModel
-_PRETRAINING = AlbertForPreTraining, BertForPreTraining, ErnieForPreTraining, RobertaForMaskedLM, XLMRobertaForMaskedLM
+_ENCODERS = AlbertModel, BertModel, ErnieModel, RobertaModel, XLMRobertaModel, XLNetModel
+_PRETRAINING = (
+    AlbertForPreTraining, BertForPreTraining, ErnieForPreTraining, RobertaForMaskedLM, XLMRobertaForMaskedLM,
+    XLNetLMHeadModel,
+)  # fmt: skip
 
 # By model_type in config.json.
 ENCODERS: Mapping[str, type[Encoder]] = {cls.names.model_type: cls for cls in _ENCODERS}

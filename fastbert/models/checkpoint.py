@@ -16,8 +16,6 @@ from fastbert import extras, files, tokenizer_files
 from fastbert.models import parameter_names
 from fastbert.models.parameter_names import Names
 
-# What no model here does, by configuration field: the one value it can take.
-_SUPPORTED = {"position_embedding_type": "absolute", "add_cross_attention": False}
 # Before model_type where norms are not LayerNorm: `transformers`, which has no others, would not notice it otherwise.
 _OWN = "fastbert-"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -92,7 +90,7 @@ def _check_fields(fields: dict[str, Any], path: Path, names: Names) -> None:
             f'{path} must say "model_type": "{names.model_type}", got {kind or classes or None!r}: this folder holds '
             "another kind of model; fastbert.AutoModel loads those that there are"
         )
-    for name, supported in _SUPPORTED.items():
+    for name, supported in names.fixed.items():
         if fields.get(name, supported) != supported:
             raise ValueError(f"{path} says {name} = {fields[name]!r}; this {model} has {name} = {supported!r} only")
     if fields.get("pruned_heads"):
@@ -167,7 +165,7 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], source: str | os.PathLi
     names = model.names
     state = model.state_dict()
     expected = parameter_names.to_hugging_face(state, names)
-    with_heads = names.embedding in state
+    with_heads = names.embedding in expected
     pooler = f"{names.base}pooler."
     wanted = {name if with_heads else names.base + name for name in expected}
     given = parameter_names.normalize(tensors, source, names)
@@ -241,7 +239,7 @@ def _tie(named: dict[str, Tensor], kept: str, twin: str, source: str | os.PathLi
     tensor = named.setdefault(kept, other)
     coarser = min(tensor.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
     if not torch.equal(tensor.to(coarser), other.to(coarser)):
-        what = "the word embedding" if kept.endswith("word_embeddings.weight") else kept
+        what = "the word embedding" if kept.endswith(("word_embeddings.weight", "word_embedding.weight")) else kept
         raise ValueError(f"{source}: {twin} differs from {what}; this model ties the two")
 
 
@@ -275,7 +273,7 @@ def save(model: nn.Module, folder: str | os.PathLike, fields: dict[str, Any], to
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     kind = (_OWN if model.config.foreign else "") + model.names.model_type
     config = {"architectures": [type(model).__name__], "model_type": kind, "dtype": dtype} | fields
-    write(folder, config | _SUPPORTED | {"tie_word_embeddings": True}, named, model.config, tokenizer)
+    write(folder, config | dict(model.names.fixed) | {"tie_word_embeddings": True}, named, model.config, tokenizer)
 
 
 def write(

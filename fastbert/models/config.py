@@ -67,6 +67,7 @@ class ModelConfig:
     norm_groups: int = 8
 
     presets: ClassVar[dict[str, dict[str, int]]] = {}  # name -> the fields that differ from the class's defaults
+    has_position_table: ClassVar[bool] = True
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Self:

@@ -82,18 +82,18 @@ class Layer(nn.Module):
 
     Its parameters have the names of Hugging Face's BERT, except that query, key and value are one matrix,
     `attention.self.qkv`.
+
+    Args:
+        config: the model's.
+        heads: what is called as `MultiHeadAttention`, in place of the one that the configuration describes.
+        bias: whether the product behind the heads has one.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, heads: nn.Module | None = None, bias: bool = True):
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
-        window = None if config.attention_window is None else (config.attention_window // 2,) * 2
-        heads = MultiHeadAttention(
-            hidden, config.num_attention_heads, config.attention_probs_dropout_prob, config.is_decoder, window=window,
-            global_first=config.attention_global_first, attention_kind=config.attention_kind,
-            temperature=config.attention_temperature,
-        )  # fmt: skip
-        self.attention = nn.ModuleDict({"self": heads, "output": _end(hidden, config)})
+        heads = _heads(config) if heads is None else heads
+        self.attention = nn.ModuleDict({"self": heads, "output": _end(hidden, config, bias)})
         self.intermediate = nn.ModuleDict({"dense": LinearGELU(hidden, inner, config.approximate)})
         self.output = _end(inner, config)
 
@@ -107,8 +107,14 @@ class Layer(nn.Module):
         seeds: Seeds = (None, None, None),
         *tokens: Tokens,
     ) -> tuple[Tensor, Tensor]:
-        """`tokens` are one more argument where the configuration's norm is one of `REACHES_OTHERS`."""
+        """`tokens` are what `Encoder.beside` gives."""
         heads = self.attention["self"](x, cu_seqlens, max_seqlen, seeds[0])
+        return self.behind_heads(heads, residual, read, seeds, *tokens)
+
+    def behind_heads(
+        self, heads: Tensor, residual: Tensor, read: Tensor | None, seeds: Seeds, *tokens: Tokens
+    ) -> tuple[Tensor, Tensor]:
+        """What is computed of the heads' outputs, [T, H]; the others are of `forward`."""
         if read is not None and not tokens:
             heads, residual = inputs.take_rows(heads, read), inputs.take_rows(residual, read)
         x, residual = self.attention["output"](heads, residual, seeds[1], *tokens)
@@ -118,10 +124,19 @@ class Layer(nn.Module):
         return x, residual
 
 
-def _end(in_features: int, config: ModelConfig) -> DenseAddLayerNorm | DenseAddNorm:
+def _heads(config: ModelConfig) -> MultiHeadAttention:
+    window = None if config.attention_window is None else (config.attention_window // 2,) * 2
+    return MultiHeadAttention(
+        config.hidden_size, config.num_attention_heads, config.attention_probs_dropout_prob, config.is_decoder,
+        window=window, global_first=config.attention_global_first, attention_kind=config.attention_kind,
+        temperature=config.attention_temperature,
+    )  # fmt: skip
+
+
+def _end(in_features: int, config: ModelConfig, bias: bool = True) -> DenseAddLayerNorm | DenseAddNorm:
     if config.norm != "layer":
         return DenseAddNorm(in_features, config)
-    return DenseAddLayerNorm(in_features, config.hidden_size, config.layer_norm_eps, config.hidden_dropout_prob)
+    return DenseAddLayerNorm(in_features, config.hidden_size, config.layer_norm_eps, config.hidden_dropout_prob, bias)
 
 
 class PreTrainedModel(nn.Module):
@@ -137,7 +152,7 @@ class PreTrainedModel(nn.Module):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | LinearGELU | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear | LinearGELU):
+        if isinstance(module, nn.Linear | LinearGELU) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             with torch.no_grad():
@@ -221,8 +236,21 @@ class Encoder(PreTrainedModel):
         """What is called one after another, with the arguments of `Layer.forward`."""
         raise NotImplementedError
 
+    def beside(
+        self, packing: inputs.Packing, words: Tensor, token_types: Tensor | None, positions: Tensor,
+        **more: Tensor | None,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        """What every layer is told of a batch besides: its ids and their kinds where a norm reaches other tokens."""
+        if self.config.norm not in REACHES_OTHERS:
+            return ()
+        return (Tokens.of(words, packing.cu_seqlens, self.config.pad_token_id),)
+
+    def pooled_places(self, packing: inputs.Packing) -> Tensor:
+        """int64 [B]: the packed token that each sequence is pooled by, any of an empty one; `pool` gets their rows."""
+        return packing.first_places()
+
     def pool(self, first: Tensor) -> Tensor:
-        """Each sequence's first token, [B, H] -> [B, H], before the tanh."""
+        """The tokens at `pooled_places`, [B, H] -> [B, H], before the tanh."""
         raise NotImplementedError
 
     def forward(
@@ -274,27 +302,26 @@ class Encoder(PreTrainedModel):
         masked_positions: Tensor | None,
         **more: Tensor | None,
     ) -> EncoderOutput:
-        """What `forward` says of its arguments; `more` are ids of further kinds for `embed`, each like `input_ids`."""
+        """What `forward` says of its arguments; `more` are for `embed` and `beside`, each like `input_ids`."""
         packing, position_ids = inputs.pack(
             self.config, input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen,
             masked_positions, more,
         )  # fmt: skip
         words, *ids = (packing.remove_padding(x) for x in (input_ids, token_type_ids, position_ids))
-        reaches_others = self.config.norm in REACHES_OTHERS
-        tokens = (Tokens.of(words, packing.cu_seqlens, self.config.pad_token_id),) if reaches_others else ()
         *earlier, last = self.layers()
         seed, *seeds = self._draw_seeds(len(earlier) + 1, input_ids.device)
         more = {name: packing.remove_padding(x) for name, x in more.items()}
+        beside = self.beside(packing, words, *ids, **more)
         x = residual = self.embed(words, *ids, seed=seed, **more)  # [T, H]
         for number, layer in enumerate(earlier):
-            x, residual = self._through(layer, x, residual, packing, None, seeds[number], *tokens)
-        first = packing.first_places()
+            x, residual = self._through(layer, x, residual, packing, None, seeds[number], *beside)
+        first = self.pooled_places(packing)
         if masked_positions is None:
-            x, _ = self._through(last, x, residual, packing, None, seeds[-1], *tokens)
+            x, _ = self._through(last, x, residual, packing, None, seeds[-1], *beside)
             sequence_output, first = packing.put_padding_back(x), inputs.take_rows(x, inputs.within(first, len(x)))
         else:
             read = inputs.within(torch.cat([first, packing.packed_places(masked_positions)]), len(x))
-            x, _ = self._through(last, x, residual, packing, read, seeds[-1], *tokens)
+            x, _ = self._through(last, x, residual, packing, read, seeds[-1], *beside)
             first, sequence_output = x.split([len(first), len(masked_positions)])
         if self.pooler is None:
             return EncoderOutput(sequence_output, None)
@@ -315,9 +342,9 @@ class Encoder(PreTrainedModel):
 
     def _through(
         self, layer: Callable[..., tuple[Tensor, Tensor]], x: Tensor, residual: Tensor, packing: inputs.Packing,
-        read: Tensor | None, seeds: Seeds, *tokens: Tokens,
+        read: Tensor | None, seeds: Seeds, *beside: Any,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        arguments = x, residual, packing.cu_seqlens, packing.max_seqlen, read, seeds, *tokens
+        arguments = x, residual, packing.cu_seqlens, packing.max_seqlen, read, seeds, *beside
         if not (self.checkpoint_layers and self.training and torch.is_grad_enabled()):
             return layer(*arguments)
         if self.config.norm in WITH_RUNNING:

@@ -65,6 +65,10 @@ class Packing(NamedTuple):
         order = torch.arange(self.real.shape[0], device=places.device)
         return packed.index_copy(0, self.real, order).index_select(0, places)
 
+    def last_places(self) -> Tensor:
+        """int64 [B]: likewise of each sequence's last token."""
+        return (self.cu_seqlens[1:].long() - 1).clamp(min=0)
+
     def first_places(self) -> Tensor:
         """int64 [B]: where each sequence's first token is packed; for an empty sequence that of another, or T."""
         return self.cu_seqlens[:-1].long()
@@ -88,7 +92,8 @@ def pack(
 ) -> tuple[Packing, Tensor]:
     """Checks the arguments of an encoder's `forward`; returns the packing, and position ids of input_ids' shape.
 
-    `more` are ids of further kinds by name, `<kind>_ids`, below the configuration's `<kind>_vocab_size`.
+    `more` are further tensors by name: ids, `<kind>_ids`, below the configuration's `<kind>_vocab_size`; and int32
+    `<kind>_ranks`, as `attention` takes them.
     """
     if torch.jit.is_tracing():
         raise RuntimeError(
@@ -127,7 +132,9 @@ def pack(
         _check_ids("token_type_ids", token_type_ids, shape, config.type_vocab_size, "type_vocab_size")
     _check_ids("position_ids", position_ids, shape, config.max_position_embeddings, "max_position_embeddings")
     for name, ids in more.items():
-        if ids is not None:
+        if name.endswith("_ranks") and ids is not None:
+            _check_ranks(name, ids, shape)
+        elif ids is not None:
             limit = f"{name.removesuffix('_ids')}_vocab_size"
             _check_ids(name, ids, shape, getattr(config, limit), limit)
     if masked_positions is not None:
@@ -173,6 +180,11 @@ def _check_ids(name: str, ids: Tensor, shape: torch.Size, limit: int, limit_name
                 f"{name} must lie in [0, {limit}), {limit_name} being {limit}; got values from {low} to {high}: make "
                 "them with the tokenizer and configuration this model was made with"
             )
+
+
+def _check_ranks(name: str, ranks: Tensor, shape: torch.Size) -> None:
+    if ranks.dtype != torch.int32 or ranks.shape != shape:
+        raise ValueError(f"{name} must be int32 {list(shape)}, got {ranks.dtype} {list(ranks.shape)}")
 
 
 def _check_labels(name: str, labels: Tensor, shape: torch.Size, classes: int) -> None:

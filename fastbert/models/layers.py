@@ -99,13 +99,16 @@ class DenseAddLayerNorm(nn.Module):
         in_features: F.
         hidden_size: H.
         eps, dropout_p: as `DropoutAddLayerNorm`.
+        bias: whether the dense layer has one.
 
     Shapes: x [T, F], residual [T, H] -> [T, H] twice, see `dropout_add_layer_norm_twice`.
     """
 
-    def __init__(self, in_features: int, hidden_size: int, eps: float = 1e-12, dropout_p: float = 0.0):
+    def __init__(
+        self, in_features: int, hidden_size: int, eps: float = 1e-12, dropout_p: float = 0.0, bias: bool = True
+    ):
         super().__init__()
-        self.dense = Linear(in_features, hidden_size)
+        self.dense = Linear(in_features, hidden_size, bias=bias)
         self.LayerNorm = DropoutAddLayerNorm(hidden_size, eps, dropout_p)
 
     def forward(self, x: Tensor, residual: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -24,8 +24,8 @@ def padded_rows(x: Tensor) -> int:
     return len(x) + -len(x) % ROWS
 
 
-class WordPredictions(nn.Module):
-    """The masked word head: dense, GELU, LayerNorm, then the word embedding as decoder. hidden [M, H] -> [M, V].
+class Decoder(nn.Module):
+    """The word embedding as decoder, with a bias. hidden [M, H] -> [M, V].
 
     Attributes:
         padded: None, or tensors of which word embeddings and bias are the first V rows, with rows of zeros behind them,
@@ -34,18 +34,27 @@ class WordPredictions(nn.Module):
 
     padded: tuple[Tensor, Tensor] | None = None
 
-    def __init__(self, config: ModelConfig, size: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        dense = LinearGELU(config.hidden_size, size, config.approximate)
-        norm = LayerNorm(size, config.layer_norm_eps)
-        self.transform = nn.ModuleDict({"dense": dense, "LayerNorm": norm})
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
-        hidden = self.transform["LayerNorm"](self.transform["dense"](hidden))
         if self.padded is not None:
             return padded_linear(hidden, word_embeddings, self.bias, *self.padded)
         return linear(hidden, word_embeddings, self.bias)
+
+
+class WordPredictions(Decoder):
+    """The masked word head: dense, GELU, LayerNorm, then the decoder. hidden [M, H] -> [M, V]."""
+
+    def __init__(self, config: ModelConfig, size: int):
+        super().__init__(config)
+        dense = LinearGELU(config.hidden_size, size, config.approximate)
+        norm = LayerNorm(size, config.layer_norm_eps)
+        self.transform = nn.ModuleDict({"dense": dense, "LayerNorm": norm})
+
+    def forward(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
+        return super().forward(self.transform["LayerNorm"](self.transform["dense"](hidden)), word_embeddings)
 
 
 class Predictions(NamedTuple):
@@ -76,7 +85,7 @@ class PreTrainingModel(ModelWithHead):
 
     # The argument of `forward` that holds the sentence head's labels; None for a model without that head.
     sentence_label: ClassVar[str | None]
-    predictions: WordPredictions
+    predictions: Decoder
     sentence_head: nn.Module | None = None
 
     @property
