@@ -86,7 +86,7 @@ def load_masked_lm(folder: Path, device: str = "cpu") -> PreTrainingModel:
 
     Raises:
         FileNotFoundError, ValueError: as `AutoModel.from_pretrained`; a folder without that head, or of a model that
-            predicts the next token.
+            predicts the next token, or by queries (XLNet).
     """
     kind = class_of(folder, PRETRAINING)
     tensors = parameter_names.normalize(checkpoint.load(folder, kind.names)[1], folder, kind.names)
@@ -99,6 +99,11 @@ def load_masked_lm(folder: Path, device: str = "cpu") -> PreTrainingModel:
         # Other heads may be missing or more than are needed; this one is there.
         warnings.filterwarnings("ignore", message=".* (lacks .* newly initialised|has .* has no use for)")
         model = kind.from_pretrained(folder)
+    if not model.fills_gaps:
+        raise ValueError(
+            f"{folder} holds {kind.names.article}, which predicts words by queries beside the text and has seen no "
+            f"[MASK] in it: fastbert.{kind.__name__} takes perm_mask and target_mapping for that"
+        )
     if model.config.is_decoder:
         raise ValueError(f"{folder} holds a model that predicts the next token and fills no gaps (is_decoder)")
     return model.to(device)

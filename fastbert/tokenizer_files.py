@@ -30,7 +30,7 @@ def special_tokens(tokens: Container[str]) -> dict[str, str]:
     return {role: found[0] for role, found in known.items() if found}
 
 
-def make(tokenizer: Any, max_length: int | None = None) -> dict[str, bytes]:
+def make(tokenizer: Any, max_length: int | None = None, padding_side: str = "right") -> dict[str, bytes]:
     """The files from which `transformers` gives the same ids as `tokenizer`.
 
     `transformers` builds its BertTokenizer, AlbertTokenizer and RobertaTokenizer from settings, a vocabulary and added
@@ -40,6 +40,7 @@ def make(tokenizer: Any, max_length: int | None = None) -> dict[str, bytes]:
     Args:
         tokenizer: a `tokenizers.Tokenizer`.
         max_length: the model's longest sequence in tokens; None for no limit.
+        padding_side: "right", `transformers`' own, or "left".
 
     Returns:
         File name -> content: vocab.txt (a token's line is its id; a line is blank where no token has the id), of BPE
@@ -73,6 +74,7 @@ def make(tokenizer: Any, max_length: int | None = None) -> dict[str, bytes]:
     config = {
         **_settings(whole, tokens),
         **({} if max_length is None else {"model_max_length": max_length}),
+        **({} if padding_side == "right" else {"padding_side": padding_side}),
         "added_tokens_decoder": {str(x["id"]): {flag: x[flag] for flag in _FLAGS} for x in added.values()},
         **special,
     }

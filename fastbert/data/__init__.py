@@ -8,7 +8,8 @@ from fastbert import extras
 if why := extras.missing("fastbert.data needs", "numpy", "tokenizers", "tqdm"):
     raise ImportError(why)
 
-from fastbert.data.batches import Batch, PretrainBatches
+from fastbert.data.batch import Batch
+from fastbert.data.batches import PretrainBatches
 from fastbert.data.byte_bpe import train_byte_bpe
 from fastbert.data.corpus import Reading, check_corpus, iter_documents
 from fastbert.data.dictionary import Dictionary, read_words

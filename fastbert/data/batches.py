@@ -9,109 +9,29 @@ for.
 import bisect
 import copy
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from fastbert.data.batch import Batch
 from fastbert.data.masking import Unit, budget, mask_tokens
 from fastbert.data.order import BLOCK, at_places
 from fastbert.data.packing import WINDOW, Shape, choose_shape, pack_samples
+from fastbert.data.permutation import permute
 from fastbert.data.samples import cut_greedily, draw_next_pairs, draw_ordered_pairs, find_rows, find_spans
 from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import SpecialIds
 
 LONGEST = 1 << 16
-ROUNDED_TO = 64  # tokens of a batch, on a CPU
 _BLOCKS_KEPT = 4  # of an epoch's samples put into batches: the current one, and those that workers lag behind
 _DRAWN_FOR_SHAPE = 2 * WINDOW  # samples that decide the shape of static batches
-# What is trained: masked words alone, or beside them next-sentence or sentence-order prediction; or the next word.
-Objective = Literal["mlm", "mlm+nsp", "mlm+sop", "clm"]
+# What is trained: masked words alone, or beside them next-sentence or sentence-order prediction; or the next word; or
+# words in a random order.
+Objective = Literal["mlm", "mlm+nsp", "mlm+sop", "clm", "plm"]
 # What a sample is made of: sentences of one document, or of a row of documents.
 Inputs = Literal["doc-sentences", "full-sentences"]
-
-
-class Batch(NamedTuple):
-    """B samples with T tokens in all, packed one after another; the arguments of a pretraining model's `forward`.
-
-    Attributes:
-        input_ids: int64 [T], after masking; of "clm" the text itself.
-        token_type_ids: int64 [T], 0 up to the first [SEP], 1 after it.
-        position_ids: int64 [T], the place in the sample.
-        cu_seqlens: int32 [B + 1], sample b is tokens cu_seqlens[b] to cu_seqlens[b + 1].
-        max_seqlen: length of the longest sample.
-        masked_positions: int64 [M], places in the packed tokens, ascending.
-        labels: int64 [M], the original ids there; of "clm" the next ones.
-        sentence_label: int64 [B], of next-sentence prediction 0 next and 1 random, of sentence-order prediction 0 in
-            order and 1 swapped, -100 to ignore; None without either.
-        filled_tokens: how many of the tokens are the samples'; those behind them are padding.
-        task_type_ids: int64 [T], ERNIE's; None without.
-    """
-
-    input_ids: Tensor
-    token_type_ids: Tensor
-    position_ids: Tensor
-    cu_seqlens: Tensor
-    max_seqlen: int
-    masked_positions: Tensor
-    labels: Tensor
-    sentence_label: Tensor | None
-    filled_tokens: int
-    task_type_ids: Tensor | None = None
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The batch with its tensors on `device`."""
-        return Batch(*(x.to(device, non_blocking=non_blocking) if isinstance(x, Tensor) else x for x in self))
-
-    def filled(
-        self, pad_id: int, tokens: int = ROUNDED_TO, masked: int = 32, samples: int = 8, longest: int | None = None
-    ) -> "Batch":
-        """The same batch with T, M and B rounded up, so that batches share a few shapes.
-
-        A CPU's product library prepares code for every new shape, which costs more than a small model's step. What is
-        added changes no loss and no gradient: last samples of padding and empty ones behind them, with labels that are
-        ignored.
-
-        Args:
-            pad_id: the id of the padding.
-            tokens, masked, samples: T, M and B become multiples of these.
-            longest: the model's longest sample, its position table's rows; None for no limit.
-        """
-        padding, longest = -len(self.input_ids) % tokens, longest or tokens
-        pieces = -(-padding // longest)
-        sequences, labels = len(self.cu_seqlens) - 1 + pieces, len(self.labels)
-        shape = Shape(len(self.input_ids) + padding, sequences + -sequences % samples, labels + -labels % masked)
-        return self.padded(pad_id, shape, longest)
-
-    def padded(self, pad_id: int, shape: Shape, longest: int) -> "Batch":
-        """The same batch with the T, B and M of `shape`, which must hold it and its padding.
-
-        Padding stands behind the samples, as samples of at most `longest` tokens, so that attention computes little for
-        it, and empty samples behind these. Labels there are -100, so that losses and gradients stay what they are.
-        """
-        total, bounds, label = len(self.input_ids), self.cu_seqlens, self.sentence_label
-        padding, more, ignored = (
-            wanted - there for wanted, there in zip(shape, (total, len(bounds) - 1, len(self.labels)), strict=True)
-        )
-        if not (padding or more or ignored):
-            return self
-        ends = total + longest * torch.arange(1, more + 1, dtype=bounds.dtype, device=bounds.device)
-        places = torch.arange(padding, device=bounds.device) % longest
-        return Batch(
-            input_ids=F.pad(self.input_ids, (0, padding), value=pad_id),
-            token_type_ids=F.pad(self.token_type_ids, (0, padding)),
-            position_ids=torch.cat([self.position_ids, places]),
-            cu_seqlens=torch.cat([bounds, ends.clamp(max=shape.tokens)]),
-            max_seqlen=max(self.max_seqlen, min(padding, longest)),
-            masked_positions=F.pad(self.masked_positions, (0, ignored)),
-            labels=F.pad(self.labels, (0, ignored), value=-100),
-            sentence_label=None if label is None else F.pad(label, (0, more), value=-100),
-            filled_tokens=self.filled_tokens,
-            task_type_ids=None if self.task_type_ids is None else F.pad(self.task_type_ids, (0, padding)),
-        )
 
 
 class PretrainBatches(Dataset[Batch]):
@@ -127,7 +47,7 @@ class PretrainBatches(Dataset[Batch]):
     is made of whole rows.
 
     With `static` all batches of all epochs have one `shape`, as `choose_shape` says, with T at most batch_tokens, and
-    max_seqlen is seq_len. Samples are taken from the same order in such a way that next to nothing stays empty, see
+    max_seqlen is `longest`. Samples are taken from the same order in such a way that next to nothing stays empty, see
     `pack_samples`; a sample counts with as many predictions as `budget` allows it, so that M always holds. What stays
     empty is padding as of `Batch.padded`, with labels of -100.
     Packing takes some microseconds a sample. Samples of a row are then packed each for itself.
@@ -141,13 +61,18 @@ class PretrainBatches(Dataset[Batch]):
         batch_tokens: most tokens of a batch, special tokens included; at least seq_len.
         seed: 64-bit; epoch: 0, 1, ...; for evaluation fix it.
         objective: "mlm", "mlm+nsp" (pairs by `draw_next_pairs`), "mlm+sop" (`draw_ordered_pairs`), or "clm": the next
-            token is predicted wherever it is not special, and nothing is masked.
+            token is predicted wherever it is not special, and nothing is masked. "plm": `mask_prob` of the tokens, in
+            units, are predicted in a random order, see `permutation`; a sample then has a query more for each, and with
+            them at most `longest` tokens, which batch_tokens must hold.
         inputs: "doc-sentences", or for "mlm" and "clm" also "full-sentences".
         mask_prob, mask_share, random_share, unit: see `mask_tokens`.
         continues: bool [V], whether an id continues the word before it, as `continuations` says; a store that knows its
             words (`TokenStore.words`) says it of every token instead. None masks tokens, each for itself.
         task_type: the task that the samples are of, every token's in `task_type_ids` (ERNIE 2.0); None for none.
         static: batches of one shape, for CUDA graphs and torch.compile.
+
+    Attributes:
+        longest: most tokens of a sample: seq_len, and in "plm" the queries of so many.
 
     Raises:
         ValueError: numbers outside these ranges, another objective, inputs or unit, special ids outside the vocabulary,
@@ -177,10 +102,6 @@ class PretrainBatches(Dataset[Batch]):
             raise ValueError(
                 f"seq_len is a sample's length in tokens: expected 8 <= seq_len <= {LONGEST}, got {seq_len}"
             )
-        if batch_tokens < seq_len:
-            raise ValueError(
-                f"batch_tokens must hold at least one sample: expected >= seq_len = {seq_len}, got {batch_tokens}"
-            )
         if not 0.0 < mask_prob < 1.0:
             raise ValueError(f"mask_prob is the share of tokens to mask: expected 0 < mask_prob < 1, got {mask_prob}")
         if min(mask_share, random_share) < 0.0 or mask_share + random_share > 1.0:
@@ -197,6 +118,16 @@ class PretrainBatches(Dataset[Batch]):
         for name, value, kind in choices:
             if value not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+        self.objective, self.seq_len, self.mask_prob = objective, seq_len, mask_prob
+        self.pairs = {"mlm+nsp": draw_next_pairs, "mlm+sop": draw_ordered_pairs}.get(objective)
+        self.extra = 3 if self.pairs else 2  # [CLS] and [SEP]s
+        self.longest = int(self._with_queries(np.array(seq_len)))
+        if batch_tokens < self.longest:
+            queries = "" if objective != "plm" else f" and {self.longest - seq_len} queries"
+            raise ValueError(
+                f"batch_tokens must hold at least one sample: expected >= seq_len = {seq_len}{queries}, got "
+                f"{batch_tokens}"
+            )
         if inputs == "full-sentences" and objective not in ("mlm", "clm"):
             raise ValueError(f"{inputs} have no pairs of texts: expected objective mlm or clm, got {objective!r}")
         if objective == "mlm+nsp" and len(store.documents) < 3:
@@ -209,14 +140,9 @@ class PretrainBatches(Dataset[Batch]):
                 f"continues must be bool [{store.vocab_size}], a flag for every id of the store's vocabulary, got "
                 f"{continues.dtype} {list(continues.shape)}: make it of the tokenizer that wrote the store"
             )
-        self.store, self.special, self.objective = store, special, objective
-        self.seed, self.seq_len, self.batch_tokens = seed, seq_len, batch_tokens
-        self.masking = {
-            "mask_prob": mask_prob, "mask_share": mask_share, "random_share": random_share, "unit": unit,
-        }  # fmt: skip
+        self.store, self.special, self.seed, self.batch_tokens = store, special, seed, batch_tokens
+        self.masking = {"mask_share": mask_share, "random_share": random_share, "unit": unit}
         self.continues, self.task_type = continues, task_type
-        self.pairs = {"mlm+nsp": draw_next_pairs, "mlm+sop": draw_ordered_pairs}.get(objective)
-        self.extra = 3 if self.pairs else 2  # [CLS] and [SEP]s
         if inputs == "full-sentences":
             self.spans, self.rows = find_rows(store, seq_len, self.extra)
         else:
@@ -230,10 +156,9 @@ class PretrainBatches(Dataset[Batch]):
         self.count = len(self.spans.starts) if self.rows is None else len(self.rows) - 1
         self.shape: Shape | None = None
         if static:
-            content = (np.arange(seq_len + 1) - self.extra).clip(min=0)
-            self.predictions = content if objective == "clm" else budget(content, mask_prob)  # by a sample's length
+            self.predictions = self._predictions()
             some = at_places(0, min(_DRAWN_FOR_SHAPE, self.count), self.count, seed, 0)
-            self.shape = choose_shape(self._lengths(some, 0), self.predictions, batch_tokens, seq_len)
+            self.shape = choose_shape(self._lengths(some, 0), self.predictions, batch_tokens, self.longest)
         self._begin(epoch)
 
     def at_epoch(self, epoch: int) -> "PretrainBatches":
@@ -256,11 +181,11 @@ class PretrainBatches(Dataset[Batch]):
             rows = at_places(first, min(first + BLOCK, self.count), self.count, self.seed, self.epoch)
             if self.shape is None:
                 samples, counts = self._samples(rows)
-                lengths = self.spans.ends[samples] - self.spans.starts[samples] + self.extra
+                lengths = self._with_queries(self.spans.ends[samples] - self.spans.starts[samples] + self.extra)
                 lengths = np.add.reduceat(lengths, np.cumsum(counts) - counts)
                 cuts = cut_greedily(np.append(0, np.cumsum(lengths)), self.batch_tokens)
             else:
-                packed, cuts = pack_samples(self._lengths(rows, self.epoch), self.predictions, self.shape, self.seq_len)
+                packed, cuts = pack_samples(self._lengths(rows, self.epoch), self.predictions, self.shape, self.longest)
                 rows = rows[packed]
             while len(self.blocks) >= _BLOCKS_KEPT:
                 del self.blocks[next(iter(self.blocks))]
@@ -291,8 +216,20 @@ class PretrainBatches(Dataset[Batch]):
     def _lengths(self, samples: np.ndarray, epoch: int) -> np.ndarray:
         """Tokens of samples with the special ones; a random second text may be shorter than the one it replaces."""
         if self.objective != "mlm+nsp":
-            return self.spans.ends[samples] - self.spans.starts[samples] + self.extra
+            return self._with_queries(self.spans.ends[samples] - self.spans.starts[samples] + self.extra)
         return draw_next_pairs(self.store, self.spans, samples, self.seed, epoch).lengths.sum(1) + self.extra
+
+    def _with_queries(self, lengths: np.ndarray) -> np.ndarray:
+        """Tokens of samples of these lengths, with as many queries as they can have."""
+        return lengths if self.objective != "plm" else lengths + budget(lengths - self.extra, self.mask_prob)
+
+    def _predictions(self) -> np.ndarray:
+        """int64 [longest + 1]: how many predictions a sample has at most, by its tokens with its queries."""
+        lengths = np.arange(self.extra, self.seq_len + 1)
+        most = lengths - self.extra if self.objective == "clm" else budget(lengths - self.extra, self.mask_prob)
+        by_length = np.zeros(self.longest + 1, np.int64)
+        by_length[self._with_queries(lengths)] = most
+        return np.maximum.accumulate(by_length)
 
     def __len__(self) -> int:
         """Batches in the epoch; of a long one this takes as long as putting all of its samples into batches."""
@@ -333,40 +270,56 @@ class PretrainBatches(Dataset[Batch]):
             self.store.tokens[np.repeat(source, lengths.ravel()) + within]
         )
         token_types = np.repeat(np.tile(np.arange(sizes.shape[1]), len(samples)), sizes.ravel())
-        seqlens = np.diff(cu_seqlens)
+        predicted = self._predicted(input_ids, cu_seqlens, samples, places, words)
+        return self._batch(*predicted, token_types, cu_seqlens, samples, sentence_label)
+
+    def _predicted(
+        self, input_ids: np.ndarray, cu_seqlens: np.ndarray, samples: np.ndarray, places: np.ndarray,
+        words: np.ndarray | None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+        """The ids that the model is given, [T], where something is to be predicted, [M], and what, [M].
+
+        `places` are those of the store's tokens, whose `words` says of each whether it continues the one before.
+        """
         if self.objective == "clm":
-            masked, positions = input_ids, np.flatnonzero(~np.isin(input_ids[1:], self.special))
-            labels = input_ids[positions + 1]
-        else:
-            continued = None if self.continues is None else self.continues[input_ids]
-            if continued is not None and words is not None:
-                continued[places] = words
-            masked, positions, labels = mask_tokens(
-                input_ids,
-                cu_seqlens,
-                samples,
-                self.special,
-                self.store.vocab_size,
-                seed=self.seed,
-                epoch=self.epoch,
-                continued=continued,
-                **self.masking,
-            )
+            positions = np.flatnonzero(~np.isin(input_ids[1:], self.special))
+            return input_ids, positions, input_ids[positions + 1]
+        continued = None if self.continues is None else self.continues[input_ids]
+        if continued is not None and words is not None:
+            continued[places] = words
+        masked, positions, labels = mask_tokens(
+            input_ids, cu_seqlens, samples, self.special, self.store.vocab_size, seed=self.seed, epoch=self.epoch,
+            mask_prob=self.mask_prob, continued=continued, **self.masking,
+        )  # fmt: skip
+        return input_ids if self.objective == "plm" else masked, positions, labels
+
+    def _batch(
+        self, ids: np.ndarray, positions: np.ndarray, labels: np.ndarray, token_types: np.ndarray,
+        cu_seqlens: np.ndarray, samples: np.ndarray, sentence_label: np.ndarray | None,
+    ) -> Batch:  # fmt: skip
+        places, ranks = _ranges(np.diff(cu_seqlens)), {}
+        if self.objective == "plm":
+            made = permute(cu_seqlens, positions, samples, seed=self.seed, epoch=self.epoch)
+            ids, token_types, places = ids[made.source], token_types[made.source], places[made.source]
+            ids[made.queries] = self.special.mask
+            cu_seqlens, positions = made.cu_seqlens, made.queries
+            ranks = {name: torch.from_numpy(getattr(made, name)) for name in ("query_ranks", "key_ranks")}
         batch = Batch(
-            input_ids=torch.from_numpy(masked),
+            input_ids=torch.from_numpy(ids),
             token_type_ids=torch.from_numpy(token_types),
-            position_ids=torch.from_numpy(_ranges(seqlens)),
+            position_ids=torch.from_numpy(places),
             cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
-            max_seqlen=int(seqlens.max()),
+            max_seqlen=int(np.diff(cu_seqlens).max()),
             masked_positions=torch.from_numpy(positions),
             labels=torch.from_numpy(labels),
             sentence_label=None if sentence_label is None else torch.from_numpy(sentence_label),
-            filled_tokens=len(masked),
-            task_type_ids=None if self.task_type is None else torch.full((len(masked),), self.task_type),
+            filled_tokens=len(ids),
+            task_type_ids=None if self.task_type is None else torch.full((len(ids),), self.task_type),
+            **ranks,
         )
         if self.shape is None:
             return batch
-        return batch.padded(self.special.pad, self.shape, self.seq_len)._replace(max_seqlen=self.seq_len)
+        return batch.padded(self.special.pad, self.shape, self.longest)._replace(max_seqlen=self.longest)
 
 
 def _ranges(lengths: np.ndarray) -> np.ndarray:

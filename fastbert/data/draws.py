@@ -18,6 +18,7 @@ class Purpose(IntEnum):
     ORDER = 1  # the order of the samples in an epoch
     PAIR = 2  # where a sample is cut in two and whether its second half is replaced
     MASK = 3  # which tokens are masked, and by what
+    PERMUTE = 4  # in which order tokens are predicted
 
 
 def draw(

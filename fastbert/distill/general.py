@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from fastbert import allocator, files
 from fastbert.backends import check_environment
-from fastbert.data.batches import Batch, PretrainBatches
+from fastbert.data.batch import Batch
+from fastbert.data.batches import PretrainBatches
 from fastbert.data.corpus import check_corpus
 from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import special_ids

@@ -9,6 +9,7 @@ from fastbert.models.classification import (
     ErnieForSequenceClassification,
     RobertaForSequenceClassification,
     XLMRobertaForSequenceClassification,
+    XLNetForSequenceClassification,
 )
 from fastbert.models.ernie import ErnieConfig, ErnieForPreTraining, ErnieModel
 from fastbert.models.frozen import freeze
@@ -43,6 +44,7 @@ __all__ = [
     "XLMRobertaForSequenceClassification",
     "XLMRobertaModel",
     "XLNetConfig",
+    "XLNetForSequenceClassification",
     "XLNetLMHeadModel",
     "XLNetModel",
     "freeze",

@@ -300,7 +300,7 @@ def _tokenizer_files(tokenizer: Any, config: Any) -> dict[str, bytes]:
         return {}
     if isinstance(tokenizer, str | os.PathLike):
         return tokenizer_files.read(tokenizer)
-    contents = tokenizer_files.make(tokenizer, config.longest)
+    contents = tokenizer_files.make(tokenizer, config.longest, config.padding_side)
     token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
     if highest >= config.vocab_size:
         raise ValueError(

@@ -20,6 +20,7 @@ from fastbert.models.ernie import ErnieConfig, ErnieModel
 from fastbert.models.inputs import IGNORED
 from fastbert.models.layers import Dropout
 from fastbert.models.roberta import RobertaConfig, RobertaModel, XLMRobertaModel
+from fastbert.models.xlnet import XLNetConfig, XLNetModel
 from fastbert.ops.cross_entropy import cross_entropy
 
 ProblemType = Literal["single_label_classification", "regression"]
@@ -96,6 +97,7 @@ class SequenceClassifier(Labelled, ModelWithHead):
         labels: names of the classes, in the order of the logits; one for a regression.
         problem_type: "single_label_classification" or "regression".
         classifier_dropout: before the classifier; None takes what the configuration has for it.
+        encoder_options: the encoder's own.
 
     Raises:
         ValueError: another problem type, labels that do not fit it, or no probability.
@@ -109,11 +111,12 @@ class SequenceClassifier(Labelled, ModelWithHead):
         labels: Sequence[str],
         problem_type: ProblemType = "single_label_classification",
         classifier_dropout: float | None = None,
+        **encoder_options: Any,
     ):
         p = classifier_dropout
         if p is not None and (type(p) not in (int, float) or not 0.0 <= p <= 1.0):
             raise ValueError(f"classifier_dropout is a probability: expected None or a number from 0 to 1, got {p!r}")
-        super().__init__(config)
+        super().__init__(config, **encoder_options)
         self.set_labels(labels, problem_type)
         self.classifier_dropout = classifier_dropout
         self.dropout = Dropout(self.dropout_p)
@@ -228,11 +231,35 @@ class XLMRobertaForSequenceClassification(RobertaForSequenceClassification):
     )
 
 
+class XLNetForSequenceClassification(SequenceClassifier):
+    """XLNet with a classifier over its summary, a dense layer and a tanh of each sequence's last token.
+
+    `transformers` takes the last place for it, so it is to pad on the left, as the folders' tokenizers say.
+    """
+
+    encoder_class, config_class = XLNetModel, XLNetConfig
+    names = parameter_names.XLNET._replace(
+        renamed=(
+            ("transformer.pooler.dense.", "sequence_summary.summary."),
+            ("classifier.", "logits_proj."),
+            *parameter_names.XLNET.renamed,
+        )
+    )
+    takes_pooler = False  # an encoder's folder has none
+
+    def __init__(self, config: XLNetConfig, *args: Any, **options: Any):
+        super().__init__(config, *args, **options, add_pooling_layer=True)
+
+    def fields(self) -> dict[str, Any]:
+        return super().fields() | {"summary_last_dropout": self.dropout_p}
+
+
 _CLASSIFIERS = (
     AlbertForSequenceClassification,
     BertForSequenceClassification,
     ErnieForSequenceClassification,
     RobertaForSequenceClassification,
     XLMRobertaForSequenceClassification,
+    XLNetForSequenceClassification,
 )
 CLASSIFIERS: Mapping[str, type[SequenceClassifier]] = {cls.names.model_type: cls for cls in _CLASSIFIERS}

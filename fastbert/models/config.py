@@ -68,6 +68,7 @@ class ModelConfig:
 
     presets: ClassVar[dict[str, dict[str, int]]] = {}  # name -> the fields that differ from the class's defaults
     has_position_table: ClassVar[bool] = True
+    padding_side: ClassVar[str] = "right"  # where transformers' tokenizer of the model's folder is to pad
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Self:
@@ -179,6 +180,11 @@ class ModelConfig:
     def longest(self) -> int:
         """Tokens of the longest sequence that the position table has rows for."""
         return self.max_position_embeddings - self.first_position
+
+    @property
+    def attention_columns(self) -> int:
+        """Numbers of a token's query (as of its key, and of its value) as attention takes them, of all heads."""
+        return self.hidden_size
 
     @property
     def approximate(self) -> str:

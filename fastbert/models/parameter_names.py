@@ -1,9 +1,9 @@
 """Parameter names of Hugging Face's models <-> ours, a table for each.
 
 Ours are those of Hugging Face's BERT but for one thing: query, key and value are one matrix, `attention.self.qkv`.
-Another model's names differ in what its table lists, and XLNet's matrices in their shape. Files of old say gamma and beta for a LayerNorm's weight and bias,
-leave out the prefix (`bert.`) where only the encoder was saved, and carry `position_ids`; wrappers (DataParallel,
-torch.compile, Lightning) put a prefix of their own before all names.
+Another model's names differ in what its table lists, and XLNet's matrices in their shape. Files of old say gamma and
+beta for a LayerNorm's weight and bias, leave out the prefix (`bert.`) where only the encoder was saved, and carry
+`position_ids`; wrappers (DataParallel, torch.compile, Lightning) put a prefix of their own before all names.
 """
 
 import os

@@ -85,6 +85,7 @@ class PreTrainingModel(ModelWithHead):
 
     # The argument of `forward` that holds the sentence head's labels; None for a model without that head.
     sentence_label: ClassVar[str | None]
+    fills_gaps: ClassVar[bool] = True  # whether [MASK] in the text stands for a word to be predicted
     predictions: Decoder
     sentence_head: nn.Module | None = None
 
@@ -100,6 +101,16 @@ class PreTrainingModel(ModelWithHead):
         for _ in range(passes):
             self.base_model.skip_seeds(torch.device(device))
             draw_seeds(dropped, torch.device(device))
+
+    def word_logits(self, ids: Tensor, place: int, mask_id: int, **types: Tensor) -> Tensor:
+        """What the model says of the token at `place` of one sequence, ids [S], without seeing it: [V].
+
+        A decoder does not see what follows either. `types` are those of the tokens, like `ids`.
+        """
+        if not self.config.is_decoder:
+            ids = ids.index_fill(0, torch.tensor([place], device=ids.device), mask_id)
+        out = self(ids.unsqueeze(0), **{name: x.unsqueeze(0) for name, x in types.items()})
+        return out.prediction_logits[0, place - int(self.config.is_decoder)]
 
     def predict(
         self,

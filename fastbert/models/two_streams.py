@@ -100,8 +100,8 @@ def ranks_of(visible: Tensor) -> tuple[Tensor, Tensor]:
     said = (key_ranks[:, None, :] <= query_ranks[..., None]) & (key_ranks[:, None, :] < 0)
     if not torch.equal(said, visible):
         raise ValueError(
-            "perm_mask must be that of an order: of any two tokens or queries of a sequence one sees all that the other "
-            "sees. That of this batch is not, and attention here has no other masks: make it of permutation numbers, "
+            "perm_mask must be that of an order: of any two tokens or queries of a sequence one sees all that the other"
+            " sees. This batch's is not, and attention here has no other masks: make it of permutation numbers, "
             "perm_mask[b, i, j] = number[b, i] <= number[b, j], with -1 for what is never predicted"
         )
     return query_ranks, key_ranks

@@ -63,6 +63,7 @@ class XLNetConfig(ModelConfig):
     pad_token_id: int | None = 5
 
     has_position_table: ClassVar[bool] = False
+    padding_side: ClassVar[str] = "left"  # transformers' classifier takes the last place
     presets: ClassVar[dict[str, dict[str, int]]] = {
         "tiny": sizes(2, 128, 2),
         "mini": sizes(4, 256, 4),
@@ -87,6 +88,10 @@ class XLNetConfig(ModelConfig):
                 "an XLNet has one probability of dropout: hidden_dropout_prob and attention_probs_dropout_prob must be "
                 f"equal, got {self.hidden_dropout_prob} and {self.attention_probs_dropout_prob}"
             )
+
+    @property
+    def attention_columns(self) -> int:
+        return self.hidden_size + self.num_attention_heads * (self.hidden_size + SEGMENTS)
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Self:
@@ -240,6 +245,7 @@ class XLNetModel(Encoder):
 class XLNetLMHeadModel(PreTrainingModel):
     """XLNet and its head: words, by a decoder that is tied to the word embedding."""
 
+    fills_gaps = False
     encoder_class, sentence_label = XLNetModel, None
     config_class, names = XLNetConfig, parameter_names.XLNET
 
@@ -250,6 +256,13 @@ class XLNetLMHeadModel(PreTrainingModel):
     @property
     def predictions(self) -> Decoder:
         return self.lm_loss
+
+    def word_logits(self, ids: Tensor, place: int, mask_id: int, **types: Tensor) -> Tensor:
+        """As `PreTrainingModel.word_logits`, by a query there, all other tokens being seen."""
+        one = torch.zeros(1, 1, len(ids), device=ids.device)
+        one[..., place] = 1.0
+        types = {name: x.unsqueeze(0) for name, x in types.items()}
+        return self(ids.unsqueeze(0), perm_mask=one.expand(1, len(ids), -1), target_mapping=one, **types).logits[0, 0]
 
     def forward(
         self,

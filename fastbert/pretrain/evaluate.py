@@ -8,9 +8,11 @@ import torch
 from tokenizers import decoders
 from torch import Tensor
 
-from fastbert.data.batches import Batch, PretrainBatches
+from fastbert.data.batch import Batch
+from fastbert.data.batches import PretrainBatches
 from fastbert.data.tokenizer import continuations, is_wide, special_ids
 from fastbert.models.pretraining import Predictions, PreTrainingModel
+from fastbert.models.two_streams import UNSEEN
 from fastbert.ops.cross_entropy import cross_entropy
 from fastbert.pretrain.processes import ALONE, Processes
 
@@ -42,6 +44,8 @@ def forward(model: PreTrainingModel, batch: Batch) -> Predictions:
     more = {} if model.sentence_label is None else {model.sentence_label: filled.sentence_label}
     if filled.task_type_ids is not None:
         more["task_type_ids"] = filled.task_type_ids
+    if filled.query_ranks is not None:
+        more["ranks"] = filled.query_ranks, filled.key_ranks
     return model(
         filled.input_ids, token_type_ids=filled.token_type_ids,
         position_ids=filled.position_ids + first if first else filled.position_ids,
@@ -112,9 +116,8 @@ def guesses(model: PreTrainingModel, batches: PretrainBatches, tokenizer, device
     mask, continues = special_ids(tokenizer).mask, torch.from_numpy(continuations(tokenizer))
     lines = []
     for ids, types, place in itertools.islice(_masked_words(batches, tokenizer, continues, behind), count):
-        truth, ids[place] = int(ids[place]), mask
-        out = model(ids.unsqueeze(0).to(device), **{name: x.unsqueeze(0).to(device) for name, x in types.items()})
-        best = out.prediction_logits[0, place - behind].float().softmax(-1).topk(5)
+        truth, types = int(ids[place]), {name: x.to(device) for name, x in types.items()}
+        best = model.word_logits(ids.to(device), place, mask, **types).float().softmax(-1).topk(5)
         whole = [*(~continues[ids]).tolist(), True]  # where a word may be cut
         start = next(i for i in range(max(0, place - 14), -1, -1) if whole[i])
         end = next(i for i in range(min(place + 10, len(ids)), len(whole)) if whole[i])
@@ -135,13 +138,18 @@ def _masked_words(
         original = batch.input_ids.clone()
         predicted = batch.masked_positions + behind
         original[predicted] = batch.labels
+        content = torch.ones_like(original, dtype=torch.bool)
+        if batch.key_ranks is not None:
+            content = batch.key_ranks != UNSEEN  # queries stand behind the tokens of their sequence
         for start, end in itertools.pairwise(batch.cu_seqlens.tolist()):
-            ids = original[start:end].clone()
-            places = [p - start for p in predicted.tolist() if start <= p < end]
+            own = (predicted >= start) & (predicted < end)
+            places = batch.position_ids[predicted[own]].tolist()
+            stop = start + int(content[start:end].sum())
+            ids = original[start:stop].clone()
             place = _whole_word(ids, places[::-1] if behind else places, tokenizer, continues)
             if place is not None:
                 types = {"token_type_ids": batch.token_type_ids, "task_type_ids": batch.task_type_ids}
-                yield ids, {name: x[start:end] for name, x in types.items() if x is not None}, place
+                yield ids, {name: x[start:stop] for name, x in types.items() if x is not None}, place
 
 
 def _whole_word(ids: Tensor, places: list[int], tokenizer, continues: Tensor) -> int | None:

@@ -13,6 +13,7 @@ import torch
 
 from fastbert import allocator, lock
 from fastbert.data.batches import PretrainBatches
+from fastbert.data.permutation import SHARE
 from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import continuations, special_ids
 from fastbert.pretrain.evaluate import Frequencies, guesses
@@ -79,7 +80,7 @@ def read_data(config: PretrainConfig, resume: bool, processes: Processes) -> Dat
             objective=config.objective, inputs=config.inputs, static=static,
             unit="word" if config.masking == "token" else config.masking,
             continues=None if config.masking == "token" else continuations(tokenizer),
-            task_type=config.task_type,
+            task_type=config.task_type, **({"mask_prob": SHARE} if config.objective == "plm" else {}),
         )  # fmt: skip
 
     phases = config.all_phases()

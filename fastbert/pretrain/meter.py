@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fastbert.data.batches import ROUNDED_TO, Batch
+from fastbert.data.batch import ROUNDED_TO, Batch
 from fastbert.models.config import ModelConfig
 from fastbert.models.inputs import IGNORED
 from fastbert.ops.linear import linear

@@ -11,7 +11,7 @@ from fastbert.models.config import ModelConfig
 # Liu et al., "RoBERTa" (2019), has 6e-4 and 4e-4 at a million tokens and more.
 # RoBERTa, ERNIE, ALBERT: the same at the same width; ALBERT on from there.
 LEARNING_RATES = {"bert": {"tiny": 3e-3, "mini": 1.5e-3, "small": 7.5e-4, "base": 1e-4, "large": 1e-4}}
-LEARNING_RATES |= dict.fromkeys(("roberta", "xlm-roberta", "ernie"), LEARNING_RATES["bert"])
+LEARNING_RATES |= dict.fromkeys(("roberta", "xlm-roberta", "ernie", "xlnet"), LEARNING_RATES["bert"])
 LEARNING_RATES["albert"] = LEARNING_RATES["bert"] | {"xlarge": 5e-5, "xxlarge": 2.5e-5}
 MASKED = 0.15  # share of tokens to predict; a causal model predicts next to all
 FLOAT32 = 4  # bytes
@@ -39,7 +39,8 @@ def saved_for_backward(config: ModelConfig, tokens: int, predicted: float = MASK
     `predicted` is the share of these tokens.
     """
     hidden, (layers, embedding) = config.hidden_size, layers_and_embedding(config)
-    everywhere = hidden * (16 * (layers - 1) + 4) + 2 * embedding  # 2: the embeddings' sum, and their LayerNorm
+    attended = 4 * config.attention_columns
+    everywhere = hidden * 12 * (layers - 1) + attended * layers + 2 * embedding  # 2: embeddings' sum, and LayerNorm
     there = 12 * hidden + 4 * embedding + config.vocab_size
     return round(FLOAT32 * tokens * (everywhere + predicted * there))
 
@@ -54,10 +55,11 @@ def operations(config: ModelConfig, tokens: float, pairs: float, predicted: floa
     """Floating-point operations of a training step's matrix products and attention.
 
     Forward takes 2 for every weight of a matrix and token; in attention 4 H a layer for every pair of tokens of which
-    one sees the other; and backward takes twice as many. Only what is computed counts: of the last layer, behind its
-    attention, the tokens to be predicted and the sequences' first ones, and of the head and its product with the
-    vocabulary the tokens to be predicted. Embeddings, norms, GELU, dropout, the pooler and its head, and the optimizer
-    are left out, which are no products or small ones.
+    one sees the other (with relative positions 4 `attention_columns` for every pair of a sequence); and backward takes
+    twice as many. Only what is computed counts: of the last layer, behind its attention, the tokens to be predicted and
+    the sequences' first ones, and of the head and its product with the vocabulary the tokens to be predicted.
+    Embeddings, norms, GELU, dropout, the pooler and its head, and the optimizer are left out, which are no products or
+    small ones.
 
     Args:
         config: the model's.
@@ -65,7 +67,8 @@ def operations(config: ModelConfig, tokens: float, pairs: float, predicted: floa
         predicted: tokens that have a label. sequences: how many there are.
     """
     hidden, (layers, embedding) = config.hidden_size, layers_and_embedding(config)
-    projections = tokens * 3 * hidden * hidden + pairs * 2 * hidden
+    relative = config.attention_columns > hidden  # its queries are multiplied once more
+    projections = tokens * (3 + relative) * hidden * hidden + pairs * 2 * config.attention_columns
     rest = hidden * hidden + 2 * hidden * config.intermediate_size
     head = hidden * embedding + embedding * config.vocab_size
     widened = embedding * hidden if hasattr(config, "embedding_size") else 0
@@ -82,16 +85,17 @@ def table(vocab_size: int, batch_tokens: int, seq_len: int) -> str:
         f"{'':<18}{'layers':>7}{'width':>7}{'heads':>6}{'parameters':>13}{'--lr':>8}"
         + f"{'memory':>11}{'a step':>14}" * 2,
     ]
-    sizes = {"vocab_size": vocab_size, "max_position_embeddings": max(512, seq_len)}
     for model, rates in LEARNING_RATES.items():
+        kind = PRETRAINING[model].config_class
+        table_rows = {"max_position_embeddings": max(512, seq_len)} if kind.has_position_table else {}
         for name, lr in rates.items():
-            config = PRETRAINING[model].config_class.preset(name, **sizes)
+            config = kind.preset(name, vocab_size=vocab_size, **table_rows)
             line = (
                 f"{f'{model} {name}':<18}{config.num_hidden_layers:>7}{config.hidden_size:>7}"
                 f"{config.num_attention_heads:>6}{parameters(config):>13,}{lr:>8g}"
             )
             for predicted, seen in ((MASKED, seq_len), (1.0, (seq_len + 1) / 2)):
-                if predicted == 1.0 and model == "albert":  # there is no causal one
+                if predicted == 1.0 and model in ("albert", "xlnet"):  # there is no causal one
                     continue
                 step = operations(
                     config, batch_tokens, batch_tokens * seen, batch_tokens * predicted, batch_tokens / seq_len

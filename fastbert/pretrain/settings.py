@@ -48,7 +48,7 @@ class PretrainConfig:
     rows_first: int = 0
     """With --add-words: so many steps at the start train the rows of the new words alone."""
 
-    model: Literal["bert", "albert", "roberta", "ernie", "xlm-roberta"] = "bert"
+    model: Literal["bert", "albert", "roberta", "ernie", "xlm-roberta", "xlnet"] = "bert"
     """Architecture; xlm-roberta is RoBERTa in the folders of XLM-RoBERTa."""
     preset: Literal["tiny", "mini", "small", "base", "large", "xlarge", "xxlarge"] = "tiny"
     """Size of the model; below is what each costs, and which there are of each architecture."""
@@ -61,7 +61,7 @@ class PretrainConfig:
     """Lower-case the text and strip accents, as uncased BERT does; RoBERTa as it was published does not."""
     max_position_embeddings: int = 512
     """Rows of the position table: the longest sequence the model will ever take. (RoBERTa's table has some rows more
-    that no token takes.)"""
+    that no token takes; an XLNet has no table.)"""
     norm: Norm = "layer"
     """What normalises within the layers (docs/norms.md); transformers loads models with layer (LayerNorm) alone."""
     dropout: float | None = None
@@ -85,10 +85,11 @@ class PretrainConfig:
     objective: Objective | None = None
     """What to train beside the masked language model (mlm): nothing, next-sentence prediction (nsp), sentence-order
     prediction (sop); if not given mlm for RoBERTa, which has no other, mlm+sop for ALBERT, mlm+nsp for the others. clm
-    instead predicts every next token from those before it, and masks nothing."""
+    instead predicts every next token from those before it, and masks nothing; plm, XLNet's own and only one, a sixth of
+    the tokens in a random order."""
     masking: Literal["token", "word", "ngram", "span"] = "token"
     """What is masked: tokens, each for itself, whole words, one to three words in a row, as ALBERT's, or one to ten, as
-    SpanBERT's."""
+    SpanBERT's; with plm, what is predicted."""
     words: Segmentation | None = None
     """Where words are in Chinese text, for maskings of words: jieba finds them; or they stand apart in the corpus, by
     spaces, which are taken out."""
@@ -204,9 +205,7 @@ class PretrainConfig:
         if self.task_type is not None and self.init is None:
             rule = "left out but for model ernie, which has task types"
             expect(self.model == "ernie", "task_type", rule, self.task_type)
-        words_alone = PRETRAINING[self.model].sentence_label is None
-        rule = f"mlm or clm for model {self.model}, which has no head for pairs of texts"
-        expect(not words_alone or self.objective in (None, "mlm", "clm"), "objective", rule, self.objective)
+        self._check_model()
         if self.steps is None and self.minutes is None:
             raise ValueError("a run ends after so many steps or minutes: give --steps, --minutes or both")
         self._check_schedule()
@@ -221,6 +220,22 @@ class PretrainConfig:
         if objective != "clm" and self.inputs == "full-sentences":
             expect(objective == "mlm", "objective", "mlm or clm with inputs full-sentences, no pairs", objective)
         check_device(self.device)
+
+    def _check_model(self) -> None:
+        """What an architecture has not."""
+        kind = PRETRAINING[self.model]
+        if OWN[self.model]["objective"] == "plm":
+            rule = f"plm for model {self.model}, which predicts words in a random order alone"
+            expect(self.objective in (None, "plm"), "objective", rule, self.objective)
+            for name in ("norm", "attention_window"):
+                usual, value = getattr(PretrainConfig, name), getattr(self, name)
+                expect(value == usual, name, f"left out for model {self.model}, which has no other", value)
+        elif kind.sentence_label is None:
+            rule = f"mlm or clm for model {self.model}, which has no head for pairs of texts"
+            expect(self.objective in (None, "mlm", "clm"), "objective", rule, self.objective)
+        else:
+            rule = f"one of {', '.join(each for each in get_args(Objective) if each != 'plm')} for model {self.model}"
+            expect(self.objective != "plm", "objective", rule, self.objective)
 
     def _check_norm(self, objective: str) -> None:
         rule = "layer or group with objective clm: statistics over tokens tell of those to be predicted"
@@ -269,8 +284,9 @@ class PretrainConfig:
         for length, _ in self.all_phases():
             if self.phases is not None:
                 expect(low <= length <= high, "phases", f"of lengths from {low} to {high}", length)
-            rule = f"at most the rows of the position table, max_position_embeddings={self.max_position_embeddings}"
-            expect(length <= self.max_position_embeddings, given, rule, length)
+            if PRETRAINING[self.model].config_class.has_position_table:
+                rule = f"at most the rows of the position table, max_position_embeddings={self.max_position_embeddings}"
+                expect(length <= self.max_position_embeddings, given, rule, length)
             rule = f"at least one sample's, of {length} tokens"
             expect(self.batch_tokens >= length, "batch_tokens", rule, self.batch_tokens)
 
@@ -286,6 +302,7 @@ OWN = {
     "roberta": {"objective": "mlm", "dropout": 0.1, "tokenizer": "bpe"},
     "xlm-roberta": {"objective": "mlm", "dropout": 0.1, "tokenizer": "bpe"},
     "ernie": {"objective": "mlm+nsp", "dropout": 0.1, "tokenizer": "wordpiece"},
+    "xlnet": {"objective": "plm", "dropout": 0.1, "tokenizer": "wordpiece"},
 }
 
 # Continued pretraining's usual rate: Gururangan et al., "Don't stop pretraining" (2020).

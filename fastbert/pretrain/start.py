@@ -26,15 +26,15 @@ def starting_model(
 def new_model(config: PretrainConfig, tokenizer: Tokenizer, frequencies: Frequencies) -> PreTrainingModel:
     """A model of the preset, drawn from torch's generator; its head predicts the words' frequencies."""
     kind = PRETRAINING[config.model]
-    task_types = {} if config.task_type is None else {"use_task_id": True}
+    more = {} if config.task_type is None else {"use_task_id": True}
+    if kind.config_class.has_position_table:
+        more["max_position_embeddings"] = config.max_position_embeddings
     sizes = kind.config_class.preset(
         config.preset, vocab_size=vocab_size(tokenizer), hidden_dropout_prob=config.dropout,
-        attention_probs_dropout_prob=config.dropout, max_position_embeddings=config.max_position_embeddings,
-        pad_token_id=special_ids(tokenizer).pad, is_decoder=config.objective == "clm",
-        attention_window=config.attention_window, norm=config.norm,
-        **task_types,
+        attention_probs_dropout_prob=config.dropout, pad_token_id=special_ids(tokenizer).pad,
+        is_decoder=config.objective == "clm", attention_window=config.attention_window, norm=config.norm, **more,
     )  # fmt: skip
-    rows = config.max_position_embeddings + sizes.first_position
+    rows = sizes.max_position_embeddings + sizes.first_position
     model = kind(dataclasses.replace(sizes, max_position_embeddings=rows))
     with torch.no_grad():  # what the first steps would spend on learning
         model.predictions.bias.copy_(frequencies.log_probability)

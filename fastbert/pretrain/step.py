@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from fastbert.backends.linear import use_linear
 from fastbert.capture import WARMUP, Captured, capture
-from fastbert.data.batches import Batch
+from fastbert.data.batch import Batch
 from fastbert.models.inputs import IGNORED
 from fastbert.models.pretraining import PreTrainingModel
 from fastbert.models.working import WorkingCopy

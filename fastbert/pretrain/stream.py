@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader
 
-from fastbert.data.batches import Batch, PretrainBatches
+from fastbert.data.batch import Batch
+from fastbert.data.batches import PretrainBatches
 from fastbert.signals import obey_the_parent_alone
 
 

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from fastbert.backends.gpu import check_device_errors
-from fastbert.data.batches import Batch, PretrainBatches
+from fastbert.data.batch import Batch
+from fastbert.data.batches import PretrainBatches
 from fastbert.models.pretraining import PreTrainingModel
 from fastbert.optim.lazy_adam import LazyAdam
 from fastbert.pretrain import shards, snapshot

@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbert
-from fastbert.data.batches import Batch
+from fastbert.data.batch import Batch
 from fastbert.models.auto import PRETRAINING
 from fastbert.models.working import WorkingCopy
 from fastbert.pretrain.divergence import Watch

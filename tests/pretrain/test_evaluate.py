@@ -5,7 +5,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
 
-from fastbert.data.batches import Batch
+from fastbert.data.batch import Batch
 from fastbert.models.bert import BertConfig, BertForPreTraining
 from fastbert.pretrain.evaluate import Frequencies, evaluate, forward, guesses
 from fastbert.pretrain.settings import PretrainConfig

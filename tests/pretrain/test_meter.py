@@ -8,7 +8,7 @@ import pytest
 import torch
 from pretrain_runs import losses
 
-from fastbert.data.batches import Batch, Shape
+from fastbert.data.batch import Batch, Shape
 from fastbert.models.bert import BertConfig, BertForPreTraining
 from fastbert.pretrain import meter, step
 from fastbert.pretrain.accuracy import as_numbers, named_hits
