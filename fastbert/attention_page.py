@@ -82,7 +82,11 @@ def attention(config: AttentionConfig) -> None:
 
 @torch.inference_mode()
 def probabilities(model: Encoder, ids: Tensor, types: Tensor) -> Tensor:
-    """Attention of one text, int64 [1, S] each -> float32 [layers, heads, S, S]; row q is query q's, and sums to 1."""
+    """Attention of one text, int64 [1, S] each -> float32 [layers, heads, S, S]; row q is query q's, and sums to 1.
+
+    Raises:
+        ValueError: a model with relative positions (XLNet).
+    """
     found: list[Tensor] = []
 
     def keep(module: MultiHeadAttention, arguments: tuple, _: Tensor) -> None:
@@ -95,6 +99,11 @@ def probabilities(model: Encoder, ids: Tensor, types: Tensor) -> Tensor:
         found.append(scores.softmax(-1))
 
     attentions = [module for module in model.modules() if isinstance(module, MultiHeadAttention)]
+    if not attentions:
+        raise ValueError(
+            f"a {type(model).__name__} attends by relative positions, of which no page is made so far: give a folder "
+            "of BERT, ALBERT, RoBERTa or ERNIE"
+        )
     hooks = [module.register_forward_hook(keep) for module in attentions]
     try:
         model(ids, token_type_ids=types)

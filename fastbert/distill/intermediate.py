@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastbert.models.encoder import Encoder, Layer
+from fastbert.models.layers import MultiHeadAttention
 from fastbert.ops.attention_distillation import attention_distillation
 
 MAPS = "uniform", "last"
@@ -78,12 +79,17 @@ class Inside:
 
 
 def refuse_inside(model: Encoder, who: str) -> None:
-    """Raises ValueError where this encoder's layers cannot be told apart."""
+    """Raises ValueError where this encoder's layers cannot be told apart, or their attention's scores not compared."""
     layers = list(model.layers())
     if not all(isinstance(layer, Layer) for layer in layers) or len({id(layer) for layer in layers}) != len(layers):
         raise ValueError(
             f"the {who} is a {type(model).__name__}, whose layers share their weights: layers of BERT, RoBERTa "
             "or ERNIE can be taught one by one"
+        )
+    if not all(isinstance(layer.attention["self"], MultiHeadAttention) for layer in layers):
+        raise ValueError(
+            f"the {who} is a {type(model).__name__}, whose scores are of relative positions too: layers of BERT, "
+            "RoBERTa or ERNIE can be taught one by one"
         )
 
 
