@@ -20,9 +20,15 @@ from typing import NamedTuple
 import numpy as np
 
 from fastbert.data.draws import Purpose, draw
+from fastbert.data.masking import budget
 from fastbert.models.two_streams import UNSEEN
 
 SHARE = 1 / 6  # of the words that can be predicted: the paper's K = 6
+
+
+def most_queries(seq_len: int) -> int:
+    """Of a sample with so many tokens, [CLS] and [SEP] among them."""
+    return int(budget(np.array(seq_len - 2), SHARE))
 
 
 class Permuted(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import torch
 
 from fastbert.data.batches import LONGEST, Inputs, Objective
+from fastbert.data.permutation import most_queries
 from fastbert.data.tables import Quoting
 from fastbert.data.tokenizer import LARGEST_VOCABULARY
 from fastbert.data.words import Segmentation
@@ -287,8 +288,9 @@ class PretrainConfig:
             if PRETRAINING[self.model].config_class.has_position_table:
                 rule = f"at most the rows of the position table, max_position_embeddings={self.max_position_embeddings}"
                 expect(length <= self.max_position_embeddings, given, rule, length)
-            rule = f"at least one sample's, of {length} tokens"
-            expect(self.batch_tokens >= length, "batch_tokens", rule, self.batch_tokens)
+            queries = most_queries(length) if OWN[self.model]["objective"] == "plm" else 0
+            rule = f"at least one sample's, of {length} tokens{f' and {queries} queries' if queries else ''}"
+            expect(self.batch_tokens >= length + queries, "batch_tokens", rule, self.batch_tokens)
 
     def all_phases(self) -> list[Phase]:
         """The run's phases; without --phases it is one."""

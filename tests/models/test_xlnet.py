@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import fastbert
 from fastbert import AutoModel, XLNetConfig, XLNetLMHeadModel, XLNetModel
-from fastbert.models.relative import Relative, RelativeAttention
+from fastbert.models.relative import Relative, RelativeAttention, widened
 from fastbert.models.two_streams import UNSEEN, ranks_of
 
 B, S, P, V = 3, 12, 4, 50
@@ -238,7 +238,7 @@ def test_wider_queries_and_keys_give_the_scores_of_the_formula():
     def probabilities(scores: Tensor) -> Tensor:
         return scores.softmax(-1)
 
-    ours = probabilities(torch.einsum("inw,jnw->nij", *module.widened(q, k, relative)))
+    ours = probabilities(torch.einsum("inw,jnw->nij", *widened(q, k, module, relative)))
     truth = probabilities(scores_of(module, q, k, place, segment))
     torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-12)
     weights = torch.randn_like(truth)
