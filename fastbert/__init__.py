@@ -1,4 +1,4 @@
-"""LazyAdam, kernels for CPU and GPU, a thin BERT, ALBERT, RoBERTa and ERNIE: training them without wasted work."""
+"""LazyAdam, kernels for CPU and GPU, and thin models of the BERT family: training them without wasted work."""
 
 from fastbert import models
 from fastbert.allocator import keep_memory

@@ -387,7 +387,7 @@ def test_one_sentence_documents():
         ({"mask_prob": float("nan")}, "got nan"),
         ({"mask_share": 0.95}, "sum <= 1, got 0.95 and 0.1"),
         ({"random_share": -0.1}, "got 0.8 and -0.1"),
-        ({"objective": "sop"}, r"one of mlm, mlm\+nsp, mlm\+sop, clm, got 'sop'"),
+        ({"objective": "sop"}, r"one of mlm, mlm\+nsp, mlm\+sop, clm, plm, got 'sop'"),
         ({"inputs": "sentences"}, "one of doc-sentences, full-sentences, got 'sentences'"),
         ({"inputs": "full-sentences"}, r"no pairs of texts: expected objective mlm or clm, got 'mlm\+nsp'"),
         ({"unit": "token"}, "one of word, ngram, span, got 'token'"),
