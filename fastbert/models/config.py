@@ -1,6 +1,7 @@
 """What every model's configuration has: sizes and probabilities under Hugging Face's names, checked once."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -181,9 +182,8 @@ class ModelConfig:
         """Tokens of the longest sequence that the position table has rows for."""
         return self.max_position_embeddings - self.first_position
 
-    @property
-    def attention_columns(self) -> int:
-        """Numbers of a token's query (as of its key, and of its value) as attention takes them, of all heads."""
+    def attention_columns(self, length: float = math.inf) -> float:
+        """Numbers of a token's query as attention takes it, of all heads, in sequences of this length; as of its key."""
         return self.hidden_size
 
     @property

@@ -182,6 +182,15 @@ def _check_ids(name: str, ids: Tensor, shape: torch.Size, limit: int, limit_name
             )
 
 
+def check_places(positions: Tensor, max_seqlen: int) -> None:
+    """Raises unless packed tokens' places (where looked at) are those of a sequence of `max_seqlen` tokens."""
+    if _looked_at(positions) and positions.numel() and positions.max().item() >= max_seqlen:
+        raise ValueError(
+            f"position_ids must be below max_seqlen = {max_seqlen} in a model with relative positions, got "
+            f"{positions.max().item()}: count them from 0 in every sequence, or give a larger max_seqlen"
+        )
+
+
 def _check_ranks(name: str, ranks: Tensor, shape: torch.Size) -> None:
     if ranks.dtype != torch.int32 or ranks.shape != shape:
         raise ValueError(f"{name} must be int32 {list(shape)}, got {ranks.dtype} {list(ranks.shape)}")

@@ -13,6 +13,7 @@ Source: Yang, Dai, Yang, Carbonell, Salakhutdinov and Le, "XLNet" (2019).
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -30,6 +31,7 @@ from fastbert.models.two_streams import UNSEEN, TwoStreams
 from fastbert.ops.checks import wide
 
 LONGEST = 1 << 16  # tokens of a sequence, with its queries: there is no position table that would limit it
+ROUNDED_TO = 16  # places, so that products have few shapes and rows begin at whole vectors
 # Ours, theirs; one probability there is two here.
 _FIELDS = {
     "hidden_size": "d_model",
@@ -89,9 +91,8 @@ class XLNetConfig(ModelConfig):
                 f"equal, got {self.hidden_dropout_prob} and {self.attention_probs_dropout_prob}"
             )
 
-    @property
-    def attention_columns(self) -> int:
-        return self.hidden_size + self.num_attention_heads * (self.hidden_size + SEGMENTS)
+    def attention_columns(self, length: float = math.inf) -> float:
+        return self.hidden_size + self.num_attention_heads * (min(self.hidden_size, length) + SEGMENTS)
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Self:
@@ -181,7 +182,9 @@ class XLNetModel(Encoder):
     ) -> tuple[Relative]:  # fmt: skip
         ranks = None if query_ranks is None else (query_ranks, key_ranks)
         dtype = wide(self.embeddings.mask_emb).dtype
-        return (Relative.of(positions, token_types, ranks, self.config.hidden_size, dtype),)
+        inputs.check_places(positions, packing.max_seqlen)
+        end = packing.max_seqlen + -packing.max_seqlen % ROUNDED_TO
+        return (Relative.of(positions, token_types, ranks, end, self.config.hidden_size, dtype),)
 
     def layers(self) -> nn.ModuleList:
         return self.encoder["layer"]
@@ -210,7 +213,8 @@ class XLNetModel(Encoder):
 
         Args:
             token_type_ids: the tokens' segments, 0 to 7.
-            position_ids: places, of which differences count; a query has that of the word that it predicts.
+            position_ids: places below `max_seqlen`, of which differences count; a query has that of the word that it
+                predicts.
             perm_mask: [B, S, S] of a padded batch as `transformers` takes it: not 0 where the token of the second axis
                 does not see that of the third. A token sees itself nonetheless, a query does not.
             target_mapping: [B, P, S] of 0 and 1, a row for each query with a 1 at its place; a row of zeros is a query

@@ -39,7 +39,7 @@ def saved_for_backward(config: ModelConfig, tokens: int, predicted: float = MASK
     `predicted` is the share of these tokens.
     """
     hidden, (layers, embedding) = config.hidden_size, layers_and_embedding(config)
-    attended = 4 * config.attention_columns
+    attended = 4 * config.attention_columns()  # of relative positions at most
     everywhere = hidden * 12 * (layers - 1) + attended * layers + 2 * embedding  # 2: embeddings' sum, and LayerNorm
     there = 12 * hidden + 4 * embedding + config.vocab_size
     return round(FLOAT32 * tokens * (everywhere + predicted * there))
@@ -67,8 +67,9 @@ def operations(config: ModelConfig, tokens: float, pairs: float, predicted: floa
         predicted: tokens that have a label. sequences: how many there are.
     """
     hidden, (layers, embedding) = config.hidden_size, layers_and_embedding(config)
-    relative = config.attention_columns > hidden  # its queries are multiplied once more
-    projections = tokens * (3 + relative) * hidden * hidden + pairs * 2 * config.attention_columns
+    columns = config.attention_columns(pairs / max(tokens, 1))
+    relative = tokens * hidden * (columns - hidden) / config.num_attention_heads  # of queries by positions
+    projections = tokens * 3 * hidden * hidden + relative + pairs * 2 * columns
     rest = hidden * hidden + 2 * hidden * config.intermediate_size
     head = hidden * embedding + embedding * config.vocab_size
     widened = embedding * hidden if hasattr(config, "embedding_size") else 0

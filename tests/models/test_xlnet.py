@@ -173,6 +173,9 @@ def test_forms_of_a_batch_agree(model):
         ).logits[0])  # fmt: skip
     torch.testing.assert_close(torch.cat(found), expected, rtol=0, atol=1e-5)
     shifted = inputs | {"position_ids": inputs["position_ids"] + 40}
+    with pytest.raises(ValueError, match=r"position_ids must be below max_seqlen = 13 .* got 48"):
+        model(**shifted)
+    shifted["max_seqlen"] = 49  # more places than the model is wide: by sinusoids
     moved = model(**shifted).logits
     assert torch.allclose(moved, expected, rtol=0, atol=1e-5), "differences of places are all that counts"
 
@@ -224,22 +227,22 @@ def scores_of(module: RelativeAttention, q: Tensor, k: Tensor, place: Tensor, se
     )
 
 
-def test_wider_queries_and_keys_give_the_scores_of_the_formula():
+@pytest.mark.parametrize(("end", "columns"), [(101, 4 + 8 + 8), (7, 4 + 7 + 8)], ids=["sinusoids", "places"])
+def test_wider_queries_and_keys_give_the_scores_of_the_formula(end, columns):
     """But for what is the same for all keys of a query; and the gradients, in float64."""
     torch.manual_seed(4)
     module = RelativeAttention(8, 2).double()
     for param in module.own_parameters():
         torch.nn.init.normal_(param)
     q, k = (torch.randn(6, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    place, segment = torch.tensor([0, 1, 2, 9, 4, 100]), torch.tensor([0, 0, 7, 7, 1, 0])
-    relative = Relative.of(place, segment, None, 8, torch.float64)
+    place, segment = torch.tensor([0, 1, 2, 6, 4, end - 1]), torch.tensor([0, 0, 7, 7, 1, 0])
+    relative = Relative.of(place, segment, None, end, 8, torch.float64)
     leaves = [q, k, *module.own_parameters()]
 
-    def probabilities(scores: Tensor) -> Tensor:
-        return scores.softmax(-1)
-
-    ours = probabilities(torch.einsum("inw,jnw->nij", *widened(q, k, module, relative)))
-    truth = probabilities(scores_of(module, q, k, place, segment))
+    wide_q, wide_k = widened(q, k, module, relative)
+    assert wide_q.shape == wide_k.shape == (6, 2, columns)
+    ours = torch.einsum("inw,jnw->nij", wide_q, wide_k).softmax(-1)
+    truth = scores_of(module, q, k, place, segment).softmax(-1)
     torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-12)
     weights = torch.randn_like(truth)
     for got, wanted in zip(*(torch.autograd.grad((p * weights).sum(), leaves) for p in (ours, truth)), strict=True):
