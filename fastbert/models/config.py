@@ -183,7 +183,7 @@ class ModelConfig:
         return self.max_position_embeddings - self.first_position
 
     def attention_columns(self, length: float = math.inf) -> float:
-        """Numbers of a token's query as attention takes it, of all heads, in sequences of this length; as of its key."""
+        """Numbers of a token's query (as of its key) as attention takes it, of all heads, in texts of this length."""
         return self.hidden_size
 
     @property
