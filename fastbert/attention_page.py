@@ -101,7 +101,7 @@ def probabilities(model: Encoder, ids: Tensor, types: Tensor) -> Tensor:
     attentions = [module for module in model.modules() if isinstance(module, MultiHeadAttention)]
     if not attentions:
         raise ValueError(
-            f"a {type(model).__name__} attends by relative positions, of which no page is made so far: give a folder "
+            f"{model.names.article} attends by relative positions, of which no page is made so far: give a folder "
             "of BERT, ALBERT, RoBERTa or ERNIE"
         )
     hooks = [module.register_forward_hook(keep) for module in attentions]

@@ -228,9 +228,10 @@ class PretrainConfig:
         if OWN[self.model]["objective"] == "plm":
             rule = f"plm for model {self.model}, which predicts words in a random order alone"
             expect(self.objective in (None, "plm"), "objective", rule, self.objective)
-            for name in ("norm", "attention_window"):
+            tables = ("max_position_embeddings",) if self.init is None else ()  # with it the folder's
+            for name in ("norm", "attention_window", *tables):
                 usual, value = getattr(PretrainConfig, name), getattr(self, name)
-                expect(value == usual, name, f"left out for model {self.model}, which has no other", value)
+                expect(value == usual, name, f"left out for model {self.model}, which has no choice of it", value)
         elif kind.sentence_label is None:
             rule = f"mlm or clm for model {self.model}, which has no head for pairs of texts"
             expect(self.objective in (None, "mlm", "clm"), "objective", rule, self.objective)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from pretrain_runs import assert_same_run
 
-from fastbert import XLNetLMHeadModel
+from fastbert import XLNetLMHeadModel, attention_page
 from fastbert.data import load_tokenizer
+from fastbert.distill.intermediate import refuse_inside
 from fastbert.embed import EmbedConfig, embed
 from fastbert.fill import load_masked_lm
 from fastbert.finetune.training import over_folder
@@ -66,7 +67,7 @@ def test_static_shapes_and_layers_computed_again(xlnet, tmp_path):
 
 
 def test_what_goes_on_from_an_export(finished, tmp_path):
-    """A run, a classifier and vectors; gaps in the text are refused."""
+    """A classifier and vectors; gaps in the text are refused, and looks at attention's scores."""
     lines = tmp_path / "texts.txt"
     lines.write_text("The yield expression is used.\nA class.\n")
     embed(EmbedConfig(finished / "model", lines, tmp_path / "of.npy"))
@@ -75,6 +76,10 @@ def test_what_goes_on_from_an_export(finished, tmp_path):
     assert type(model).__name__ == "XLNetForSequenceClassification"
     with pytest.raises(ValueError, match=r"an XLNet, which predicts words by queries .* has seen no \[MASK\]"):
         load_masked_lm(finished / "model")
+    with pytest.raises(ValueError, match="an XLNet attends by relative positions, of which no page is made"):
+        attention_page.probabilities(model.base_model, torch.full((1, 3), 7), torch.zeros(1, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="whose scores are of relative positions too"):
+        refuse_inside(model.base_model, "teacher")
 
 
 def test_a_run_goes_on_from_an_export_in_bfloat16(xlnet, finished, tmp_path):
@@ -92,6 +97,7 @@ def test_a_run_goes_on_from_an_export_in_bfloat16(xlnet, finished, tmp_path):
      ({"model": "bert", "objective": "plm"}, r"objective must be one of mlm, .*, clm for model bert, got 'plm'"),
      ({"model": "roberta", "objective": "plm"}, "objective must be mlm or clm for model roberta"),
      ({"norm": "group"}, "norm must be left out for model xlnet"),
+     ({"max_position_embeddings": 64}, "max_position_embeddings must be left out for model xlnet"),
      ({"attention_window": 8}, "attention_window must be left out for model xlnet"),
      ({"inputs": "full-sentences"}, "objective must be mlm or clm with inputs full-sentences"),
      ({"batch_tokens": 34}, "batch_tokens must be at least one sample's, of 32 tokens and 5 queries, got 34")],
