@@ -22,6 +22,7 @@ from fastbert.models.layers import (
     MultiHeadAttention,
     SmallEmbedding,
     WordEmbedding,
+    embed,
 )
 from fastbert.models.norms import DenseAddNorm, Tokens
 from fastbert.models.parameter_names import Names
@@ -61,13 +62,17 @@ class Embeddings(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, *ids: Tensor | None, seed: Tensor | None = None, **more: Tensor | None) -> Tensor:
-        """Of the ids that `add_up` takes; `seed` is dropout's."""
-        return self.dropout(self.LayerNorm(self.add_up(*ids, **more)), seed)
+        """Of the ids that `rows` takes; `seed` is dropout's."""
+        return embed(self.rows(*ids, **more), self.LayerNorm, self.dropout, seed)
 
-    def add_up(self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor) -> Tensor:
-        types = self.token_type_embeddings
-        x = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
-        return x + (types.weight[0] if token_type_ids is None else types(token_type_ids))
+    def rows(
+        self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor
+    ) -> list[tuple[nn.Embedding, Tensor | None]]:
+        """The tables whose rows are added up, and their ids; None for the first row alone."""
+        return [
+            (self.word_embeddings, input_ids), (self.position_embeddings, position_ids),
+            (self.token_type_embeddings, token_type_ids),
+        ]  # fmt: skip
 
 
 # Of dropout in a layer: on attention's weights, behind attention, behind the feed-forward network.
