@@ -40,15 +40,15 @@ def load_row(table_ptr, ids, fit, first, H: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def add_rows(
-    words_ptr, positions_ptr, types_ptr, tasks_ptr, word, position, type_id, task, fit, zero, first, dtype: tl.constexpr,
-    H: tl.constexpr, C: tl.constexpr,
+    words_ptr, positions_ptr, types_ptr, tasks_ptr, word, position, type_id, task, fit, first,
+    dtype: tl.constexpr, H: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """float32 of the rounded z, chunks from column `first` on; NaN where ids do not fit."""
     z = load_row(words_ptr, word, fit, first, H, C) + load_row(positions_ptr, position, fit, first, H, C)
     z += load_row(types_ptr, type_id, fit, first, H, C)
     if tasks_ptr is not None:
         z += load_row(tasks_ptr, task, fit, first, H, C)
-    return tl.where(fit, z.to(dtype).to(tl.float32), zero / zero)
+    return tl.where(fit, z.to(dtype).to(tl.float32), float("nan"))
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def embedding_norm_forward_kernel(
     total = tl.zeros([R, C], tl.float32)
     for i in tl.static_range(K):
         z = add_rows(
-            words_ptr, positions_ptr, types_ptr, tasks_ptr, word, position, type_id, task, fit, zero, i * C,
+            words_ptr, positions_ptr, types_ptr, tasks_ptr, word, position, type_id, task, fit, i * C,
             y_ptr.dtype.element_ty, H, C,
         )  # fmt: skip
         zs = zs + (z,)
@@ -115,7 +115,7 @@ def embedding_norm_recompute_kernel(
     fit = all_fit(word, position, type_id, task, word_rows, position_rows, type_rows, task_rows)
     for i in tl.static_range(K):
         z = add_rows(
-            words_ptr, positions_ptr, types_ptr, tasks_ptr, word, position, type_id, task, fit, zero, i * C,
+            words_ptr, positions_ptr, types_ptr, tasks_ptr, word, position, type_id, task, fit, i * C,
             z_ptr.dtype.element_ty, H, C,
         )  # fmt: skip
         store_chunk(z_ptr, z, row, rows, i * C, H, C)

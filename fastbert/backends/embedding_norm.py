@@ -62,6 +62,6 @@ def check_ids(tables: list[Tensor | None], ids: list[Tensor | None]) -> None:
         if len(wrong):
             place = int(wrong[0])
             raise ValueError(
-                f"ids of {name} must lie in [0, {len(table)}), the rows of their table; got {int(its[place])} for token "
+                f"ids of {name} must lie in [0, {len(table)}), rows of their table; got {int(its[place])} for token "
                 f"{place}: make them with the tokenizer and configuration that the table was made with"
             )

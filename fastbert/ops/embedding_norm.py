@@ -182,7 +182,7 @@ class _EmbeddingNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, chosen, gradients, *arguments):
-        *looked_up, weight, bias, eps, t, seed, dtype = arguments
+        *looked_up, weight, _, _, t, seed, _ = arguments
         y, mean, rstd = functions[chosen].embedding_norm_forward(*arguments)
         ctx.save_for_backward(*looked_up, weight, mean, rstd, seed)
         ctx.options = chosen, t, gradients, has_kernel(looked_up[0])
