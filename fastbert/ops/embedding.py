@@ -81,7 +81,7 @@ def table_gradient(
     is_16_bit = dx.dtype in (torch.bfloat16, torch.float16)
     if dx.is_cuda and is_16_bit and rows <= few and padding_idx is None and not sparse:
         row = torch.arange(rows, device=ids.device).unsqueeze(1)
-        return torch.eq(row, ids, out=dx.new_empty(rows, len(ids))) @ dx  # [V, T] of 0 and 1
+        return torch.eq(row, ids, out=dx.new_empty(rows, dx.shape[0])) @ dx  # [V, T] of 0 and 1
     if not by_kernel or sparse:
         number = -1 if padding_idx is None else padding_idx
         return torch.ops.aten.embedding_backward(dx, ids, rows, number, False, sparse)

@@ -161,7 +161,7 @@ def _sum(*given: Tensor | None) -> Tensor:
 
 
 def _fake_forward(words, positions, types, tasks, word_ids, *others):
-    shape, dtype = (len(word_ids), words.shape[1]), others[-1]
+    shape, dtype = (word_ids.shape[0], words.shape[1]), others[-1]  # len would make a number of a symbol
     mean, rstd = (words.new_empty(shape[:1], dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2))
     return words.new_empty(shape, dtype=dtype), mean, rstd
 
