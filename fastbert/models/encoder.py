@@ -113,9 +113,12 @@ class Layer(nn.Module):
         *tokens: Tokens,
     ) -> tuple[Tensor, Tensor]:
         """`tokens` are one more argument where the configuration's norm is one of `REACHES_OTHERS`."""
-        heads = self.attention["self"](x, cu_seqlens, max_seqlen, seeds[0])
-        if read is not None and not tokens:
-            heads, residual = inputs.take_rows(heads, read), inputs.take_rows(residual, read)
+        attention, given = self.attention["self"], (x, cu_seqlens, max_seqlen, seeds[0])
+        if read is None or tokens:
+            heads = attention(*given)
+        else:
+            heads = attention(*given, read) if x.shape[0] else inputs.take_rows(attention(*given), read)
+            residual = inputs.take_rows(residual, read)
         x, residual = self.attention["output"](heads, residual, seeds[1], *tokens)
         x, residual = self.output(self.intermediate["dense"](x), residual, seeds[2], *tokens)
         if read is not None and tokens:  # statistics were of all

@@ -170,7 +170,7 @@ class MultiHeadAttention(nn.Module):
         attention_kind: "soft", "hard" or "gumbel", the last with noise in training mode only; see `hard_attention`.
         temperature: of the latter two; the attribute may be set between steps, as by `annealed_temperature`.
 
-    Shapes: x [T, H], cu_seqlens int32 [B + 1], max_seqlen -> [T, H].
+    Shapes: x [T, H], cu_seqlens int32 [B + 1], max_seqlen -> [T, H], or [R, H] of the tokens `read`, int64 [R].
     """
 
     def __init__(
@@ -194,16 +194,19 @@ class MultiHeadAttention(nn.Module):
         self.causal = causal
         self.qkv = Linear(hidden_size, 3 * hidden_size)  # rows: all of query, then key, then value
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, seed: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, seed: Tensor | None = None, read: Tensor | None = None
+    ) -> Tensor:
         qkv = self.qkv(x).view(x.shape[0], 3, self.heads, x.shape[1] // self.heads)  # [T, 3, N, D]
         options = {"seed": seed, "causal": self.causal, "window": self.window}
         if self.global_first:
             options["global_tokens"] = _first_tokens(cu_seqlens, len(x))
         if self.attention_kind == "soft":
             options["dropout_p"] = self.dropout_p if self.training else 0.0
-            return attention_qkv(qkv, cu_seqlens, max_seqlen, **options).flatten(1)
+            return attention_qkv(qkv, cu_seqlens, max_seqlen, read=read, **options).flatten(1)
         options |= {"temperature": self.temperature, "gumbel": self.attention_kind == "gumbel" and self.training}
-        return hard_attention(*qkv.unbind(1), cu_seqlens, max_seqlen, **options).flatten(1)
+        heads = hard_attention(*qkv.unbind(1), cu_seqlens, max_seqlen, **options).flatten(1)
+        return heads if read is None else heads.index_select(0, read)
 
 
 def _first_tokens(cu_seqlens: Tensor, tokens: int) -> Tensor:
