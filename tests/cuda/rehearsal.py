@@ -113,10 +113,11 @@ class Rehearsal(TorchDispatchMode):
         return "\n".join([f"{'op':<34}{'kernels':>6}{'GB':>8}", *lines, total])
 
 
-def of_lists(lists: tuple) -> int:
-    """Kernels of an op of two lists: torch takes 64 pairs, or 320 pieces of 65,536 numbers, at a time."""
-    first, _ = lists
-    return max(-(-len(first) // 64), -(-sum(-(-x.numel() // 65_536) for x in first) // 320))
+def of_lists(arguments: tuple) -> int:
+    """Kernels of an op of one or two lists: so many tensors, or 320 pieces of 65,536 numbers, go at a time."""
+    first, second = arguments[:2]
+    at_a_time = 64 if isinstance(second, list | tuple) else 110
+    return max(-(-len(first) // at_a_time), -(-sum(-(-x.numel() // 65_536) for x in first) // 320))
 
 
 def tensors(tree: Any) -> list[Tensor]:
