@@ -32,7 +32,7 @@ def gelu(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> 
 
 def embedding_norm(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> None:
     seed, ids = empty(torch.int64, 1), empty(torch.int64, rows)
-    for columns in (24, 768, 1024):
+    for columns in (24, 768):
         table, weight = empty(dtype, 512, columns), empty(torch.float32, columns)
         looked_up = *(table,) * 3, None, *(ids,) * 3, None
         name(columns)
