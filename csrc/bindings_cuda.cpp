@@ -30,6 +30,7 @@ const Found kFound[cuda::kFaults] = {
     {"lazy_adam was given a row id outside its table, at place ", " of rows: that step changed nothing"},
     {"lazy_adam_replay was given a row that stands before the recorded steps, at place ",
      " of rows: it brought none"},
+    {"embedding_norm was given an id outside its table, for token ", ": the result of that token is NaN"},
 };
 
 // Throws what kernels have reported since it was last called, and forgets it. It waits for no kernel.
@@ -144,8 +145,10 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("layer_norm_scratch", cuda::layer_norm_scratch, "Floats of scratch that layer_norm_backward needs.");
   define_launcher<cuda::dropout>(m, "dropout");
 
-  // ---- embedding ----
+  // ---- embedding and embedding_norm ----
   define_launcher<cuda::embedding_backward>(m, "embedding_backward");
+  define_launcher<cuda::embedding_norm_forward>(m, "embedding_norm_forward");
+  define_launcher<cuda::embedding_norm_recompute>(m, "embedding_norm_recompute");
 
   // ---- cross_entropy ----
   define_launcher<cuda::cross_entropy_forward>(m, "cross_entropy_forward");

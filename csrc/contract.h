@@ -111,6 +111,33 @@ struct EmbeddingBackward {  // dtable[id] += sum of dx over the tokens of that i
   int64_t launch;
 };
 
+// ---- embedding_norm ----------------------------------------------------------------------------------
+
+struct EmbeddingSum {  // z = words[word_id] + positions[position_id] + types[type_id] + tasks[task_id]
+  const void *words, *positions, *types, *tasks;                 // [V, H] table_dtype; tasks: or null
+  const int64_t *word_ids, *position_ids, *type_ids, *task_ids;  // [T]; types and tasks: null is all 0
+  int64_t word_rows, position_rows, type_rows, task_rows, rows, columns;  // V of each, T, H
+  DType dtype, table_dtype;  // of z and all that is [T, H]; of the tables: dtype or float32
+  int64_t launch;
+};
+
+struct EmbeddingNormForward : EmbeddingSum {  // y = dropout((z - mean) * rstd * weight + bias)
+  const void *weight, *bias;                  // [H] weight_dtype
+  float eps;
+  uint32_t t;
+  const int64_t* seed;  // [1]
+  void* y;              // [T, H] dtype
+  float *mean, *rstd;   // [T]
+  DType weight_dtype;
+};
+
+struct EmbeddingNormRecompute : EmbeddingSum {  // what layer_norm's backward pass takes
+  const void* dy;  // [T, H] dtype; null where nothing was dropped: it stays as it is
+  uint32_t t;
+  const int64_t* seed;  // [1]
+  void *z, *dropped;    // [T, H] dtype: z made anew, and dropout's gradient of dy; null with dy
+};
+
 // ---- cross_entropy -----------------------------------------------------------------------------------
 
 struct CrossEntropyForward {  // loss = log(sum_j exp(x_j)) - x_label

@@ -19,6 +19,7 @@ LABEL = tl.constexpr(0)
 SEQUENCE = tl.constexpr(1)
 ROW = tl.constexpr(2)
 MISSED = tl.constexpr(3)
+EMBEDDING = tl.constexpr(4)
 _FOUND = (  # what, and the consequence; the place stands between them
     (
         "cross_entropy was given a label that is neither in [0, V) nor ignore_index, in row ",
@@ -34,6 +35,7 @@ _FOUND = (  # what, and the consequence; the place stands between them
         "lazy_adam_replay was given a row that stands before the recorded steps, at place ",
         " of rows: it brought none",
     ),
+    ("embedding_norm was given an id outside its table, for token ", ": the result of that token is NaN"),
 )
 
 

@@ -14,43 +14,12 @@
 // dropout mask is drawn again in backward, not stored. Ba, Kiros and Hinton, "Layer normalization" (2016).
 #include "column_sums.h"
 #include "dropout.h"
-#include "reduce.h"
+#include "layer_norm_row.h"
 #include "scratch.h"
-#include "sweep.h"
 
 namespace fastbert {
 namespace FASTBERT_ISA {
 namespace {
-
-constexpr int64_t kColumns = 256;  // of a block: summed by itself, its random numbers drawn before it is read
-constexpr int kSums = 4;           // sums of a block side by side
-
-// The next row is prefetched while this one is swept from L1. With AVX2 that takes 10 % off LayerNorm; with
-// AVX-512 it cost time.
-constexpr bool kPrefetch = kLanes < 16;
-
-// Whether the i-th vector of a sweep is to prefetch a line of 64 bytes.
-template <typename T>
-FASTBERT_INLINE bool prefetches(int i) {
-  constexpr int vectors = 64 / (kLanes * static_cast<int>(sizeof(T)));
-  return kPrefetch && i % (vectors > 1 ? vectors : 1) == 0;
-}
-
-// What a row reads and writes, from element `at` on; null where there is nothing.
-template <typename T>
-struct RowsAhead {
-  const void *read, *also_read;
-  void *written, *also_written;
-
-  FASTBERT_MEMBER void prefetch(int64_t at) const {
-    __builtin_prefetch(static_cast<const T*>(read) + at);
-    if (also_read) __builtin_prefetch(static_cast<const T*>(also_read) + at);
-    __builtin_prefetch(static_cast<T*>(written) + at, 1);
-    if (also_written) __builtin_prefetch(static_cast<T*>(also_written) + at, 1);
-  }
-};
-
-FASTBERT_INLINE vfloat add_up(const vfloat* sums) { return (sums[0] + sums[1]) + (sums[2] + sums[3]); }
 
 // ---- forward -----------------------------------------------------------------------------------------
 
@@ -80,27 +49,7 @@ FASTBERT_INLINE float sum_row(const LayerNormForward& p, RowDropout& dropout, in
   for (int64_t first = 0; first < p.columns; first += kColumns) {
     const int64_t n = min(kColumns, p.columns - first);
     if (written) add_dropped<T, W>(p, dropout, row, first, n, written + first);
-    vfloat sums[kSums] = {};
-    sweep<kSums>(n,
-                 [&](int64_t j, int i, auto lanes) FASTBERT_LAMBDA { sums[i] += lanes.load(z + first + j); });
-    total += add_up(sums);
-  }
-  return reduce_add(total);
-}
-
-// The sum of a row's squared deviations.
-template <typename T>
-FASTBERT_INLINE float sum_squares(const T* z, int64_t columns, float mean, const RowsAhead<T>& ahead,
-                                  int64_t ahead_at) {
-  vfloat total = {};
-  for (int64_t first = 0; first < columns; first += kColumns) {
-    vfloat sums[kSums] = {};
-    sweep<kSums>(min(kColumns, columns - first), [&](int64_t j, int i, auto lanes) FASTBERT_LAMBDA {
-      if (prefetches<T>(i)) ahead.prefetch(ahead_at + first + j);
-      const vfloat d = lanes.keep(lanes.load(z + first + j) - mean);
-      sums[i] += d * d;
-    });
-    total += add_up(sums);
+    total += sum_block(z + first, n);
   }
   return reduce_add(total);
 }

@@ -29,9 +29,11 @@ int layer_norm_forward(const LayerNormForward& a);
 int layer_norm_backward(const LayerNormBackward& a);
 int dropout(const Dropout& a);
 
-// ---- embedding ---------------------------------------------------------------------------------------
+// ---- embedding and embedding_norm --------------------------------------------------------------------
 
 int embedding_backward(const EmbeddingBackward& a);
+int embedding_norm_forward(const EmbeddingNormForward& a);
+int embedding_norm_recompute(const EmbeddingNormRecompute& a);
 
 // ---- cross_entropy -----------------------------------------------------------------------------------
 
@@ -79,11 +81,12 @@ int gradient_norm(const Gradient* gradients, int64_t count, double max_norm, dou
 // them, also after replays of a captured graph. The next call of any op raises, before it starts anything,
 // and so does fastbert.check_device_errors(), which waits for the device first.
 enum Fault : int {
-  kFaultLabel,     // a label of cross_entropy outside [0, V); its row
-  kFaultSequence,  // cu_seqlens of attention that decrease, do not go from 0 to T or hold more than
-                   // max_seqlen; its sequence
-  kFaultRow,       // a row id of lazy_adam outside [0, V); its place in `rows`
-  kFaultMissed,    // a row of lazy_adam_replay that stands before the recorded steps; its place in `rows`
+  kFaultLabel,      // a label of cross_entropy outside [0, V); its row
+  kFaultSequence,   // cu_seqlens of attention that decrease, do not go from 0 to T or hold more than
+                    // max_seqlen; its sequence
+  kFaultRow,        // a row id of lazy_adam outside [0, V); its place in `rows`
+  kFaultMissed,     // a row of lazy_adam_replay that stands before the recorded steps; its place in `rows`
+  kFaultEmbedding,  // an id of embedding_norm outside its table; its token
   kFaults,
 };
 

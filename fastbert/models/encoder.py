@@ -22,6 +22,7 @@ from fastbert.models.layers import (
     MultiHeadAttention,
     SmallEmbedding,
     WordEmbedding,
+    embed,
 )
 from fastbert.models.norms import DenseAddNorm, Tokens
 from fastbert.models.parameter_names import Names
@@ -61,13 +62,17 @@ class Embeddings(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, *ids: Tensor | None, seed: Tensor | None = None, **more: Tensor | None) -> Tensor:
-        """Of the ids that `add_up` takes; `seed` is dropout's."""
-        return self.dropout(self.LayerNorm(self.add_up(*ids, **more)), seed)
+        """Of the ids that `rows` takes; `seed` is dropout's."""
+        return embed(self.rows(*ids, **more), self.LayerNorm, self.dropout, seed)
 
-    def add_up(self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor) -> Tensor:
-        types = self.token_type_embeddings
-        x = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
-        return x + (types.weight[0] if token_type_ids is None else types(token_type_ids))
+    def rows(
+        self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor
+    ) -> list[tuple[nn.Embedding, Tensor | None]]:
+        """The tables whose rows are added up, and their ids; None for the first row alone."""
+        return [
+            (self.word_embeddings, input_ids), (self.position_embeddings, position_ids),
+            (self.token_type_embeddings, token_type_ids),
+        ]  # fmt: skip
 
 
 # Of dropout in a layer: on attention's weights, behind attention, behind the feed-forward network.
@@ -108,20 +113,21 @@ class Layer(nn.Module):
         *tokens: Tokens,
     ) -> tuple[Tensor, Tensor]:
         """`tokens` are what `Encoder.beside` gives."""
-        heads = self.attention["self"](x, cu_seqlens, max_seqlen, seeds[0])
-        return self.behind_heads(heads, residual, read, seeds, *tokens)
-
-    def behind_heads(
-        self, heads: Tensor, residual: Tensor, read: Tensor | None, seeds: Seeds, *tokens: Tokens
-    ) -> tuple[Tensor, Tensor]:
-        """What is computed of the heads' outputs, [T, H]; the others are of `forward`."""
-        if read is not None and not tokens:
-            heads, residual = inputs.take_rows(heads, read), inputs.take_rows(residual, read)
-        x, residual = self.attention["output"](heads, residual, seeds[1], *tokens)
-        x, residual = self.output(self.intermediate["dense"](x), residual, seeds[2], *tokens)
+        attention, given = self.attention["self"], (x, cu_seqlens, max_seqlen, seeds[0])
+        if read is None or tokens:
+            heads = attention(*given)
+        else:
+            heads = attention(*given, read) if x.shape[0] else inputs.take_rows(attention(*given), read)
+            residual = inputs.take_rows(residual, read)
+        x, residual = self.behind_heads(heads, residual, seeds, *tokens)
         if read is not None and tokens:  # statistics were of all
             x = residual = inputs.take_rows(x, read)
         return x, residual
+
+    def behind_heads(self, heads: Tensor, residual: Tensor, seeds: Seeds, *tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """What is computed of the heads' outputs, [T, H], and the residual's same rows; the others are of `forward`."""
+        x, residual = self.attention["output"](heads, residual, seeds[1], *tokens)
+        return self.output(self.intermediate["dense"](x), residual, seeds[2], *tokens)
 
 
 def _heads(config: ModelConfig) -> MultiHeadAttention:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastbert.models import parameter_names
 from fastbert.models.bert import BertConfig, BertForPreTraining, BertForPreTrainingOutput, BertModel
 from fastbert.models.encoder import Embeddings, EncoderOutput
+from fastbert.models.layers import SmallEmbedding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,20 +34,17 @@ class ErnieEmbeddings(Embeddings):
     def __init__(self, config: ErnieConfig):
         super().__init__(config, config.hidden_size)
         if config.use_task_id:
-            self.task_type_embeddings = nn.Embedding(config.task_type_vocab_size, config.hidden_size)
+            self.task_type_embeddings = SmallEmbedding(config.task_type_vocab_size, config.hidden_size)
 
-    def add_up(
+    def rows(
         self,
         input_ids: Tensor,
         token_type_ids: Tensor | None,
         position_ids: Tensor,
         task_type_ids: Tensor | None = None,
-    ) -> Tensor:
-        x = super().add_up(input_ids, token_type_ids, position_ids)
-        if not hasattr(self, "task_type_embeddings"):
-            return x
-        types = self.task_type_embeddings
-        return x + (types.weight[0] if task_type_ids is None else types(task_type_ids))
+    ) -> list[tuple[nn.Embedding, Tensor | None]]:
+        rows = super().rows(input_ids, token_type_ids, position_ids)
+        return [*rows, (self.task_type_embeddings, task_type_ids)] if hasattr(self, "task_type_embeddings") else rows
 
 
 class ErnieModel(BertModel):

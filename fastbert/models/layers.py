@@ -4,20 +4,21 @@ They work on packed tokens, [T, H] without padding, and follow autocast as the o
 or draws one from torch's default generator, so `torch.manual_seed` reproduces a run on every backend alike.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastbert.ops.attention import attention_qkv
 from fastbert.ops.dropout import dropout
 from fastbert.ops.embedding import embedding, has_kernel, tied_embedding
+from fastbert.ops.embedding_norm import Table, embedding_norm
 from fastbert.ops.gelu import gelu
 from fastbert.ops.hard_attention import hard_attention
 from fastbert.ops.layer_norm import dropout_add_layer_norm, dropout_add_layer_norm_twice, layer_norm
 from fastbert.ops.linear import linear
-from fastbert.ops.register import once_differentiable
 
 
 class LayerNorm(nn.Module):
@@ -172,7 +173,7 @@ class MultiHeadAttention(nn.Module):
         attention_kind: "soft", "hard" or "gumbel", the last with noise in training mode only; see `hard_attention`.
         temperature: of the latter two; the attribute may be set between steps, as by `annealed_temperature`.
 
-    Shapes: x [T, H], cu_seqlens int32 [B + 1], max_seqlen -> [T, H].
+    Shapes: x [T, H], cu_seqlens int32 [B + 1], max_seqlen -> [T, H], or [R, H] of the tokens `read`, int64 [R].
     """
 
     def __init__(
@@ -196,16 +197,19 @@ class MultiHeadAttention(nn.Module):
         self.causal = causal
         self.qkv = Linear(hidden_size, 3 * hidden_size)  # rows: all of query, then key, then value
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, seed: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, seed: Tensor | None = None, read: Tensor | None = None
+    ) -> Tensor:
         qkv = self.qkv(x).view(x.shape[0], 3, self.heads, x.shape[1] // self.heads)  # [T, 3, N, D]
         options = {"seed": seed, "causal": self.causal, "window": self.window}
         if self.global_first:
             options["global_tokens"] = _first_tokens(cu_seqlens, len(x))
         if self.attention_kind == "soft":
             options["dropout_p"] = self.dropout_p if self.training else 0.0
-            return attention_qkv(qkv, cu_seqlens, max_seqlen, **options).flatten(1)
+            return attention_qkv(qkv, cu_seqlens, max_seqlen, read=read, **options).flatten(1)
         options |= {"temperature": self.temperature, "gumbel": self.attention_kind == "gumbel" and self.training}
-        return hard_attention(*qkv.unbind(1), cu_seqlens, max_seqlen, **options).flatten(1)
+        heads = hard_attention(*qkv.unbind(1), cu_seqlens, max_seqlen, **options).flatten(1)
+        return heads if read is None else heads.index_select(0, read)
 
 
 def _first_tokens(cu_seqlens: Tensor, tokens: int) -> Tensor:
@@ -253,6 +257,11 @@ class WordEmbedding(nn.Embedding):
             return x
         return super().forward(ids)
 
+    def keep_decoder(self, table: Tensor) -> None:
+        """For `as_decoder`: the table as `embedding_norm` gives it for its second use."""
+        if self.is_tied and torch.is_grad_enabled() and has_kernel(self.weight):
+            self._decoder = table
+
     def as_decoder(self) -> Tensor:
         """The table as it decodes what became of the last look-up."""
         if self._decoder is None:  # nothing is written: torch.compile would compile again for it
@@ -264,35 +273,45 @@ class WordEmbedding(nn.Embedding):
 class SmallEmbedding(nn.Embedding):
     """`nn.Embedding` of few rows: ids [T] -> [T, H].
 
-    For a table's gradient on a GPU torch sorts the ids, by a dozen kernels. Here it is one kernel where the backend
-    "cuda" runs; of a 16-bit table of very few rows, or of up to 1,024 where that backend does not run, it is one
-    product, summed in float32 and always in the same order. A padding row keeps torch's way then.
+    For a table's gradient on a GPU torch sorts the ids, by a dozen kernels. Here it is one kernel or one product, see
+    `fastbert.ops.embedding`.
     """
 
     def forward(self, ids: Tensor) -> Tensor:
-        table = self.weight
-        is_16_bit = table.dtype in (torch.bfloat16, torch.float16)
-        few = VERY_FEW_ROWS if has_kernel(table) else FEW_ROWS
-        if table.is_cuda and is_16_bit and len(table) <= few and self.padding_idx is None:
-            return _LookUp.apply(ids, table)
-        return embedding(ids, table, self.padding_idx) if has_kernel(table) else super().forward(ids)
+        return embedding(ids, self.weight, self.padding_idx) if self.weight.is_cuda else super().forward(ids)
 
 
-FEW_ROWS = 1024
-VERY_FEW_ROWS = 16  # a block of the kernel would have all tokens
+def embed(
+    rows: Sequence[tuple[nn.Embedding, Tensor | None]], norm: LayerNorm, drop: Dropout, seed: Tensor | None
+) -> Tensor:
+    """`drop(norm(sum of the tables' rows))`, in one pass over memory where these modules are the usual ones.
+
+    Args:
+        rows: each table and its ids [T], None for its first row alone; the first is that of the words.
+        norm, drop: what follows.
+        seed: dropout's.
+
+    Returns:
+        [T, H].
+    """
+    if not _computed_by_one_op(rows, norm, drop):
+        x = functools.reduce(torch.add, (of.weight[0] if ids is None else of(ids) for of, ids in rows))
+        return drop(norm(x), seed)
+    tables = [Table(of.weight, ids, of.padding_idx, of.sparse) for of, ids in rows]
+    y, decoder = embedding_norm(tables, norm.weight, norm.bias, norm.eps, drop.p if drop.training else 0.0, seed)
+    words, _ = rows[0]
+    if isinstance(words, WordEmbedding):
+        words.keep_decoder(decoder)
+    return y
 
 
-class _LookUp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, ids, table):
-        ctx.save_for_backward(ids)
-        ctx.rows = len(table)
-        return F.embedding(ids, table)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dx):
-        (ids,) = ctx.saved_tensors
-        rows = torch.arange(ctx.rows, device=ids.device).unsqueeze(1)
-        chosen = torch.eq(rows, ids, out=dx.new_empty(ctx.rows, len(ids)))  # [P, T] of 0 and 1
-        return None, chosen @ dx
+def _computed_by_one_op(rows: Sequence[tuple[nn.Embedding, Tensor | None]], norm: nn.Module, drop: nn.Module) -> bool:
+    """Not where an adapter stands in a module's place, a hook wants to see its result, or it has options of its own."""
+    tables = [of for of, _ in rows]
+    if not all(type(of) in (nn.Embedding, WordEmbedding, SmallEmbedding) for of in tables):
+        return False
+    if type(norm) is not LayerNorm or type(drop) is not Dropout or any(map(_has_hooks, (*tables, norm, drop))):
+        return False
+    if any(of.max_norm is not None or of.scale_grad_by_freq for of in tables):
+        return False
+    return len({of.weight.dtype for of in tables}) == 1

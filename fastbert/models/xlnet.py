@@ -125,7 +125,9 @@ class XLNetLayer(Layer):
         relative: Relative,
     ) -> tuple[Tensor, Tensor]:
         heads = self.attention["self"](x, cu_seqlens, max_seqlen, seeds[0], relative)
-        return self.behind_heads(heads, residual, read, seeds)
+        if read is not None:
+            heads, residual = inputs.take_rows(heads, read), inputs.take_rows(residual, read)
+        return self.behind_heads(heads, residual, seeds)
 
 
 class XLNetEmbeddings(nn.Module):

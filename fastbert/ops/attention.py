@@ -35,6 +35,7 @@ from fastbert.backends import pick, pick_among, requested
 from fastbert.backends.attention import NO_LIMIT
 from fastbert.ops import philox
 from fastbert.ops.checks import as_float, as_int, autocast, check_activation, check_tensor, kind, wide, without_autocast
+from fastbert.ops.embedding import has_kernel, table_gradient
 from fastbert.ops.register import differentiated, once_differentiable, register
 
 LANE_BITS = 8  # of dropout: a byte for each weight
@@ -102,22 +103,32 @@ def attention_qkv(
     causal: bool = False,
     window: tuple[int, int] | None = None,
     global_tokens: Tensor | None = None,
+    read: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """`attention(*qkv.unbind(1), ...)` for one packed projection, whose gradient is then written in one piece.
 
     Args:
         qkv: [T, 3, N, D]; the others are those of `attention`.
+        read: int64 [R], the only tokens whose output is wanted, in [0, T), any number of times each; None for all. The
+            backward pass then keeps the output of these alone.
 
     Returns:
-        [T, N, D] in qkv's dtype.
+        [T, N, D] in qkv's dtype, or [R, N, D] of the tokens `read`.
 
     Raises:
-        As `attention` does.
+        As `attention` does; and ValueError where `read` is not int64 [R] on qkv's device.
     """
     check_packed("qkv", qkv, cu_seqlens, axes=4)
+    if read is not None:
+        check_tensor("read", read)
+        if read.dtype != torch.int64 or read.dim() != 1 or read.device != qkv.device:
+            raise ValueError(
+                f"read must be int64 [R] on qkv's device {qkv.device}, got {read.dtype} {list(read.shape)} on "
+                f"{read.device}"
+            )
     options = _options(qkv, max_seqlen, dropout_p, seed, scale, causal, window, global_tokens)
-    return _run(backend, cu_seqlens, options, autocast(qkv))
+    return _run(backend, cu_seqlens, options, autocast(qkv), read=read)
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
@@ -205,12 +216,15 @@ def _check_global(x: Tensor, causal: bool, window: tuple[int, int] | None, globa
         )
 
 
-def _run(backend: str | None, cu_seqlens: Tensor, options: tuple, *inputs: Tensor) -> Tensor:
+def _run(
+    backend: str | None, cu_seqlens: Tensor, options: tuple, *inputs: Tensor, read: Tensor | None = None
+) -> Tensor:
     """Of (q, k, v), or of one (qkv)."""
     chosen = _pick(requested(backend), inputs[0], options[-1])
     if differentiated(*inputs):
-        return _Attention.apply(chosen, *inputs, cu_seqlens, *options)
-    return functions[chosen].attention_forward(*_split(inputs), cu_seqlens, *options)[0]
+        return _Attention.apply(chosen, read, *inputs, cu_seqlens, *options)
+    out, _ = functions[chosen].attention_forward(*_split(inputs), cu_seqlens, *options)
+    return out if read is None else out.index_select(0, read)
 
 
 def _pick(name: str, x: Tensor, global_tokens: Tensor | None) -> str:
@@ -340,25 +354,35 @@ functions = register(
 
 
 class _Attention(torch.autograd.Function):
-    """Of q, k and v, or of one qkv, and the op's other arguments behind them."""
+    """Of q, k and v, or of one qkv, and the op's other arguments behind them; `read` is `attention_qkv`'s.
+
+    A token that is not read has no gradient of its output, so that backward multiplies its output by 0: zeros will do.
+    """
 
     @staticmethod
-    def forward(ctx, chosen, *arguments):
+    def forward(ctx, chosen, read, *arguments):
         inputs, others = arguments[:-8], arguments[-8:]
         cu_seqlens, max_seqlen, scale, t, seed, causal, window, global_tokens = others
         out, lse = functions[chosen].attention_forward(*_split(inputs), *others)
-        ctx.save_for_backward(out, lse, cu_seqlens, seed, global_tokens, *inputs)
+        if read is not None:
+            out = out.index_select(0, read)
+        ctx.save_for_backward(out, lse, cu_seqlens, seed, global_tokens, read, *inputs)
         ctx.options = chosen, max_seqlen, scale, t, causal, window
+        ctx.by_kernel = has_kernel(out)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        out, lse, cu_seqlens, seed, global_tokens, *inputs = ctx.saved_tensors
+        out, lse, cu_seqlens, seed, global_tokens, read, *inputs = ctx.saved_tensors
         chosen, max_seqlen, scale, t, causal, window = ctx.options
         options = cu_seqlens, max_seqlen, scale, t, seed, causal, window, global_tokens
+        if read is not None:
+            tokens, shape = lse.shape[0], dout.shape[1:]
+            dout = table_gradient(dout.flatten(1), read, tokens, None, False, ctx.by_kernel).unflatten(1, shape)
+            out = out.new_zeros(tokens, *shape).index_copy_(0, read, out)
         dqkv = functions[chosen].attention_backward(dout, *_split(inputs), out, lse, *options)
-        return None, *((dqkv,) if len(inputs) == 1 else dqkv.unbind(1)), *(None,) * 8
+        return None, None, *((dqkv,) if len(inputs) == 1 else dqkv.unbind(1)), *(None,) * 8
 
 
 def _split(inputs: Sequence[Tensor]) -> Sequence[Tensor]:

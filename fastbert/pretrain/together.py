@@ -5,7 +5,7 @@ gradients sums, and dropout draws the same numbers. So any number of processes t
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastbert.models.pretraining import PreTrainingModel
+from fastbert.optim.accumulate import AddedGradients
 from fastbert.optim.exchange import SummedGradients, all_gather_ids, sum_rows
 from fastbert.pretrain.processes import ALONE, Processes
 
@@ -26,7 +27,8 @@ class Together:
     Args:
         processes: all of them.
         accumulate: micro-batches of a step, of all processes.
-        params: those whose gradients `backward` adds up.
+        params: those whose gradients `backward` adds up: those of all processes; or on a GPU, where one process has
+            several micro-batches, those of them all at once.
         split: a model whose gradients FSDP2 adds up, in place of them.
 
     Attributes:
@@ -41,6 +43,9 @@ class Together:
         self._split = split
         params = list(params)
         self._gradients = SummedGradients(params) if processes.count > 1 and params else None
+        # On a CPU autograd's own way, a parameter at a time, takes no more time and less memory.
+        is_added = processes.count == 1 and accumulate > 1 and any(param.is_cuda for param in params)
+        self._added = AddedGradients(params) if is_added else None
 
     def sums(self, numbers: list[Tensor]) -> list[Tensor]:
         """Of each number, or of tensors of one shape, the sum of what all processes have."""
@@ -58,12 +63,18 @@ class Together:
         """Those of the micro-batches behind the own ones."""
         model.skip_seeds(self.accumulate - self.own.stop, device)
 
-    def backward(self, is_last: bool) -> contextlib.AbstractContextManager:
+    @contextlib.contextmanager
+    def backward(self, is_last: bool) -> Iterator[None]:
         """Around the backward pass of each micro-batch; behind the last one gradients are those of all processes."""
         if self._split is not None:
             self._split.set_requires_gradient_sync(is_last)
         exchanged = is_last and self._gradients is not None
-        return self._gradients.exchange() if exchanged else contextlib.nullcontext()
+        with self._gradients.exchange() if exchanged else contextlib.nullcontext():
+            yield
+        if self._added is not None:
+            self._added.take()
+            if is_last:
+                self._added.give_back()
 
     def ids(self, ids: Tensor, fixed_size: bool) -> Tensor:
         """The ids of all processes, int64 [n]; with a fixed size as many of each, which each pads with one of its own.

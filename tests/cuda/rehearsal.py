@@ -86,7 +86,8 @@ class Rehearsal(TorchDispatchMode):
             self.note(name.removeprefix("c10d."), size, [("exchange", 0)])
         elif function.namespace == "aten" and function not in FREE and not function.is_view:
             kernel = "product" if function in PRODUCTS else "torch"
-            self.note(name, size, [(kernel, 0)] * KERNELS.get(function, 1))
+            count = of_lists(args) if name.startswith("_foreach") else KERNELS.get(function, 1)
+            self.note(name, size, [(kernel, 0)] * count)
         return result
 
     def _crosses(self, function: Any, given: list[Tensor], made: list[Tensor]) -> bool:
@@ -110,6 +111,13 @@ class Rehearsal(TorchDispatchMode):
         lines = [f"{op:<34}{count:>6}{size[op] / 1e9:>9.3f}" for op, count in kernels.most_common()]
         total = f"{'all':<34}{len(self.launches):>6}{sum(size.values()) / 1e9:>9.3f}"
         return "\n".join([f"{'op':<34}{'kernels':>6}{'GB':>8}", *lines, total])
+
+
+def of_lists(arguments: tuple) -> int:
+    """Kernels of an op of one or two lists: so many tensors, or 320 pieces of 65,536 numbers, go at a time."""
+    first, second = arguments[:2]
+    at_a_time = 64 if isinstance(second, list | tuple) else 110
+    return max(-(-len(first) // at_a_time), -(-sum(-(-x.numel() // 65_536) for x in first) // 320))
 
 
 def tensors(tree: Any) -> list[Tensor]:

@@ -412,3 +412,23 @@ def test_bad_input():
         fastbert.attention(q, k, v, [0, 5, 9], 5)
     with pytest.raises(TypeError, match=r"k must be a torch\.Tensor, got list"):
         fastbert.attention(q, k.tolist(), v, cu_seqlens, 5)
+
+
+def test_tokens_that_are_read_have_the_output_and_gradient_of_all(backend):
+    """Some of them twice, one sequence with none; nothing but their output is kept."""
+    qkv = torch.randn(17, 3, 2, 8, requires_grad=True)
+    cu_seqlens, read = torch.tensor([0, 5, 6, 17], dtype=torch.int32), torch.tensor([0, 9, 0, 16, 5, 9])
+    dout = torch.randn(6, 2, 8)
+
+    def results(way):
+        out = way()
+        return [out.detach(), *torch.autograd.grad(out, qkv, dout)]
+
+    options = {"dropout_p": 0.3, "seed": 5}
+    ours = results(lambda: fastbert.attention_qkv(qkv, cu_seqlens, 11, read=read, **options))
+    expected = results(lambda: fastbert.attention_qkv(qkv, cu_seqlens, 11, **options)[read])
+    torch.testing.assert_close(ours, expected)
+    with torch.no_grad():
+        assert torch.equal(fastbert.attention_qkv(qkv, cu_seqlens, 11, read=read, **options), ours[0])
+    with pytest.raises(ValueError, match=r"read must be int64 \[R\] on qkv's device"):
+        fastbert.attention_qkv(qkv, cu_seqlens, 11, read=read.int())

@@ -10,12 +10,13 @@ from fastbert.backends import linear_product, native
 from fastbert.ops import attention as attention_op
 from fastbert.ops import cross_entropy as cross_entropy_op
 from fastbert.ops import dropout as dropout_op
+from fastbert.ops import embedding_norm as embedding_norm_op
 from fastbert.ops import gelu as gelu_op
 from fastbert.ops import layer_norm as layer_norm_op
 from fastbert.ops import linear as linear_op
 
 raw = torch.ops.fastbert  # the kernels, as the dispatcher has them
-STEMS = gelu_op, layer_norm_op, dropout_op, cross_entropy_op, attention_op, linear_op
+STEMS = gelu_op, layer_norm_op, dropout_op, embedding_norm_op, cross_entropy_op, attention_op, linear_op
 TWINS = [op.functions["reference"] for op in STEMS]  # of those that have one
 SEED = torch.tensor([99])
 WIDTHS = [(torch.float32, torch.float32)] + [
@@ -49,6 +50,16 @@ def dropout(shape, dtype):
         yield raw.dropout, (given, 6554, SEED)
 
 
+def embedding_norm(tokens, dtype, weight_dtype):
+    """`weight_dtype` is the tables' too."""
+    tables, (weight, bias) = torch.randn(4, 6, 24).to(weight_dtype), torch.randn(2, 24).to(weight_dtype)
+    ids, dy = torch.arange(tokens) % 6, torch.randn(tokens, 24).to(dtype)
+    for tasks, its, t, seed in ((None, None, 0, None), (tables[3], ids, 6554, SEED)):
+        looked_up = *tables[:3], tasks, ids, ids, its, its
+        yield raw.embedding_norm_forward, (*looked_up, weight, bias, 1e-5, t, seed, dtype)
+        yield raw.embedding_norm_recompute, (dy, *looked_up, t, seed)
+
+
 def cross_entropy(rows, dtype):
     logits, labels, numbers = torch.randn(rows, 24).to(dtype), torch.arange(rows), torch.ones(rows)
     for x in (logits, logits.T.contiguous().T, logits[:, :19], logits[::2]):
@@ -75,6 +86,7 @@ def with_twins(dtype, weight_dtype, everything):
         yield from layer_norm(shape, dtype, weight_dtype)
         yield from dropout(shape, dtype)
     for rows in [6, *([0, 1] if everything else [])]:
+        yield from embedding_norm(rows, dtype, weight_dtype)
         yield from cross_entropy(rows, dtype)
     # One sequence alone: what the twin pads it to has the strides of another layout.
     for lengths in [[5, 9], *([[], [0], [5]] if everything else [])]:

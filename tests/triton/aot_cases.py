@@ -30,6 +30,16 @@ def gelu(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> 
     kernels.gelu_backward(x, x, None, "none")
 
 
+def embedding_norm(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> None:
+    seed, ids = empty(torch.int64, 1), empty(torch.int64, rows)
+    for columns in (24, 768):
+        table, weight = empty(dtype, 512, columns), empty(torch.float32, columns)
+        looked_up = *(table,) * 3, None, *(ids,) * 3, None
+        name(columns)
+        kernels.embedding_norm_forward(*looked_up, weight, weight, 1e-12, 6554, seed, dtype)
+        kernels.embedding_norm_recompute(empty(dtype, rows, columns), *looked_up, 6554, seed)
+
+
 def cross_entropy(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> None:
     labels, each = empty(torch.int64, rows), empty(torch.float32, rows)
     for columns, stride in ((81, 81), (30_522, 30_522), (30_522, 30_528)):
@@ -132,6 +142,7 @@ def gradient_norm(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Call
 CASES = {
     function.__name__: function
     for function in (
-        gelu, layer_norm, dropout, cross_entropy, attention, lazy_adam, lazy_adam_replay, gradient_norm,
+        gelu, layer_norm, dropout, embedding_norm, cross_entropy, attention, lazy_adam, lazy_adam_replay,
+        gradient_norm,
     )
 }  # fmt: skip

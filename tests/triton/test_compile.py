@@ -65,6 +65,10 @@ def calls(dtype):
     yield "layer_norm_backward", (x, None, x, weight, rows, rows, 0, None, False)
     yield "layer_norm_backward", (x, x, x, weight, rows, rows, 6554, SEED, True)
     yield "dropout", (x.T, 6554, SEED)
+    looked_up = x, x, x, None, labels, labels, None, None
+    yield "embedding_norm_forward", (*looked_up, weight, weight, 1e-5, 6554, SEED, dtype)
+    yield "embedding_norm_recompute", (x[labels], *looked_up, 6554, SEED)
+    yield "embedding_norm_recompute", (x[labels], *looked_up, 0, None)
     yield "cross_entropy_forward", (x, labels, -100, "mean")
     yield "cross_entropy_backward", (rows, x, labels, rows, rows, None, -100)
     yield "attention_forward", (q, k, v, cu_seqlens, *how)
