@@ -45,19 +45,21 @@ struct Transpose {         // see transpose.cpp
 
 // Those with a result return -1, or the place of a label, sequence or row id that does not fit; then nothing
 // was written.
-#define FASTBERT_FOR_EACH_KERNEL(X)                      \
-  X(void, gelu_forward, GeluForward)                     \
-  X(void, gelu_backward, GeluBackward)                   \
-  X(void, layer_norm_forward, LayerNormForward)          \
-  X(void, layer_norm_backward, LayerNormBackward)        \
-  X(void, dropout, Dropout)                              \
-  X(int64_t, cross_entropy_forward, CrossEntropyForward) \
-  X(void, cross_entropy_backward, CrossEntropyBackward)  \
-  X(int64_t, attention_forward, AttentionForward)        \
-  X(void, attention_backward, AttentionBackward)         \
-  X(void, linear_product, LinearProduct)                 \
-  X(void, linear_pack, LinearPack)                       \
-  X(void, transpose, Transpose)                          \
+#define FASTBERT_FOR_EACH_KERNEL(X)                        \
+  X(void, gelu_forward, GeluForward)                       \
+  X(void, gelu_backward, GeluBackward)                     \
+  X(void, layer_norm_forward, LayerNormForward)            \
+  X(void, layer_norm_backward, LayerNormBackward)          \
+  X(void, dropout, Dropout)                                \
+  X(int64_t, cross_entropy_forward, CrossEntropyForward)   \
+  X(void, cross_entropy_backward, CrossEntropyBackward)    \
+  X(int64_t, attention_forward, AttentionForward)          \
+  X(void, attention_backward, AttentionBackward)           \
+  X(int64_t, hard_attention_forward, HardAttentionForward) \
+  X(void, hard_attention_backward, HardAttentionBackward)  \
+  X(void, linear_product, LinearProduct)                   \
+  X(void, linear_pack, LinearPack)                         \
+  X(void, transpose, Transpose)                            \
   X(int64_t, lazy_adam_replay, LazyAdamReplay)
 
 struct Kernels {
