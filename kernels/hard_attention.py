@@ -126,8 +126,8 @@ def hard_attention_forward_kernel(
         top = higher
 
     undefined = total != total
-    chosen = (best >= 0) & ~undefined
     rows = row + tl.arange(0, ROWS)
+    chosen = (best >= 0) & ~undefined & (rows < length)  # one behind the last may see what is not there
     columns = tl.arange(0, D)[None, :]
     place = v_ptr + best.to(tl.int64)[:, None] * v_stride + columns
     out = tl.load(place, mask=chosen[:, None] & (columns < HEAD), other=0.0)
