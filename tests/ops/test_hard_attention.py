@@ -169,9 +169,7 @@ def solves(case, dtype, lengths, size, mask, gumbel):
         return fastbert.hard_attention(*x.unbind(1), *options, **rest)
 
     case = problem((qkv,), dout, function)
-    assert (case.truth[0] - case.baseline[0].double()).abs().max() < 0.1, (
-        "choices hang on a rounding: draw others"
-    )
+    assert (case.truth[0] - case.baseline[0].double()).abs().max() < 0.1, "choices hang on a rounding: draw others"
     assert_solves(function, case, ("out", "dqkv"))
 
 
