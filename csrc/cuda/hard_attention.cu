@@ -80,7 +80,7 @@ DEVICE Choice join_half_warp(Choice choice, float exponent) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, 2)
     hard_attention_forward_kernel(HardAttentionForward p, Plan plan) {
   DYNAMIC_SHARED(float, memory);
   float *q_tile = memory, *tile = q_tile + kTileFloats;
@@ -152,7 +152,7 @@ DEVICE float weight_of(float score, float exponent, float lse, bool seen) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 3) hard_attention_dq_kernel(HardAttentionBackward p, Plan plan) {
+__global__ void __launch_bounds__(kThreads, 2) hard_attention_dq_kernel(HardAttentionBackward p, Plan plan) {
   DYNAMIC_SHARED(float, memory);
   float *q_tile = memory, *dout_tile = q_tile + kTileFloats, *tile = dout_tile + kTileFloats;
   float *strip = tile + kTileFloats, *lse = strip + kStripFloats;

@@ -31,7 +31,8 @@ def new_model(config: PretrainConfig, tokenizer: Tokenizer, frequencies: Frequen
         config.preset, vocab_size=vocab_size(tokenizer), hidden_dropout_prob=config.dropout,
         attention_probs_dropout_prob=config.dropout, max_position_embeddings=config.max_position_embeddings,
         pad_token_id=special_ids(tokenizer).pad, is_decoder=config.objective == "clm",
-        attention_window=config.attention_window, norm=config.norm,
+        attention_window=config.attention_window, norm=config.norm, attention_kind=config.attention_kind,
+        attention_temperature=1.0 if config.attention_temperature is None else config.attention_temperature,
         **task_types,
     )  # fmt: skip
     rows = config.max_position_embeddings + sizes.first_position
