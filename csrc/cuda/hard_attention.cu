@@ -161,7 +161,6 @@ __global__ void __launch_bounds__(kThreads, 2) hard_attention_dq_kernel(HardAtte
   const uint64_t seed = noise_seed(p);
   const int head_size = p.head_size, first_key = max(0, work.row - plan.left) / kTile * kTile;
   const float exponent = kLog2e / p.temperature;
-  const bool narrow = head_size <= kTile;
   const Rows<T> q = rows_of<T>(p.q, p.q_stride, p, work, work.row);
   const Rows<T> dout = rows_of<T>(p.dout, p.heads * p.head_size, p, work, work.row);
   const Visible of_last = visible_to(work.row + q.count - 1, plan, work);
@@ -171,15 +170,12 @@ __global__ void __launch_bounds__(kThreads, 2) hard_attention_dq_kernel(HardAtte
   float delta[kRows] = {};           // of this thread's columns
 #pragma unroll 1
   for (int key = first_key; key <= of_last.last; key += kTile) {
-    // products
+    // softmax, ahead of the other products: noise takes registers
     const Rows<T> k = rows_of<T>(p.k, p.k_stride, p, work, key);
     const Rows<T> v = rows_of<T>(p.v, p.v_stride, p, work, key);
-    const bool there = narrow && key > first_key;
+    const bool there = head_size <= kTile && key > first_key;
     Products scores, products;
-    multiply_rows(products, dout_tile, dout, there, tile, v, head_size, plan.vectors);
     multiply_rows(scores, q_tile, q, there, tile, k, head_size, plan.vectors);
-
-    // softmax
     if (has_rows(q.count)) {
       scale_scores(scores, p.scale);
       if (p.seed) add_noise(scores, work, seed, key);
@@ -191,18 +187,24 @@ __global__ void __launch_bounds__(kThreads, 2) hard_attention_dq_kernel(HardAtte
         for (int j = 0; j < kColumns; ++j) {
           const bool seen = visible.has(key + column() + j * kHalfWarp);
           scores[i][j] = weight_of(scores[i][j], exponent, lse[row], seen);
-          products[i][j] = seen ? products[i][j] * scores[i][j] : 0.f;
-          delta[i] += products[i][j];
         }
       }
     }
 
+    // products
+    multiply_rows(products, dout_tile, dout, there, tile, v, head_size, plan.vectors);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        products[i][j] *= scores[i][j];
+        delta[i] += products[i][j];
+      }
+
     // dq
-    if (!narrow) {
-      __syncthreads();
-      copy_tile(tile, k, work.slice * kTile, head_size, plan.vectors);
-      __syncthreads();
-    }
+    __syncthreads();
+    copy_tile(tile, k, work.slice * kTile, head_size, plan.vectors);
+    __syncthreads();
     if (has_rows(q.count)) {
       add_products(weighted, products, strip, tile, k.count);
       add_products(mean, scores, strip, tile, k.count);
@@ -255,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   Results dk = {}, dv = {};
 #pragma unroll 1
   for (int query = first_query; query <= last_query; query += kTile) {
-    // products
+    // softmax, ahead of the other products as above
     const Rows<T> q = rows_of<T>(p.q, p.q_stride, p, work, query);
     const Rows<T> dout = rows_of<T>(p.dout, p.heads * p.head_size, p, work, query);
     const bool there = narrow && query > first_query;
@@ -264,25 +266,32 @@ __global__ void __launch_bounds__(kThreads, 2)
     copy_lse(lse, p, work, query);
     copy_choices(best, delta, p, work, query);
     multiply_rows(scores, k_tile, k, there, tile, q, head_size, plan.vectors);
-    multiply_rows(products, v_tile, v, there, tile, dout, head_size, plan.vectors);
-
-    // softmax
     if (has_rows(k.count)) {
       scale_scores(scores, p.scale);
       if (p.seed) add_noise_transposed(scores, work, seed, query);
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
-        const int other = column() + j * kHalfWarp, its_best = best[other];
+        const int other = column() + j * kHalfWarp;
         const Visible visible = visible_to(query + other, plan, work);
-        const float its_lse = lse[other], its_delta = delta[other];
+        const float its_lse = lse[other];
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-          const int key = work.row + first_row() + 2 * i;
-          const bool seen = visible.has(key);
-          const float weight = weight_of(scores[i][j], exponent, its_lse, seen);
-          products[i][j] = seen ? weight * (products[i][j] - its_delta) : 0.f;
-          scores[i][j] = its_best == key ? 1.f : 0.f;
+          const bool seen = visible.has(work.row + first_row() + 2 * i);
+          scores[i][j] = weight_of(scores[i][j], exponent, its_lse, seen);
         }
+      }
+    }
+
+    // products: dS, and the choices
+    multiply_rows(products, v_tile, v, there, tile, dout, head_size, plan.vectors);
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      const int other = column() + j * kHalfWarp, its_best = best[other];
+      const float its_delta = delta[other];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        products[i][j] = scores[i][j] * (products[i][j] - its_delta);
+        scores[i][j] = its_best == work.row + first_row() + 2 * i ? 1.f : 0.f;
       }
     }
 
