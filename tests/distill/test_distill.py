@@ -203,9 +203,8 @@ def test_hard_attention_is_finetuned_and_distilled_without_dropout(lesson, tmp_p
     encoder = make_encoder("bert", tmp_path / "hard", attention_kind="gumbel")
     task = FinetuneConfig(encoder, lesson / "train.csv", tmp_path / "task", lr=1e-2, epochs=2)
     classifier = finetune(task)
-    student = DistillConfig(
-        lesson / "teacher/model", str(encoder), lesson / "train.csv", tmp_path / "student", epochs=1
-    )
+    table = lesson / "train.csv"
+    student = DistillConfig(lesson / "teacher/model", str(encoder), table, tmp_path / "student", epochs=1)
     smaller = DistillConfig(classifier, "bert", table, tmp_path / "smaller", layers=1, epochs=1)
     for trained in (classifier, distill(student), distill(smaller)):
         assert AutoModel.from_pretrained(trained).config.attention_kind == "gumbel"
