@@ -29,7 +29,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 KERNELS = (
-    "gelu", "layer_norm", "dropout", "embedding_norm", "cross_entropy", "attention", "linear", "transpose",
+    "gelu", "layer_norm", "dropout", "embedding_norm", "cross_entropy", "attention", "hard_attention", "linear", "transpose",
     "lazy_adam", "lazy_adam_replay", "table",
 )  # fmt: skip
 

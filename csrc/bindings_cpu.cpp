@@ -174,6 +174,9 @@ PYBIND11_MODULE(_cpu, m) {
       "attention_scratch", [](int64_t, int64_t, int64_t) { return 0; },
       "Floats of scratch that attention_backward needs.");
   m.def(
+      "hard_attention_scratch", [](int64_t, int64_t) { return 0; },
+      "Floats of scratch that hard_attention_backward needs.");
+  m.def(
       "lazy_adam_scratch", [](int64_t touched, int64_t) { return lazy_adam_scratch(touched); },
       "Numbers of int32 scratch for so many gradient rows and columns.");
   m.def("philox", philox, "Four words of one counter, through the vectors that dropout uses.");

@@ -159,6 +159,12 @@ PYBIND11_MODULE(_cuda, m) {
   define_launcher<cuda::attention_backward>(m, "attention_backward");
   m.def("attention_scratch", cuda::attention_scratch, "Floats of scratch that attention_backward needs.");
 
+  // ---- hard_attention ----
+  define_launcher<cuda::hard_attention_forward>(m, "hard_attention_forward");
+  define_launcher<cuda::hard_attention_backward>(m, "hard_attention_backward");
+  m.def("hard_attention_scratch", cuda::hard_attention_scratch,
+        "Floats of scratch that hard_attention_backward needs.");
+
   // ---- lazy_adam ----
   m.def("lazy_adam_steps", lazy_adam_steps);
   define_launcher<cuda::lazy_adam_replay>(m, "lazy_adam_replay");

@@ -197,6 +197,26 @@ struct AttentionBackward : Attention {
   float* scratch;          // [attention_scratch(T, N, D)]; null where that is 0
 };
 
+// ---- hard_attention ----------------------------------------------------------------------------------
+
+// Of `Attention` t is 0, and the seed that of Gumbel noise; null: there is none.
+
+struct HardAttentionForward : Attention {
+  float temperature;
+  void* out;      // [T, N, D] dtype
+  int32_t* best;  // [T, N]: a place in the query's sequence; -1: no score, or a NaN among them
+  float* lse;     // [T, N]: log of the sum of exp(scores / temperature)
+};
+
+struct HardAttentionBackward : Attention {
+  float temperature;
+  const void* dout;     // [T, N, D] dtype
+  const int32_t* best;  // [T, N]
+  const float* lse;     // [T, N]
+  void* dqkv;           // [T, 3, N, D] dtype
+  float* scratch;       // [hard_attention_scratch(T, N)]; null where that is 0
+};
+
 // ---- lazy_adam ---------------------------------------------------------------------------------------
 
 enum LazyAdamFlags : int64_t {    // as in fastbert/ops/lazy_adam.py

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ FONTS = (
     "DejaVu Sans", "Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "SimHei",
     "Microsoft YaHei", "PingFang SC", "Arial Unicode MS",
 )  # fmt: skip
+MOST_PIXELS = 40_000_000  # of the picture; more maps or tokens make it coarser than 150 dots an inch
 TEMPLATE = Path(__file__).with_suffix(".html")
 
 
@@ -140,7 +142,9 @@ def draw(found: Tensor, tokens: Sequence[str], path: Path) -> None:
     if boxes:
         print(f"no font here has {' '.join(boxes)}: boxes stand for them in the picture until one is installed")
     inches = max(1.1, 0.16 * size) if size <= 24 else 1.6
-    figure = Figure(figsize=(inches * heads + 1.2, inches * layers + 1.2), layout="constrained")
+    width, height = inches * heads + 1.2, inches * layers + 1.2
+    dots = min(150.0, math.sqrt(MOST_PIXELS / (width * height)))  # an inch
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(layers, heads, squeeze=False)
     for layer in range(layers):
@@ -154,4 +158,4 @@ def draw(found: Tensor, tokens: Sequence[str], path: Path) -> None:
             axes.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=8)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # said above
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=dots)

@@ -202,18 +202,10 @@ class _Call:
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, t: int,
         seed: Tensor | None, causal: bool, window: list[int] | None, global_tokens: Tensor | None = None,
     ):  # fmt: skip
-        if global_tokens is not None:
-            raise ValueError("these kernels have no global tokens: the backends reference and cpu have them")
-        q, k, v = _heads(q), _heads(k), _heads(v)
+        q, k, v = heads_together(q), heads_together(k), heads_together(v)
         tokens, self.heads, head_size = q.shape
-        self.sequences, self.longest = cu_seqlens.numel() - 1, min(max_seqlen, tokens)
-        if tokens > 0 and (self.longest <= 0 or self.sequences == 0):  # no program would run to report it
-            raise ValueError(
-                f"cu_seqlens and max_seqlen must make up the {tokens} tokens, got {self.sequences} sequences of at "
-                f"most {max_seqlen}"
-            )
-        left, right = (NO_LIMIT, NO_LIMIT) if window is None else (min(limit, NO_LIMIT) for limit in window)
-        right = min(right, 0) if causal else right
+        self.sequences, self.longest = sizes(tokens, cu_seqlens, max_seqlen)
+        left, right = limits(causal, window, global_tokens)
         self.inputs = q, k, v, cu_seqlens.contiguous(), seed
         self.numbers = (
             tokens, self.longest, self.heads, q.stride(0), k.stride(0), v.stride(0), left, right, scale,
@@ -240,10 +232,29 @@ class _Call:
         )  # fmt: skip
 
 
-def _heads(x: Tensor) -> Tensor:
+def heads_together(x: Tensor) -> Tensor:
     """[T, N, D] as the kernels take it: any stride between tokens, heads D apart."""
     _, between_heads, within = x.stride()
     return x if within == 1 and between_heads == x.shape[2] else x.contiguous()
+
+
+def sizes(tokens: int, cu_seqlens: Tensor, max_seqlen: int) -> tuple[int, int]:
+    """How many sequences there are, and the tokens of the longest."""
+    sequences, longest = cu_seqlens.numel() - 1, min(max_seqlen, tokens)
+    if tokens > 0 and (longest <= 0 or sequences == 0):  # no program would run to report it
+        raise ValueError(
+            f"cu_seqlens and max_seqlen must make up the {tokens} tokens, got {sequences} sequences of at most "
+            f"{max_seqlen}"
+        )
+    return sequences, longest
+
+
+def limits(causal: bool, window: list[int] | None, global_tokens: Tensor | None) -> tuple[int, int]:
+    """How many keys to the left and to the right a query sees."""
+    if global_tokens is not None:
+        raise ValueError("these kernels have no global tokens: the backends reference and cpu have them")
+    left, right = (NO_LIMIT, NO_LIMIT) if window is None else (min(limit, NO_LIMIT) for limit in window)
+    return left, min(right, 0) if causal else right
 
 
 def attention_forward(

@@ -39,7 +39,7 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-def make_encoder(kind, folder, dropout=0.0):
+def make_encoder(kind, folder, dropout=0.0, **fields):
     """The folder, with an untrained encoder of this kind and its tokenizer."""
     texts = [row["text"] for row in rows(60)]
     tokenizer = train_byte_bpe(texts, 400) if kind == "roberta" else train_tokenizer(texts, 150)
@@ -49,6 +49,7 @@ def make_encoder(kind, folder, dropout=0.0):
     config = cls.config_class.preset(
         "tiny", vocab_size=size, hidden_size=32, intermediate_size=64, max_position_embeddings=32,
         hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, num_hidden_layers=1, initializer_range=0.1,
+        **fields,
     )  # fmt: skip
     cls(config).save_pretrained(folder, tokenizer)
     return folder

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import struct
 import sys
 
 import browser
@@ -10,7 +11,7 @@ import pytest
 import torch
 from pretrain_runs import bad
 
-from fastbert import cli
+from fastbert import attention_page, cli
 from fastbert.attention_page import draw, page, probabilities
 from fastbert.data import load_tokenizer, special_ids, train_byte_bpe, train_tokenizer
 from fastbert.models.auto import ENCODERS, AutoModel
@@ -97,6 +98,14 @@ def test_a_picture_takes_any_token(tmp_path, capsys):
     draw(torch.rand(1, 2, 3, 3), ["$$", "\\frac", "\ue000"], tmp_path / "a.png")
     assert capsys.readouterr().out.startswith("no font here has \ue000: boxes stand for them")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_has_so_many_pixels_at_most(tmp_path, monkeypatch):
+    """Width and height of a PNG are the 17th to 24th byte."""
+    for most, expected in ((attention_page.MOST_PIXELS, (510, 345)), (10_000, (121, 82))):
+        monkeypatch.setattr(attention_page, "MOST_PIXELS", most)
+        draw(torch.rand(1, 2, 3, 3), ["a", "b", "c"], tmp_path / "a.png")
+        assert struct.unpack(">II", (tmp_path / "a.png").read_bytes()[16:24]) == expected
 
 
 def test_what_cannot_be_shown_is_refused(folder, tmp_path, capsys, monkeypatch):

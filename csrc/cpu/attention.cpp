@@ -402,10 +402,8 @@ using Bf16Words = Floats;
 }  // namespace
 
 int64_t attention_forward(const AttentionForward& p) {
-  if (p.max_seqlen < 0 || p.max_seqlen > INT32_MAX || p.cu_seqlens[0] != 0) return 0;
-  for (int64_t b = 0; b < p.sequences; ++b)
-    if (length_of(p, b) < 0 || length_of(p, b) > p.max_seqlen) return b;
-  if (p.cu_seqlens[p.sequences] != p.tokens) return p.sequences;
+  const int64_t bad = check_sequences(p);
+  if (bad >= 0) return bad;
   const auto plan = [&](auto emit) { plan_forward(p, emit); };
   switch (p.dtype) {
     case DType::f32:

@@ -46,6 +46,14 @@ FASTBERT_INLINE int64_t length_of(const Attention& p, int64_t sequence) {
   return p.cu_seqlens[sequence + 1] - p.cu_seqlens[sequence];
 }
 
+// -1, or the sequence at which cu_seqlens does not make up the tokens.
+FASTBERT_INLINE int64_t check_sequences(const Attention& p) {
+  if (p.max_seqlen < 0 || p.max_seqlen > INT32_MAX || p.cu_seqlens[0] != 0) return 0;
+  for (int64_t b = 0; b < p.sequences; ++b)
+    if (length_of(p, b) < 0 || length_of(p, b) > p.max_seqlen) return b;
+  return p.cu_seqlens[p.sequences] == p.tokens ? -1 : p.sequences;
+}
+
 // body(head) for every head, neighbours far apart: threads that write neighbours at the same time would take
 // turns with their cache lines.
 template <typename Body>

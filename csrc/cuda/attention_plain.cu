@@ -35,7 +35,6 @@ namespace {
 constexpr int kForwardBytes = 4 * (2 * kTileFloats + kStripFloats);
 constexpr int kBackwardBytes = 4 * (3 * kTileFloats + kStripFloats + 2 * kTile);
 static_assert(kBackwardBytes <= 64 << 10, "sm_75 gives a block 64 KB");
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
 // ---- forward -----------------------------------------------------------------------------------------
 
@@ -43,13 +42,6 @@ DEVICE float half_warp_max(float value) {
 #pragma unroll
   for (int offset = kHalfWarp / 2; offset > 0; offset /= 2)
     value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, offset));
-  return value;
-}
-
-DEVICE float half_warp_sum(float value) {
-#pragma unroll
-  for (int offset = kHalfWarp / 2; offset > 0; offset /= 2)
-    value += __shfl_xor_sync(kAllLanes, value, offset);
   return value;
 }
 
@@ -304,31 +296,6 @@ __global__ void __launch_bounds__(kThreads, 2) attention_plain_dk_dv_kernel(Atte
 }
 
 // ---- launchers ---------------------------------------------------------------------------------------
-
-int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
-
-// `aligned`: whether inputs beside q, k and v are.
-template <class T>
-Plan plan_of(const Attention& p, bool aligned, const void* result) {
-  constexpr int64_t kVector = kAccessBytes / static_cast<int64_t>(sizeof(T));
-  const int64_t limit = p.tokens;  // of what is added to a row
-  const bool strides = (p.q_stride | p.k_stride | p.v_stride | p.head_size) % kVector == 0;
-  return {ceil_div(p.max_seqlen < p.tokens ? p.max_seqlen : p.tokens, kTile),
-          ceil_div(p.head_size, kTile),
-          p.scale * kLog2e,
-          p.t == 0 ? 1.f : dropout_scale(p.t, kAttentionLaneBits),
-          static_cast<int>(p.window_left < limit ? p.window_left : limit),
-          static_cast<int>(p.window_right < limit ? p.window_right : limit),
-          aligned && strides && are_aligned(kAccessBytes, p.q, p.k, p.v),
-          p.head_size % 4 == 0 && are_aligned(kAccessBytes, result),
-          fault_words()};
-}
-
-dim3 grid_of(const Attention& p, const Plan& plan) {
-  return dim3(static_cast<unsigned>(p.sequences * plan.tiles * plan.slices), static_cast<unsigned>(p.heads));
-}
-
-bool is_empty(const Attention& p) { return p.tokens == 0 || p.sequences == 0 || p.max_seqlen == 0; }
 
 template <class T>
 int forward(const AttentionForward& p) {

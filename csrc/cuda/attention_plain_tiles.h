@@ -30,6 +30,13 @@ using Results = float[kRows][4];
 DEVICE int column() { return lane_of_warp() % kHalfWarp; }
 DEVICE int first_row() { return warp_of_block() * kWarpRows + lane_of_warp() / kHalfWarp; }
 
+DEVICE float half_warp_sum(float value) {
+#pragma unroll
+  for (int offset = kHalfWarp / 2; offset > 0; offset /= 2)
+    value += __shfl_xor_sync(kAllLanes, value, offset);
+  return value;
+}
+
 // ---- tiles -------------------------------------------------------------------------------------------
 
 // `count` rows of one head of a tensor, at most kTile.

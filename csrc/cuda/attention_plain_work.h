@@ -1,5 +1,5 @@
-// What a block of attention_plain.cu works on: its rows, which of the others they see, and what dropout
-// keeps.
+// What a block of attention_plain.cu and hard_attention.cu works on: its rows, which of the others they see,
+// and what dropout keeps.
 #pragma once
 #include "launch.h"
 //
@@ -9,6 +9,8 @@
 
 namespace fastbert::cuda {
 namespace {
+
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
 // What a launch decides for all blocks.
 struct Plan {
@@ -100,6 +102,33 @@ DEVICE KeptQueries kept_queries(const Attention& p, const Work& work, uint64_t s
   const uint32_t others = __shfl_xor_sync(kAllLanes, drawn, kHalfWarp);
   return {{half == 0 ? drawn : others, half == 0 ? others : drawn}};
 }
+
+// ---- on the host -------------------------------------------------------------------------------------
+
+int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+// `aligned`: whether inputs beside q, k and v are.
+template <class T>
+Plan plan_of(const Attention& p, bool aligned, const void* result) {
+  constexpr int64_t kVector = kAccessBytes / static_cast<int64_t>(sizeof(T));
+  const int64_t limit = p.tokens;  // of what is added to a row
+  const bool strides = (p.q_stride | p.k_stride | p.v_stride | p.head_size) % kVector == 0;
+  return {ceil_div(p.max_seqlen < p.tokens ? p.max_seqlen : p.tokens, kTile),
+          ceil_div(p.head_size, kTile),
+          p.scale * kLog2e,
+          p.t == 0 ? 1.f : dropout_scale(p.t, kAttentionLaneBits),
+          static_cast<int>(p.window_left < limit ? p.window_left : limit),
+          static_cast<int>(p.window_right < limit ? p.window_right : limit),
+          aligned && strides && are_aligned(kAccessBytes, p.q, p.k, p.v),
+          p.head_size % 4 == 0 && are_aligned(kAccessBytes, result),
+          fault_words()};
+}
+
+dim3 grid_of(const Attention& p, const Plan& plan) {
+  return dim3(static_cast<unsigned>(p.sequences * plan.tiles * plan.slices), static_cast<unsigned>(p.heads));
+}
+
+bool is_empty(const Attention& p) { return p.tokens == 0 || p.sequences == 0 || p.max_seqlen == 0; }
 
 }  // namespace
 }  // namespace fastbert::cuda

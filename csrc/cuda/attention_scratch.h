@@ -10,4 +10,7 @@ constexpr int64_t attention_scratch(int64_t tokens, int64_t heads, int64_t /* he
   return 2 * tokens * heads;
 }
 
+// Of hard_attention_backward: what one of its kernels leaves for the other, delta of each query and head.
+constexpr int64_t hard_attention_scratch(int64_t tokens, int64_t heads) { return tokens * heads; }
+
 }  // namespace fastbert::cuda

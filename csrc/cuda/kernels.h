@@ -47,6 +47,11 @@ int attention_backward(const AttentionBackward& a);
 int attention_plain_forward(const AttentionForward& a);  // without tensor cores, for any dtype and head size
 int attention_plain_backward(const AttentionBackward& a);
 
+// ---- hard_attention ----------------------------------------------------------------------------------
+
+int hard_attention_forward(const HardAttentionForward& a);
+int hard_attention_backward(const HardAttentionBackward& a);
+
 // ---- lazy_adam ---------------------------------------------------------------------------------------
 
 int lazy_adam_steps(const LazyAdamStep* steps, int64_t count, int64_t launch);

@@ -20,7 +20,7 @@ from fastbert import allocator
 from fastbert.backends import gpu, native, triton
 
 NAMES = ("reference", "cpu", "cuda", "triton")
-OPS = ("gelu", "layer_norm", "dropout", "embedding_norm", "cross_entropy", "attention", "lazy_adam")
+OPS = ("gelu", "layer_norm", "dropout", "embedding_norm", "cross_entropy", "attention", "hard_attention", "lazy_adam")
 # Device type -> the backends that are tried in turn; AMD's GPUs are "cuda" to torch too.
 _AUTOMATIC = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 

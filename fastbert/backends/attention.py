@@ -12,14 +12,14 @@ NO_LIMIT = 2**31  # of a window: past every sequence
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    q, k, v, cu_seqlens = _heads(q), _heads(k), _heads(v), cu_seqlens.contiguous()
+    q, k, v, cu_seqlens = heads_together(q), heads_together(k), heads_together(v), cu_seqlens.contiguous()
     tokens, heads, head_size = q.shape
     out = q.new_empty(tokens, heads, head_size)
     lse = q.new_empty(tokens, heads, dtype=torch.float32)
     if not q.is_cpu:
         check_sequences(cu_seqlens, options[0], tokens)
     module, launch = launcher(q)
-    bad = module.attention_forward(*_shared(q, k, v, cu_seqlens, launch, *options), out.data_ptr(), lse.data_ptr())
+    bad = module.attention_forward(*shared(q, k, v, cu_seqlens, launch, *options), out.data_ptr(), lse.data_ptr())
     if bad >= 0:
         check_sequences(cu_seqlens, options[0], q.shape[0])
     return out, lse
@@ -28,21 +28,21 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *opti
 def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, *options: Any
 ) -> Tensor:
-    q, k, v, cu_seqlens = _heads(q), _heads(k), _heads(v), cu_seqlens.contiguous()
+    q, k, v, cu_seqlens = heads_together(q), heads_together(k), heads_together(v), cu_seqlens.contiguous()
     dout, out = dout.contiguous(), out.contiguous()
     tokens, heads, head_size = q.shape
     dqkv = q.new_empty(tokens, 3, heads, head_size)
     module, launch = launcher(q)
-    numbers = module.attention_scratch(tokens, heads, head_size)
-    scratch = q.new_empty(numbers, dtype=torch.float32) if numbers else None
-    shared = _shared(q, k, v, cu_seqlens, launch, *options)
+    floats = module.attention_scratch(tokens, heads, head_size)
+    scratch = q.new_empty(floats, dtype=torch.float32) if floats else None
+    numbers = shared(q, k, v, cu_seqlens, launch, *options)
     module.attention_backward(
-        *shared, dout.data_ptr(), out.data_ptr(), lse.data_ptr(), dqkv.data_ptr(), address(scratch)
+        *numbers, dout.data_ptr(), out.data_ptr(), lse.data_ptr(), dqkv.data_ptr(), address(scratch)
     )
     return dqkv
 
 
-def _shared(
+def shared(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, launch: int, max_seqlen: int, scale: float, t: int,
     seed: Tensor | None, causal: bool, window: list[int] | None, global_tokens: Tensor | None = None,
 ) -> tuple:  # fmt: skip
@@ -58,7 +58,7 @@ def _shared(
     )  # fmt: skip
 
 
-def _heads(x: Tensor) -> Tensor:
+def heads_together(x: Tensor) -> Tensor:
     """[T, N, D] as the kernels take it: any stride between tokens, heads D apart."""
     _, between_heads, within = x.stride()
     return x if within == 1 and between_heads == x.shape[2] else x.contiguous()

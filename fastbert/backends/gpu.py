@@ -7,7 +7,7 @@ import torch
 from fastbert.backends import triton
 
 try:
-    from fastbert import _cuda as module
+    import fastbert._cuda as module  # not from fastbert, of whose lack Python would say that imports are circular
 
     missing: str | None = None
 except ImportError as error:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastbert.backends import gpu
 
 try:
-    from fastbert import _cpu as module
+    import fastbert._cpu as module
 
     cpu_missing: str | None = None
 except ImportError as error:

@@ -11,6 +11,7 @@ own word embeddings, those of several pieces averaged, and near is by cosine. A 
 and only letters and digits are words.
 """
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from fastbert.signals import stop_signals
 
 AT_ONCE = 64  # texts that are augmented, and written, together
 MADE, PART = "augmented.txt", "augmented.part"  # in the run's folder
+OF = "augmented.sha256"  # there: the digest of the texts of which copies were begun
 
 Word = tuple[int, int, tuple[int, ...], int]  # where it begins and ends in its text, its ids, the first one's place
 
@@ -131,6 +133,7 @@ def augmented(folder: Path, augmenter: Augmenter, texts: Sequence[str]) -> bool:
         OSError: it cannot be written.
     """
     part, size = folder / PART, augmenter.copies * AT_ONCE
+    files.write(folder, {OF: _digest(texts)})
     lines = part.read_bytes().split(b"\n")[:-1] if part.exists() else []
     whole = len(lines) // size
     bar = tqdm(total=len(texts), initial=whole * AT_ONCE, desc="augmenting", unit="text", leave=False)
@@ -147,6 +150,22 @@ def augmented(folder: Path, augmenter: Augmenter, texts: Sequence[str]) -> bool:
         os.fsync(file.fileno())
     os.replace(part, folder / MADE)
     return True
+
+
+def refuse_other_texts(folder: Path, texts: Sequence[str]) -> None:
+    """Raises ValueError where the run's folder holds copies, or some of them, of other texts than these."""
+    if not any((folder / name).exists() for name in (MADE, PART)):
+        return
+    of = folder / OF
+    if not of.exists() or of.read_bytes() != _digest(texts):
+        raise ValueError(
+            f"{folder} holds copies of other texts than the labelled ones are now ({OF} has their digest): put the "
+            "table back as it was, or start a new run in another --output"
+        )
+
+
+def _digest(texts: Sequence[str]) -> bytes:
+    return hashlib.sha256(files.json_text(list(texts)).encode()).hexdigest().encode()
 
 
 def load_augmenter(config: DistillConfig) -> Augmenter:

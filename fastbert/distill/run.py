@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastbert import files
 from fastbert.data.tokenizer import load_tokenizer
-from fastbert.distill.augment import MADE, augmented, load_augmenter
+from fastbert.distill.augment import MADE, augmented, load_augmenter, refuse_other_texts
 from fastbert.distill.intermediate import IntermediateLoss
 from fastbert.distill.labels import Source, digest_of, label, refuse_other
 from fastbert.distill.settings import DistillConfig
@@ -55,6 +55,7 @@ def distill(config: DistillConfig, resume: bool = False) -> Path | None:
     known = fingerprint((encoded, held_out), (train.targets, evaluation.targets), classes), digest_of(teacher)
     source = Source.of(config, teacher) if config.unlabelled else None
     copies = config.output / MADE
+    refuse_other_texts(config.output, train.texts.texts)
     augmenter = load_augmenter(config) if config.augment and not copies.exists() else None
     if source is not None and not config.augment:
         refuse_other(config.store_folder, source.identity())

@@ -52,7 +52,7 @@ def _smaller(teacher: SequenceClassifier, config: DistillConfig) -> SequenceClas
                             ("intermediate_size", sizes.intermediate_size, inner)):  # fmt: skip
         if not 1 <= got <= most:
             raise ValueError(f"{name} must be from 1 to the teacher's, {most}, got {got}")
-    changed = {"num_hidden_layers": config.layers, "intermediate_size": inner} | dropout_fields(config.dropout)
+    changed = {"num_hidden_layers": config.layers, "intermediate_size": inner} | dropout_fields(config.dropout, sizes)
     smaller = dataclasses.replace(sizes, **changed)
     student = type(teacher)(smaller, teacher.labels, teacher.problem_type)
     chosen = layer_map(config.layer_map, config.layers, sizes.num_hidden_layers)
@@ -71,12 +71,12 @@ def make_encoder(config: GeneralConfig, teacher: Encoder) -> Encoder:
         FileNotFoundError, ValueError: as `make_student`; a width that the teacher's heads do not divide.
     """
     torch.manual_seed(config.seed)
-    changed = dropout_fields(config.dropout)
     if config.student != "bert":
         folder = Path(config.student)
         takes_pooler = class_of(folder, CLASSIFIERS).takes_pooler
         stored = class_of(folder, ENCODERS).from_pretrained(folder, add_pooling_layer=takes_pooler)
         _expect_same_words(stored, config, teacher)
+        changed = dropout_fields(config.dropout, stored.config)
         student = type(stored)(dataclasses.replace(stored.config, **changed), add_pooling_layer=takes_pooler)
         student.load_state_dict(stored.state_dict())
         return student
@@ -91,7 +91,8 @@ def make_encoder(config: GeneralConfig, teacher: Encoder) -> Encoder:
             f"intermediate_size must be at most the teacher's, {sizes.intermediate_size}, where the student begins as "
             f"its layers, got {inner}"
         )
-    changed |= {"num_hidden_layers": config.layers, "intermediate_size": inner, "hidden_size": width}
+    changed = {"num_hidden_layers": config.layers, "intermediate_size": inner, "hidden_size": width}
+    changed |= dropout_fields(config.dropout, sizes)
     takes_pooler = class_of(config.teacher, CLASSIFIERS).takes_pooler
     student = type(teacher)(dataclasses.replace(sizes, **changed), add_pooling_layer=takes_pooler)
     if width == sizes.hidden_size:

@@ -18,6 +18,7 @@ from fastbert.finetune.predict import Classifier, autocast, packed_logits
 from fastbert.finetune.settings import FinetuneConfig, TaskConfig
 from fastbert.models.auto import ENCODERS, class_of
 from fastbert.models.classification import CLASSIFIERS, ProblemType, SequenceClassifier
+from fastbert.models.config import ModelConfig
 from fastbert.optim.lazy_adam import LazyAdam, decay_groups
 from fastbert.pretrain.schedule import learning_rate
 
@@ -37,14 +38,23 @@ def over_folder(
     """The folder's encoder with a new head, to be trained here; with None the folder's dropout."""
     kind = class_of(folder, CLASSIFIERS)
     encoder = class_of(folder, ENCODERS).from_pretrained(folder, add_pooling_layer=kind.takes_pooler)
-    encoder.config = dataclasses.replace(encoder.config, **dropout_fields(dropout))
+    encoder.config = dataclasses.replace(encoder.config, **dropout_fields(dropout, encoder.config))
     model = kind.over(encoder, labels, problem_type)
     model.base_model.embeddings.word_embeddings.sparse = True
     return model
 
 
-def dropout_fields(probability: float | None) -> dict[str, float]:
-    """What a probability of dropout changes in an encoder's configuration; None changes nothing."""
+def dropout_fields(probability: float | None, sizes: ModelConfig) -> dict[str, float]:
+    """What a probability of dropout changes in an encoder's configuration; None changes nothing.
+
+    Raises:
+        ValueError: attention weights are to be dropped of a model that has none.
+    """
+    if probability and sizes.attention_kind != "soft":
+        raise ValueError(
+            f"dropout must be 0 (--dropout 0), or left out for the folder's, for a model of attention_kind "
+            f"{sizes.attention_kind}, which has no weights to drop, got {probability}"
+        )
     names = "hidden_dropout_prob", "attention_probs_dropout_prob"
     return {} if probability is None else dict.fromkeys(names, probability)
 

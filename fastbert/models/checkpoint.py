@@ -203,6 +203,15 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], source: str | os.PathLi
     model.load_state_dict(parameter_names.from_hugging_face(named, state, names))
 
 
+def check_finite(name: str, tensor: Tensor, source: str | os.PathLike) -> None:
+    """Raises ValueError where a weight holds what is no number."""
+    if not tensor.float().isfinite().all():
+        raise ValueError(
+            f"{source}: {name} holds NaN or infinity: its training diverged or the file is damaged; take an earlier "
+            "checkpoint"
+        )
+
+
 def _check_tensors(given: dict[str, Tensor], wanted: set[str], source: str | os.PathLike) -> None:
     """Raises ValueError where the numbers in `wanted` tensors are not the weights themselves."""
     for name in (x for x in given if x in wanted):
@@ -212,11 +221,7 @@ def _check_tensors(given: dict[str, Tensor], wanted: set[str], source: str | os.
                 f"{source}: {name} is {tensor.dtype}, a quantised weight, and floating point alone is read; "
                 "save the model with transformers' model.dequantize().save_pretrained(folder)"
             )
-        if not tensor.float().isfinite().all():
-            raise ValueError(
-                f"{source}: {name} holds NaN or infinity: its training diverged or the file is damaged; take an "
-                "earlier checkpoint"
-            )
+        check_finite(name, tensor, source)
     modules = {name.rpartition(".")[0] for name in wanted}
     for name in (x for x in given if x not in wanted):
         if _parents(name) & modules:

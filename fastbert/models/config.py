@@ -14,7 +14,7 @@ _GELU = {  # hidden_act -> approximate; transformers has several names, and ways
     "gelu_fast": "tanh",
     "gelu_accurate": "tanh",
 }
-ATTENTION_KINDS = ("soft", "hard", "gumbel")
+AttentionKind = Literal["soft", "hard", "gumbel"]
 
 Norm = Literal["layer", "batch", "instance", "group", "switchable"]
 REACHES_OTHERS = "batch", "instance", "switchable"  # norms in which a token's result depends on other tokens
@@ -124,8 +124,9 @@ class ModelConfig:
             raise ValueError(
                 f"attention_window must be None or an even int of at least 0, half of it to each side, got {window!r}"
             )
-        if self.attention_kind not in ATTENTION_KINDS:
-            raise ValueError(f"attention_kind must be one of {', '.join(ATTENTION_KINDS)}, got {self.attention_kind!r}")
+        kinds = get_args(AttentionKind)
+        if self.attention_kind not in kinds:
+            raise ValueError(f"attention_kind must be one of {', '.join(kinds)}, got {self.attention_kind!r}")
         if not _is_number(temperature, float) or not 0.0 < temperature < float("inf"):
             raise ValueError(f"attention_temperature must be a number above 0 and finite, got {temperature!r}")
         if self.attention_kind != "soft" and self.attention_probs_dropout_prob > 0.0:

@@ -189,7 +189,8 @@ class SmallClassifier(Labelled, nn.Module):
 
         Raises:
             FileNotFoundError: no such folder, or a file is missing from it.
-            ValueError: another kind of model, or files that are damaged or do not belong together.
+            ValueError: another kind of model, files that are damaged or do not belong together, or a weight that is
+                NaN or infinite.
         """
         fields = checkpoint.read_config(folder)
         if fields.get("model_type") != cls.model_type:
@@ -198,11 +199,14 @@ class SmallClassifier(Labelled, nn.Module):
         try:
             config = SmallConfig(**{name: value for name, value in fields.items() if name in known})
             model = cls(config, **cls.stored_labels(fields))
-            model.load_state_dict(checkpoint.read_tensors(Path(folder)))
+            tensors = checkpoint.read_tensors(Path(folder))
+            model.load_state_dict(tensors)
         except (TypeError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"{folder} does not hold the {cls.__name__} that its config.json names: {error}"
             ) from error
+        for name, tensor in tensors.items():
+            checkpoint.check_finite(name, tensor, folder)
         return model.eval()
 
 

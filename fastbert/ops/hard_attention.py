@@ -14,7 +14,7 @@ estimator: the weights are y = onehot(b) + P - stop_gradient(P), so that
 
 q, k, v, out are [T, N, D], as one dqkv [T, 3, N, D] in backward; best, int32 [T, N], is a place in the query's own
 sequence, -1 where it sees no key (or has scores of -inf alone): such a query gives 0 and passes no gradient. A NaN
-among the scores makes out NaN. Backward saves q, k, v, best and lse, and computes s again.
+among the scores makes out and lse NaN, and best -1. Backward saves q, k, v, best and lse, and computes s again.
 
 Noise of (query, head, key) is g = -log(-log(u)) with u = (w // 2**9 + 0.5) / 2**23 for word w = key % 4 of Philox's
 counter `(key // 4, query, head, 3)` (see `philox`), `query` being the token's place in the packed batch and `key` the
@@ -29,11 +29,12 @@ import math
 import torch
 from torch import Tensor
 
-from fastbert.backends import pick_among, requested
+from fastbert.backends import hard_attention as kernels
+from fastbert.backends import pick, pick_among, requested
 from fastbert.ops import philox
-from fastbert.ops.attention import Padding, check_inputs, check_numbers, check_visible, softmax_weights
+from fastbert.ops.attention import GLOBAL_TOKENS, Padding, check_inputs, check_numbers, check_visible, softmax_weights
 from fastbert.ops.checks import as_float, as_int, autocast, kind, without_autocast
-from fastbert.ops.register import differentiated, once_differentiable
+from fastbert.ops.register import differentiated, once_differentiable, register
 
 NOISE = 3  # the counter's last word: 0 is layer_norm's, 1 attention's
 
@@ -67,8 +68,8 @@ def hard_attention(
         gumbel: adds noise to the scores, so that a key is drawn by its softmax weight: straight-through
             Gumbel-softmax. For training; in evaluation the best key is taken.
         seed: of the noise, an int, or int64 [1] on q's device; None draws one from torch's default generator.
-        backend: runs on this backend or raises. Only the reference, plain PyTorch that holds all scores in memory, has
-            this op so far, and takes it unasked.
+        backend: runs on this backend or raises; None chooses by the tensor's device. Global tokens are the cpu
+            backend's and the reference's, as in `attention`.
 
     Returns:
         [T, N, D] in q's dtype; 0 for a query that sees no key.
@@ -86,12 +87,17 @@ def hard_attention(
         raise TypeError(f"gumbel must be True or False, got {kind(gumbel)} {gumbel!r}")
     seed = philox.resolve_seed(seed, int(gumbel), q.device)
     q, k, v = autocast(q), autocast(k), autocast(v)
-    if name := requested(backend):  # otherwise there is nothing to choose among
-        pick_among((), "it has no kernel for it so far", "hard_attention", name, q)
+    chosen = _pick(requested(backend), q, visible[-1])
     options = cu_seqlens, max_seqlen, scale, temperature, seed, *visible
     if differentiated(q, k, v):
-        return _HardAttention.apply(q, k, v, *options)
-    return reference.hard_attention_forward(q, k, v, *options)[0]
+        return _HardAttention.apply(chosen, q, k, v, *options)
+    return functions[chosen].hard_attention_forward(q, k, v, *options)[0]
+
+
+def _pick(name: str, q: Tensor, global_tokens: Tensor | None) -> str:
+    if global_tokens is None:
+        return pick("hard_attention", name, q)
+    return pick_among(GLOBAL_TOKENS, "its kernels have no global tokens so far", "hard_attention", name, q)
 
 
 def annealed_temperature(step: int, rate: float = 1e-4, start: float = 1.0, end: float = 0.5) -> float:
@@ -126,11 +132,12 @@ class reference:  # a namespace, spelled as a backend is
         layout = Padding.checked(cu_seqlens, max_seqlen, q.shape[0])
         scores = _scores(layout, layout.pad(q), layout.pad(k), scale, seed, causal, window, global_tokens)
         lse = (scores / temperature).logsumexp(-1)  # [B, N, S]
-        nothing = lse == -torch.inf
+        nothing, undefined = lse == -torch.inf, lse.isnan()
         best = scores.argmax(-1) if max_seqlen else nothing.long()  # of equal ones the first
         out = layout.pad(v).gather(2, best.unsqueeze(-1).expand(*best.shape, v.shape[-1]))
-        out = out.masked_fill(nothing.unsqueeze(-1), 0.0).masked_fill(lse.isnan().unsqueeze(-1), torch.nan)
-        rows = (layout.unpad(x.unsqueeze(-1)).squeeze(-1) for x in (best.masked_fill(nothing, -1).int(), lse))
+        out = out.masked_fill(nothing.unsqueeze(-1), 0.0).masked_fill(undefined.unsqueeze(-1), torch.nan)
+        best = best.masked_fill(nothing | undefined, -1).int()
+        rows = (layout.unpad(x.unsqueeze(-1)).squeeze(-1) for x in (best, lse))
         return layout.unpad(out).to(q.dtype), *rows
 
     @staticmethod
@@ -172,19 +179,33 @@ def gumbel_noise(layout: Padding, scores: Tensor, seed: Tensor) -> Tensor:
     return -torch.log(-torch.log(uniform))
 
 
+def _fake_forward(q, *_):
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.int32), q.new_empty(q.shape[:2], dtype=dtype)
+
+
+functions = register(
+    reference,
+    kernels,
+    hard_attention_forward=_fake_forward,
+    hard_attention_backward=lambda dout, q, *_: q.new_empty(q.shape[0], 3, *q.shape[1:]),
+)
+
+
 class _HardAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, *options):
+    def forward(ctx, chosen, q, k, v, *options):
         cu_seqlens, max_seqlen, scale, temperature, seed, causal, window, global_tokens = options
-        out, best, lse = reference.hard_attention_forward(q, k, v, *options)
+        out, best, lse = functions[chosen].hard_attention_forward(q, k, v, *options)
         ctx.save_for_backward(q, k, v, best, lse, cu_seqlens, seed, global_tokens)
-        ctx.options = max_seqlen, scale, temperature, causal, window
+        ctx.options = chosen, max_seqlen, scale, temperature, causal, window
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         q, k, v, best, lse, cu_seqlens, seed, global_tokens = ctx.saved_tensors
-        max_seqlen, scale, temperature, *visible = ctx.options
+        chosen, max_seqlen, scale, temperature, *visible = ctx.options
         options = cu_seqlens, max_seqlen, scale, temperature, seed, *visible, global_tokens
-        return *reference.hard_attention_backward(dout, q, k, v, best, lse, *options).unbind(1), *(None,) * 8
+        dqkv = functions[chosen].hard_attention_backward(dout, q, k, v, best, lse, *options)
+        return None, *dqkv.unbind(1), *(None,) * 8

@@ -24,7 +24,8 @@ COPY = "init"  # in the run's folder
 WORDS = "words.json"
 # What the folder decides.
 _ITS_OWN = (
-    "model", "preset", "tokenizer", "vocab_size", "lowercase", "max_position_embeddings", "attention_window", "norm",
+    "model", "preset", "tokenizer", "vocab_size", "lowercase", "max_position_embeddings", "attention_window",
+    "attention_kind", "norm",
 )  # fmt: skip
 
 
@@ -52,7 +53,13 @@ def take_settings(config: PretrainConfig) -> PretrainConfig:
         raise ValueError(
             f"seq_len must be at most what the model in {config.init} takes, {longest} tokens, got {seq_len}"
         )
-    return dataclasses.replace(config, model=kind.names.model_type, max_position_embeddings=longest, norm=sizes.norm)
+    first = config.attention_temperature
+    if first is None and sizes.attention_kind != "soft":
+        first = sizes.attention_temperature
+    return dataclasses.replace(
+        config, model=kind.names.model_type, max_position_embeddings=longest, norm=sizes.norm,
+        attention_kind=sizes.attention_kind, attention_temperature=first,
+    )  # fmt: skip
 
 
 def extended_tokenizer(config: PretrainConfig) -> Tokenizer:
@@ -125,6 +132,8 @@ def write_copy(config: PretrainConfig, tokenizer: Tokenizer) -> None:
     changed = {"vocab_size": rows}
     if config.dropout is not None:
         changed |= {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout}
+    if config.attention_temperature is not None:
+        changed["attention_temperature"] = config.attention_temperature
     model = type(model)(dataclasses.replace(model.config, **changed))
     model.load_state_dict(state)
     with files.whole_folder(config.output / COPY) as folder:

@@ -124,6 +124,8 @@ _ADDED_LATER = {
     "dictionary": None, "words": None, "init": None, "add_words": None, "rows_first": 0, "phases": None,
     "shard": False, "schedule": "linear", "decay": 0.2, "power": 1.0, "final_lr": 0.0, "task_type": None,
     "store": None, "optimizer": "lazy_adam", "attention_window": None, "norm": "layer",
+    "attention_kind": "soft", "attention_temperature": None, "attention_temperature_rate": 0.0,
+    "attention_temperature_end": 0.5,
 }  # fmt: skip
 _NSP = {True: "mlm+nsp", False: "mlm"}  # the setting that was there before the objective
 

@@ -15,7 +15,7 @@ from fastbert.data.tables import Quoting
 from fastbert.data.tokenizer import LARGEST_VOCABULARY
 from fastbert.data.words import Segmentation
 from fastbert.models.auto import PRETRAINING
-from fastbert.models.config import REACHES_OTHERS, WITH_RUNNING, Norm
+from fastbert.models.config import REACHES_OTHERS, WITH_RUNNING, AttentionKind, Norm
 from fastbert.models.ernie import ErnieConfig
 from fastbert.pretrain.phases import Phase, parse_phases, phase_ends
 from fastbert.pretrain.schedule import Schedule
@@ -72,6 +72,17 @@ class PretrainConfig:
     attention_window: int | None = None
     """Let a token see this many others, an even number, half of them to each side, and the first token of its sequence,
     which sees all; if not given it sees all. transformers has no such model and cannot load it."""
+    attention_kind: AttentionKind = "soft"
+    """hard: a token takes the value of its best key alone, gumbel: of one drawn by its weight, each with the gradient
+    of a softmax (docs/kernels.md). Both want --dropout 0, and transformers cannot load them."""
+    attention_temperature: float | None = None
+    """With --attention-kind hard or gumbel: temperature of the gradient's softmax, at first; if not given 1, and with
+    --init the folder's."""
+    attention_temperature_rate: float = 0.0
+    """By which it falls: after n steps it is exp(-rate * n) of the first; 0 leaves it as it is. On a GPU --no-capture
+    goes with it."""
+    attention_temperature_end: float = 0.5
+    """Below which it does not fall."""
 
     seq_len: int = 128
     """Longest sequence in tokens, [CLS] and [SEP] included."""
@@ -203,6 +214,7 @@ class PretrainConfig:
             raise ValueError("the rows to train first are those of new words: give --rows-first with --add-words")
         window = self.attention_window
         expect(window is None or window % 2 == 0, "attention_window", "even, half of it to each side", window)
+        self._check_hard_attention()
         if self.task_type is not None and self.init is None:
             rule = "left out but for model ernie, which has task types"
             expect(self.model == "ernie", "task_type", rule, self.task_type)
@@ -248,6 +260,23 @@ class PretrainConfig:
             expect(not self.checkpoint_layers, "checkpoint_layers", rule, self.checkpoint_layers)
             rule = f"left out with norm {self.norm}, whose running statistics are one process's"
             expect(not self.shard, "shard", rule, self.shard)
+
+    def _check_hard_attention(self) -> None:
+        rate, first, last = self.attention_temperature_rate, self.attention_temperature, self.attention_temperature_end
+        if self.attention_kind == "soft":
+            rule = "left out with attention_kind soft, which has no temperature"
+            expect(first is None, "attention_temperature", rule, first)
+            return expect(rate == 0, "attention_temperature_rate", rule, rate)
+        own = 0.0 if self.init is not None else OWN[self.model]["dropout"]  # a folder's fits its attention
+        dropout = own if self.dropout is None else self.dropout
+        rule = f"0 (--dropout 0) with attention_kind {self.attention_kind}, which has no weights to drop"
+        expect(dropout == 0, "dropout", rule, dropout)
+        if rate > 0:
+            rule = "at most attention_temperature, from which it falls"
+            expect(last <= (1.0 if first is None else first), "attention_temperature_end", rule, last)
+            rule = "false (--no-capture) with attention_temperature_rate: a CUDA graph keeps one temperature"
+            on_gpu = torch.device(self.device).type == "cuda"
+            expect(not on_gpu or self.shard or not self.capture, "capture", rule, self.capture)
 
     def _check_schedule(self) -> None:
         default = PretrainConfig
@@ -311,7 +340,7 @@ OWN = {
 # Continued pretraining's usual rate: Gururangan et al., "Don't stop pretraining" (2020).
 CONTINUED_LR = 1e-4
 
-_OPTIONAL = "steps", "minutes", "lr", "dropout", "task_type", "attention_window"
+_OPTIONAL = "steps", "minutes", "lr", "dropout", "task_type", "attention_window", "attention_temperature"
 _MANY = 2**31 - 1  # the largest int32
 _INTEGERS = {  # setting: lowest and highest value
     "vocab_size": (64, LARGEST_VOCABULARY),
@@ -333,6 +362,9 @@ _INTEGERS = {  # setting: lowest and highest value
 }
 _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {  # setting: the rule, and whether a number keeps it
     "dropout": ("a probability from 0 to below 1", lambda x: 0 <= x < 1),
+    "attention_temperature": ("a number above 0", lambda x: 0 < x < math.inf),
+    "attention_temperature_rate": ("a number of at least 0", lambda x: 0 <= x < math.inf),
+    "attention_temperature_end": ("a number above 0", lambda x: 0 < x < math.inf),
     "held_out": ("a share above 0 and at most 0.5", lambda x: 0 < x <= 0.5),
     "minutes": (f"above 0 and at most {60 * 24 * 366}, a year", lambda x: 0 < x <= 60 * 24 * 366),
     "lr": ("a number above 0", lambda x: 0 < x < math.inf),

@@ -32,7 +32,9 @@ def new_model(config: PretrainConfig, tokenizer: Tokenizer, frequencies: Frequen
     sizes = kind.config_class.preset(
         config.preset, vocab_size=vocab_size(tokenizer), hidden_dropout_prob=config.dropout,
         attention_probs_dropout_prob=config.dropout, pad_token_id=special_ids(tokenizer).pad,
-        is_decoder=config.objective == "clm", attention_window=config.attention_window, norm=config.norm, **more,
+        is_decoder=config.objective == "clm", attention_window=config.attention_window, norm=config.norm,
+        attention_kind=config.attention_kind,
+        attention_temperature=1.0 if config.attention_temperature is None else config.attention_temperature, **more,
     )  # fmt: skip
     rows = sizes.max_position_embeddings + sizes.first_position
     model = kind(dataclasses.replace(sizes, max_position_embeddings=rows))

@@ -13,8 +13,10 @@ from fastbert.backends.linear import use_linear
 from fastbert.capture import WARMUP, Captured, capture
 from fastbert.data.batch import Batch
 from fastbert.models.inputs import IGNORED
+from fastbert.models.layers import MultiHeadAttention
 from fastbert.models.pretraining import PreTrainingModel
 from fastbert.models.working import WorkingCopy
+from fastbert.ops.hard_attention import annealed_temperature
 from fastbert.optim.lazy_adam import LazyAdam, decay_groups
 from fastbert.pretrain.accuracy import named_hits
 from fastbert.pretrain.divergence import Watch
@@ -98,6 +100,8 @@ def train_words(
     words: Tensor, model: PreTrainingModel, optimizer: LazyAdam, micro: list[Batch], *others: Any, together: Together
 ) -> dict[str, Tensor | float]:
     """A `train_step` of `others` that moves nothing but the embeddings of `words`, int64 [R]."""
+    _, config, _, number = others
+    anneal(model, config, number)
     fixed = [parameter for parameter in model.parameters() if parameter is not model.word_embeddings]
     for parameter in fixed:
         parameter.requires_grad_(False)
@@ -149,9 +153,12 @@ def make_step(
     capturable = on_gpu(config) and config.static_shapes and config.optimizer != "lamb"
     if config.shard or not capturable:
         together = Together(processes, config.accumulate, summed(model, config), model if config.shard else None)
-        return lambda micro, lr, number: train_step(
-            model, optimizer, micro, lr, config, watch, number, together=together
-        )
+
+        def plain(micro: list[Batch], lr: float, number: int) -> dict[str, Tensor | float]:
+            anneal(model, config, number)
+            return train_step(model, optimizer, micro, lr, config, watch, number, together=together)
+
+        return plain
     working = WorkingCopy(model, optimizer, config.accumulate) if config.bf16 else None
     computes = model if working is None else working.model
     together = Together(processes, config.accumulate, summed(computes, config))
@@ -163,6 +170,7 @@ def make_step(
         return train_step(model, optimizer, micro, lr, config, watch, number, working, together=together)
 
     def call(micro: list[Batch], lr: float, number: int) -> dict[str, Tensor]:
+        anneal(computes, config, number)
         # A captured step takes one number alone; no step reads how many tokens are filled.
         micro = [batch._replace(filled_tokens=0) for batch in micro]
         inputs = micro, torch.tensor([lr, number], dtype=torch.float64, device="cpu")
@@ -176,6 +184,19 @@ def make_step(
         return record
 
     return call
+
+
+def anneal(model: PreTrainingModel, config: PretrainConfig, number: int) -> None:
+    """Sets the temperature of hard attention's gradient for step `number`, the first being 1, where it falls."""
+    if config.attention_temperature_rate == 0:
+        return
+    start = 1.0 if config.attention_temperature is None else config.attention_temperature
+    temperature = annealed_temperature(
+        number - 1, config.attention_temperature_rate, start, config.attention_temperature_end
+    )
+    for module in model.modules():
+        if isinstance(module, MultiHeadAttention):
+            module.temperature = temperature
 
 
 def summed(model: PreTrainingModel, config: PretrainConfig) -> list[Tensor]:

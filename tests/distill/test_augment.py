@@ -104,6 +104,15 @@ def test_a_student_learns_from_copies_that_were_begun_before_a_stop(model, lesso
     assert distill(broken) is None
     with (broken.output / "augmented.part").open("a") as file:
         file.write("a line that was cut o")
+    table = lesson / "train.csv"
+    text = table.read_text()
+    try:
+        table.write_text(text.replace("film", "play", 1))
+        assert table.read_text() != text
+        with pytest.raises(ValueError, match=r"copies of other texts than the labelled ones are now .*put the table"):
+            distill(broken, resume=True)
+    finally:
+        table.write_text(text)
     distill(broken, resume=True)
     assert begun == [0, 16, 32, 48, 64, 80]
     assert (broken.output / "augmented.txt").read_text().splitlines() == lines

@@ -19,9 +19,11 @@ from fastbert.distill import DistillConfig, distill
 from fastbert.distill.losses import label_loss, logit_mse, soft_cross_entropy
 from fastbert.distill.students import make_student
 from fastbert.distill.training import Distiller
+from fastbert.finetune import FinetuneConfig, finetune
 from fastbert.finetune.predict import load
 from fastbert.finetune.training import Trainer
 from fastbert.models import BertModel
+from fastbert.models.auto import AutoModel
 
 
 @pytest.fixture
@@ -194,3 +196,20 @@ def test_what_does_not_hold_is_refused_before_anything_is_written(config, lesson
         ({"store": lesson / "train.csv"}, "is no folder, and a store of labels is one"),
     ):  # fmt: skip
         assert why in refused(**changes), changes
+
+
+def test_hard_attention_is_finetuned_and_distilled_without_dropout(lesson, tmp_path):
+    """A folder of it trains with its own dropout; another, which would drop weights, is refused before a folder is."""
+    encoder = make_encoder("bert", tmp_path / "hard", attention_kind="gumbel")
+    task = FinetuneConfig(encoder, lesson / "train.csv", tmp_path / "task", lr=1e-2, epochs=2)
+    classifier = finetune(task)
+    table = lesson / "train.csv"
+    student = DistillConfig(lesson / "teacher/model", str(encoder), table, tmp_path / "student", epochs=1)
+    smaller = DistillConfig(classifier, "bert", table, tmp_path / "smaller", layers=1, epochs=1)
+    for trained in (classifier, distill(student), distill(smaller)):
+        assert AutoModel.from_pretrained(trained).config.attention_kind == "gumbel"
+    why = r"dropout must be 0 \(--dropout 0\), or left out for the folder's, .* attention_kind gumbel.* got 0.1"
+    for run, config in ((finetune, task), (distill, student), (distill, smaller)):
+        with pytest.raises(ValueError, match=why):
+            run(dataclasses.replace(config, output=tmp_path / "refused", dropout=0.1))
+    assert not (tmp_path / "refused").exists()

@@ -305,3 +305,21 @@ def test_an_embedding_size_without_its_projection_is_refused(folder):
 def test_presets_are_named():
     with pytest.raises(ValueError, match=r"no ALBERT preset is called 'huge': expected one of tiny, .*xxlarge"):
         AlbertConfig.preset("huge")
+
+
+@pytest.mark.parametrize("norm", ["instance", "group"])
+def test_layers_that_share_weights_share_their_norm(norm, tmp_path):
+    """Padded as packed, through all layers of both groups; and the folder keeps it."""
+    model = AlbertForPreTraining(AlbertConfig(**vars(CONFIG) | {"norm": norm, "norm_groups": 4})).double().eval()
+    ids, mask = torch.randint(1, 50, (2, 7)), torch.arange(7) < torch.tensor([[7], [4]])
+    with torch.no_grad():
+        padded = model(ids, mask).prediction_logits[mask]
+        cu_seqlens = torch.tensor([0, 7, 11], dtype=torch.int32)
+        packed = model(ids[mask], cu_seqlens=cu_seqlens, max_seqlen=7).prediction_logits
+        torch.testing.assert_close(padded, packed, rtol=0, atol=1e-10)
+        plain = AlbertForPreTraining(CONFIG).double().eval()
+        plain.load_state_dict(model.state_dict(), strict=False)
+        assert (plain(ids, mask).prediction_logits[mask] - padded).abs().max() > 1e-3
+        model.float().save_pretrained(tmp_path)
+        loaded = AlbertForPreTraining.from_pretrained(tmp_path)
+        assert torch.equal(loaded(ids, mask).prediction_logits, model(ids, mask).prediction_logits)

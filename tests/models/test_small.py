@@ -119,3 +119,11 @@ def test_onnx_gives_the_same_logits_whatever_the_padding(model, batch, tmp_path)
         some, its = ids[rows, columns], mask[rows, columns].long()
         (given,) = session.run(None, {"input_ids": some.numpy(), "attention_mask": its.numpy()})
         torch.testing.assert_close(torch.tensor(given), model(some, its).logits.detach(), rtol=0, atol=1e-6)
+
+
+def test_a_weight_that_is_no_number_is_refused(model, tmp_path):
+    with torch.no_grad():
+        model.classifier.bias[1] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"classifier.bias holds NaN or infinity: its training diverged"):
+        type(model).from_pretrained(tmp_path)

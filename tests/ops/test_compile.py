@@ -67,9 +67,18 @@ def case_attention_qkv(n):
     return function, (torch.randn(n, 3, 2, 8),), (n, 2, 8)
 
 
+def case_hard_attention(n):
+    cu_seqlens = torch.tensor([0, n // 3, n], dtype=torch.int32)
+
+    def function(qkv, cu_seqlens=cu_seqlens):
+        return fastbert.hard_attention(*qkv.unbind(1), cu_seqlens, 64, gumbel=True, seed=SEED)
+
+    return function, (torch.randn(n, 3, 2, 8),), (n, 2, 8)
+
+
 CASES = [
     case_gelu, case_layer_norm, case_dropout_add_layer_norm, case_dropout_add_layer_norm_twice, case_one_use_of_two,
-    case_cross_entropy, case_attention, case_attention_qkv,
+    case_cross_entropy, case_attention, case_attention_qkv, case_hard_attention,
 ]  # fmt: skip
 # The others are parts of these; tracing the rounds of random numbers once is enough.
 TWINS = [case_gelu, case_dropout_add_layer_norm_twice, case_cross_entropy, case_attention_without_dropout]

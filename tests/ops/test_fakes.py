@@ -12,11 +12,14 @@ from fastbert.ops import cross_entropy as cross_entropy_op
 from fastbert.ops import dropout as dropout_op
 from fastbert.ops import embedding_norm as embedding_norm_op
 from fastbert.ops import gelu as gelu_op
+from fastbert.ops import hard_attention as hard_attention_op
 from fastbert.ops import layer_norm as layer_norm_op
 from fastbert.ops import linear as linear_op
 
 raw = torch.ops.fastbert  # the kernels, as the dispatcher has them
-STEMS = gelu_op, layer_norm_op, dropout_op, embedding_norm_op, cross_entropy_op, attention_op, linear_op
+STEMS = (
+    gelu_op, layer_norm_op, dropout_op, embedding_norm_op, cross_entropy_op, attention_op, hard_attention_op, linear_op,
+)  # fmt: skip
 TWINS = [op.functions["reference"] for op in STEMS]  # of those that have one
 SEED = torch.tensor([99])
 WIDTHS = [(torch.float32, torch.float32)] + [
@@ -79,6 +82,15 @@ def attention(lengths, heads, dtype):
     yield raw.attention_forward, (q, k, v, cu_seqlens, max(lengths, default=0), 0.3, 0, None, False, [1, 1], chosen)
 
 
+def hard_attention(lengths, heads, dtype):
+    q, k, v = torch.randn(sum(lengths), 3, heads, 8).to(dtype).unbind(1)
+    cu_seqlens, lse = torch.tensor([0, *lengths]).cumsum(0).int(), torch.randn(sum(lengths), heads)
+    for seed, causal, window in ((None, False, None), (SEED, True, [2, 3])):
+        options = cu_seqlens, max(lengths, default=0), 0.3, 0.7, seed, causal, window
+        yield raw.hard_attention_forward, (q, k, v, *options)
+        yield raw.hard_attention_backward, (v.contiguous(), q, k, v, lse.int(), lse, *options)
+
+
 def with_twins(dtype, weight_dtype, everything):
     """Calls of every op that has a twin: of usual shapes, and with `everything` of the unusual ones too."""
     for shape in [(4, 24), *([(24,), (0, 24), (1, 24), (2, 3, 24)] if everything else [])]:
@@ -91,6 +103,7 @@ def with_twins(dtype, weight_dtype, everything):
     # One sequence alone: what the twin pads it to has the strides of another layout.
     for lengths in [[5, 9], *([[], [0], [5]] if everything else [])]:
         yield from attention(lengths, 3, dtype)
+        yield from hard_attention(lengths, 3, dtype)
 
 
 def of_linear(dtype, weight_dtype):

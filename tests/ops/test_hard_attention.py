@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from op_cases import drawn
+from op_cases import DTYPES, assert_same_for_threads, assert_solves, drawn, problem
 
 import fastbert
 from fastbert.counter_random import philox_words
@@ -20,6 +20,13 @@ MASKS = {
     "sees nothing at first": {"window": (-1, -1), "causal": True},
     "global tokens": {"window": (1, 1), "global_tokens": GLOBAL},
 }
+
+
+LONG = [70, 0, 40]  # a tile and more
+
+
+def bounds_of(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
 def noise(tokens, first, heads, seed):
@@ -124,7 +131,120 @@ def test_bad_input_and_backends():
     with pytest.raises(ValueError, match="global_tokens need a window"):
         fastbert.hard_attention(q, q, q, bounds, 6, global_tokens=torch.zeros(6, dtype=torch.bool))
     with pytest.raises(RuntimeError, match="backend 'cpu' was asked for and cannot run hard_attention here"):
-        fastbert.hard_attention(*3 * [q.float()], bounds, 6, backend="cpu")
+        fastbert.hard_attention(q, q, q, bounds, 6, backend="cpu")
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+CASES = {  # lengths, head size, mask: which path each takes
+    "short": (LENGTHS, 6, {}),
+    "tiles": (LONG, 64, {}),
+    "causal, of odd size": (LONG, 33, {"causal": True}),
+    "window, wider than a tile's columns": ([70, 5], 80, {"window": (20, 3)}),
+    "sees nothing at first": (LENGTHS, 8, {"window": (-1, -1), "causal": True}),
+    "one key ahead": (LONG, 16, {"window": (0, 1)}),
+}
+
+
+@pytest.fixture
+def with_global(backend):
+    """A backend that has global tokens."""
+    if backend not in ("reference", "cpu"):
+        pytest.skip("has no global tokens")
+
+
+def given(case, dtype, lengths, size):
+    generator = drawn("hard attention", case, dtype)
+    qkv = torch.randn(sum(lengths), 3, 2, size, generator=generator).to(dtype)
+    return qkv, torch.randn(sum(lengths), 2, size, generator=generator)
+
+
+def solves(case, dtype, lengths, size, mask, gumbel):
+    """Against the twin in float64, whose choices stand far enough from the next best that no rounding changes one."""
+    qkv, dout = given(case, dtype, lengths, size)
+    options = bounds_of(lengths), max(lengths)
+    rest = {"temperature": 0.6, "gumbel": gumbel, "seed": SEED, **mask}
+
+    def function(x):
+        return fastbert.hard_attention(*x.unbind(1), *options, **rest)
+
+    case = problem((qkv,), dout, function)
+    assert (case.truth[0] - case.baseline[0].double()).abs().max() < 0.1, "choices hang on a rounding: draw others"
+    assert_solves(function, case, ("out", "dqkv"))
+
+
+@pytest.mark.parametrize("gumbel", [False, True], ids=["best", "gumbel"])
+@pytest.mark.parametrize("case", CASES)
+def test_against_float64(backend, nan_filled, case, gumbel):
+    solves(case, torch.float32, *CASES[case], gumbel)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_dtypes_against_float64(backend, nan_filled, dtype):
+    solves("tiles", dtype, [70, 1], 32, {}, True)
+
+
+def test_global_tokens_against_float64(with_global, nan_filled):
+    tokens = torch.zeros(sum(LONG), dtype=torch.bool)
+    tokens[[0, 40, 41, 70, 105]] = True
+    solves("global", torch.float32, LONG, 16, {"window": (4, 4), "global_tokens": tokens}, True)
+
+
+def test_of_equal_scores_the_first(backend):
+    """Scores of small whole numbers are exact, in any order of sums, and most rows have several of the highest."""
+    qkv = torch.randint(-1, 2, (sum(LONG), 3, 2, 6), generator=drawn("ties")).float()
+    options = bounds_of(LONG), max(LONG), 0.5, 1.0, None, True, None
+    op = fastbert.ops.hard_attention
+    true = op.reference.hard_attention_forward(*qkv.double().unbind(1), *options)
+    ours = op.functions[backend].hard_attention_forward(*qkv.unbind(1), *options)
+    assert torch.equal(ours[1], true[1]) and torch.equal(ours[0].double(), true[0])
+    torch.testing.assert_close(ours[2].double(), true[2])
+
+
+def test_no_numbers(backend):
+    """Scores of inf, of -inf alone, and NaN, also of a key that is not seen: out, best, lse and dv."""
+    q, v = torch.ones(6, 1, 1), torch.arange(1.0, 7).view(6, 1, 1)
+    k = torch.tensor([1.0, torch.inf, 2.0, -torch.inf, torch.nan, 5.0]).view(6, 1, 1)
+    bounds = torch.tensor([0, 3, 4, 6], dtype=torch.int32)
+    functions = fastbert.ops.hard_attention.functions[backend]
+    options = bounds, 3, 1.0, 1.0, None, True, None
+    out, best, lse = functions.hard_attention_forward(q, k, v, *options)
+    nan = torch.nan
+    expected = torch.tensor([1.0, 2.0, 2.0, 0.0, nan, nan])
+    torch.testing.assert_close(out.flatten(), expected, equal_nan=True)
+    assert best.flatten().tolist() == [0, 1, 1, -1, -1, -1]
+    expected = torch.tensor([1.0, torch.inf, torch.inf, -torch.inf, nan, nan])
+    torch.testing.assert_close(lse.flatten(), expected, equal_nan=True)
+    dqkv = functions.hard_attention_backward(torch.ones(6, 1, 1), q, k, v, best, lse, *options)
+    assert dqkv[:, 2].flatten().tolist() == [1.0, 2.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_noise_is_the_contracts(backend):
+    """Scores of 0 leave the noise alone: its choices, and its sum at a low temperature, which is the highest."""
+    tokens, op = 130, fastbert.ops.hard_attention
+    zero = torch.zeros(tokens, 2, 4)
+    options = bounds_of([1, tokens - 1]), tokens - 1, 1.0, 2**-6, SEED, False, None
+    _, best, lse = op.functions[backend].hard_attention_forward(zero, zero, zero, *options)
+    g = noise(tokens, 0, 2, SEED)[:, 1:, : tokens - 1]  # [N, queries, keys]
+    assert torch.equal(best[1:].T, g.argmax(-1).int())
+    highest = (g * 64).logsumexp(-1) / 64
+    torch.testing.assert_close(lse[1:].T.double() / 64, highest, rtol=3e-7, atol=3e-7)
+
+
+def test_the_same_bits_whatever_the_threads(kernels):
+    qkv, dout = given("threads", torch.float32, [600, 3, 40], 16)
+    options = bounds_of([600, 3, 40]), 600
+
+    def results():
+        return run(lambda x: fastbert.hard_attention(*x.unbind(1), *options, gumbel=True, seed=5), (qkv,), dout)
+
+    assert_same_for_threads(results)
+
+
+def test_long_sequences_pass_through_several_blocks(kernels):
+    """600 keys are two blocks of forward and of noise; the window leaves the first to some queries alone."""
+    solves("long", torch.float32, [600], 8, {}, True)
+    solves("long window", torch.float32, [1100, 5], 8, {"window": (100, 30)}, True)
 
 
 def test_annealed_temperature():

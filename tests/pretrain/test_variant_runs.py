@@ -1,12 +1,16 @@
 """Runs of RoBERTa and ERNIE from raw text: what is trained, and what transformers reads of the export."""
 
 import dataclasses
+import math
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fastbert.data import load_tokenizer, open_stores
 from fastbert.models.auto import PRETRAINING
+from fastbert.models.layers import MultiHeadAttention
 from fastbert.pretrain import run
 from fastbert.pretrain.loop import pretrain
 from fastbert.pretrain.report import read_metrics
@@ -116,3 +120,49 @@ def test_a_run_with_a_window(settings, tmp_path, capsys):
     ):
         with pytest.raises(ValueError, match=rule):
             pretrain(dataclasses.replace(config, output=tmp_path / "refused", **changed))
+
+
+def test_a_run_with_hard_attention(settings, tmp_path, monkeypatch):
+    """Its temperature is a function of the step, also behind a stop and in micro-batches; the folder keeps the kind."""
+    config = dataclasses.replace(
+        settings, output=tmp_path / "run", steps=4, snapshot_every=2, attention_kind="gumbel", dropout=0.0,
+        attention_temperature=2.0, attention_temperature_rate=0.5, accumulate=2,
+    )  # fmt: skip
+    seen = []
+
+    def noted(self, *arguments):
+        if self.training:
+            seen.append(self.temperature)
+        return forward(self, *arguments)
+
+    forward = MultiHeadAttention.forward
+    monkeypatch.setattr(MultiHeadAttention, "forward", noted)
+    folder = pretrain(config)
+    expected = [max(0.5, 2.0 * math.exp(-0.5 * n)) for n in range(4)]
+    each = len(seen) // 4  # layers, times micro-batches
+    assert seen == [x for x in expected for _ in range(each)] and each >= 4
+    trained = load_file(folder / "model.safetensors")
+    assert PRETRAINING["bert"].from_pretrained(folder).config.attention_kind == "gumbel"
+
+    seen.clear()
+    shutil.rmtree(folder)
+    shutil.rmtree(sorted((tmp_path / "run/snapshots").iterdir())[-1])  # back to step 2
+    again = load_file(pretrain(config, resume=True) / "model.safetensors")
+    assert seen == [x for x in expected[2:] for _ in range(each)]
+    assert all(torch.equal(again[name], x) for name, x in trained.items())
+
+    further = dataclasses.replace(settings, output=tmp_path / "further", init=folder, steps=1, vocab_size=8192)
+    further = dataclasses.replace(further, dropout=None)
+    model = PRETRAINING["bert"].from_pretrained(pretrain(further))
+    assert (model.config.attention_kind, model.config.attention_temperature) == ("gumbel", 2.0)
+    for base, changed, rule in (
+        (config, {"dropout": None}, r"dropout must be 0 \(--dropout 0\) with attention_kind gumbel, .* got 0.1"),
+        (config, {"attention_temperature_end": 3.0}, "attention_temperature_end must be at most attention_temperature"),
+        (config, {"attention_kind": "soft"}, "attention_temperature must be left out with attention_kind soft"),
+        (config, {"attention_kind": "best"}, "attention_kind must be one of soft, hard, gumbel, got 'best'"),
+        (further, {"dropout": 0.1}, r"dropout must be 0 \(--dropout 0\) with attention_kind gumbel"),
+        (further, {"attention_kind": "hard"}, "decides --attention-kind"),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            pretrain(dataclasses.replace(base, output=tmp_path / "refused", **changed))
+    assert not (tmp_path / "refused").exists()

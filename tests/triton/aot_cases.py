@@ -90,6 +90,16 @@ def attention(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable
         both(64, 512, 0, None)
 
 
+def hard_attention(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> None:
+    cu_seqlens, seed, lse = empty(torch.int32, 9 + rows % 2), empty(torch.int64, 1), empty(torch.float32, rows, 12)
+    for size, gumbel in ((64, True), (64, False), (128, True)) if dtype != torch.float16 else ():
+        name(size, "gumbel" if gumbel else "best")
+        qkv, out = empty(dtype, rows, 3, 12, size), empty(dtype, rows, 12, size)
+        given = *qkv.unbind(1), cu_seqlens, 512 - rows % 2, 0.125, 0.7, seed if gumbel else None, False, [64, 64]
+        kernels.hard_attention_forward(*given)
+        kernels.hard_attention_backward(out, *given[:3], lse.int(), lse, *given[3:])
+
+
 def lazy_adam(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> None:
     """A parameter of each dtype, with state in float32; what a row's gradient, step and rounding come from varies."""
     number, one, rate = empty(torch.int64, 1), empty(torch.float32, 1), empty(torch.float64, 1)
@@ -142,7 +152,7 @@ def gradient_norm(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Call
 CASES = {
     function.__name__: function
     for function in (
-        gelu, layer_norm, dropout, embedding_norm, cross_entropy, attention, lazy_adam, lazy_adam_replay,
-        gradient_norm,
+        gelu, layer_norm, dropout, embedding_norm, cross_entropy, attention, hard_attention, lazy_adam,
+        lazy_adam_replay, gradient_norm,
     )
 }  # fmt: skip
