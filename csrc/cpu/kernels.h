@@ -57,6 +57,8 @@ struct Transpose {         // see transpose.cpp
   X(void, cross_entropy_backward, CrossEntropyBackward)     \
   X(int64_t, attention_forward, AttentionForward)           \
   X(void, attention_backward, AttentionBackward)            \
+  X(int64_t, hard_attention_forward, HardAttentionForward)  \
+  X(void, hard_attention_backward, HardAttentionBackward)   \
   X(void, linear_product, LinearProduct)                    \
   X(void, linear_pack, LinearPack)                          \
   X(void, transpose, Transpose)                             \
