@@ -200,10 +200,11 @@ class _Call:
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, t: int,
-        seed: Tensor | None, causal: bool, window: list[int] | None, global_tokens: Tensor | None = None,
+        seed: Tensor | None, causal: bool, window: list[int] | None, global_tokens: Tensor | None,
+        query_ranks: Tensor | None, key_ranks: Tensor | None,
     ):  # fmt: skip
-        if global_tokens is not None:
-            raise ValueError("these kernels have no global tokens: the backends reference and cpu have them")
+        if global_tokens is not None or query_ranks is not None:
+            raise ValueError("these kernels have neither global tokens nor ranks: the backend reference has them")
         q, k, v = _heads(q), _heads(k), _heads(v)
         tokens, self.heads, head_size = q.shape
         self.sequences, self.longest = cu_seqlens.numel() - 1, min(max_seqlen, tokens)
@@ -248,9 +249,11 @@ def _heads(x: Tensor) -> Tensor:
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, t: int, seed: Tensor | None,
-    causal: bool, window: list[int] | None, global_tokens: Tensor | None = None,
+    causal: bool, window: list[int] | None, global_tokens: Tensor | None = None, query_ranks: Tensor | None = None,
+    key_ranks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    call = _Call(q, k, v, cu_seqlens, max_seqlen, scale, t, seed, causal, window, global_tokens)
+    of_tokens = global_tokens, query_ranks, key_ranks
+    call = _Call(q, k, v, cu_seqlens, max_seqlen, scale, t, seed, causal, window, *of_tokens)
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     plan = call.plan("forward")
@@ -262,9 +265,10 @@ def attention_forward(
 def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int,
     scale: float, t: int, seed: Tensor | None, causal: bool, window: list[int] | None,
-    global_tokens: Tensor | None = None,
+    global_tokens: Tensor | None = None, query_ranks: Tensor | None = None, key_ranks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    call = _Call(q, k, v, cu_seqlens, max_seqlen, scale, t, seed, causal, window, global_tokens)
+    of_tokens = global_tokens, query_ranks, key_ranks
+    call = _Call(q, k, v, cu_seqlens, max_seqlen, scale, t, seed, causal, window, *of_tokens)
     tokens, heads, head_size = q.shape
     dqkv = q.new_empty(tokens, 3, heads, head_size)
     given = dout.contiguous(), out.contiguous(), lse

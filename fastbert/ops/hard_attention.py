@@ -31,7 +31,8 @@ from torch import Tensor
 
 from fastbert.backends import pick_among, requested
 from fastbert.ops import philox
-from fastbert.ops.attention import Padding, check_inputs, check_numbers, check_visible, softmax_weights
+from fastbert.ops.attention import Padding, check_inputs, check_numbers, softmax_weights
+from fastbert.ops.attention_visible import check_visible
 from fastbert.ops.checks import as_float, as_int, autocast, kind, without_autocast
 from fastbert.ops.register import differentiated, once_differentiable
 
