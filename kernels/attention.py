@@ -200,8 +200,11 @@ class _Call:
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, t: int,
-        seed: Tensor | None, causal: bool, window: list[int] | None, global_tokens: Tensor | None = None,
+        seed: Tensor | None, causal: bool, window: list[int] | None, global_tokens: Tensor | None,
+        query_ranks: Tensor | None, key_ranks: Tensor | None,
     ):  # fmt: skip
+        if query_ranks is not None:
+            raise ValueError("these kernels have no ranks: the backend reference has them")
         q, k, v = heads_together(q), heads_together(k), heads_together(v)
         tokens, self.heads, head_size = q.shape
         self.sequences, self.longest = sizes(tokens, cu_seqlens, max_seqlen)
@@ -259,9 +262,11 @@ def limits(causal: bool, window: list[int] | None, global_tokens: Tensor | None)
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, t: int, seed: Tensor | None,
-    causal: bool, window: list[int] | None, global_tokens: Tensor | None = None,
+    causal: bool, window: list[int] | None, global_tokens: Tensor | None = None, query_ranks: Tensor | None = None,
+    key_ranks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    call = _Call(q, k, v, cu_seqlens, max_seqlen, scale, t, seed, causal, window, global_tokens)
+    of_tokens = global_tokens, query_ranks, key_ranks
+    call = _Call(q, k, v, cu_seqlens, max_seqlen, scale, t, seed, causal, window, *of_tokens)
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     plan = call.plan("forward")
@@ -273,9 +278,10 @@ def attention_forward(
 def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int,
     scale: float, t: int, seed: Tensor | None, causal: bool, window: list[int] | None,
-    global_tokens: Tensor | None = None,
+    global_tokens: Tensor | None = None, query_ranks: Tensor | None = None, key_ranks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    call = _Call(q, k, v, cu_seqlens, max_seqlen, scale, t, seed, causal, window, global_tokens)
+    of_tokens = global_tokens, query_ranks, key_ranks
+    call = _Call(q, k, v, cu_seqlens, max_seqlen, scale, t, seed, causal, window, *of_tokens)
     tokens, heads, head_size = q.shape
     dqkv = q.new_empty(tokens, 3, heads, head_size)
     given = dout.contiguous(), out.contiguous(), lse

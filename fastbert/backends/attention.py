@@ -45,10 +45,13 @@ def attention_backward(
 def shared(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, launch: int, max_seqlen: int, scale: float, t: int,
     seed: Tensor | None, causal: bool, window: list[int] | None, global_tokens: Tensor | None = None,
+    query_ranks: Tensor | None = None, key_ranks: Tensor | None = None,
 ) -> tuple:  # fmt: skip
     """What both directions take, in the order of the struct `Attention`."""
     if global_tokens is not None and not q.is_cpu:
         raise ValueError("the CUDA kernels have no global tokens: the backends reference and cpu have them")
+    if query_ranks is not None:
+        raise ValueError("these kernels have no ranks: the backend reference has them")
     tokens, heads, head_size = q.shape
     left, right = (NO_LIMIT, NO_LIMIT) if window is None else window
     return (

@@ -16,12 +16,13 @@ computes P and draws the mask again:
 
 and gives the three as one dqkv [T, 3, N, D].
 
-i sees j within the window, and everywhere in its sequence where i or j is a global token (Longformer's rule).
+i sees j within the window, and everywhere in its sequence where i or j is a global token (Longformer's rule). Ranks
+give another rule: i sees the j of its sequence with key_rank_j <= query_rank_i, as in XLNet's two streams.
 
 P_ij is dropped by counter `(key // 16, query, head, 1)`, 8-bit lane `key % 16` (see `philox`), with `query` the token's
 place in the packed batch and `key` the key's place in its own sequence.
 Sources: Vaswani et al., "Attention is all you need" (2017); Dao, "FlashAttention-2" (2023) for what backward saves;
-Beltagy, Peters and Cohan, "Longformer" (2020) for global tokens.
+Beltagy, Peters and Cohan, "Longformer" (2020) for global tokens; Yang et al., "XLNet" (2019) for ranks.
 """
 
 import math
@@ -32,14 +33,14 @@ from torch import Tensor
 
 from fastbert.backends import attention as kernels
 from fastbert.backends import pick, pick_among, requested
-from fastbert.backends.attention import NO_LIMIT
 from fastbert.ops import philox
-from fastbert.ops.checks import as_float, as_int, autocast, check_activation, check_tensor, kind, wide, without_autocast
+from fastbert.ops.attention_visible import check_ranks, check_visible
+from fastbert.ops.checks import as_float, as_int, autocast, check_activation, check_tensor, wide, without_autocast
 from fastbert.ops.embedding import has_kernel, table_gradient
 from fastbert.ops.register import differentiated, once_differentiable, register
 
 LANE_BITS = 8  # of dropout: a byte for each weight
-GLOBAL_TOKENS = ("cpu",)  # the backends whose kernels have them
+HAVE_GLOBAL_TOKENS, HAVE_RANKS = ("cpu",), ()  # the backends whose kernels have them
 
 
 def attention(
@@ -55,6 +56,7 @@ def attention(
     causal: bool = False,
     window: tuple[int, int] | None = None,
     global_tokens: Tensor | None = None,
+    ranks: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Attention within each sequence of a packed batch.
@@ -77,18 +79,22 @@ def attention(
             of their own, which a caller composes by two calls. The cost is that of the window, of each block of keys
             that has a global token, for all queries, and of each block of queries that has one, over all keys (a block
             is some 16 to 64 neighbours); so neighbours that are global cost little more than one.
+        ranks: (query_ranks, key_ranks), both int32 [T] on q's device, any numbers: a query sees the keys of its
+            sequence whose rank is at most its own, which goes with neither causal, window nor global_tokens. With a
+            permutation of a sequence's places as key_ranks, the same as query_ranks is XLNet's content stream, and
+            less 1 its query stream, which does not see its own token.
         backend: runs on this backend or raises; None chooses by the tensor's device.
 
     Returns:
         [T, N, D] in q's dtype; 0 for a query that sees no key.
 
     Raises:
-        ValueError, TypeError: a shape, dtype, device, number or window that does not fit; sequence boundaries that do
-            not hold (looked at on the CPU only: elsewhere it would wait for the device).
+        ValueError, TypeError: a shape, dtype, device, number, window or ranks that do not fit; sequence boundaries
+            that do not hold (looked at on the CPU only: elsewhere it would wait for the device).
         RuntimeError: an explicit backend that cannot run here.
     """
     check_inputs(q, k, v, cu_seqlens)
-    options = _options(q, max_seqlen, dropout_p, seed, scale, causal, window, global_tokens)
+    options = _options(q, max_seqlen, dropout_p, seed, scale, causal, window, global_tokens, ranks)
     return _run(backend, cu_seqlens, options, autocast(q), autocast(k), autocast(v))
 
 
@@ -103,6 +109,7 @@ def attention_qkv(
     causal: bool = False,
     window: tuple[int, int] | None = None,
     global_tokens: Tensor | None = None,
+    ranks: tuple[Tensor, Tensor] | None = None,
     read: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -127,7 +134,7 @@ def attention_qkv(
                 f"read must be int64 [R] on qkv's device {qkv.device}, got {read.dtype} {list(read.shape)} on "
                 f"{read.device}"
             )
-    options = _options(qkv, max_seqlen, dropout_p, seed, scale, causal, window, global_tokens)
+    options = _options(qkv, max_seqlen, dropout_p, seed, scale, causal, window, global_tokens, ranks)
     return _run(backend, cu_seqlens, options, autocast(qkv), read=read)
 
 
@@ -167,12 +174,14 @@ def _options(
     causal: bool,
     window: tuple[int, int] | None,
     global_tokens: Tensor | None,
+    ranks: tuple[Tensor, Tensor] | None,
 ) -> tuple:
     """Of the op, from `max_seqlen` on, checked."""
     max_seqlen, scale = check_numbers(x, max_seqlen, scale)
     visible = check_visible(x, causal, window, global_tokens)
+    both_ranks = check_ranks(x, ranks, causal, window, global_tokens)
     t = philox.threshold(dropout_p, LANE_BITS)
-    return max_seqlen, scale, t, philox.resolve_seed(seed, t, x.device), *visible
+    return max_seqlen, scale, t, philox.resolve_seed(seed, t, x.device), *visible, *both_ranks
 
 
 def check_numbers(x: Tensor, max_seqlen: int, scale: float | None) -> tuple[int, float]:
@@ -184,63 +193,23 @@ def check_numbers(x: Tensor, max_seqlen: int, scale: float | None) -> tuple[int,
     return max_seqlen, scale
 
 
-def check_visible(
-    x: Tensor, causal: bool, window: tuple[int, int] | None, global_tokens: Tensor | None
-) -> tuple[bool, list[int] | None, Tensor | None]:
-    """What the ops are told of which keys a query sees: causal, the window's limits, global tokens."""
-    if type(causal) is not bool:
-        raise TypeError(f"causal must be True or False, got {kind(causal)} {causal!r}")
-    limits = None if window is None else _limits(window)
-    if global_tokens is not None:
-        _check_global(x, causal, window, global_tokens)
-    return causal, limits, None if global_tokens is None else global_tokens.contiguous()
-
-
-def _check_global(x: Tensor, causal: bool, window: tuple[int, int] | None, global_tokens: Tensor) -> None:
-    check_tensor("global_tokens", global_tokens)
-    if causal:
-        raise ValueError(
-            "global_tokens do not go with causal: a global token sees tokens behind it, which causal forbids. Leave "
-            "one of the two out"
-        )
-    if window is None:
-        raise ValueError(
-            "global_tokens need a window: without one every token sees all of its sequence. Give window=(left, right), "
-            "or leave global_tokens out"
-        )
-    expected = torch.bool, x.shape[:1], x.device
-    if (global_tokens.dtype, global_tokens.shape, global_tokens.device) != expected:
-        raise ValueError(
-            f"global_tokens must be bool [{x.shape[0]}], one for each token, on {x.device}, got {global_tokens.dtype} "
-            f"{list(global_tokens.shape)} on {global_tokens.device}"
-        )
-
-
 def _run(
     backend: str | None, cu_seqlens: Tensor, options: tuple, *inputs: Tensor, read: Tensor | None = None
 ) -> Tensor:
     """Of (q, k, v), or of one (qkv)."""
-    chosen = _pick(requested(backend), inputs[0], options[-1])
+    chosen = _pick(requested(backend), inputs[0], *options[-3:-1])
     if differentiated(*inputs):
         return _Attention.apply(chosen, read, *inputs, cu_seqlens, *options)
     out, _ = functions[chosen].attention_forward(*_split(inputs), cu_seqlens, *options)
     return out if read is None else out.index_select(0, read)
 
 
-def _pick(name: str, x: Tensor, global_tokens: Tensor | None) -> str:
-    if global_tokens is None:
-        return pick("attention", name, x)
-    return pick_among(GLOBAL_TOKENS, "its kernels have no global tokens so far", "attention", name, x)
-
-
-def _limits(window: tuple[int, int]) -> list[int]:
-    """[left, right] as the ops take it: `NO_LIMIT` instead of -1."""
-    if not isinstance(window, tuple | list) or len(window) != 2:
-        raise TypeError(f"window must be (left, right), two ints, or None, got {window!r}")
-    limits = [as_int(f"window's {side}", limit) for side, limit in zip(("left", "right"), window, strict=True)]
-    if min(limits) < -1:
-        raise ValueError(f"window's left and right must be at least 0, or -1 for no limit to that side, got {window!r}")
-    return [NO_LIMIT if limit == -1 else min(limit, NO_LIMIT) for limit in limits]
+def _pick(name: str, x: Tensor, global_tokens: Tensor | None, query_ranks: Tensor | None) -> str:
+    if global_tokens is not None:
+        return pick_among(HAVE_GLOBAL_TOKENS, "its kernels have no global tokens so far", "attention", name, x)
+    if query_ranks is not None:
+        return pick_among(HAVE_RANKS, "its kernels have no ranks so far", "attention", name, x)
+    return pick("attention", name, x)
 
 
 class reference:  # a namespace, spelled as the backend is
@@ -254,10 +223,12 @@ class reference:  # a namespace, spelled as the backend is
     def attention_forward(
         q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, t: int,
         seed: Tensor | None, causal: bool, window: list[int] | None, global_tokens: Tensor | None = None,
+        query_ranks: Tensor | None = None, key_ranks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         layout = Padding.checked(cu_seqlens, max_seqlen, q.shape[0])
         scores = scale * layout.pad(q) @ layout.pad(k).transpose(-1, -2)
-        scores = scores.masked_fill(~layout.visible(causal, window, global_tokens), -torch.inf)  # [B, N, S, S]
+        visible = layout.visible(causal, window, global_tokens, query_ranks, key_ranks)
+        scores = scores.masked_fill(~visible, -torch.inf)  # [B, N, S, S]
         lse = scores.logsumexp(-1)
         weights = softmax_weights(scores, lse)
         if t > 0:
@@ -269,12 +240,13 @@ class reference:  # a namespace, spelled as the backend is
     def attention_backward(
         dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int,
         scale: float, t: int, seed: Tensor | None, causal: bool, window: list[int] | None,
-        global_tokens: Tensor | None = None,
+        global_tokens: Tensor | None = None, query_ranks: Tensor | None = None, key_ranks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         dtype, layout = q.dtype, Padding(cu_seqlens, max_seqlen, q.shape[0])
         dout, out, q, k, v = (layout.pad(x) for x in (dout, out, q, k, v))
         scores = scale * q @ k.transpose(-1, -2)
-        scores = scores.masked_fill(~layout.visible(causal, window, global_tokens), -torch.inf)
+        visible = layout.visible(causal, window, global_tokens, query_ranks, key_ranks)
+        scores = scores.masked_fill(~visible, -torch.inf)
         weights = softmax_weights(scores, layout.pad(lse.unsqueeze(-1)).squeeze(-1))
         dweights = dout @ v.transpose(-1, -2)
         dropped = weights
@@ -322,7 +294,10 @@ class Padding:
     def unpad(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2).flatten(0, 1)[self.slot].contiguous()
 
-    def visible(self, causal: bool, window: list[int] | None, global_tokens: Tensor | None) -> Tensor:
+    def visible(
+        self, causal: bool, window: list[int] | None, global_tokens: Tensor | None, query_ranks: Tensor | None = None,
+        key_ranks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """[B, 1, S, S]: whether a query (third axis) sees a key."""
         ahead = self.place - self.place[:, None]  # key - query
         seen = torch.ones_like(ahead, dtype=torch.bool)
@@ -331,9 +306,15 @@ class Padding:
         if window is not None:
             seen = seen & (ahead >= -window[0]) & (ahead <= window[1])
         if global_tokens is not None:
-            chosen = torch.cat([global_tokens, global_tokens.new_zeros(1)])[self.source]  # [B, S]
+            chosen = self._at_places(global_tokens)
             seen = seen | chosen[:, None, :] | chosen[:, :, None]
+        if query_ranks is not None:
+            seen = self._at_places(key_ranks)[:, None, :] <= self._at_places(query_ranks)[:, :, None]
         return (seen & self.real[:, None, :] & self.real[:, :, None]).unsqueeze(1)
+
+    def _at_places(self, x: Tensor) -> Tensor:
+        """[B, S] of x [T]: 0 where there is no token."""
+        return torch.cat([x, x.new_zeros(1)])[self.source]
 
     def dropout(self, weights: Tensor, t: int, seed: Tensor) -> Tensor:
         head = torch.arange(weights.shape[1], device=weights.device)[:, None, None]  # [N, 1, 1]
@@ -361,12 +342,12 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, chosen, read, *arguments):
-        inputs, others = arguments[:-8], arguments[-8:]
-        cu_seqlens, max_seqlen, scale, t, seed, causal, window, global_tokens = others
+        inputs, others = arguments[:-10], arguments[-10:]
+        cu_seqlens, max_seqlen, scale, t, seed, causal, window, *of_tokens = others
         out, lse = functions[chosen].attention_forward(*_split(inputs), *others)
         if read is not None:
             out = out.index_select(0, read)
-        ctx.save_for_backward(out, lse, cu_seqlens, seed, global_tokens, read, *inputs)
+        ctx.save_for_backward(out, lse, cu_seqlens, seed, read, *of_tokens, *inputs)
         ctx.options = chosen, max_seqlen, scale, t, causal, window
         ctx.by_kernel = has_kernel(out)
         return out
@@ -374,15 +355,15 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        out, lse, cu_seqlens, seed, global_tokens, read, *inputs = ctx.saved_tensors
+        out, lse, cu_seqlens, seed, read, global_tokens, query_ranks, key_ranks, *inputs = ctx.saved_tensors
         chosen, max_seqlen, scale, t, causal, window = ctx.options
-        options = cu_seqlens, max_seqlen, scale, t, seed, causal, window, global_tokens
+        options = cu_seqlens, max_seqlen, scale, t, seed, causal, window, global_tokens, query_ranks, key_ranks
         if read is not None:
             tokens, shape = lse.shape[0], dout.shape[1:]
             dout = table_gradient(dout.flatten(1), read, tokens, None, False, ctx.by_kernel).unflatten(1, shape)
             out = out.new_zeros(tokens, *shape).index_copy_(0, read, out)
         dqkv = functions[chosen].attention_backward(dout, *_split(inputs), out, lse, *options)
-        return None, None, *((dqkv,) if len(inputs) == 1 else dqkv.unbind(1)), *(None,) * 8
+        return None, None, *((dqkv,) if len(inputs) == 1 else dqkv.unbind(1)), *(None,) * 10
 
 
 def _split(inputs: Sequence[Tensor]) -> Sequence[Tensor]:

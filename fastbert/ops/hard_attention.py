@@ -32,7 +32,8 @@ from torch import Tensor
 from fastbert.backends import hard_attention as kernels
 from fastbert.backends import pick, pick_among, requested
 from fastbert.ops import philox
-from fastbert.ops.attention import GLOBAL_TOKENS, Padding, check_inputs, check_numbers, check_visible, softmax_weights
+from fastbert.ops.attention import HAVE_GLOBAL_TOKENS, Padding, check_inputs, check_numbers, softmax_weights
+from fastbert.ops.attention_visible import check_visible
 from fastbert.ops.checks import as_float, as_int, autocast, kind, without_autocast
 from fastbert.ops.register import differentiated, once_differentiable, register
 
@@ -97,7 +98,7 @@ def hard_attention(
 def _pick(name: str, q: Tensor, global_tokens: Tensor | None) -> str:
     if global_tokens is None:
         return pick("hard_attention", name, q)
-    return pick_among(GLOBAL_TOKENS, "its kernels have no global tokens so far", "hard_attention", name, q)
+    return pick_among(HAVE_GLOBAL_TOKENS, "its kernels have no global tokens so far", "hard_attention", name, q)
 
 
 def annealed_temperature(step: int, rate: float = 1e-4, start: float = 1.0, end: float = 0.5) -> float:

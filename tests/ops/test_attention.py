@@ -10,6 +10,7 @@ from op_cases import DTYPES, assert_same_for_threads, assert_solves, drawn, prob
 import fastbert
 from fastbert.backends import fallbacks
 from fastbert.ops import philox
+from fastbert.ops.attention import HAVE_RANKS
 from fastbert.testing import run
 
 SEED = torch.tensor([0x123456789ABCDEF])
@@ -35,20 +36,30 @@ MASKS = {
 }
 
 
+@pytest.fixture
+def ranking(backend):
+    """The backends that have ranks."""
+    if backend not in ("reference", *HAVE_RANKS):
+        pytest.skip("its kernels have no ranks so far")
+    return backend
+
+
 def pack(lengths, heads, head_dim, dtype, generator=None):
     """qkv [T, 3, N, D] and cu_seqlens."""
     qkv = torch.randn(sum(lengths), 3, heads, head_dim, generator=generator).mul(1.5).to(dtype)
     return qkv, torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
 
 
-def torch_attention(q, k, v, lengths, causal=False, window=None, global_tokens=None):
+def torch_attention(q, k, v, lengths, causal=False, window=None, global_tokens=None, ranks=None):
     """PyTorch's own attention, one sequence at a time. A query that sees nothing gives 0, as ours does."""
     outputs = []
     chosen = torch.zeros(len(q), dtype=torch.bool) if global_tokens is None else global_tokens
-    for a, b, c, g in zip(*(x.split(lengths) for x in (q, k, v, chosen)), strict=True):
+    of_tokens = chosen, *(ranks or [torch.zeros(len(q))] * 2)
+    for a, b, c, g, query_ranks, key_ranks in zip(*(x.split(lengths) for x in (q, k, v, *of_tokens)), strict=True):
         ahead = torch.arange(len(a)) - torch.arange(len(a)).unsqueeze(1)
         left, right = (len(a) if limit == -1 else limit for limit in window or (-1, -1))
         seen = (ahead >= -left) & (ahead <= (min(right, 0) if causal else right)) | g | g.unsqueeze(1)
+        seen &= key_ranks <= query_ranks.unsqueeze(1)
         out = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (a, b, c)), attn_mask=seen)
         outputs.append(torch.where(seen.any(1)[:, None, None], out.transpose(0, 1), 0.0))
     return torch.cat(outputs)
@@ -157,9 +168,82 @@ def test_truth_of_global_tokens_is_torchs():
     torch.testing.assert_close(ours, torch_attention(*qkv.unbind(1), [5, 1, 12], window=window, global_tokens=chosen))
 
 
+# (query ranks, key ranks) of one sequence
+RANKS = {
+    "xlnet's content stream": lambda order: (order, order),
+    "xlnet's query stream: the first sees nothing": lambda order: (order - 1, order),
+    "whole blocks unseen and seen": lambda order: (torch.arange(len(order)) // 100, torch.arange(len(order)) // 100),
+    "the least and the greatest": lambda order: (
+        torch.where(order % 2 == 0, 2**31 - 1, -(2**31)),
+        torch.where(order % 3 == 0, 2**31 - 1, -(2**31)),
+    ),
+    "nothing is seen": lambda order: (order * 0 - 1, order * 0),
+}
+
+
+def ranks_of(name, lengths, generator=None):
+    """(query_ranks, key_ranks) of the batch, by a permutation of each sequence."""
+    each = [RANKS[name](torch.randperm(length, generator=generator)) for length in lengths]
+    return tuple(torch.cat(ranks).int() for ranks in zip(*each, strict=True))
+
+
+@functools.cache
+def judged_ranks(name, dtype, lengths=(530, 0, 70, 1), size=12):
+    """Without dropout, and with it."""
+    generator, tokens = drawn("ranks", name, dtype), sum(lengths)
+    qkv, cu_seqlens = pack(lengths, 2, size, dtype, generator)
+    dout = torch.randn(tokens, 2, size, generator=generator).to(dtype)
+    ranks = ranks_of(name, lengths, generator)
+
+    def ours(x, p):
+        return fastbert.attention_qkv(x, cu_seqlens, max(lengths), dropout_p=p, seed=SEED, ranks=ranks)
+
+    def by_torch(x):
+        return torch_attention(*x.unbind(1), lengths, ranks=ranks)
+
+    return [(p, lambda x, p=p: ours(x, p), problem((qkv,), dout, lambda x, p=p: ours(x, p), theirs))
+            for p, theirs in ((0.0, by_torch), (0.1, None))]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", RANKS)
+def test_ranks(ranking, nan_filled, name, dtype):
+    for p, function, given in judged_ranks(name, dtype):
+        assert_solves(function, given, (f"out p={p}", f"dqkv p={p}"))
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_truth_of_ranks_is_torchs(name):
+    qkv, cu_seqlens = pack([5, 1, 12], 2, 8, torch.float64)
+    ranks = ranks_of(name, [5, 1, 12])
+    ours = fastbert.attention(*qkv.unbind(1), cu_seqlens, 12, ranks=ranks)
+    torch.testing.assert_close(ours, torch_attention(*qkv.unbind(1), [5, 1, 12], ranks=ranks))
+
+
+def test_ranks_by_hand(ranking):
+    """Equal scores; tokens are read in the order 2, 0, 1, and then in none."""
+    q, v = torch.zeros(5, 1, 1), torch.tensor([3.0, 6.0, 9.0, 5.0, 7.0]).view(5, 1, 1)
+    cu_seqlens, order = torch.tensor([0, 3, 5], dtype=torch.int32), torch.tensor([1, 2, 0, 0, 0], dtype=torch.int32)
+    content = fastbert.attention(q, q, v, cu_seqlens, 3, ranks=(order, order))
+    torch.testing.assert_close(content.flatten(), torch.tensor([6.0, 6.0, 9.0, 6.0, 6.0]))
+    query = fastbert.attention(q, q, v, cu_seqlens, 3, ranks=(order - 1, order))
+    torch.testing.assert_close(query.flatten(), torch.tensor([9.0, 6.0, 0.0, 0.0, 0.0]))
+
+
+def test_ranks_that_are_places_are_causal(ranking):
+    """And the mask of dropout stays that of the contract."""
+    qkv, cu_seqlens = pack([90, 40], 2, 16, torch.float32)
+    dout, places = torch.randn(130, 2, 16), torch.cat([torch.arange(90), torch.arange(40)]).int()
+    options = {"dropout_p": 0.2, "seed": SEED}
+    ranked = run(lambda x: fastbert.attention_qkv(x, cu_seqlens, 90, ranks=(places, places), **options), (qkv,), dout)
+    causal = run(lambda x: fastbert.attention_qkv(x, cu_seqlens, 90, causal=True, **options), (qkv,), dout)
+    for ours, expected in zip(ranked, causal, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=2e-5, atol=2e-5)
+
+
 def test_kernels_without_global_tokens_refuse_or_leave_them_to_the_twin(monkeypatch):
     """As those of cuda and triton do; here the CPU's stand in for them."""
-    monkeypatch.setattr("fastbert.ops.attention.GLOBAL_TOKENS", ())
+    monkeypatch.setattr("fastbert.ops.attention.HAVE_GLOBAL_TOKENS", ())
     monkeypatch.delitem(fallbacks, ("attention", "cpu"), raising=False)
     q, cu_seqlens, chosen = torch.randn(6, 1, 8), torch.tensor([0, 6], dtype=torch.int32), torch.arange(6) == 2
     options = {"window": (1, 1), "global_tokens": chosen}
@@ -207,7 +291,9 @@ def test_by_hand(backend):
 def test_reference_gradients():
     qkv, cu_seqlens = pack([3, 0, 2], 2, 2, torch.float64)
     chosen = torch.tensor([False, True, False, False, True])
-    for mask in (MASKS["all"], {"window": (1, 1), "causal": True}, {"window": (0, 0), "global_tokens": chosen}):
+    ranks = torch.tensor([[0, 1, -1, 2, 0], [1, 0, 2, 0, 1]], dtype=torch.int32).unbind()
+    local = {"window": (0, 0), "global_tokens": chosen}
+    for mask in (MASKS["all"], {"window": (1, 1), "causal": True}, local, {"ranks": ranks}):
         assert torch.autograd.gradcheck(
             lambda x, mask=mask: fastbert.attention(*x.unbind(1), cu_seqlens, 5, dropout_p=0.3, seed=SEED, **mask),
             (qkv.requires_grad_(),),
@@ -395,6 +481,21 @@ def test_bad_input():
     for bad in (chosen[:8], chosen.int(), chosen.view(1, 9)):
         with pytest.raises(ValueError, match=r"global_tokens must be bool \[9\], one for each token, on cpu, got"):
             fastbert.attention(q, k, v, cu_seqlens, 5, window=(1, 1), global_tokens=bad)
+    ranks = torch.zeros(9, dtype=torch.int32)
+    for others, named in (
+        ({"causal": True, "window": (1, 1)}, "causal and window"),
+        ({"window": (1, 1), "global_tokens": chosen}, "window and global_tokens"),
+    ):
+        with pytest.raises(ValueError, match=f"go with neither causal, window nor global_tokens, got {named}"):
+            fastbert.attention(q, k, v, cu_seqlens, 5, ranks=(ranks, ranks), **others)
+    for bad in (ranks, (ranks,), "ab"[:1]):
+        with pytest.raises(TypeError, match=r"ranks must be \(query_ranks, key_ranks\), two tensors, or None"):
+            fastbert.attention(q, k, v, cu_seqlens, 5, ranks=bad)
+    for bad in (ranks[:8], ranks.long(), ranks.view(1, 9)):
+        with pytest.raises(ValueError, match=r"key_ranks must be int32 \[9\], one for each token, on cpu, got"):
+            fastbert.attention(q, k, v, cu_seqlens, 5, ranks=(ranks, bad))
+    with pytest.raises(TypeError, match=r"query_ranks must be a torch\.Tensor, got list"):
+        fastbert.attention(q, k, v, cu_seqlens, 5, ranks=(ranks.tolist(), ranks))
     for bad in (-1, 2**31):
         with pytest.raises(ValueError, match=r"max_seqlen must lie in \[0, 2\*\*31\)"):
             fastbert.attention(q, k, v, cu_seqlens, bad)

@@ -16,10 +16,23 @@ from fastbert.pretrain import run, step
 from fastbert.pretrain.loop import pretrain
 from fastbert.pretrain.report import read_metrics
 
+# Where kernels have no ranks the twin runs, and says so once.
+pytestmark = pytest.mark.filterwarnings("ignore:attention runs in plain PyTorch")
+
+
+LETTERS = [letter * 4 for letter in "abcdefghijklmnopqrstuvwx"]
+
 
 @pytest.fixture(scope="module")
-def xlnet(settings):
-    return dataclasses.replace(settings, model="xlnet", steps=9, snapshot_every=4, batch_tokens=256, linear="torch")
+def xlnet(settings, tmp_path_factory):
+    """On texts that go round the alphabet: each word follows from any other and the distance to it."""
+    corpus = tmp_path_factory.mktemp("letters") / "letters.txt"
+    corpus.write_text("\n\n".join(
+        " ".join(LETTERS[i % 24] for i in range(7 * text, 7 * text + 14 + text % 13)) for text in range(600)
+    ))  # fmt: skip
+    return dataclasses.replace(
+        settings, corpus=corpus, model="xlnet", steps=40, snapshot_every=16, vocab_size=200, linear="torch"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -32,26 +45,26 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(xlnet, finished, tmp_path, 
     config = dataclasses.replace(xlnet, output=tmp_path / "killed")
     take = step.train_step
 
-    def killed_at_7(*arguments, **named):
-        if arguments[6] == 7:
+    def killed_at_20(*arguments, **named):
+        if arguments[6] == 20:
             raise KeyboardInterrupt
         return take(*arguments, **named)
 
-    monkeypatch.setattr(step, "train_step", killed_at_7)
+    monkeypatch.setattr(step, "train_step", killed_at_20)
     with pytest.raises(KeyboardInterrupt):
         pretrain(config)
     monkeypatch.setattr(step, "train_step", take)
     pretrain(run.read_config(config.output), resume=True)
     assert_same_run(config.output, finished)
     scores = [record for record in read_metrics(finished / "metrics.jsonl") if "held_out/mlm_loss" in record]
-    assert len(scores) == 2 and scores[-1]["held_out/mlm_loss"] < scores[-1]["held_out/frequency_loss"] + 1
+    assert len(scores) == 2 and scores[-1]["held_out/mlm_accuracy"] > 0.5, "always one word: 0.04"
 
 
 def test_the_export_is_read_by_transformers(transformers_quiet, finished, tmp_path):
     tokenizer = transformers_quiet.AutoTokenizer.from_pretrained(finished / "model")
     assert type(tokenizer).__name__ == "BertTokenizer" and tokenizer.padding_side == "left"
-    batch = dict(tokenizer(["The yield expression is used.", "A class."], padding=True, return_tensors="pt"))
-    assert load_tokenizer(finished / "model").encode("A class.").ids == batch["input_ids"][1][-5:].tolist()
+    batch = dict(tokenizer(["aaaa bbbb cccc", "xxxx."], padding=True, return_tensors="pt"))
+    assert load_tokenizer(finished / "model").encode("xxxx.").ids == batch["input_ids"][1][-4:].tolist()
     theirs, report = transformers_quiet.XLNetLMHeadModel.from_pretrained(finished / "model", output_loading_info=True)
     assert not any(report.values()), report
     ours, seen = XLNetLMHeadModel.from_pretrained(finished / "model"), batch["attention_mask"].bool()
@@ -69,7 +82,7 @@ def test_static_shapes_and_layers_computed_again(xlnet, tmp_path):
 def test_what_goes_on_from_an_export(finished, tmp_path):
     """A classifier and vectors; gaps in the text are refused, and looks at attention's scores."""
     lines = tmp_path / "texts.txt"
-    lines.write_text("The yield expression is used.\nA class.\n")
+    lines.write_text("aaaa bbbb cccc\nxxxx.\n")
     embed(EmbedConfig(finished / "model", lines, tmp_path / "of.npy"))
     model = over_folder(finished / "model", 0.2, ["no", "yes"], "single_label_classification")
     assert model.base_model.config.attention_probs_dropout_prob == 0.2
@@ -84,7 +97,8 @@ def test_what_goes_on_from_an_export(finished, tmp_path):
 
 def test_a_run_goes_on_from_an_export_in_bfloat16(xlnet, finished, tmp_path):
     again = dataclasses.replace(
-        xlnet, output=tmp_path / "again", init=finished / "model", steps=1, vocab_size=8192, masking="span", bf16=True,
+        xlnet, output=tmp_path / "again", init=finished / "model", steps=1, vocab_size=8192, masking="span",
+        batch_tokens=128, bf16=True,
         embedding_update="touched", dropout=0.0,
     )  # fmt: skip
     config = XLNetLMHeadModel.from_pretrained(pretrain(again)).config
