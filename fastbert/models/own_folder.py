@@ -1,0 +1,75 @@
+"""Folders of models that `transformers` has not: config.json and model.safetensors by this package's own names."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from fastbert.models import checkpoint
+
+
+class OwnFolder(nn.Module):
+    """A model that is saved under its own kind, which `transformers` refuses, rather than take it for another.
+
+    A subclass has `config_class`, a dataclass with `vocab_size` and `longest`, and `model_type`, as config.json says
+    it.
+    """
+
+    config_class: ClassVar[type]
+    model_type: ClassVar[str]
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+
+    def fields(self) -> dict[str, Any]:
+        """What config.json says of the model."""
+        kind = {"architectures": [type(self).__name__], "model_type": self.model_type}
+        return dataclasses.asdict(self.config) | kind
+
+    @property
+    def loaded_by(self) -> str:
+        """Who loads its folder, as a sentence."""
+        return f"{type(self).__module__}.{type(self).__name__}.from_pretrained loads it"
+
+    def save_pretrained(self, folder: str | os.PathLike, tokenizer: Any = None) -> None:
+        """Writes config.json, model.safetensors and the tokenizer's files; see `checkpoint.save`."""
+        checkpoint.write(folder, self.fields(), self.state_dict(), self.config, tokenizer)
+
+    @classmethod
+    def stored_config(cls, fields: dict[str, Any]) -> Any:
+        """The configuration in config.json's fields, of which others are left out."""
+        known = {field.name for field in dataclasses.fields(cls.config_class)}
+        return cls.config_class(**{name: value for name, value in fields.items() if name in known})
+
+    @classmethod
+    def stored_options(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """What the constructor takes beside the configuration and config.json's fields say."""
+        return {}
+
+    @classmethod
+    def own_tensors(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of a folder's tensors those of this class, by its names for them."""
+        return tensors
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> Self:
+        """The model in a folder that `save_pretrained` wrote, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: no such folder, or a file is missing from it.
+            ValueError: another kind of model, or files that are damaged or do not belong together.
+        """
+        fields = checkpoint.read_config(folder)
+        if fields.get("model_type") != cls.model_type.removeprefix(checkpoint.OWN):
+            raise ValueError(f'{folder} must say "model_type": "{cls.model_type}", got {fields.get("model_type")!r}')
+        try:
+            model = cls(cls.stored_config(fields), **cls.stored_options(fields))
+            model.load_state_dict(cls.own_tensors(checkpoint.read_tensors(Path(folder))))
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{folder} does not hold the {cls.__name__} that its config.json names: {error}"
+            ) from error
+        return model.eval()
