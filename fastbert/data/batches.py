@@ -28,8 +28,10 @@ LONGEST = 1 << 16
 ROUNDED_TO = 64  # tokens of a batch, on a CPU
 _BLOCKS_KEPT = 4  # of an epoch's samples put into batches: the current one, and those that workers lag behind
 _DRAWN_FOR_SHAPE = 2 * WINDOW  # samples that decide the shape of static batches
-# What is trained: masked words alone, or beside them next-sentence or sentence-order prediction; or the next word.
-Objective = Literal["mlm", "mlm+nsp", "mlm+sop", "clm"]
+# What is trained: masked words alone, or beside them next-sentence or sentence-order prediction; or the next word,
+# or each word from either side ("bilm").
+Objective = Literal["mlm", "mlm+nsp", "mlm+sop", "clm", "bilm"]
+NEXT_WORD = "clm", "bilm"  # predict words of the text as it is, and mask nothing
 # What a sample is made of: sentences of one document, or of a row of documents.
 Inputs = Literal["doc-sentences", "full-sentences"]
 
@@ -141,7 +143,7 @@ class PretrainBatches(Dataset[Batch]):
         batch_tokens: most tokens of a batch, special tokens included; at least seq_len.
         seed: 64-bit; epoch: 0, 1, ...; for evaluation fix it.
         objective: "mlm", "mlm+nsp" (pairs by `draw_next_pairs`), "mlm+sop" (`draw_ordered_pairs`), or "clm": the next
-            token is predicted wherever it is not special, and nothing is masked.
+            token is predicted wherever it is not special, and nothing is masked; or "bilm": batches as of "clm".
         inputs: "doc-sentences", or for "mlm" and "clm" also "full-sentences".
         mask_prob, mask_share, random_share, unit: see `mask_tokens`.
         continues: bool [V], whether an id continues the word before it, as `continuations` says; a store that knows its
@@ -197,8 +199,8 @@ class PretrainBatches(Dataset[Batch]):
         for name, value, kind in choices:
             if value not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
-        if inputs == "full-sentences" and objective not in ("mlm", "clm"):
-            raise ValueError(f"{inputs} have no pairs of texts: expected objective mlm or clm, got {objective!r}")
+        if inputs == "full-sentences" and objective not in ("mlm", *NEXT_WORD):
+            raise ValueError(f"{inputs} have no pairs of texts: expected objective mlm, clm or bilm, got {objective!r}")
         if objective == "mlm+nsp" and len(store.documents) < 3:
             raise ValueError(
                 "next-sentence prediction takes random sentences from other documents, and this store has only one: "
@@ -231,7 +233,7 @@ class PretrainBatches(Dataset[Batch]):
         self.shape: Shape | None = None
         if static:
             content = (np.arange(seq_len + 1) - self.extra).clip(min=0)
-            self.predictions = content if objective == "clm" else budget(content, mask_prob)  # by a sample's length
+            self.predictions = content if objective in NEXT_WORD else budget(content, mask_prob)  # by a sample's length
             some = at_places(0, min(_DRAWN_FOR_SHAPE, self.count), self.count, seed, 0)
             self.shape = choose_shape(self._lengths(some, 0), self.predictions, batch_tokens, seq_len)
         self._begin(epoch)
@@ -334,7 +336,7 @@ class PretrainBatches(Dataset[Batch]):
         )
         token_types = np.repeat(np.tile(np.arange(sizes.shape[1]), len(samples)), sizes.ravel())
         seqlens = np.diff(cu_seqlens)
-        if self.objective == "clm":
+        if self.objective in NEXT_WORD:
             masked, positions = input_ids, np.flatnonzero(~np.isin(input_ids[1:], self.special))
             labels = input_ids[positions + 1]
         else:

@@ -10,6 +10,7 @@ from fastbert.models.classification import (
     RobertaForSequenceClassification,
     XLMRobertaForSequenceClassification,
 )
+from fastbert.models.elmo import ElmoConfig, ElmoForPreTraining, ElmoModel
 from fastbert.models.ernie import ErnieConfig, ErnieForPreTraining, ErnieModel
 from fastbert.models.frozen import freeze
 from fastbert.models.roberta import (
@@ -30,6 +31,9 @@ __all__ = [
     "BertForPreTraining",
     "BertForSequenceClassification",
     "BertModel",
+    "ElmoConfig",
+    "ElmoForPreTraining",
+    "ElmoModel",
     "ErnieConfig",
     "ErnieForPreTraining",
     "ErnieForSequenceClassification",

@@ -64,9 +64,7 @@ class Rectangles(NamedTuple):
         """Packed x [T, H] through an LSTM -> [T, W]; direction 0 is forward in time, 1 backward."""
         padded = x.index_select(0, self.reads[direction])
         parts = padded.split([rows * steps for rows, steps in self.shapes])
-        ends = [
-            lstm(part.view(*shape, -1))[0].flatten(0, 1) for part, shape in zip(parts, self.shapes, strict=True)
-        ]
+        ends = [lstm(part.view(*shape, -1))[0].flatten(0, 1) for part, shape in zip(parts, self.shapes, strict=True)]
         return torch.cat(ends).index_select(0, self.lies[direction])
 
 

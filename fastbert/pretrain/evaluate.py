@@ -10,8 +10,10 @@ from torch import Tensor
 
 from fastbert.data.batches import Batch, PretrainBatches
 from fastbert.data.tokenizer import continuations, is_wide, special_ids
+from fastbert.models.elmo import ElmoForPreTraining
 from fastbert.models.pretraining import Predictions, PreTrainingModel
 from fastbert.ops.cross_entropy import cross_entropy
+from fastbert.pretrain.accuracy import PERPLEXITIES
 from fastbert.pretrain.processes import ALONE, Processes
 
 RARE_SHARE = 0.1  # the rarest words that together make up this share of the training text
@@ -67,11 +69,12 @@ def evaluate(
     Returns:
         mlm_loss, frequency_loss (nats per masked token: the model's, and of always predicting token frequencies),
         mlm_accuracy; the same with "rare_" over masked tokens that are rare; nsp_loss and nsp_accuracy, or what
-        `pairs_are` in place of "nsp", where the batches have pairs. A mean over nothing is NaN.
+        `pairs_are` in place of "nsp", where the batches have pairs; of an ELMo forward_perplexity and
+        backward_perplexity. A mean over nothing is NaN.
     """
     model.eval()
-    # per masked token: loss, frequency loss, hit, rare; per pair: loss, hit
-    tokens, pairs = [torch.empty(0, 4, dtype=torch.float64)], []
+    # per masked token: loss, frequency loss, hit, rare, from which side; per pair: loss, hit
+    tokens, pairs = [torch.empty(0, 5, dtype=torch.float64)], []
     count = min(count, len(batches))
     own = processes.share(count)
     for place in range(-(-count // processes.count)):  # as many passes in each: a split model needs all of them in each
@@ -81,11 +84,13 @@ def evaluate(
         if not is_own:
             continue
         masked, sequences = len(batch.labels), len(batch.cu_seqlens) - 1
-        logits = out.prediction_logits[:masked]
-        loss = cross_entropy(logits, batch.labels, reduction="none").double().cpu()
-        hit = (logits.argmax(-1) == batch.labels).double().cpu()
-        label = batch.labels.cpu()
-        tokens.append(torch.stack([loss, -frequencies.log_probability[label], hit, frequencies.rare[label]], 1))
+        logits = out.prediction_logits[..., :masked, :]
+        sides = logits.shape[0] if logits.dim() == 3 else 1  # an ELMo predicts each word from two
+        labels, logits = batch.labels.repeat(sides), logits.flatten(0, -2)
+        loss = cross_entropy(logits, labels, reduction="none").double().cpu()
+        hit = (logits.argmax(-1) == labels).double().cpu()
+        label, side = labels.cpu(), torch.arange(sides).repeat_interleave(masked)
+        tokens.append(torch.stack([loss, -frequencies.log_probability[label], hit, frequencies.rare[label], side], 1))
         if batch.sentence_label is not None:
             logits = out.sentence_logits[:sequences]
             loss = cross_entropy(logits, batch.sentence_label, reduction="none")
@@ -96,6 +101,9 @@ def evaluate(
     scores = dict(zip(names, table[:, :3].mean(0).tolist(), strict=True))
     rare = table[table[:, 3] == 1, :3].mean(0).tolist()
     scores |= {f"rare_{name}": value for name, value in zip(names, rare, strict=True)}
+    if isinstance(model, ElmoForPreTraining):
+        losses = [table[table[:, 4] == side, 0].mean() for side in range(2)]
+        scores |= {name: loss.exp().item() for name, loss in zip(PERPLEXITIES, losses, strict=True)}
     pairs = list(itertools.chain(*processes.gathered(pairs)))
     if pairs:
         scores |= dict(
@@ -114,7 +122,9 @@ def guesses(model: PreTrainingModel, batches: PretrainBatches, tokenizer, device
     for ids, types, place in itertools.islice(_masked_words(batches, tokenizer, continues, behind), count):
         truth, ids[place] = int(ids[place]), mask
         out = model(ids.unsqueeze(0).to(device), **{name: x.unsqueeze(0).to(device) for name, x in types.items()})
-        best = out.prediction_logits[0, place - behind].float().softmax(-1).topk(5)
+        logits = out.prediction_logits
+        seen = logits[0, place - behind] if logits.dim() == 3 else logits[0, 0, place - 1] + logits[1, 0, place + 1]
+        best = seen.float().softmax(-1).topk(5)
         whole = [*(~continues[ids]).tolist(), True]  # where a word may be cut
         start = next(i for i in range(max(0, place - 14), -1, -1) if whole[i])
         end = next(i for i in range(min(place + 10, len(ids)), len(whole)) if whole[i])
