@@ -12,6 +12,7 @@ Source: Peters, Neumann, Iyyer, Gardner, Clark, Lee and Zettlemoyer, "Deep conte
 
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -96,6 +97,12 @@ class ElmoConfig:
         if name not in cls.presets:
             raise ValueError(f"no ELMo preset is called {name!r}: expected one of {', '.join(cls.presets)}")
         return cls(**(cls.presets[name] | overrides))
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Self:
+        """The configuration in a config.json's fields, of which others are left out; raises as the class does."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in fields.items() if name in known})
 
     @property
     def width(self) -> int:

@@ -39,10 +39,9 @@ class OwnFolder(nn.Module):
         checkpoint.write(folder, self.fields(), self.state_dict(), self.config, tokenizer)
 
     @classmethod
-    def stored_config(cls, fields: dict[str, Any]) -> Any:
-        """The configuration in config.json's fields, of which others are left out."""
-        known = {field.name for field in dataclasses.fields(cls.config_class)}
-        return cls.config_class(**{name: value for name, value in fields.items() if name in known})
+    def from_fields(cls, fields: dict[str, Any]) -> Self:
+        """A new model as config.json's fields describe it, of which others are left out."""
+        return cls(cls.config_class.from_fields(fields), **cls.stored_options(fields))
 
     @classmethod
     def stored_options(cls, fields: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +65,7 @@ class OwnFolder(nn.Module):
         if fields.get("model_type") != cls.model_type.removeprefix(checkpoint.OWN):
             raise ValueError(f'{folder} must say "model_type": "{cls.model_type}", got {fields.get("model_type")!r}')
         try:
-            model = cls(cls.stored_config(fields), **cls.stored_options(fields))
+            model = cls.from_fields(fields)
             model.load_state_dict(cls.own_tensors(checkpoint.read_tensors(Path(folder))))
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             raise ValueError(

@@ -60,6 +60,12 @@ class SmallConfig:
         if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is a probability below 1, got {self.dropout!r}")
 
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Self:
+        """The configuration in a config.json's fields, of which others are left out; raises as the class does."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in fields.items() if name in known})
+
     @property
     def longest(self) -> int:
         return self.max_length
