@@ -30,15 +30,16 @@ def folder(request, tmp_path_factory):
 def test_a_head_over_features_learns_resumes_and_predicts_by_its_definition(folder, tmp_path, monkeypatch):
     tables = write(tmp_path / "train.csv", rows(96)), write(tmp_path / "new.csv", rows(24, seed=1))
     config = FinetuneConfig(
-        folder, tables[0], tmp_path / "out", features=True, epochs=30, patience=30, batch_size=16, lr=3e-2, dropout=0.1
-    )
+        folder, tables[0], tmp_path / "out", evaluate=tables[1], features=True, epochs=20, patience=20, batch_size=16,
+        lr=5e-2,
+    )  # fmt: skip
     made = finetune(config)
     stored = json.loads((tmp_path / "out/scores.json").read_text())
-    assert stored["epochs"][stored["best_epoch"] - 1]["accuracy"] >= 0.75
+    assert stored["epochs"][stored["best_epoch"] - 1]["accuracy"] >= 0.6, "by chance a third"
 
     predict(PredictConfig(made, tables[1], text="text", output=tmp_path / "new.jsonl", batch_tokens=60))
     ours = [json.loads(line)["probabilities"] for line in (tmp_path / "new.jsonl").read_text().splitlines()]
-    model, encoder, tokenizer = FeatureClassifier.from_pretrained(made), AutoModel.from_pretrained(folder), None
+    model, encoder = FeatureClassifier.from_pretrained(made), AutoModel.from_pretrained(folder)
     tokenizer = load_tokenizer(folder)
     kept = model.encoder.state_dict()
     assert all(torch.equal(x, kept[name]) for name, x in encoder.state_dict().items() if name in kept), "frozen"
@@ -95,5 +96,5 @@ def test_a_regression_over_features_and_refusals(tmp_path):
     with pytest.raises(ValueError, match="fastbert-features"):
         transformers.AutoConfig.from_pretrained(tmp_path / "out/model")
     ElmoModel(ElmoConfig(40, 8, None)).save_pretrained(tmp_path / "elmo")
-    with pytest.raises(ValueError, match="holds an ELMo, .* fastbert finetune --features trains a classifier"):
+    with pytest.raises(ValueError, match=r"holds an ELMo, .* fastbert finetune --features trains a classifier"):
         finetune(FinetuneConfig(tmp_path / "elmo", table, tmp_path / "other"))

@@ -6,7 +6,9 @@
 
 Word embeddings and the softmax's W and b are shared by the directions, their LSTMs are not. A layer's features are
 both directions' outputs side by side, [T, 2 W]; layer 0 is the embedding twice. Each sequence begins with [CLS] and
-ends with [SEP], the context of its first and its last word. Unlike the published model this one does not clip the cells' state.
+ends with [SEP], the context of its first and its last word. Unlike the published model this one does not
+clip the cells' state.
+
 Source: Peters, Neumann, Iyyer, Gardner, Clark, Lee and Zettlemoyer, "Deep contextualized word representations" (2018).
 """
 

@@ -3,8 +3,8 @@
     mix = gamma * sum_l softmax(s)_l mean_t(h_l[t])              s [L + 1] and gamma are learned, h_0 are the embeddings
     logits = dropout(mix) W^T + b
 
-The model stays as it is, so a text's means [L + 1, H] are computed once and serve every epoch. Source of the mix: Peters
-et al., "Deep contextualized word representations" (2018).
+The model stays as it is, so a text's means [L + 1, H] are computed once and serve every epoch. Source of the mix:
+Peters et al., "Deep contextualized word representations" (2018).
 """
 
 import os
