@@ -38,9 +38,8 @@ from fastbert.data.texts import encode
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.finetune import FinetuneConfig
 from fastbert.finetune.examples import Examples, read_examples
-from fastbert.finetune.loop import EVALUATED
 from fastbert.finetune.predict import logits_of
-from fastbert.finetune.training import Trainer, make_model
+from fastbert.finetune.training import EVALUATED, Trainer, make_model
 
 OURS = "fastbert finetune"
 THEIRS = {"random": "Trainer, random batches", "grouped": "Trainer, texts of like length together"}

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastbert import files
 from fastbert.data.texts import Texts, encode
 from fastbert.data.tokenizer import load_tokenizer
-from fastbert.models.auto import AutoModel
+from fastbert.models.auto import ENCODERS, class_of
 from fastbert.models.encoder import Encoder
 from fastbert.models.layers import MultiHeadAttention
 from fastbert.pretrain.settings import expect
@@ -64,7 +64,8 @@ def attention(config: AttentionConfig) -> None:
         FileNotFoundError, ValueError, OSError: settings, folder or texts that do not hold.
     """
     config.check()
-    model, tokenizer = AutoModel.from_pretrained(config.folder, add_pooling_layer=False), load_tokenizer(config.folder)
+    model = class_of(config.folder, ENCODERS).from_pretrained(config.folder, add_pooling_layer=False)
+    tokenizer = load_tokenizer(config.folder)
     texts = Texts([1], [config.text], None if config.second is None else [config.second], None)
     longest = min(LONGEST, model.config.longest)
     encoded = encode(tokenizer, texts, longest, model.config.vocab_size)[0]

@@ -16,7 +16,7 @@ USAGE = """usage: fastbert COMMAND
 
   info        what runs here: every op by every backend, versions, instruction set, threads
   prepare     raw text, however much, to a folder of tokens that pretrain --store reads at once
-  pretrain    raw text to a BERT, ALBERT, RoBERTa or ERNIE that transformers loads; see fastbert pretrain --help
+  pretrain    raw text to a BERT, ALBERT, RoBERTa or ERNIE that transformers loads, or an ELMo; see its --help
   finetune    a table of texts with classes or numbers, and any such model, to a classifier; its score, a picture
   distill     a classifier's folder to a small model that does as it does: TextCNN, BiLSTM or fewer layers; with
               --corpus a pretrained model's folder to a small one of its kind
@@ -115,7 +115,7 @@ def pretrain(arguments: list[str]) -> int:
 
     @dataclasses.dataclass(frozen=True)
     class Command(PretrainConfig):
-        """Pretrain a BERT, ALBERT, RoBERTa or ERNIE on raw text; everything goes into the folder --output."""
+        """Pretrain a BERT, ALBERT, RoBERTa, ERNIE or ELMo on raw text; everything goes into the folder --output."""
 
         resume: bool = False
         """Continue the run in --output from its newest snapshot, with the settings it was started with."""

@@ -18,7 +18,9 @@ from fastbert.data.tables import Quoting
 from fastbert.data.texts import Encoded, PackedTexts, batches_by_length, encode, pack, read_texts
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.models.auto import AutoModel
+from fastbert.models.elmo import ElmoModel
 from fastbert.models.encoder import Encoder
+from fastbert.models.features import hidden_states
 from fastbert.models.frozen import freeze
 from fastbert.pretrain.settings import check_device, expect
 
@@ -87,14 +89,14 @@ def embed(config: EmbedConfig) -> None:
     texts = read_texts(config.file, config.text, separator=config.separator, quoting=config.quoting)
     model = AutoModel.from_pretrained(config.folder, add_pooling_layer=False).to(config.device)
     sizes = model.config
-    layers = wanted_layers(config.layers, len(model.layers()))
+    layers = wanted_layers(config.layers, sizes.num_hidden_layers)
     longest = sizes.longest if config.seq_len is None else config.seq_len
     expect(longest <= sizes.longest, "seq_len", f"at most what the model takes, {sizes.longest}", longest)
     encoded = encode(load_tokenizer(config.folder), texts, longest, sizes.vocab_size)
     cut = sum(each.cut for each in encoded)
     if cut:
         print(f"{cut:,} of {len(encoded):,} texts are cut at {longest} tokens")
-    if torch.device(config.device).type == "cpu":
+    if torch.device(config.device).type == "cpu" and not isinstance(model, ElmoModel):
         freeze(model, torch.bfloat16 if config.bf16 else None)
 
     lengths = np.fromiter((len(each.ids) for each in encoded), np.int64, len(encoded))
@@ -123,19 +125,18 @@ def wanted_layers(layers: Sequence[int], depth: int) -> list[int]:
 
 
 def _batches(
-    model: Encoder, encoded: list[Encoded], layers: list[int], config: EmbedConfig
+    model: Encoder | ElmoModel, encoded: list[Encoded], layers: list[int], config: EmbedConfig
 ) -> Iterator[tuple[list[int], np.ndarray | list[np.ndarray]]]:
     """Places of texts and their vectors, [places, H], or of tokens [tokens, H] for each text."""
     sizes = model.config
     bar = tqdm(total=len(encoded), desc="embedding", unit="text", dynamic_ncols=True)
     autocast = torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.bf16)
-    with torch.inference_mode(), bar, hidden_states(model) as states:
+    with torch.inference_mode(), bar:
         for places in batches_by_length(encoded, config.batch_tokens):
             some = [encoded[i] for i in places]
             packed = pack(some, sizes.pad_token_id, sizes.type_vocab_size, sizes.longest)
-            states.clear()
             with autocast:
-                model(**packed.arguments(config.device))
+                states = hidden_states(model, packed.arguments(config.device))
             hidden = torch.stack([states[layer].float() for layer in layers]).mean(0)  # [T, H]
             yield places, _pooled(hidden, packed, len(some), config)
             bar.update(len(some))
@@ -153,29 +154,6 @@ def _pooled(hidden: Tensor, packed: PackedTexts, texts: int, config: EmbedConfig
         hidden = torch.nn.functional.normalize(hidden, dim=-1)
     vectors = hidden.cpu().numpy()
     return np.split(vectors, bounds[1:-1]) if config.vectors == "tokens" else vectors
-
-
-@contextlib.contextmanager
-def hidden_states(model: Encoder) -> Iterator[list[Tensor]]:
-    """A list that each forward pass appends to: packed tokens [T, H] as they enter each layer, and leave the last."""
-    states: list[Tensor] = []
-    layers = list(model.layers())
-    depth = len(layers)
-
-    def before(module: torch.nn.Module, arguments: tuple) -> None:
-        states.append(arguments[0])
-
-    def behind(module: torch.nn.Module, arguments: tuple, out: tuple[Tensor, Tensor]) -> None:
-        if len(states) == depth:
-            states.append(out[0])
-
-    hooks = [layer.register_forward_pre_hook(before) for layer in set(layers)]
-    hooks += [layer.register_forward_hook(behind) for layer in set(layers)]
-    try:
-        yield states
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ pytest.importorskip("sklearn")
 
 from fastbert import BertConfig, BertForSequenceClassification, cli
 from fastbert.data import load_tokenizer, save_tokenizer
-from fastbert.finetune import FinetuneConfig, PredictConfig, finetune, loop, predict, scores
+from fastbert.finetune import FinetuneConfig, PredictConfig, finetune, loop, predict, scores, training
 from fastbert.models.auto import AutoModel
 from fastbert.models.classification import CLASSIFIERS
 
@@ -107,7 +107,7 @@ def test_the_best_epoch_is_kept_and_unread_words_keep_their_bits(bert, tables, t
         return torch.zeros(len(encoded), 3)
 
     monkeypatch.setattr(loop, "class_scores", lambda *_: {"accuracy": next(measured)})
-    monkeypatch.setattr(loop, "logits_of", recorded)
+    monkeypatch.setattr(training, "logits_of", recorded)
     folder = finetune(FinetuneConfig(bert, tables[0], tmp_path / "out", epochs=9, patience=2))
     assert "no better for 2 epochs: the model of epoch 2 is kept" in capsys.readouterr().out
     stored = json.loads((tmp_path / "out/scores.json").read_text())

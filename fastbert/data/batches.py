@@ -27,9 +27,10 @@ from fastbert.data.tokenizer import SpecialIds
 LONGEST = 1 << 16
 _BLOCKS_KEPT = 4  # of an epoch's samples put into batches: the current one, and those that workers lag behind
 _DRAWN_FOR_SHAPE = 2 * WINDOW  # samples that decide the shape of static batches
-# What is trained: masked words alone, or beside them next-sentence or sentence-order prediction; or the next word; or
-# words in a random order.
-Objective = Literal["mlm", "mlm+nsp", "mlm+sop", "clm", "plm"]
+# What is trained: masked words alone, or beside them next-sentence or sentence-order prediction; the next word; words
+# in a random order ("plm"); or each word from either side ("bilm").
+Objective = Literal["mlm", "mlm+nsp", "mlm+sop", "clm", "plm", "bilm"]
+NEXT_WORD = "clm", "bilm"  # predict words of the text as it is, and mask nothing
 # What a sample is made of: sentences of one document, or of a row of documents.
 Inputs = Literal["doc-sentences", "full-sentences"]
 
@@ -63,7 +64,7 @@ class PretrainBatches(Dataset[Batch]):
         objective: "mlm", "mlm+nsp" (pairs by `draw_next_pairs`), "mlm+sop" (`draw_ordered_pairs`), or "clm": the next
             token is predicted wherever it is not special, and nothing is masked. "plm": `mask_prob` of the tokens, in
             units, are predicted in a random order, see `permutation`; a sample then has a query more for each, and with
-            them at most `longest` tokens, which batch_tokens must hold.
+            them at most `longest` tokens, which batch_tokens must hold. "bilm": batches as of "clm".
         inputs: "doc-sentences", or for "mlm" and "clm" also "full-sentences".
         mask_prob, mask_share, random_share, unit: see `mask_tokens`.
         continues: bool [V], whether an id continues the word before it, as `continuations` says; a store that knows its
@@ -128,8 +129,8 @@ class PretrainBatches(Dataset[Batch]):
                 f"batch_tokens must hold at least one sample: expected >= seq_len = {seq_len}{queries}, got "
                 f"{batch_tokens}"
             )
-        if inputs == "full-sentences" and objective not in ("mlm", "clm"):
-            raise ValueError(f"{inputs} have no pairs of texts: expected objective mlm or clm, got {objective!r}")
+        if inputs == "full-sentences" and objective not in ("mlm", *NEXT_WORD):
+            raise ValueError(f"{inputs} have no pairs of texts: expected objective mlm, clm or bilm, got {objective!r}")
         if objective == "mlm+nsp" and len(store.documents) < 3:
             raise ValueError(
                 "next-sentence prediction takes random sentences from other documents, and this store has only one: "
@@ -281,7 +282,7 @@ class PretrainBatches(Dataset[Batch]):
 
         `places` are those of the store's tokens, whose `words` says of each whether it continues the one before.
         """
-        if self.objective == "clm":
+        if self.objective in NEXT_WORD:
             positions = np.flatnonzero(~np.isin(input_ids[1:], self.special))
             return input_ids, positions, input_ids[positions + 1]
         continued = None if self.continues is None else self.continues[input_ids]

@@ -19,11 +19,11 @@ from fastbert.distill.settings import DistillConfig
 from fastbert.distill.students import make_student, sizes_of
 from fastbert.distill.training import Distiller
 from fastbert.finetune.examples import read_examples
-from fastbert.finetune.loop import EVALUATED, checked, encode_both, train_epochs
+from fastbert.finetune.loop import checked, encode_both, train_epochs
 from fastbert.finetune.predict import load, logits_of
 from fastbert.finetune.run import begun, fingerprint, resume_command
 from fastbert.finetune.scores import class_scores, number_scores
-from fastbert.finetune.training import Scale
+from fastbert.finetune.training import EVALUATED, Scale
 from fastbert.models.classification import SequenceClassifier
 from fastbert.models.frozen import freeze
 from fastbert.models.small import SmallClassifier

@@ -20,7 +20,6 @@ from fastbert.backends import check_environment
 from fastbert.data.texts import Encoded, encode
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.finetune.examples import Examples, read_examples
-from fastbert.finetune.predict import logits_of
 from fastbert.finetune.run import (
     Config,
     begun,
@@ -33,13 +32,12 @@ from fastbert.finetune.run import (
 )
 from fastbert.finetune.scores import better, class_scores, confusion_picture, number_scores, scatter_picture
 from fastbert.finetune.settings import FinetuneConfig, TaskConfig
-from fastbert.finetune.training import Scale, Trainer, make_model
+from fastbert.finetune.training import FeatureTrainer, Scale, Trainer, make_model
 from fastbert.models.classification import SequenceClassifier
 from fastbert.pretrain import snapshot
 from fastbert.pretrain.environment import environment, name_differences, random_state, set_random_state
 from fastbert.signals import stop_signals
 
-EVALUATED = 8192  # tokens at a time
 KEPT = 2  # snapshots
 STATE = "model", "optimizer", "step", "total", "epochs", "best", "predicted", "random", "environment", "data"
 
@@ -68,7 +66,8 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> Path | None:
     encoded, held_out = encode_both(config, train, evaluation, classes, model.config)
     model.to(config.device)
     scale = Scale.of(train.targets) if config.regression else None
-    trainer = Trainer(config, model, encoded, train.targets if scale is None else scale.standardized(train.targets))
+    train_with = FeatureTrainer if config.features else Trainer
+    trainer = train_with(config, model, encoded, train.targets if scale is None else scale.standardized(train.targets))
     data = fingerprint((encoded, held_out), (train.targets, evaluation.targets), classes)
     with begun(config, resume):
         return train_epochs(trainer, held_out, evaluation.targets, classes, scale, data, resume)
@@ -141,7 +140,7 @@ def train_epochs(
                         take_snapshot()
                     if stopped:
                         return _stop(trainer, stopped[0])
-            logits = logits_of(model, held_out, config, EVALUATED)
+            logits = trainer.logits(held_out)
             trainer.expect_finite(logits, "the model's outputs for the texts to evaluate on are")
             predicted = logits.argmax(-1) if scale is None else scale.numbers(logits[:, 0])
             is_best = history.add(trainer.mean_loss, targets, predicted)

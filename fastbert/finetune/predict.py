@@ -5,24 +5,26 @@ import io
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from fastbert import allocator, files
-from fastbert.data.texts import Encoded, batches_by_length, encode, pack, read_texts
+from fastbert.data.texts import Encoded, PackedTexts, batches_by_length, encode, pack, read_texts
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.finetune.settings import PredictConfig, TaskConfig
 from fastbert.models.auto import class_of
 from fastbert.models.checkpoint import read_config
 from fastbert.models.classification import CLASSIFIERS, SequenceClassifier
+from fastbert.models.features import KIND, FeatureClassifier
 from fastbert.models.frozen import freeze
 from fastbert.models.small import SMALL, SmallClassifier
 
-Classifier = SequenceClassifier | SmallClassifier
+Classifier = SequenceClassifier | SmallClassifier | FeatureClassifier
 
 
 def predict(config: PredictConfig) -> None:
@@ -36,7 +38,7 @@ def predict(config: PredictConfig) -> None:
     texts = read_texts(config.file, config.text, config.pair, separator=config.separator, quoting=config.quoting)
     model = load(config.folder).to(config.device)
     encoded = encode(load_tokenizer(config.folder), texts, model.config.longest, model.config.vocab_size)
-    if torch.device(config.device).type == "cpu" and not isinstance(model, SmallClassifier):
+    if torch.device(config.device).type == "cpu" and isinstance(model, SequenceClassifier):
         freeze(model, torch.bfloat16 if config.bf16 else None)
     outputs = logits_of(model, encoded, config, config.batch_tokens)
     content = _rows(outputs, model, ".tsv" if config.output is None else config.output.suffix)
@@ -67,17 +69,32 @@ def logits_of(model: Classifier, encoded: Sequence[Encoded], config: TaskConfig 
     """
     model.eval()
     logits = torch.empty(len(encoded), len(model.labels))
-    bar = tqdm(total=len(encoded), desc="predicting", unit="text", leave=False)
-    with torch.inference_mode(), autocast(config), bar:
-        for places in batches_by_length(encoded, tokens):
-            logits[places] = packed_logits(model, [encoded[i] for i in places]).cpu()
-            bar.update(len(places))
+    multiple = 1 if isinstance(model, SmallClassifier) else 64
+    with torch.inference_mode(), autocast(config):
+        for places, packed in computed(encoded, model.config, tokens, "predicting", multiple):
+            logits[places] = (
+                model(**packed.arguments(model.classifier.weight.device)).logits[: len(places)].float().cpu()
+            )
     return logits
+
+
+def computed(
+    encoded: Sequence[Encoded], sizes: Any, tokens: int, doing: str, multiple: int = 64
+) -> Iterator[tuple[list[int], PackedTexts]]:
+    """Places of texts and these packed, of like length and so many tokens at a time; a bar says what is being done."""
+    with tqdm(total=len(encoded), desc=doing, unit="text", leave=False) as bar:
+        for places in batches_by_length(encoded, tokens):
+            some = [encoded[i] for i in places]
+            yield places, pack(some, sizes.pad_token_id, sizes.type_vocab_size, sizes.longest, multiple)
+            bar.update(len(places))
 
 
 def load(folder: Path) -> Classifier:
     """The classifier in `folder`; raises ValueError where it has none that was trained."""
-    small = SMALL.get(read_config(folder).get("model_type"))
+    kind = read_config(folder).get("model_type")
+    if kind == KIND:
+        return FeatureClassifier.from_pretrained(folder)
+    small = SMALL.get(kind)
     if small is not None:
         return small.from_pretrained(folder)
     with warnings.catch_warnings():

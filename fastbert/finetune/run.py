@@ -60,6 +60,9 @@ def begun(config: RunConfig, resume: bool) -> Iterator[None]:
         yield
 
 
+_ADDED_LATER = {"features": False}  # settings that runs did not have once, and what they did then
+
+
 def read_config(folder: Path, kind: type[Config]) -> Config:
     """The settings of the run in `folder`, which has not ended, as `kind`.
 
@@ -80,6 +83,7 @@ def read_config(folder: Path, kind: type[Config]) -> Config:
     try:
         stored = files.json_object(path)
         names = {field.name for field in dataclasses.fields(kind)}
+        stored = _ADDED_LATER | stored
         stored = {name: value for name, value in stored.items() if name in names} | {"output": folder}
         if missing := sorted(names - stored.keys()):
             raise ValueError(f"it lacks {', '.join(missing)}")

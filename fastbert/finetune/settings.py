@@ -65,7 +65,8 @@ class TaskConfig:
     batch_size: int = 32
     """Rows of a step; they are packed without padding."""
     lr: float | None = None
-    """Highest learning rate; if not given 5e-5 at BERT base's width 768, and inverse to the width."""
+    """Highest learning rate; if not given 5e-5 at BERT base's width 768, and inverse to the width; with --features
+    1e-2."""
     warmup: float = 0.1
     """Share of the steps of all epochs in which the learning rate rises; then it falls linearly to 0."""
     weight_decay: float = 0.01
@@ -127,7 +128,8 @@ class FinetunePaths:
     """What must be given: a base of its own, so that it comes first in --help."""
 
     init: Path
-    """The model folder to start from, BERT, ALBERT, RoBERTa or ERNIE, of this program or of transformers."""
+    """The model folder to start from, BERT, ALBERT, RoBERTa or ERNIE, of this program or of transformers; with
+    --features also an ELMo."""
     train: Path
     """The table (CSV, TSV, JSON lines) with a text and its label in each row."""
     output: Path
@@ -141,8 +143,12 @@ class FinetuneConfig(TaskConfig, FinetunePaths):
     command: ClassVar[str] = "finetune"
     sources: ClassVar[tuple[str, ...]] = ("train", "evaluate", "init")
 
+    features: bool = False
+    """Leave the model as it is, an ELMo's or any other's, and train a mix of its layers and a linear layer over the
+    mean of a text's tokens."""
     dropout: float | None = None
-    """Probability of dropout, in hidden layers and in attention; if not given the folder's."""
+    """Probability of dropout, in hidden layers and in attention; if not given the folder's. With --features of the mix
+    of layers; if not given 0.1."""
 
     @property
     def tokenizer(self) -> Path:

@@ -14,21 +14,27 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastbert.data.texts import Encoded
-from fastbert.finetune.predict import Classifier, autocast, packed_logits
+from fastbert.finetune.predict import Classifier, autocast, computed, logits_of, packed_logits
 from fastbert.finetune.settings import FinetuneConfig, TaskConfig
 from fastbert.models.auto import ENCODERS, class_of
 from fastbert.models.classification import CLASSIFIERS, ProblemType, SequenceClassifier
 from fastbert.models.config import ModelConfig
+from fastbert.models.features import FeatureClassifier
 from fastbert.optim.lazy_adam import LazyAdam, decay_groups
 from fastbert.pretrain.schedule import learning_rate
 
+EVALUATED = 8192  # tokens at a time
+USUAL_DROPOUT, FEATURES_RATE = 0.1, 1e-2  # of a head over features
 WIDTH, RATE = 768, 5e-5  # BERT base's width, and of the rates that Devlin et al. (2019) tried the largest
 
 
-def make_model(config: FinetuneConfig, classes: list[str]) -> SequenceClassifier:
-    """The folder's encoder with a new head."""
+def make_model(config: FinetuneConfig, classes: list[str]) -> SequenceClassifier | FeatureClassifier:
+    """The folder's model with a new head."""
     torch.manual_seed(config.seed)  # of the head, and of a pooler that the folder lacks
     problem_type = "regression" if config.regression else "single_label_classification"
+    if config.features:
+        dropout = USUAL_DROPOUT if config.dropout is None else config.dropout
+        return FeatureClassifier.over(config.init, classes, problem_type, dropout)
     return over_folder(config.init, config.dropout, classes, problem_type)
 
 
@@ -124,6 +130,10 @@ class Trainer:
             logits = packed_logits(self.model, [self.encoded[i] for i in places.tolist()])
         return self.model.loss(logits, self.targets[places].to(self.config.device))
 
+    def logits(self, held_out: list[Encoded]) -> Tensor:
+        """Of the texts to evaluate on, float32 [texts, labels], on the CPU."""
+        return logits_of(self.model, held_out, self.config, EVALUATED)
+
     @property
     def steps(self) -> int:
         return -(-self.texts // self.config.batch_size)
@@ -171,3 +181,43 @@ class Trainer:
                 f"the training diverged: {what} not finite. Start again with a lower --lr (now {self.lr:g}) or a "
                 f"smaller --clip (now {self.config.clip:g}), in another --output"
             )
+
+
+class FeatureTrainer(Trainer):
+    """Trains a `FeatureClassifier`'s head: the frozen model computes each text once, before the first step.
+
+    The means of all texts' layers are kept in memory, 4 * (layers + 1) * H bytes a text.
+    """
+
+    model: FeatureClassifier
+
+    def __init__(self, config: FinetuneConfig, model: FeatureClassifier, encoded: list[Encoded], targets: Tensor):
+        super().__init__(config, model, encoded, targets)
+        self.means, self._held_out = self._compute(encoded), None
+
+    def learned(self) -> nn.Module:
+        return nn.ModuleDict({"mix": self.model.mix, "classifier": self.model.classifier})
+
+    def usual_lr(self) -> float:
+        return FEATURES_RATE
+
+    def loss(self, places: Tensor) -> Tensor:
+        device = self.config.device
+        logits = self.model.head(self.means[places].to(device))
+        return self.model.loss(logits, self.targets[places].to(device))
+
+    @torch.inference_mode()
+    def logits(self, held_out: list[Encoded]) -> Tensor:
+        if self._held_out is None:
+            self._held_out = self._compute(held_out)
+        self.model.eval()
+        return torch.cat([self.model.head(part.to(self.config.device)) for part in self._held_out.split(4096)]).cpu()
+
+    def _compute(self, encoded: list[Encoded]) -> Tensor:
+        """float32 [texts, L + 1, H] on the CPU."""
+        sizes = self.model.config
+        means = torch.empty(len(encoded), 1 + sizes.num_hidden_layers, sizes.hidden_size)
+        with torch.no_grad(), autocast(self.config):
+            for places, packed in computed(encoded, sizes, EVALUATED, "computing features"):
+                means[places] = self.model.means(**packed.arguments(self.config.device))[: len(places)].cpu()
+        return means

@@ -11,6 +11,7 @@ from fastbert.models.classification import (
     XLMRobertaForSequenceClassification,
     XLNetForSequenceClassification,
 )
+from fastbert.models.elmo import ElmoConfig, ElmoForPreTraining, ElmoModel
 from fastbert.models.ernie import ErnieConfig, ErnieForPreTraining, ErnieModel
 from fastbert.models.frozen import freeze
 from fastbert.models.roberta import (
@@ -32,6 +33,9 @@ __all__ = [
     "BertForPreTraining",
     "BertForSequenceClassification",
     "BertModel",
+    "ElmoConfig",
+    "ElmoForPreTraining",
+    "ElmoModel",
     "ErnieConfig",
     "ErnieForPreTraining",
     "ErnieForSequenceClassification",

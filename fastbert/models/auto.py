@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from fastbert.models import checkpoint
 from fastbert.models.albert import AlbertForPreTraining, AlbertModel
 from fastbert.models.bert import BertForPreTraining, BertModel
+from fastbert.models.elmo import ElmoForPreTraining, ElmoModel
 from fastbert.models.encoder import Encoder, PreTrainedModel
 from fastbert.models.ernie import ErnieForPreTraining, ErnieModel
 from fastbert.models.pretraining import PreTrainingModel
@@ -22,6 +23,8 @@ _PRETRAINING = (
 # By model_type in config.json.
 ENCODERS: Mapping[str, type[Encoder]] = {cls.names.model_type: cls for cls in _ENCODERS}
 PRETRAINING: Mapping[str, type[PreTrainingModel]] = {cls.names.model_type: cls for cls in _PRETRAINING}
+# With the models that are no encoders: what `fastbert pretrain` trains.
+PRETRAINED: Mapping[str, type[PreTrainingModel | ElmoForPreTraining]] = {**PRETRAINING, "elmo": ElmoForPreTraining}
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -30,20 +33,21 @@ class AutoModel:
     """Loads the encoder of any Hugging Face folder whose architecture this package has."""
 
     @staticmethod
-    def from_pretrained(folder: str | os.PathLike, **options: Any) -> Encoder:
+    def from_pretrained(folder: str | os.PathLike, **options: Any) -> Encoder | ElmoModel:
         """The encoder in `folder`, of the class that `model_type` in config.json names, as that loads it.
 
         An old config.json without `model_type` goes by the class that its `architectures` name, else it is a BERT's.
 
         Args:
             folder: a Hugging Face folder.
-            options: the class's own, such as `add_pooling_layer=False`.
+            options: the class's own, such as `add_pooling_layer=False`; an ELMo has none, and leaves them out.
 
         Raises:
             FileNotFoundError: no such folder, or a file is missing from it.
             ValueError: an architecture that is not here; the message names those that are. And as the class itself.
         """
-        return class_of(folder, ENCODERS).from_pretrained(folder, **options)
+        kind = class_of(folder, {**ENCODERS, "elmo": ElmoModel})
+        return kind.from_pretrained(folder, **({} if kind is ElmoModel else options))
 
 
 def class_of(folder: str | os.PathLike, classes: Mapping[str, type[Model]]) -> type[Model]:
@@ -57,6 +61,11 @@ def class_of(folder: str | os.PathLike, classes: Mapping[str, type[Model]]) -> t
         )
     titled = (name for name, cls in classes.items() if named and named[0].startswith(cls.names.title))
     kind = kind or next(titled, "" if named else BertModel.names.model_type)
+    if kind == "elmo" and kind not in classes:
+        raise ValueError(
+            f"{folder} holds an ELMo, which has no attention, no [MASK] and no layers to fine-tune here: fastbert "
+            "embed gives its vectors, and fastbert finetune --features trains a classifier on them"
+        )
     if kind not in classes:
         raise ValueError(
             f"{folder} holds a model of the architecture {kind or named!r}: expected one of {', '.join(classes)}"

@@ -17,7 +17,7 @@ from fastbert.models import parameter_names
 from fastbert.models.parameter_names import Names
 
 # Before model_type where norms are not LayerNorm: `transformers`, which has no others, would not notice it otherwise.
-_OWN = "fastbert-"
+OWN = "fastbert-"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Before the encoder's names in a folder whose configuration does not name its kind, beside the model's own name;
 # another model's would be "roberta".
@@ -73,7 +73,7 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold an object with a model's sizes, got {type(fields).__name__}")
     if isinstance(fields.get("model_type"), str):
-        fields["model_type"] = fields["model_type"].removeprefix(_OWN)
+        fields["model_type"] = fields["model_type"].removeprefix(OWN)
     return fields
 
 
@@ -276,7 +276,7 @@ def save(model: nn.Module, folder: str | os.PathLike, fields: dict[str, Any], to
     """
     named = parameter_names.to_hugging_face(model.state_dict(), model.names)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    kind = (_OWN if model.config.foreign else "") + model.names.model_type
+    kind = (OWN if model.config.foreign else "") + model.names.model_type
     config = {"architectures": [type(model).__name__], "model_type": kind, "dtype": dtype} | fields
     write(folder, config | dict(model.names.fixed) | {"tie_word_embeddings": True}, named, model.config, tokenizer)
 

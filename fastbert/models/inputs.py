@@ -273,9 +273,14 @@ def _check_positions(masked_positions: Tensor, tokens: int) -> None:
 def _order(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """The packed tokens' places 0, 1, ..., T - 1, and where each one's sequence starts; waits for no device."""
     order = torch.arange(tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    return order, cu_seqlens[sequence_of(cu_seqlens, tokens)]
+
+
+def sequence_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """int64 [T]: the sequence of each packed token; waits for no device."""
+    order = torch.arange(tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     # Never in a slice of cu_seqlens: compiled for a GPU, torch 2.11 searches as if it began at 0 (pytorch#182343).
-    sequence = torch.searchsorted(cu_seqlens.contiguous(), order, right=True) - 1
-    return order, cu_seqlens[sequence]
+    return torch.searchsorted(cu_seqlens.contiguous(), order, right=True) - 1
 
 
 def _counted_places(ids: Tensor, pad_id: int, cu_seqlens: Tensor) -> Tensor:

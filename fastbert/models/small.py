@@ -7,9 +7,7 @@ networks" (2019), whose BiLSTM this is but for its pooling, a maximum over time 
 """
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -18,8 +16,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from fastbert.backends.attention import check_sequences
-from fastbert.models import checkpoint
 from fastbert.models.classification import Labelled, ProblemType, SequenceClassifierOutput
+from fastbert.models.own_folder import OwnFolder
+from fastbert.models.recurrent import turned_places
 from fastbert.ops.checks import check_tensor
 
 
@@ -61,12 +60,18 @@ class SmallConfig:
         if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is a probability below 1, got {self.dropout!r}")
 
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Self:
+        """The configuration in a config.json's fields, of which others are left out; raises as the class does."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in fields.items() if name in known})
+
     @property
     def longest(self) -> int:
         return self.max_length
 
 
-class SmallClassifier(Labelled, nn.Module):
+class SmallClassifier(Labelled, OwnFolder):
     """What both have: the embeddings, the linear layer at the end, and folders; a subclass has `features`.
 
     Args:
@@ -78,14 +83,13 @@ class SmallClassifier(Labelled, nn.Module):
         ValueError: another problem type, or labels that do not fit it.
     """
 
-    model_type: ClassVar[str]
+    config_class = SmallConfig
 
     def __init__(
         self, config: SmallConfig, labels: Sequence[str], problem_type: ProblemType = "single_label_classification"
     ):
-        super().__init__()
+        super().__init__(config)
         self.set_labels(labels, problem_type)
-        self.config = config
         self.word_embeddings = nn.Embedding(
             config.vocab_size, config.embedding_size, padding_idx=config.pad_token_id, sparse=True
         )
@@ -170,44 +174,11 @@ class SmallClassifier(Labelled, nn.Module):
         return self
 
     def fields(self) -> dict[str, Any]:
-        """What config.json says of the model."""
-        kind = {"architectures": [type(self).__name__], "model_type": self.model_type}
-        return dataclasses.asdict(self.config) | kind | self.label_fields()
-
-    @property
-    def loaded_by(self) -> str:
-        """Who loads its folder, as a sentence."""
-        return f"fastbert.models.small.{type(self).__name__}.from_pretrained loads it"
-
-    def save_pretrained(self, folder: str | os.PathLike, tokenizer: Any = None) -> None:
-        """Writes config.json, model.safetensors and the tokenizer's files; see `checkpoint.save`."""
-        checkpoint.write(folder, self.fields(), self.state_dict(), self.config, tokenizer)
+        return super().fields() | self.label_fields()
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> Self:
-        """The model in a folder that `save_pretrained` wrote, in evaluation mode.
-
-        Raises:
-            FileNotFoundError: no such folder, or a file is missing from it.
-            ValueError: another kind of model, files that are damaged or do not belong together, or a weight that is
-                NaN or infinite.
-        """
-        fields = checkpoint.read_config(folder)
-        if fields.get("model_type") != cls.model_type:
-            raise ValueError(f'{folder} must say "model_type": "{cls.model_type}", got {fields.get("model_type")!r}')
-        known = {field.name for field in dataclasses.fields(SmallConfig)}
-        try:
-            config = SmallConfig(**{name: value for name, value in fields.items() if name in known})
-            model = cls(config, **cls.stored_labels(fields))
-            tensors = checkpoint.read_tensors(Path(folder))
-            model.load_state_dict(tensors)
-        except (TypeError, RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"{folder} does not hold the {cls.__name__} that its config.json names: {error}"
-            ) from error
-        for name, tensor in tensors.items():
-            checkpoint.check_finite(name, tensor, folder)
-        return model.eval()
+    def stored_options(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        return cls.stored_labels(fields)
 
 
 class TextCNN(SmallClassifier):
@@ -245,8 +216,7 @@ class BiLSTM(SmallClassifier):
         return 2 * sizes.width
 
     def features(self, x: Tensor, mask: Tensor) -> Tensor:
-        places = torch.arange(x.shape[1], device=x.device)
-        turned = (mask.sum(1, keepdim=True) - 1 - places).clamp(min=0).unsqueeze(2)  # [B, S, 1], its own inverse
+        turned = turned_places(mask.sum(1), x.shape[1]).unsqueeze(2)
         back, _ = self.back(x.gather(1, turned.expand(-1, -1, x.shape[2])))
         forth, _ = self.forth(x)
         return torch.cat([forth, back.gather(1, turned.expand(-1, -1, back.shape[2]))], 2)

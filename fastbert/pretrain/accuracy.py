@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 HITS = "_hits"
+PERPLEXITIES = "forward_perplexity", "backward_perplexity"  # of an ELMo
 
 
 def named_hits(hits: list[Tensor], pairs_are: str) -> dict[str, Tensor]:

@@ -11,9 +11,11 @@ from torch import Tensor
 from fastbert.data.batch import Batch
 from fastbert.data.batches import PretrainBatches
 from fastbert.data.tokenizer import continuations, is_wide, special_ids
+from fastbert.models.elmo import ElmoForPreTraining
 from fastbert.models.pretraining import Predictions, PreTrainingModel
 from fastbert.models.two_streams import UNSEEN
 from fastbert.ops.cross_entropy import cross_entropy
+from fastbert.pretrain.accuracy import PERPLEXITIES
 from fastbert.pretrain.processes import ALONE, Processes
 
 RARE_SHARE = 0.1  # the rarest words that together make up this share of the training text
@@ -71,11 +73,12 @@ def evaluate(
     Returns:
         mlm_loss, frequency_loss (nats per masked token: the model's, and of always predicting token frequencies),
         mlm_accuracy; the same with "rare_" over masked tokens that are rare; nsp_loss and nsp_accuracy, or what
-        `pairs_are` in place of "nsp", where the batches have pairs. A mean over nothing is NaN.
+        `pairs_are` in place of "nsp", where the batches have pairs; of an ELMo forward_perplexity and
+        backward_perplexity. A mean over nothing is NaN.
     """
     model.eval()
-    # per masked token: loss, frequency loss, hit, rare; per pair: loss, hit
-    tokens, pairs = [torch.empty(0, 4, dtype=torch.float64)], []
+    # per masked token: loss, frequency loss, hit, rare, from which side; per pair: loss, hit
+    tokens, pairs = [torch.empty(0, 5, dtype=torch.float64)], []
     count = min(count, len(batches))
     own = processes.share(count)
     for place in range(-(-count // processes.count)):  # as many passes in each: a split model needs all of them in each
@@ -85,11 +88,13 @@ def evaluate(
         if not is_own:
             continue
         masked, sequences = len(batch.labels), len(batch.cu_seqlens) - 1
-        logits = out.prediction_logits[:masked]
-        loss = cross_entropy(logits, batch.labels, reduction="none").double().cpu()
-        hit = (logits.argmax(-1) == batch.labels).double().cpu()
-        label = batch.labels.cpu()
-        tokens.append(torch.stack([loss, -frequencies.log_probability[label], hit, frequencies.rare[label]], 1))
+        logits = out.prediction_logits[..., :masked, :]
+        sides = logits.shape[0] if logits.dim() == 3 else 1  # an ELMo predicts each word from two
+        labels, logits = batch.labels.repeat(sides), logits.flatten(0, -2)
+        loss = cross_entropy(logits, labels, reduction="none").double().cpu()
+        hit = (logits.argmax(-1) == labels).double().cpu()
+        label, side = labels.cpu(), torch.arange(sides).repeat_interleave(masked)
+        tokens.append(torch.stack([loss, -frequencies.log_probability[label], hit, frequencies.rare[label], side], 1))
         if batch.sentence_label is not None:
             logits = out.sentence_logits[:sequences]
             loss = cross_entropy(logits, batch.sentence_label, reduction="none")
@@ -100,6 +105,9 @@ def evaluate(
     scores = dict(zip(names, table[:, :3].mean(0).tolist(), strict=True))
     rare = table[table[:, 3] == 1, :3].mean(0).tolist()
     scores |= {f"rare_{name}": value for name, value in zip(names, rare, strict=True)}
+    if isinstance(model, ElmoForPreTraining):
+        losses = [table[table[:, 4] == side, 0].mean() for side in range(2)]
+        scores |= {name: loss.exp().item() for name, loss in zip(PERPLEXITIES, losses, strict=True)}
     pairs = list(itertools.chain(*processes.gathered(pairs)))
     if pairs:
         scores |= dict(

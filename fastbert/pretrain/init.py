@@ -16,7 +16,7 @@ from fastbert import files
 from fastbert.data.encodings import open_text
 from fastbert.data.tokenizer import is_wide, load_tokenizer, special_ids, vocab_size
 from fastbert.models import checkpoint
-from fastbert.models.auto import PRETRAINING, class_of
+from fastbert.models.auto import PRETRAINED, class_of
 from fastbert.models.pretraining import PreTrainingModel
 from fastbert.pretrain.settings import PretrainConfig
 
@@ -37,7 +37,7 @@ def take_settings(config: PretrainConfig) -> PretrainConfig:
         ValueError: a folder that does not hold, an architecture that is not here, a setting that the folder decides,
             a tokenizer that does not belong to the model or lacks special tokens, words that do not hold.
     """
-    kind = class_of(config.init, PRETRAINING)
+    kind = class_of(config.init, PRETRAINED)
     usual = {field.name: field.default for field in dataclasses.fields(config)}
     given = [name for name in _ITS_OWN if getattr(config, name) not in (usual[name], kind.names.model_type)]
     if given:
@@ -116,7 +116,7 @@ def write_copy(config: PretrainConfig, tokenizer: Tokenizer) -> None:
     A new row is the mean of the rows of the pieces that the word was read as before.
     """
     torch.manual_seed(config.seed)  # of heads that the folder lacks
-    model, before = PRETRAINING[config.model].from_pretrained(config.init), load_tokenizer(config.init)
+    model, before = PRETRAINED[config.model].from_pretrained(config.init), load_tokenizer(config.init)
     known, vocab = before.get_vocab(), tokenizer.get_vocab()
     words = {word: i for word, i in sorted(vocab.items(), key=lambda item: item[1]) if word not in known}
     if config.add_words is not None:
@@ -131,7 +131,8 @@ def write_copy(config: PretrainConfig, tokenizer: Tokenizer) -> None:
         state[name] = grown
     changed = {"vocab_size": rows}
     if config.dropout is not None:
-        changed |= {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout}
+        of_encoders = "hidden_dropout_prob", "attention_probs_dropout_prob"
+        changed |= dict.fromkeys(("dropout",) if config.model == "elmo" else of_encoders, config.dropout)
     if config.attention_temperature is not None:
         changed["attention_temperature"] = config.attention_temperature
     model = type(model)(dataclasses.replace(model.config, **changed))
@@ -150,7 +151,7 @@ def read_copy(config: PretrainConfig) -> tuple[PreTrainingModel, Tensor]:
     folder = config.output / COPY
     try:
         words = json.loads((folder / WORDS).read_text())
-        model = PRETRAINING[config.model].from_pretrained(folder)
+        model = PRETRAINED[config.model].from_pretrained(folder)
         return model, torch.tensor(list(words.values()), dtype=torch.int64)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(

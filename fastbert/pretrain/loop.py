@@ -28,7 +28,7 @@ from fastbert.pretrain.training import Data, Training
 
 
 def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
-    """Trains a BERT, ALBERT, RoBERTa or ERNIE on a corpus and exports it.
+    """Trains a BERT, ALBERT, RoBERTa, ERNIE or ELMo on a corpus and exports it.
 
     Args:
         config: the run's settings.
@@ -48,6 +48,11 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
             settings = take_settings(config) if config.init is not None and not resume else config
             settings = resumed_run(config.output) if resume else new_run(settings)
             check_devices(settings.device, settings.accumulate, processes, settings.shard, settings.norm)
+            if settings.sampled is not None and processes.count > 1:
+                raise ValueError(
+                    f"with --sampled the softmax's gradients are sparse, which several processes do not add up here: "
+                    f"start one process in place of {processes.count}, or leave --sampled out"
+                )
             config.output.mkdir(parents=True, exist_ok=True)
             held.enter_context(lock.hold(config.output))
             return settings

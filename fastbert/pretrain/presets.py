@@ -2,8 +2,9 @@
 
 import torch
 
-from fastbert.models.auto import PRETRAINING
+from fastbert.models.auto import PRETRAINED
 from fastbert.models.config import ModelConfig
+from fastbert.models.elmo import ElmoConfig
 
 # tiny: what the demo learns well with; mini and small: the same over their width, as the best learning rate of hidden
 # layers goes with 1 / width (Yang et al., "Tensor programs V", 2022); base and large: Devlin et al., "BERT" (2019),
@@ -13,13 +14,14 @@ from fastbert.models.config import ModelConfig
 LEARNING_RATES = {"bert": {"tiny": 3e-3, "mini": 1.5e-3, "small": 7.5e-4, "base": 1e-4, "large": 1e-4}}
 LEARNING_RATES |= dict.fromkeys(("roberta", "xlm-roberta", "ernie", "xlnet"), LEARNING_RATES["bert"])
 LEARNING_RATES["albert"] = LEARNING_RATES["bert"] | {"xlarge": 5e-5, "xxlarge": 2.5e-5}
+LEARNING_RATES["elmo"] = {"tiny": 3e-3, "mini": 2e-3, "small": 1e-3, "base": 5e-4, "large": 3e-4}  # not searched for
 MASKED = 0.15  # share of tokens to predict; a causal model predicts next to all
 FLOAT32 = 4  # bytes
 
 
 def parameters(config: ModelConfig) -> int:
     """Numbers that a pretraining model of this configuration learns."""
-    kind = next(kind for kind in PRETRAINING.values() if kind.config_class is type(config))
+    kind = next(kind for kind in PRETRAINED.values() if kind.config_class is type(config))
     with torch.device("meta"):
         return sum(param.numel() for param in kind(config).parameters())
 
@@ -38,6 +40,9 @@ def saved_for_backward(config: ModelConfig, tokens: int, predicted: float = MASK
     token, the rest where a word is to be predicted; there also the head's four, an embedding wide, and its logits.
     `predicted` is the share of these tokens.
     """
+    if isinstance(config, ElmoConfig):  # gates, cell and output of every LSTM; logits of both directions
+        inside = 2 * config.num_hidden_layers * (6 * config.cell_size + 4 * config.width)
+        return round(FLOAT32 * tokens * (inside + 2 * predicted * (config.width + config.vocab_size)))
     hidden, (layers, embedding) = config.hidden_size, layers_and_embedding(config)
     attended = 4 * config.attention_columns()  # of relative positions at most
     everywhere = hidden * 12 * (layers - 1) + attended * layers + 2 * embedding  # 2: embeddings' sum, and LayerNorm
@@ -47,7 +52,7 @@ def saved_for_backward(config: ModelConfig, tokens: int, predicted: float = MASK
 
 def memory(config: ModelConfig, tokens: int, predicted: float = MASKED) -> int:
     """Bytes, about, of a float32 step: weights, gradients, Adam's two moments, activations, the logits' gradient."""
-    logits = round(FLOAT32 * predicted * tokens * config.vocab_size)
+    logits = round(FLOAT32 * predicted * tokens * config.vocab_size) * (2 if isinstance(config, ElmoConfig) else 1)
     return 4 * FLOAT32 * parameters(config) + saved_for_backward(config, tokens, predicted) + logits
 
 
@@ -66,6 +71,9 @@ def operations(config: ModelConfig, tokens: float, pairs: float, predicted: floa
         tokens: of the batch. pairs: the sum over its sequences of S * S, or S * (S + 1) / 2 of a causal model.
         predicted: tokens that have a label. sequences: how many there are.
     """
+    if isinstance(config, ElmoConfig):
+        lstm = 8 * config.cell_size * config.width + config.cell_size * (config.projection_size or 0)
+        return 6.0 * 2 * (tokens * config.num_hidden_layers * lstm + predicted * config.width * config.vocab_size)
     hidden, (layers, embedding) = config.hidden_size, layers_and_embedding(config)
     columns = config.attention_columns(pairs / max(tokens, 1))
     relative = tokens * hidden * (columns - hidden) / config.num_attention_heads  # of queries by positions
@@ -82,21 +90,25 @@ def table(vocab_size: int, batch_tokens: int, seq_len: int) -> str:
     lines = [
         f"presets, with --vocab-size {vocab_size}, --batch-tokens {batch_tokens} and --seq-len {seq_len} in float32:",
         "",
-        f"{'':<63}{'masked words':^25}{'--objective clm':^25}".rstrip(),
+        f"{'':<63}{'masked words':^25}{'--objective clm, bilm':^25}".rstrip(),
         f"{'':<18}{'layers':>7}{'width':>7}{'heads':>6}{'parameters':>13}{'--lr':>8}"
         + f"{'memory':>11}{'a step':>14}" * 2,
     ]
     for model, rates in LEARNING_RATES.items():
-        kind = PRETRAINING[model].config_class
-        table_rows = {"max_position_embeddings": max(512, seq_len)} if kind.has_position_table else {}
+        kind = PRETRAINED[model].config_class
+        longest = "max_length" if model == "elmo" else "max_position_embeddings"
+        table_rows = {longest: max(512, seq_len)} if model == "elmo" or kind.has_position_table else {}
         for name, lr in rates.items():
             config = kind.preset(name, vocab_size=vocab_size, **table_rows)
             line = (
                 f"{f'{model} {name}':<18}{config.num_hidden_layers:>7}{config.hidden_size:>7}"
-                f"{config.num_attention_heads:>6}{parameters(config):>13,}{lr:>8g}"
+                f"{getattr(config, 'num_attention_heads', '-'):>6}{parameters(config):>13,}{lr:>8g}"
             )
             for predicted, seen in ((MASKED, seq_len), (1.0, (seq_len + 1) / 2)):
                 if predicted == 1.0 and model in ("albert", "xlnet"):  # there is no causal one
+                    continue
+                if predicted == MASKED and model == "elmo":  # it predicts every word, from both sides
+                    line += " " * 25
                     continue
                 step = operations(
                     config, batch_tokens, batch_tokens * seen, batch_tokens * predicted, batch_tokens / seq_len

@@ -123,6 +123,9 @@ def summary(scores: Record) -> str:
     for title, name in (("next sentence: accuracy", "nsp_accuracy"), ("sentence order: accuracy", "sop_accuracy")):
         if name in scores:
             lines.append(f"{title:29} {shown(scores[name], '8.1%')}")
+    for side in ("forward", "backward"):
+        if f"{side}_perplexity" in scores:
+            lines.append(f"{f'perplexity, {side}':29} {shown(scores[f'{side}_perplexity'], '8.1f')}")
     if "seq_len" in scores:
         lines.append(f"{'sequences of up to':29} {scores['seq_len']:8} tokens")
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from fastbert import files
 from fastbert.backends import check_environment, linear
 from fastbert.data.corpus import check_corpus
 from fastbert.data.shards import is_store, read_tokenizer
-from fastbert.models.auto import PRETRAINING
+from fastbert.models.auto import PRETRAINED
 from fastbert.models.checkpoint import read_config as read_model_config
 from fastbert.ops import linear_timing
 from fastbert.pretrain.environment import environment
@@ -108,11 +108,15 @@ def choose_linear(config: PretrainConfig) -> str:
         return name
     if torch.device(config.device).type != "cpu":
         return "torch"
-    kind = PRETRAINING[config.model].config_class
+    kind = PRETRAINED[config.model].config_class
     model = kind.preset(config.preset) if config.init is None else kind.from_fields(read_model_config(config.init))
     rows = min(config.batch_tokens, 512)  # more take longer and tell no more
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    name, why = linear_timing.fastest(rows, model.hidden_size, model.intermediate_size, dtype)
+    if config.model == "elmo":  # the softmax
+        sides = model.width, model.vocab_size if config.init is not None else config.vocab_size
+    else:
+        sides = model.hidden_size, model.intermediate_size
+    name, why = linear_timing.fastest(rows, *sides, dtype)
     print(f"linear products by {name}: {why}")
     return name
 
@@ -125,7 +129,7 @@ _ADDED_LATER = {
     "shard": False, "schedule": "linear", "decay": 0.2, "power": 1.0, "final_lr": 0.0, "task_type": None,
     "store": None, "optimizer": "lazy_adam", "attention_window": None, "norm": "layer",
     "attention_kind": "soft", "attention_temperature": None, "attention_temperature_rate": 0.0,
-    "attention_temperature_end": 0.5,
+    "attention_temperature_end": 0.5, "sampled": None,
 }  # fmt: skip
 _NSP = {True: "mlm+nsp", False: "mlm"}  # the setting that was there before the objective
 

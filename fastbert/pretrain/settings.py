@@ -9,12 +9,12 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from fastbert.data.batches import LONGEST, Inputs, Objective
+from fastbert.data.batches import LONGEST, NEXT_WORD, Inputs, Objective
 from fastbert.data.permutation import most_queries
 from fastbert.data.tables import Quoting
 from fastbert.data.tokenizer import LARGEST_VOCABULARY
 from fastbert.data.words import Segmentation
-from fastbert.models.auto import PRETRAINING
+from fastbert.models.auto import PRETRAINED
 from fastbert.models.config import REACHES_OTHERS, WITH_RUNNING, AttentionKind, Norm
 from fastbert.models.ernie import ErnieConfig
 from fastbert.pretrain.phases import Phase, parse_phases, phase_ends
@@ -49,8 +49,8 @@ class PretrainConfig:
     rows_first: int = 0
     """With --add-words: so many steps at the start train the rows of the new words alone."""
 
-    model: Literal["bert", "albert", "roberta", "ernie", "xlm-roberta", "xlnet"] = "bert"
-    """Architecture; xlm-roberta is RoBERTa in the folders of XLM-RoBERTa."""
+    model: Literal["bert", "albert", "roberta", "ernie", "xlm-roberta", "xlnet", "elmo"] = "bert"
+    """Architecture; xlm-roberta is RoBERTa in the folders of XLM-RoBERTa; elmo has LSTMs (docs/elmo.md)."""
     preset: Literal["tiny", "mini", "small", "base", "large", "xlarge", "xxlarge"] = "tiny"
     """Size of the model; below is what each costs, and which there are of each architecture."""
     tokenizer: Literal["wordpiece", "unigram", "bpe"] | None = None
@@ -98,7 +98,11 @@ class PretrainConfig:
     """What to train beside the masked language model (mlm): nothing, next-sentence prediction (nsp), sentence-order
     prediction (sop); if not given mlm for RoBERTa, which has no other, mlm+sop for ALBERT, mlm+nsp for the others. clm
     instead predicts every next token from those before it, and masks nothing; plm, XLNet's own and only one, a sixth of
-    the tokens in a random order."""
+    the tokens in a random order; bilm, ELMo's, every token from those before it and from those
+    behind it."""
+    sampled: int | None = None
+    """Of an ELMo: train the softmax against so many sampled words in place of all; a step then moves their rows and
+    those of the words that are predicted."""
     masking: Literal["token", "word", "ngram", "span"] = "token"
     """What is masked: tokens, each for itself, whole words, one to three words in a row, as ALBERT's, or one to ten, as
     SpanBERT's; with plm, what is predicted."""
@@ -202,7 +206,7 @@ class PretrainConfig:
             value = getattr(self, name)
             number = type(value) in (int, float) and holds(value)
             expect(number or (value is None and name in _OPTIONAL), name, rule, value)
-        presets = PRETRAINING[self.model].config_class.presets
+        presets = PRETRAINED[self.model].config_class.presets
         expect(self.preset in presets, "preset", f"for model {self.model} one of {', '.join(presets)}", self.preset)
         if self.add_words is not None and self.init is None:
             raise ValueError("words are added to a folder's tokenizer: give --add-words with --init")
@@ -221,22 +225,30 @@ class PretrainConfig:
         self._check_model()
         if self.steps is None and self.minutes is None:
             raise ValueError("a run ends after so many steps or minutes: give --steps, --minutes or both")
+        self._check_elmo()
         self._check_schedule()
         self._check_lengths()
         objective = self.objective or OWN[self.model]["objective"]
         self._check_norm(objective)
-        if objective == "clm":
+        if objective in NEXT_WORD:
             expect(self.model != "albert", "objective", "one with mlm for model albert, which sees all words", "clm")
-            expect(self.masking == "token", "masking", "left out with objective clm, which masks nothing", self.masking)
+            expect(
+                self.masking == "token",
+                "masking",
+                f"left out with objective {objective}, which masks nothing",
+                self.masking,
+            )
         for given, what in ((self.dictionary is not None, "a dictionary"), (self.words == "jieba", "--words jieba")):
             expect(not given or self.masking != "token", "masking", f"word, ngram or span with {what}", self.masking)
-        if objective != "clm" and self.inputs == "full-sentences":
+        if objective not in NEXT_WORD and self.inputs == "full-sentences":
             expect(objective == "mlm", "objective", "mlm or clm with inputs full-sentences, no pairs", objective)
         check_device(self.device)
 
     def _check_model(self) -> None:
-        """What an architecture has not."""
-        kind = PRETRAINING[self.model]
+        """What an encoder's architecture has not."""
+        if self.model == "elmo":
+            return
+        kind = PRETRAINED[self.model]
         if OWN[self.model]["objective"] == "plm":
             rule = f"plm for model {self.model}, which predicts words in a random order alone"
             expect(self.objective in (None, "plm"), "objective", rule, self.objective)
@@ -248,8 +260,9 @@ class PretrainConfig:
             rule = f"mlm or clm for model {self.model}, which has no head for pairs of texts"
             expect(self.objective in (None, "mlm", "clm"), "objective", rule, self.objective)
         else:
-            rule = f"one of {', '.join(each for each in get_args(Objective) if each != 'plm')} for model {self.model}"
-            expect(self.objective != "plm", "objective", rule, self.objective)
+            usual = [each for each in get_args(Objective) if each not in ("plm", "bilm")]
+            rule = f"one of {', '.join(usual)} for model {self.model}"
+            expect(self.objective in (None, *usual), "objective", rule, self.objective)
 
     def _check_norm(self, objective: str) -> None:
         rule = "layer or group with objective clm: statistics over tokens tell of those to be predicted"
@@ -277,6 +290,24 @@ class PretrainConfig:
             rule = "false (--no-capture) with attention_temperature_rate: a CUDA graph keeps one temperature"
             on_gpu = torch.device(self.device).type == "cuda"
             expect(not on_gpu or self.shard or not self.capture, "capture", rule, self.capture)
+
+    def _check_elmo(self) -> None:
+        """What is an ELMo's alone, and what it has not."""
+        if self.model != "elmo":
+            expect(self.sampled is None, "sampled", "left out but for model elmo", self.sampled)
+            return
+        expect(self.objective in (None, "bilm"), "objective", "bilm for model elmo", self.objective)
+        usual = PretrainConfig
+        of_encoders = "norm", "attention_window", "attention_kind", "checkpoint_layers", "shard"
+        for name in ("masking", "words", "dictionary", *of_encoders):
+            rule = "left out with model elmo, which has nothing of the kind"
+            expect(getattr(self, name) == getattr(usual, name), name, rule, getattr(self, name))
+        rule = "left out with model elmo, whose words are in two tables"
+        expect(self.add_words is None, "add_words", rule, self.add_words)
+        expect(torch.device(self.device).type == "cpu", "device", "cpu for model elmo: no GPU has run it", self.device)
+        expect(not self.bf16, "bf16", "left out with model elmo, whose LSTMs are computed in float32", self.bf16)
+        rule = "lazy_adam with sampled, whose gradients are sparse"
+        expect(self.sampled is None or self.optimizer == "lazy_adam", "optimizer", rule, self.optimizer)
 
     def _check_schedule(self) -> None:
         default = PretrainConfig
@@ -315,7 +346,7 @@ class PretrainConfig:
         for length, _ in self.all_phases():
             if self.phases is not None:
                 expect(low <= length <= high, "phases", f"of lengths from {low} to {high}", length)
-            if PRETRAINING[self.model].config_class.has_position_table:
+            if self.model == "elmo" or PRETRAINED[self.model].config_class.has_position_table:
                 rule = f"at most the rows of the position table, max_position_embeddings={self.max_position_embeddings}"
                 expect(length <= self.max_position_embeddings, given, rule, length)
             queries = most_queries(length) if OWN[self.model]["objective"] == "plm" else 0
@@ -335,12 +366,15 @@ OWN = {
     "xlm-roberta": {"objective": "mlm", "dropout": 0.1, "tokenizer": "bpe"},
     "ernie": {"objective": "mlm+nsp", "dropout": 0.1, "tokenizer": "wordpiece"},
     "xlnet": {"objective": "plm", "dropout": 0.1, "tokenizer": "wordpiece"},
+    "elmo": {"objective": "bilm", "dropout": 0.1, "tokenizer": "wordpiece"},
 }
 
 # Continued pretraining's usual rate: Gururangan et al., "Don't stop pretraining" (2020).
 CONTINUED_LR = 1e-4
 
-_OPTIONAL = "steps", "minutes", "lr", "dropout", "task_type", "attention_window", "attention_temperature"
+_OPTIONAL = (
+    "steps", "minutes", "lr", "dropout", "task_type", "attention_window", "attention_temperature", "sampled",
+)  # fmt: skip
 _MANY = 2**31 - 1  # the largest int32
 _INTEGERS = {  # setting: lowest and highest value
     "vocab_size": (64, LARGEST_VOCABULARY),
@@ -350,6 +384,7 @@ _INTEGERS = {  # setting: lowest and highest value
     "batch_tokens": (8, 2**30),  # places in a packed batch are int32, and batches are rounded up
     "accumulate": (1, _MANY),
     "steps": (1, _MANY),
+    "sampled": (1, LARGEST_VOCABULARY // 2),
     "rows_first": (0, _MANY),
     "task_type": (0, ErnieConfig.task_type_vocab_size - 1),
     "seed": (0, 2**64 - 1),

@@ -12,13 +12,14 @@ from torch.optim import Optimizer
 from fastbert.backends.linear import use_linear
 from fastbert.capture import WARMUP, Captured, capture
 from fastbert.data.batch import Batch
+from fastbert.models.elmo import ElmoForPreTrainingOutput
 from fastbert.models.inputs import IGNORED
 from fastbert.models.layers import MultiHeadAttention
 from fastbert.models.pretraining import PreTrainingModel
 from fastbert.models.working import WorkingCopy
 from fastbert.ops.hard_attention import annealed_temperature
 from fastbert.optim.lazy_adam import LazyAdam, decay_groups
-from fastbert.pretrain.accuracy import named_hits
+from fastbert.pretrain.accuracy import PERPLEXITIES, named_hits
 from fastbert.pretrain.divergence import Watch
 from fastbert.pretrain.evaluate import forward
 from fastbert.pretrain.lamb import make_lamb
@@ -56,7 +57,7 @@ def train_step(
     pair_shares = [None] * len(micro)
     if pair(config):
         pair_shares = shares([batch.sentence_label for batch in micro], static, together)
-    mlm_loss, sentence_loss, found = [], [], []
+    mlm_loss, sentence_loss, found, sides = [], [], [], []
     captured = isinstance(number, Tensor)  # then steps are all alike
     scored = captured or number % config.log_every == 0 or number == config.steps
     together.skip_before(computes, config.device)
@@ -65,6 +66,8 @@ def train_step(
             out = forward(computes, batch)
         if scored:
             found.append(out.hits)
+            if isinstance(out, ElmoForPreTrainingOutput):
+                sides.append(out.directions.detach() * (1.0 if word_share is None else word_share))
         losses = [out.mlm_loss if word_share is None else out.mlm_loss * word_share]
         mlm_loss += [losses[0].detach()]
         if pair(config):
@@ -85,7 +88,9 @@ def train_step(
     norm, factor = optimizer.clip_factor(config.clip, rows=rows)
     loss = out.loss.detach() if is_all else total(sums)  # the same sum
     record = {"loss": loss, "mlm_loss": sums[0], "lr": lr, "gradient_norm": norm}
-    if scored:
+    if sides:
+        record |= dict(zip(PERPLEXITIES, together.sums([total(sides)])[0].exp().unbind(), strict=True))
+    if scored and found[0]:  # a sampled softmax counts none
         record |= named_hits(together.sums([total(list(each)) for each in zip(*found, strict=True)]), pair(config))
     if watch is not None:
         watch.see(number, record["loss"], norm)
