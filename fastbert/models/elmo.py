@@ -116,6 +116,8 @@ class ElmoConfig:
         """Numbers of a token's features: both directions'."""
         return 2 * self.width
 
+    padding_side: ClassVar[str] = "right"
+
     @property
     def longest(self) -> int:
         return self.max_length

@@ -66,6 +66,8 @@ class SmallConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in fields.items() if name in known})
 
+    padding_side: ClassVar[str] = "right"
+
     @property
     def longest(self) -> int:
         return self.max_length
