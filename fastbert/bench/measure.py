@@ -95,24 +95,32 @@ def cases(problem: Problem, is_compiled: bool, missing: dict[str, str]) -> list[
     ]
 
 
-def measure(case: Case, repeats: int, ceilings: rates.Rates) -> list[Row]:
-    """Times a case on torch's default device: one row a variant, and one for a copy of the bytes."""
+def measure(case: Case, repeats: int, limit: float, ceilings: rates.Rates) -> list[Row]:
+    """Times a case on torch's default device: one row a variant, and one for a copy of the bytes.
+
+    Args:
+        case: what to time.
+        repeats: rounds.
+        limit: seconds after which there are no more of them on a CPU, as `timing.rounds` takes it.
+        ceilings: the rates that results are shares of.
+    """
     variants = dict(case.variants)
     if case.size and not case.product:
         variants[COPY] = lambda _: rates.copy(case.size)
-    launched: set[str] = set()
-    if torch.get_default_device().type == "cuda":
+    launched, on_gpu = set(), torch.get_default_device().type == "cuda"
+    if on_gpu:
         count = int(min(64, max(2, ROTATED // case.size + 1))) if case.size and not case.before else 1
         seconds, launched = gpu_timing.rounds(variants, count, repeats, case.waits)
     else:
         before = case.before and {COPY: lambda: None, **case.before}
-        seconds = timing.rounds({name: make(0) for name, make in variants.items()}, repeats, before=before)
+        calls = {name: make(0) for name, make in variants.items()}
+        seconds = timing.rounds(calls, repeats, before=before, limit=limit)
     compared = timing.ratios(seconds, case.reference) if case.reference else {}
     copied = timing.ratios(seconds, COPY) if COPY in seconds else {}
     peak = ceilings.matmul.get(case.dtype) if case.product else None
     return [
         _row(case, name, Stats.of(its), compared.get(name), copied.get(name), peak)
-        | {"timed": "call" if not torch.cuda.is_available() else "launched" if name in launched else "graph"}
+        | {"timed": "call" if not on_gpu else "launched" if name in launched else "graph"}
         for name, its in seconds.items()
     ]
 

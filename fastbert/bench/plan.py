@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 
+from fastbert.backends.linear import bfloat16_products
 from fastbert.bench import peers, problems, products, step, tables
 from fastbert.bench.measure import Case, cases
 from fastbert.bench.problem import DTYPES, Problem
@@ -17,10 +18,10 @@ LENGTH, VOCABULARY, ROWS = "sequence length", "vocabulary", "rows of the table" 
 # in all and lengths; labels and vocabularies; columns, tokens and rows of a table.
 SHAPES = {
     "quick": {
-        "gelu": (512, 3072), "rows": (1024, 768), "cross_entropy": (64, 30522), "attention": [(8, 128, 0.1, True)],
-        "linear": [(256, 768, 3072)], "tables": [(30522, 128, 4096)], "step": ("tiny", 8, 64),
-        "lengths": (1024, [64, 128, 256, 512]), "vocabularies": (64, [1000, 4000, 16000]),
-        "rows of tables": (32, 2048, [10_000, 100_000]),
+        "gelu": (256, 3072), "rows": (1024, 768), "cross_entropy": (32, 30522), "attention": [(8, 128, 0.1, True)],
+        "linear": [(128, 768, 3072)], "tables": [(30522, 64, 2048)], "step": ("tiny", 4, 64),
+        "lengths": (512, [64, 128, 256, 512]), "vocabularies": (32, [1000, 4000, 16000]),
+        "rows of tables": (32, 2048, [10_000, 30_000, 100_000]),
     },
     "cpu": {
         "gelu": (2048, 3072), "rows": (4096, 768), "cross_entropy": (320, 30522),
@@ -41,6 +42,7 @@ SHAPES = {
 }  # fmt: skip
 
 
+NARROW = "bfloat16", "float16"
 Plan = list[tuple[str, Callable[[], list[Case]]]]
 
 
@@ -53,21 +55,31 @@ def plan(config: BenchConfig, among: Collection[str], missing: dict[str, str]) -
         missing: gets a line for each peer that turns out not to run.
     """
     shapes = SHAPES["quick" if config.quick else config.device]
+    slow = NARROW if without_slow_products(config) else ()
     ways = [
         (op, partial(_alone, make, peers.COMPILED in among, missing))
         for name in config.dtype
         for op, make in _problems(shapes, DTYPES[name], among)
+        if op != "linear" or name not in slow
     ]
     ways += [
         (op, partial(_swept, make, axis, at, missing))
-        for name in config.dtype
+        for name in (config.dtype[:1] if config.quick else config.dtype)
         for op, make, axis, at in _sweeps(shapes, DTYPES[name], among)
     ]
     ways += [("lazy_adam", partial(tables.cases, *table, among)) for table in shapes["tables"]]
     width, tokens, rows = shapes["rows of tables"]
     ways += [("lazy_adam", partial(tables.cases, many, width, tokens, among, ROWS)) for many in rows]
-    ways += [("step", partial(step.cases, *shapes["step"], name, config.device, among)) for name in config.dtype]
+    for name in config.dtype:
+        if name not in slow:
+            ways.append(("step", partial(step.cases, *shapes["step"], name, config.device, among)))
     return [(op, make) for op, make in ways if not config.only or op in config.only]
+
+
+def without_slow_products(config: BenchConfig) -> bool:
+    """Whether a run is short and PyTorch's 16-bit products are loops that take minutes: then they are left out."""
+    narrow = any(name in NARROW for name in config.dtype)
+    return config.quick and narrow and config.device == "cpu" and not bfloat16_products
 
 
 def _problems(shapes: dict, dtype: torch.dtype, among: Collection[str]) -> Iterator[tuple[str, Callable[[], Problem]]]:

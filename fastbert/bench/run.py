@@ -14,7 +14,7 @@ from fastbert.allocator import keep_memory
 from fastbert.bench import peers, rates, report, results
 from fastbert.bench.machine import clock, machine
 from fastbert.bench.measure import Row, measure
-from fastbert.bench.plan import plan
+from fastbert.bench.plan import plan, without_slow_products
 from fastbert.bench.settings import BenchConfig
 from fastbert.version import __version__
 
@@ -44,7 +44,7 @@ def bench(config: BenchConfig) -> Path:
             for op, make in bar:
                 bar.set_description(op)
                 for case in make():
-                    rows += measure(case, config.rounds, ceilings)
+                    rows += measure(case, config.rounds, config.limit, ceilings)
                 text = results.csv_text([row | {"fastbert": __version__} for row in rows])
                 files.write(config.output, {TABLE: text.encode()})
         clocks.append(clock())
@@ -66,6 +66,10 @@ def _missing(config: BenchConfig) -> dict[str, str]:
     """Why peers do not take part."""
     why = {name: peers.why_not(name, config.device) for name in peers.PACKAGES}
     why[peers.COMPILED] = peers.why_not_compiled(config.compile and not config.quick)
+    if without_slow_products(config):
+        why["linear layers and steps in 16 bits"] = (
+            "this processor has no bfloat16 products, and PyTorch's own take minutes: left out by --quick"
+        )
     return {name: reason for name, reason in why.items() if reason}
 
 

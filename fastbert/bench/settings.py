@@ -24,9 +24,9 @@ class BenchConfig:
     dtype: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32", "bfloat16")
     """The dtypes to measure in; tables of embeddings are float32 always."""
     repeats: int | None = None
-    """Timed calls of every variant; 20 if not given, 7 with --quick."""
+    """Timed calls of every variant; 20 if not given, 7 with --quick. What takes seconds is called less often."""
     quick: bool = False
-    """Smaller shapes, fewer calls and no torch.compile: a minute."""
+    """Smaller shapes, fewer calls, sweeps in the first dtype alone and no torch.compile: a minute."""
     compile: bool = True
     """Measure torch.compile too, which takes seconds to compile for every case."""
     compare: Path | None = None
@@ -36,6 +36,11 @@ class BenchConfig:
     def rounds(self) -> int:
         """Timed calls of every variant."""
         return self.repeats or (7 if self.quick else 20)
+
+    @property
+    def limit(self) -> float:
+        """Seconds after which a case has no more calls than it needs."""
+        return 0.5 if self.quick else 30.0
 
     def check(self) -> None:
         """Raises ValueError or OSError where a setting does not hold."""

@@ -81,10 +81,10 @@ def models(config: ModelConfig, attention: str, device: str) -> tuple[PreTrainin
     import transformers
 
     kind = next(kind for kind in PRETRAINING.values() if kind.config_class is type(config))
-    ours = kind(config)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, torch.device("cpu"):  # and moved then, whatever the default is
+        ours = kind(config)
         ours.save_pretrained(folder)
         theirs = getattr(transformers, kind.__name__).from_pretrained(folder, attn_implementation=attention)
     return ours.to(device), theirs.to(device)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 Call = Callable[[], object]
+LEAST = 3  # rounds
 
 
 @dataclass(frozen=True)
@@ -27,21 +28,31 @@ class Stats:
 
 
 def rounds(
-    variants: Mapping[str, Call], repeats: int = 20, warmup: int = 3, before: Mapping[str, Call] | None = None
+    variants: Mapping[str, Call],
+    repeats: int = 20,
+    warmup: int = 3,
+    before: Mapping[str, Call] | None = None,
+    limit: float = float("inf"),
 ) -> dict[str, list[float]]:
     """Seconds of every variant's calls, by round.
 
     Every variant is first called `warmup` times. Then come `repeats` rounds of one call each, every round beginning
     with another variant, so that none always runs after the same one. `before`, by the same names, is called ahead of
-    each call and not timed.
+    each call and not timed. What is slow is called less often: warming up ends once a variant has taken a tenth of
+    `limit` seconds, and the rounds, of which there are LEAST at least, once they have taken all of it.
     """
     before = before or {name: lambda: None for name in variants}
     for name, call in variants.items():
+        start = time.perf_counter()
         for _ in range(warmup):
             before[name]()
             call()
-    names, seconds = list(variants), {name: [] for name in variants}
+            if time.perf_counter() - start > limit / 10:
+                break
+    names, seconds, begun = list(variants), {name: [] for name in variants}, time.perf_counter()
     for round_ in range(repeats):
+        if round_ >= LEAST and time.perf_counter() - begun > limit:
+            break
         shift = round_ % len(names)
         for name in names[shift:] + names[:shift]:
             before[name]()
