@@ -1,5 +1,8 @@
 """From a problem to rows of results: judged against float64 first, then timed, all variants in turn."""
 
+import dataclasses
+import itertools
+import statistics
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -95,63 +98,85 @@ def cases(problem: Problem, is_compiled: bool, missing: dict[str, str]) -> list[
     ]
 
 
-def measure(case: Case, repeats: int, limit: float, ceilings: rates.Rates) -> list[Row]:
-    """Times a case on torch's default device: one row a variant, and one for a copy of the bytes.
+class Taken:
+    """The times of a case, of all sittings.
 
-    Args:
-        case: what to time.
-        repeats: rounds.
-        limit: seconds after which there are no more of them on a CPU, as `timing.rounds` takes it.
-        ceilings: the rates that results are shares of.
+    A sitting makes the inputs anew and times some rounds. Sittings lie minutes apart, and what the machine does
+    meanwhile, and where in memory tensors come to lie, differs between them as it does between two runs.
     """
-    variants = dict(case.variants)
-    if case.size and not case.product:
-        variants[COPY] = lambda _: rates.copy(case.size)
-    launched, on_gpu = set(), torch.get_default_device().type == "cuda"
-    if on_gpu:
-        count = int(min(64, max(2, ROTATED // case.size + 1))) if case.size and not case.before else 1
-        seconds, launched = gpu_timing.rounds(variants, count, repeats, case.waits)
-    else:
-        before = case.before and {COPY: lambda: None, **case.before}
-        calls = {name: make(0) for name, make in variants.items()}
-        seconds = timing.rounds(calls, repeats, before=before, limit=limit)
-    compared = timing.ratios(seconds, case.reference) if case.reference else {}
-    copied = timing.ratios(seconds, COPY) if COPY in seconds else {}
-    peak = ceilings.matmul.get(case.dtype) if case.product else None
-    return [
-        _row(case, name, Stats.of(its), compared.get(name), copied.get(name), peak)
-        | {"timed": "call" if not on_gpu else "launched" if name in launched else "graph"}
-        for name, its in seconds.items()
-    ]
 
+    def __init__(self, case: Case):
+        self.case = dataclasses.replace(case, variants={}, before=None)  # they hold the inputs
+        self.sittings: list[dict[str, list[float]]] = []
+        self.launched: set[str] = set()
+        self.how = "graph" if torch.get_default_device().type == "cuda" else "call"
 
-def _row(case: Case, name: str, taken: Stats, ratio: Stats | None, of_copy: Stats | None, peak: Stats | None) -> Row:
-    verdict = case.verdicts.get(name, Verdict())
-    counted = case.flops if name != COPY else 0
-    return {
-        "op": case.op,
-        "case": case.shape,
-        "pass": case.direction,
-        "dtype": case.dtype,
-        "variant": name,
-        "p20_ms": _round(1e3 * taken.p20),
-        "median_ms": _round(1e3 * taken.median),
-        "p80_ms": _round(1e3 * taken.p80),
-        "reference": case.reference,
-        "ratio_p20": ratio and _round(ratio.p20),
-        "ratio": ratio and _round(ratio.median),
-        "ratio_p80": ratio and _round(ratio.p80),
-        "bytes": case.size or None,
-        "flops": counted or None,
-        "gb_per_s": _round(case.size / taken.median / 1e9) if case.size else None,
-        "share_of_copy": of_copy and _round(of_copy.median),
-        "tflop_per_s": _round(counted / taken.median / 1e12) if counted else None,
-        "share_of_matmul": _round(counted / taken.median / peak.median) if peak else None,
-        "error": verdict.error and float(f"{verdict.error:.2e}"),
-        "verified": "" if verdict.error is None else "no" if verdict.wrong else "yes",
-        "axis": case.axis,
-        "at": case.at or None,
-    }
+    def sit(self, case: Case, repeats: int, limit: float) -> None:
+        """One more sitting of the case on torch's default device, with a copy of its bytes among the variants.
+
+        Args:
+            case: the same again, with variants.
+            repeats: rounds.
+            limit: seconds after which there are no more of them on a CPU, as `timing.rounds` takes it.
+        """
+        variants = dict(case.variants)
+        if case.size and not case.product:
+            variants[COPY] = lambda _: rates.copy(case.size)
+        if self.how == "graph":
+            count = int(min(64, max(2, ROTATED // case.size + 1))) if case.size and not case.before else 1
+            seconds, launched = gpu_timing.rounds(variants, count, repeats, case.waits)
+            self.launched |= launched
+        else:
+            before = case.before and {COPY: lambda: None, **case.before}
+            calls = {name: make(0) for name, make in variants.items()}
+            seconds = timing.rounds(calls, repeats, warmup=2, before=before, limit=limit)
+        self.sittings.append(seconds)
+
+    def rows(self, ceilings: rates.Rates) -> list[Row]:
+        """One row a variant, and one for a copy of the bytes; `ceilings` are the rates that results are shares of."""
+        names = dict.fromkeys(name for sitting in self.sittings for name in sitting)
+        return [self._row(name, ceilings) for name in names]
+
+    def _row(self, name: str, ceilings: rates.Rates) -> Row:
+        case, verdict = self.case, self.case.verdicts.get(name, Verdict())
+        taken = Stats.of([second for sitting in self.sittings for second in sitting.get(name, [])])
+        ratios, copied = self._ratios(name, case.reference), self._ratios(name, COPY)
+        ratio = Stats.of(list(itertools.chain(*ratios))) if ratios else None
+        middles = [statistics.median(its) for its in ratios]
+        counted = case.flops if name != COPY else 0
+        peak = ceilings.matmul.get(case.dtype) if case.product else None
+        return {
+            "op": case.op,
+            "case": case.shape,
+            "pass": case.direction,
+            "dtype": case.dtype,
+            "variant": name,
+            "p20_ms": _round(1e3 * taken.p20),
+            "median_ms": _round(1e3 * taken.median),
+            "p80_ms": _round(1e3 * taken.p80),
+            "reference": case.reference,
+            "ratio_p20": ratio and _round(ratio.p20),
+            "ratio": ratio and _round(ratio.median),
+            "ratio_p80": ratio and _round(ratio.p80),
+            "ratio_least": _round(min(middles)) if middles else None,
+            "ratio_most": _round(max(middles)) if middles else None,
+            "bytes": case.size or None,
+            "flops": counted or None,
+            "gb_per_s": _round(case.size / taken.median / 1e9) if case.size else None,
+            "share_of_copy": _round(statistics.median(itertools.chain(*copied))) if copied else None,
+            "tflop_per_s": _round(counted / taken.median / 1e12) if counted else None,
+            "share_of_matmul": _round(counted / taken.median / peak.median) if peak else None,
+            "error": None if verdict.error is None else float(f"{verdict.error:.2e}"),
+            "verified": "" if verdict.error is None else "no" if verdict.wrong else "yes",
+            "axis": case.axis,
+            "at": case.at or None,
+            "timed": "launched" if name in self.launched else self.how,
+        }
+
+    def _ratios(self, name: str, reference: str) -> list[list[float]]:
+        """The reference's time over a variant's, by sitting and round; of the sittings that have both."""
+        both = [sitting for sitting in self.sittings if name in sitting and reference in sitting]
+        return [timing.ratios(sitting, reference)[name] for sitting in both]
 
 
 def _round(value: float) -> float:

@@ -13,9 +13,9 @@ from fastbert import files
 from fastbert.allocator import keep_memory
 from fastbert.bench import peers, rates, report, results
 from fastbert.bench.machine import clock, machine
-from fastbert.bench.measure import Row, measure
+from fastbert.bench.measure import Taken
 from fastbert.bench.plan import plan, without_slow_products
-from fastbert.bench.settings import BenchConfig
+from fastbert.bench.settings import SITTINGS, BenchConfig
 from fastbert.version import __version__
 
 TABLE, PAGE = "bench.csv", "bench.html"
@@ -35,18 +35,19 @@ def bench(config: BenchConfig) -> Path:
     among = {name for name in (*peers.PACKAGES, peers.COMPILED) if name not in missing}
     keep_memory()
     torch.manual_seed(0)
-    rows: list[Row] = []
+    taken: dict[tuple[str, ...], Taken] = {}
     with _on(config.device):
         clocks = [clock()]
         ceilings = rates.measure(config.dtype, *CEILINGS["quick" if config.quick else config.device])
         ways = plan(config, among, missing)
-        with tqdm(ways, unit="case", disable=None) as bar:
-            for op, make in bar:
-                bar.set_description(op)
+        for sitting in range(SITTINGS):
+            for _, make in tqdm(ways, f"sitting {sitting + 1} of {SITTINGS}", unit="op", disable=None):
                 for case in make():
-                    rows += measure(case, config.rounds, config.limit, ceilings)
-                text = results.csv_text([row | {"fastbert": __version__} for row in rows])
-                files.write(config.output, {TABLE: text.encode()})
+                    key = case.op, case.shape, case.dtype, case.direction, case.axis
+                    taken.setdefault(key, Taken(case)).sit(case, config.rounds, config.limit)
+            rows = [row for its in taken.values() for row in its.rows(ceilings)]
+            text = results.csv_text([row | {"fastbert": __version__} for row in rows])
+            files.write(config.output, {TABLE: text.encode()})
         clocks.append(clock())
         about = {**machine(), "fastbert": __version__, "clock before and after": " / ".join(clocks)}
     print(report.table(rows))

@@ -11,6 +11,9 @@ from fastbert.pretrain.settings import expect
 Op = Literal["gelu", "layer_norm", "dropout", "cross_entropy", "attention", "linear", "lazy_adam", "step"]
 
 
+SITTINGS = 5
+
+
 @dataclasses.dataclass(frozen=True)
 class BenchConfig:
     """Settings of `fastbert bench`; its --help shows them."""
@@ -24,7 +27,7 @@ class BenchConfig:
     dtype: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32", "bfloat16")
     """The dtypes to measure in; tables of embeddings are float32 always."""
     repeats: int | None = None
-    """Timed calls of every variant; 20 if not given, 7 with --quick. What takes seconds is called less often."""
+    """Timed calls of every variant, in five sittings; 20 if not given, 10 with --quick. What is slow is called less."""
     quick: bool = False
     """Smaller shapes, fewer calls, sweeps in the first dtype alone and no torch.compile: a minute."""
     compile: bool = True
@@ -34,13 +37,13 @@ class BenchConfig:
 
     @property
     def rounds(self) -> int:
-        """Timed calls of every variant."""
-        return self.repeats or (7 if self.quick else 20)
+        """Timed calls of every variant in a sitting."""
+        return -(-(self.repeats or (10 if self.quick else 20)) // SITTINGS)
 
     @property
     def limit(self) -> float:
-        """Seconds after which a case has no more calls than it needs."""
-        return 0.5 if self.quick else 30.0
+        """Seconds after which a case has no more calls in a sitting."""
+        return 0.1 if self.quick else 6.0
 
     def check(self) -> None:
         """Raises ValueError or OSError where a setting does not hold."""

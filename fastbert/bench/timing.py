@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 Call = Callable[[], object]
-LEAST = 3  # rounds
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ def rounds(
     Every variant is first called `warmup` times. Then come `repeats` rounds of one call each, every round beginning
     with another variant, so that none always runs after the same one. `before`, by the same names, is called ahead of
     each call and not timed. What is slow is called less often: warming up ends once a variant has taken a tenth of
-    `limit` seconds, and the rounds, of which there are LEAST at least, once they have taken all of it.
+    `limit` seconds, and the rounds once they have taken all of it.
     """
     before = before or {name: lambda: None for name in variants}
     for name, call in variants.items():
@@ -51,7 +50,7 @@ def rounds(
                 break
     names, seconds, begun = list(variants), {name: [] for name in variants}, time.perf_counter()
     for round_ in range(repeats):
-        if round_ >= LEAST and time.perf_counter() - begun > limit:
+        if round_ and time.perf_counter() - begun > limit:
             break
         shift = round_ % len(names)
         for name in names[shift:] + names[:shift]:
@@ -71,15 +70,13 @@ def interleaved(
     return {name: Stats.of(seconds) for name, seconds in rounds(variants, repeats, warmup, before).items()}
 
 
-def ratios(seconds: Mapping[str, Sequence[float]], reference: str) -> dict[str, Stats]:
+def ratios(seconds: Mapping[str, Sequence[float]], reference: str) -> dict[str, list[float]]:
     """The reference's time over each variant's in the same round: above 1 the variant is faster.
 
     Two calls of one round lie milliseconds apart, so that a clock that wanders from round to round cancels.
     """
     theirs = seconds[reference]
-    return {
-        name: Stats.of([its / own for its, own in zip(theirs, owns, strict=True)]) for name, owns in seconds.items()
-    }
+    return {name: [its / own for its, own in zip(theirs, owns, strict=True)] for name, owns in seconds.items()}
 
 
 def synchronize() -> None:
