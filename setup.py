@@ -264,7 +264,7 @@ setup(
     packages=[*find_packages(include=["fastbert", "fastbert.*"], exclude=["fastbert.kernels"]), "fastbert.kernels"],
     py_modules=["fastbert_main"],
     package_dir={"fastbert.kernels": "kernels"},
-    package_data={"fastbert": ["py.typed", "attention_page.html"]},
+    package_data={"fastbert": ["py.typed", "attention_page.html", "bench/report.html"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildKernels},
 )

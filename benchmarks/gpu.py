@@ -26,12 +26,12 @@ from pathlib import Path
 
 import torch
 import torch._functorch.config
-from gpu_timing import Call, measure, rate
 from timing import gpu, results_path, write_csv
 from torch import Tensor
 from torch.nn import functional as F
 
 import fastbert
+from fastbert.bench.gpu_timing import Call, measure, rate
 from fastbert.testing import assert_close
 
 EPS, P = 1e-12, 0.1

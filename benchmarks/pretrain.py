@@ -21,10 +21,7 @@ import os
 import resource
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -32,125 +29,16 @@ import torch
 import transformers
 from plain_bert import PlainStep
 from timing import Stats, interleaved, machine, results_path, write_csv
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 import fastbert
+from fastbert.bench.step import CLIP, LEARNING_RATE, WEIGHT_DECAY, Batch, make_batch, models, step, verify
 from fastbert.models.auto import PRETRAINING
 from fastbert.models.config import ModelConfig
 from fastbert.models.pretraining import PreTrainingModel
 from fastbert.models.working import WorkingCopy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-4, 0.01, 1.0
-
-
-@dataclass
-class Batch:
-    """The same tokens twice: padded for transformers, packed for us."""
-
-    padded: dict[str, Tensor]
-    packed: dict[str, Tensor | int]
-    tokens: int
-
-    def to(self, device: str) -> "Batch":
-        padded, packed = (
-            {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
-            for inputs in (self.padded, self.packed)
-        )
-        return Batch(padded, packed, self.tokens)
-
-
-def make_batch(
-    size: int,
-    seq_len: int,
-    vocab_size: int,
-    generator: torch.Generator,
-    shortest: int = 1,
-    sentence_label: str = "next_sentence_label",
-) -> Batch:
-    """Random words; 15 % of each sequence's tokens, one at least, are to be predicted."""
-    lengths = torch.linspace(shortest, seq_len, size).round().long()[torch.randperm(size, generator=generator)]
-    real = torch.arange(seq_len) < lengths[:, None]  # [B, S]
-    ids = torch.randint(1, vocab_size, real.shape, generator=generator) * real
-    types = (torch.arange(seq_len) >= lengths[:, None] // 2).long() * real
-    order = torch.rand(real.shape, generator=generator).masked_fill(~real, 2.0).argsort(1).argsort(1)
-    masked = order < (0.15 * lengths).round().clamp(min=1)[:, None]
-    of_pairs = torch.randint(2, (size,), generator=generator)
-    padded = {
-        "input_ids": ids,
-        "attention_mask": real.long(),
-        "token_type_ids": types,
-        "labels": torch.where(masked, ids, -100),
-        sentence_label: of_pairs,
-    }
-    packed = {
-        "input_ids": ids[real],
-        "token_type_ids": types[real],
-        "cu_seqlens": F.pad(lengths.cumsum(0), (1, 0)).int(),
-        "max_seqlen": int(lengths.max()),
-        "masked_positions": masked[real].nonzero().squeeze(1),
-        "labels": ids[masked],
-        sentence_label: of_pairs,
-    }
-    return Batch(padded, packed, int(lengths.sum()))
-
-
-def models(config: ModelConfig, attention: str, device: str) -> tuple[PreTrainingModel, nn.Module]:
-    """Ours and theirs with the same random weights."""
-    kind = next(kind for kind in PRETRAINING.values() if kind.config_class is type(config))
-    ours = kind(config)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder:
-        ours.save_pretrained(folder)
-        theirs = getattr(transformers, kind.__name__).from_pretrained(folder, attn_implementation=attention)
-    return ours.to(device), theirs.to(device)
-
-
-def verify(ours: nn.Module, theirs: nn.Module, batch: Batch, dtype: torch.dtype) -> None:
-    """Stops the benchmark where the two losses differ without dropout."""
-    allowed = 1e-4 if dtype == torch.float32 else 2e-2
-    device = next(ours.parameters()).device.type
-    with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
-        a = ours.eval()(**batch.packed).loss.item()
-        b = theirs.eval()(**batch.padded).loss.item()
-    if not abs(a - b) < allowed:
-        raise SystemExit(
-            f"{dtype}: our loss is {a:.6f} and theirs {b:.6f}, more than {allowed} apart: nothing is timed"
-        )
-    print(f"{dtype}: losses without dropout {a:.6f} (ours) and {b:.6f} (theirs)")
-
-
-def step(model: nn.Module, run: Callable, inputs: list[dict], dtype: torch.dtype, rows: str) -> Callable[[], None]:
-    """One training step per call, on the next batch in turn.
-
-    `rows` says the optimizer: "touched" or "all" is LazyAdam with these rows of the word embeddings, "" torch's AdamW.
-    """
-    lazy = fastbert.LazyAdam if rows else partial(torch.optim.AdamW, fused=True)
-    optimizer = lazy(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    device, taken = next(model.parameters()).device.type, 0
-
-    def call() -> None:
-        nonlocal taken
-        batch = inputs[taken % len(inputs)]
-        model.train()
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            loss = run(**batch).loss
-        loss.backward()
-        if rows:
-            touched = torch.cat([batch["input_ids"], batch["labels"]]) if rows == "touched" else None
-            named = None if touched is None else {model.word_embeddings: touched}
-            _, factor = optimizer.clip_factor(CLIP, rows=named)
-            optimizer.step(rows=named, grad_factor=factor)
-        else:
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            optimizer.step()
-        optimizer.zero_grad()
-        taken += 1
-
-    call.optimizer = optimizer
-    return call
 
 
 def on_cpu(inputs: dict) -> dict:
@@ -220,7 +108,8 @@ def variants(batches: dict[str, list[Batch]], dtype: torch.dtype, options: argpa
         kind = "bert" if name == ANOTHER else options.model
         padded, packed = [batch.padded for batch in batches[kind]], [batch.packed for batch in batches[kind]]
         ours, theirs = models(configuration(kind, options), options.attention, options.device)
-        verify(ours, theirs, batches[kind][0], dtype)
+        a, b = verify(ours, theirs, batches[kind][0], dtype)
+        print(f"{dtype}: losses without dropout {a:.6f} (ours) and {b:.6f} (theirs)")
         if name in CAPTURED:
             if dtype == torch.bfloat16:
                 chosen[name] = captured_step(name, ours, [on_cpu(batch) for batch in packed])

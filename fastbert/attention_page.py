@@ -2,7 +2,6 @@
 
 import base64
 import dataclasses
-import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from fastbert.data.tokenizer import load_tokenizer
 from fastbert.models.auto import ENCODERS, class_of
 from fastbert.models.encoder import Encoder
 from fastbert.models.layers import MultiHeadAttention
+from fastbert.page import with_data
 from fastbert.pretrain.settings import expect
 
 LONGEST = 128  # tokens; a page of more is large, and too fine to be read
@@ -124,8 +124,7 @@ def page(found: Tensor, tokens: Sequence[str], type_ids: Sequence[int], model: s
         "second": next((place for place, kind in enumerate(type_ids) if kind), 0),
         "probabilities": base64.b64encode(packed).decode(),
     }  # fmt: skip
-    text = json.dumps(data).replace("<", "\\u003c")  # a text may hold "</script>"
-    return TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", text)
+    return with_data(TEMPLATE, data)
 
 
 def draw(found: Tensor, tokens: Sequence[str], path: Path) -> None:

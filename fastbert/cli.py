@@ -24,6 +24,7 @@ USAGE = """usage: fastbert COMMAND
   embed       vectors of texts or of their tokens by any such model, to .npy or .safetensors
   fill        the likeliest words for the [MASK]s of a text by any such model
   attention   who looks at whom in a sentence, by layer and head, as a page for the browser and a PNG
+  bench       every op and a training step, verified and timed beside torch's and others', as a table and a page
   --version   the version of this package"""
 
 TRAININGS = "pretrain", "finetune", "distill"
@@ -66,9 +67,8 @@ def run(command: str, arguments: list[str]) -> None:
         from fastbert.backends import info, linear
 
         print(info(), linear.info(), waiting(), sep="\n")
-    elif command in ("prepare", "predict", "embed", "fill", "attention"):
-        commands = {"prepare": prepare, "predict": predict, "embed": embed, "fill": fill, "attention": attention}
-        commands[command](arguments)
+    elif command in COMMANDS:
+        COMMANDS[command](arguments)
     elif command in TRAININGS:
         sys.exit({"pretrain": pretrain, "finetune": finetune, "distill": distill}[command](arguments))
     elif command in ("-h", "--help") or arguments in (["-h"], ["--help"]):
@@ -255,6 +255,16 @@ def attention(arguments: list[str]) -> None:
     run_attention(_parse(AttentionConfig, "attention", "Show the attention of a sentence in a model.", arguments))
 
 
+def bench(arguments: list[str]) -> None:
+    """`fastbert bench`."""
+    _expect_packages("measuring needs")
+    from fastbert.bench.run import bench as run_bench
+    from fastbert.bench.settings import BenchConfig
+
+    described = "Verify every op and a training step, and time them beside torch's and what else is installed."
+    run_bench(_parse(BenchConfig, "bench", described, arguments))
+
+
 def _expect_packages(what: str, *more: str) -> None:
     if why := extras.missing(what, "numpy", "tokenizers", "safetensors", "tyro", "tqdm", *more):
         raise ImportError(why)
@@ -276,3 +286,8 @@ def check_unchanged(stored: Any, given: Any) -> None:
             + ", ".join(f"{name} was {was}, now {now[name]}" for name, was in changed.items())
             + ": leave them out, or start a new run in another --output"
         )
+
+
+COMMANDS = {
+    "prepare": prepare, "predict": predict, "embed": embed, "fill": fill, "attention": attention, "bench": bench,
+}  # fmt: skip

@@ -23,6 +23,7 @@ ROOMS = {
     "ground": {
         "version",
         "files",
+        "page",
         "extras",
         "counter_random",
         "signals",
@@ -40,7 +41,7 @@ ROOMS = {
     "optim": {"optim"},
     "models": {"models", "patching"},  # patching: models that transformers wired, over the same ops
     "data": {"data"},
-    "programs": {"pretrain", "prepare", "finetune", "distill", "embed", "fill", "attention_page"},
+    "programs": {"pretrain", "prepare", "finetune", "distill", "embed", "fill", "attention_page", "bench"},
     "top": {"cli", "bert", "__init__", "__main__"},
 }
 ROOM = {name: room for room, names in ROOMS.items() for name in names}

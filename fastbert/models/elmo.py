@@ -71,6 +71,7 @@ class ElmoConfig:
     first_position: ClassVar[int] = 0
     is_decoder: ClassVar[bool] = True
     norm: ClassVar[str] = "layer"
+    attention_kind: ClassVar[str] = "soft"  # it has none
     attention_window: ClassVar[None] = None
 
     def __post_init__(self):

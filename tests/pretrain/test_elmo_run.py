@@ -101,7 +101,7 @@ def test_what_does_not_hold_is_refused(elmo, capsys, monkeypatch, tmp_path):
         return bad(capsys, monkeypatch, *start, *arguments)
 
     assert "objective must be bilm for model elmo, got 'mlm'" in said("--model", "elmo", "--objective", "mlm")
-    assert "objective must be another for model bert, bilm is ELMo's" in said("--objective", "bilm")
+    assert "mlm+sop, clm for model bert, got 'bilm'" in said("--objective", "bilm")
     assert "sampled must be left out but for model elmo, got 8" in said("--sampled", 8)
     assert "masking must be left out with model elmo" in said("--model", "elmo", "--masking", "word")
     assert "bf16 must be left out with model elmo" in said("--model", "elmo", "--bf16")
