@@ -204,7 +204,7 @@ class _Call:
         query_ranks: Tensor | None, key_ranks: Tensor | None,
     ):  # fmt: skip
         if query_ranks is not None:
-            raise ValueError("these kernels have no ranks: the backend reference has them")
+            raise ValueError("these kernels have no ranks: the backends reference and cpu have them")
         q, k, v = heads_together(q), heads_together(k), heads_together(v)
         tokens, self.heads, head_size = q.shape
         self.sequences, self.longest = sizes(tokens, cu_seqlens, max_seqlen)

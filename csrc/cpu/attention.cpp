@@ -55,7 +55,7 @@ struct ForwardTask {
   float* out;            // [kRun, columns]: of the keys so far,
   float *highest, *sum;  // [kRun]: and the running maximum and sum of their softmax
   float* scores;         // [kQueries, kRow]: q k^T, then drop(P) times sum
-  GlobalTokens<kKeys> globals;
+  TokenMask<kKeys> mask;
   int64_t packed;  // the first key of those that are
   WeightDropout<kKeys>& dropout;
   Ahead& ahead;
@@ -64,7 +64,7 @@ struct ForwardTask {
       : p(p),
         task(task),
         sizes(p.head_size),
-        globals(p, task.sequence),
+        mask(p, task.sequence),
         packed(-1),
         dropout(dropout),
         ahead(ahead) {
@@ -83,16 +83,16 @@ struct ForwardTask {
 
   void run() {
     pack_queries();
-    const int64_t first_seen = globals.are_given() ? 0 : max(0, task.query - p.window_left);
+    const int64_t first_seen = mask.is_given() ? 0 : max(0, task.query - p.window_left);
     const int64_t last_query = task.query + task.queries - 1;
     const int64_t last_seen =
-        globals.are_given() ? task.keys - 1 : min(task.keys - 1, last_query + p.window_right);
+        mask.is_given() ? task.keys - 1 : min(task.keys - 1, last_query + p.window_right);
     for (int64_t key = first_seen / kKeys * kKeys; key <= last_seen; key += kKeys) {
       const int64_t keys = min(kKeys, task.keys - key);
-      globals.at(key, keys);
+      mask.at(key, keys);
       for (int64_t i = 0; i < task.queries; i += kQueries) {
         const Block block =
-            globals.visible_part(p, {task.query + i, min(kQueries, task.queries - i), key, keys});
+            mask.visible_part(p, {task.query + i, min(kQueries, task.queries - i), key, keys});
         if (block.queries == 0) continue;
         if (packed != key) pack_keys(key, keys);
         attend(block);
@@ -105,7 +105,7 @@ struct ForwardTask {
     pack_rows<Words>(row_at<T>(p, task, p.q, p.q_stride, task.query), p.q_stride, task.queries,
                      sizes.head_size, q, sizes.width);
     for (int64_t i = 0; i < task.queries; ++i) highest[i] = -__builtin_inff(), sum[i] = 0.f;
-    if (globals.are_given()) memset(out, 0, task.queries * sizes.columns * sizeof(float));
+    if (mask.is_given()) memset(out, 0, task.queries * sizes.columns * sizeof(float));
   }
 
   void pack_keys(int64_t key, int64_t keys) {
@@ -125,7 +125,7 @@ struct ForwardTask {
                     ahead);
     softmax_rows(block);
     const bool add =  // to earlier keys'
-        globals.are_given() || block.key > max(0, block.query - p.window_left) / kKeys * kKeys;
+        mask.is_given() || block.key > max(0, block.query - p.window_left) / kKeys * kKeys;
     multiply<Words>(block.queries, sizes.columns, ceil_div(block.keys, Words::kDepth),
                     {reinterpret_cast<uint32_t*>(scores), kRow, 1},
                     {v + j0 / Words::kDepth * sizes.columns, sizes.columns},
@@ -139,7 +139,7 @@ struct ForwardTask {
       const int64_t query = block.query + i, place = query - task.query;
       if (p.t && i % kDrawn == 0) draw(dropout, p, task, query, j0, block.keys);
       const float shrink =
-          softmax_block<Words>(p, scores + i * kRow, globals.visible(p, block, query), padded,
+          softmax_block<Words>(p, scores + i * kRow, mask.visible(p, block, query), padded,
                                p.t ? dropout.kept(i % kDrawn, j0) : nullptr, highest + place, sum + place);
       if (shrink == 1.f) continue;
       float* earlier = out + place * sizes.columns;
@@ -204,7 +204,7 @@ struct BackwardTask {
   // Of a block of queries and keys.
   float *scores, *products;     // [kBackwardQueries, kRow]: q k^T and dout v^T, then drop(P) and dS
   uint32_t *weights, *dscores;  // [kBackwardQueries / words' depth, kRow]: these, to be summed over queries
-  GlobalTokens<kBackwardKeys> globals;
+  TokenMask<kBackwardKeys> mask;
   int64_t packed;  // the first key of those that are
   WeightDropout<kBackwardKeys>& dropout;
   Ahead& ahead;
@@ -214,9 +214,9 @@ struct BackwardTask {
       : p(p),
         task(task),
         sizes(p.head_size),
-        some_masked(min(p.window_left, p.window_right) < length_of(p, task.sequence) - 1),
+        some_masked(p.query_ranks || min(p.window_left, p.window_right) < length_of(p, task.sequence) - 1),
         span(task.query),
-        globals(p, task.sequence),
+        mask(p, task.sequence),
         packed(task.key),
         dropout(dropout),
         ahead(ahead) {
@@ -263,7 +263,7 @@ struct BackwardTask {
     const T* k_rows = row_at<T>(p, task, p.k, p.k_stride, key);
     const T* v_rows = row_at<T>(p, task, p.v, p.v_stride, key);
     packed = key;
-    globals.at(key, keys);
+    mask.at(key, keys);
     if (p.t) dropout.at(static_cast<uint32_t>(key / kCounterKeys), keys, static_cast<uint32_t>(task.head));
     pack_columns<Words>(k_rows, p.k_stride, keys, sizes.head_size, k_columns, kRow, sizes.width, part);
     pack_columns<Words>(v_rows, p.v_stride, keys, sizes.head_size, v_columns, kRow, sizes.width, part);
@@ -298,7 +298,7 @@ struct BackwardTask {
 
   // What the block adds to dq, dk and dv.
   void add_block(const Block& whole) {
-    const Block block = globals.visible_part(p, whole);
+    const Block block = mask.visible_part(p, whole);
     if (block.queries == 0) return;
     multiply_scores(block);
     softmax_gradients(block);
@@ -332,7 +332,7 @@ struct BackwardTask {
     const int64_t query = block.query + i, place = query - span;
     const bool sees = i < block.queries && lse[place] != -__builtin_inff();
     return {
-        scores + i * kRow, products + i * kRow, sees ? globals.visible(p, block, query) : Visible{0, -1},
+        scores + i * kRow, products + i * kRow, sees ? mask.visible(p, block, query) : Visible{0, -1},
         lse[place],        delta[place],        p.t ? dropout.kept(i % kDrawn, block.key - packed) : nullptr};
   }
 

@@ -83,8 +83,10 @@ struct Query {
 template <typename Words>
 FASTBERT_INLINE void gradients(const Attention& p, const Query (&queries)[2], int64_t width,
                                uint32_t* weights, uint32_t* dscores) {
-  const Visible both = {max(queries[0].visible.first, queries[1].visible.first),
-                        min(queries[0].visible.last, queries[1].visible.last)};
+  const Visible both = {
+      max(queries[0].visible.first, queries[1].visible.first),
+      min(queries[0].visible.last, queries[1].visible.last), nullptr,
+      queries[0].visible.key_ranks ? queries[0].visible.key_ranks : queries[1].visible.key_ranks};
   const Query a = queries[0], b = queries[1];
   const float scale = p.scale;  // stores could alias what stands in p
   over_keys(both, width, [&](int64_t j, auto seen, int) FASTBERT_LAMBDA {

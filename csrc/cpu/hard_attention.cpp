@@ -39,13 +39,13 @@ constexpr float kInfinity = __builtin_inff();
 
 // Products of queries and keys become scores, in rows `row` apart: -inf where a key is not visible.
 FASTBERT_INLINE void finish_scores(const Attention& p, const Task& task, const Block& block,
-                                   const GlobalTokens<kKeys>& globals, GumbelNoise<kKeys>& noise,
-                                   float* scores, int64_t row) {
+                                   const TokenMask<kKeys>& mask, GumbelNoise<kKeys>& noise, float* scores,
+                                   int64_t row) {
   const int64_t padded = round_up(block.keys, kLanes);
   const float scale = p.scale;  // stores could alias what stands in p
   for (int64_t i = 0; i < block.queries; ++i, scores += row) {
     const int64_t query = block.query + i;
-    const Visible visible = globals.visible(p, block, query);
+    const Visible visible = mask.visible(p, block, query);
     const bool noisy = noise.is_given();
     if (noisy) noise.draw(p.cu_seqlens[task.sequence] + query, task.head, block.key, padded);
     over_keys(visible, padded, [&](int64_t j, auto seen, int) FASTBERT_LAMBDA {
@@ -111,7 +111,7 @@ void forward_task(const HardAttentionForward& p, const Task& task, const Task*) 
   uint32_t* q = scratch.words(kRun * sizes.width);
   float* scores = scratch.floats(kQueries * kRow);
   Choice* choices = reinterpret_cast<Choice*>(scratch.words(kRun * 3));
-  GlobalTokens<kKeys> globals(p, task.sequence);
+  TokenMask<kKeys> mask(p, task.sequence);
   GumbelNoise<kKeys> noise(p.seed);
   Ahead nothing;
 
@@ -121,10 +121,9 @@ void forward_task(const HardAttentionForward& p, const Task& task, const Task*) 
   for (int64_t key = 0; key < task.keys; key += kKeys) {
     const int64_t keys = min(kKeys, task.keys - key);
     bool packed = false;
-    globals.at(key, keys);
+    mask.at(key, keys);
     for (int64_t i = 0; i < task.queries; i += kQueries) {
-      const Block block =
-          globals.visible_part(p, {task.query + i, min(kQueries, task.queries - i), key, keys});
+      const Block block = mask.visible_part(p, {task.query + i, min(kQueries, task.queries - i), key, keys});
       if (block.queries == 0) continue;
       if (!packed)
         pack_columns<Floats>(row_at<T>(p, task, p.k, p.k_stride, key), p.k_stride, keys, p.head_size,
@@ -133,7 +132,7 @@ void forward_task(const HardAttentionForward& p, const Task& task, const Task*) 
       const int64_t first = block.query - task.query, width = round_up(block.keys, kLanes);
       multiply<Floats>(block.queries, width, sizes.depth, {q + first * sizes.width, sizes.width, 1},
                        {k_columns + block.key - key, kRow}, {scores, kRow}, false, nothing);
-      finish_scores(p, task, block, globals, noise, scores, kRow);
+      finish_scores(p, task, block, mask, noise, scores, kRow);
       for (int64_t r = 0; r < block.queries; ++r)
         choices[first + r].add(scores + r * kRow, width, block.key, inverse);
     }
@@ -173,7 +172,7 @@ struct BackwardTask {
   uint32_t *q, *dout;        // [kBackwardQueries, width]
   float* dq;                 // [kBackwardQueries, columns]
   float *scores, *products;  // [kBackwardQueries, row]: q k^T and dout v^T, then P and dS
-  GlobalTokens<kKeys> globals;
+  TokenMask<kKeys> mask;
   GumbelNoise<kKeys> noise;
   Ahead nothing;
 
@@ -183,7 +182,7 @@ struct BackwardTask {
         sizes(p.head_size),
         row(row_of(task.keys)),
         inverse(1.f / p.temperature),
-        globals(p, task.sequence),
+        mask(p, task.sequence),
         noise(p.seed) {
     const int64_t columns = sizes.columns, width = sizes.width;
     Scratch scratch(width * (2 * row + kLanes + 2 * kBackwardQueries) + 3 * task.keys * columns +
@@ -230,7 +229,7 @@ struct BackwardTask {
 
   // All keys that some of the queries see, or more.
   FASTBERT_MEMBER Block keys_of(int64_t query, int64_t queries) const {
-    if (globals.are_given()) return {query, queries, 0, task.keys};
+    if (mask.is_given()) return {query, queries, 0, task.keys};
     const int64_t first = max(0, query - p.window_left) / kFirstKeys * kFirstKeys;
     const int64_t end = min(task.keys, query + queries + p.window_right);
     return {query, queries, first, max(0, end - first)};
@@ -244,8 +243,8 @@ struct BackwardTask {
                      {products, row}, false, nothing);
     for (int64_t done = 0; done < block.keys; done += kKeys) {
       const Block part = {block.query, block.queries, block.key + done, min(kKeys, block.keys - done)};
-      globals.at(part.key, part.keys);
-      finish_scores(p, task, part, globals, noise, scores + done, row);
+      mask.at(part.key, part.keys);
+      finish_scores(p, task, part, mask, noise, scores + done, row);
     }
     for (int64_t i = 0; i < block.queries; ++i) add_query(block, i, width);
     uint32_t* dscores = reinterpret_cast<uint32_t*>(products);

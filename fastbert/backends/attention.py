@@ -50,14 +50,15 @@ def shared(
     """What both directions take, in the order of the struct `Attention`."""
     if global_tokens is not None and not q.is_cpu:
         raise ValueError("the CUDA kernels have no global tokens: the backends reference and cpu have them")
-    if query_ranks is not None:
-        raise ValueError("these kernels have no ranks: the backend reference has them")
+    if query_ranks is not None and not q.is_cpu:
+        raise ValueError("the CUDA kernels have no ranks: the backends reference and cpu have them")
     tokens, heads, head_size = q.shape
     left, right = (NO_LIMIT, NO_LIMIT) if window is None else window
     return (
         q.data_ptr(), k.data_ptr(), v.data_ptr(), cu_seqlens.data_ptr(), max_seqlen, scale, t, address(seed),
-        left, min(right, 0) if causal else right, address(global_tokens), q.stride(0), k.stride(0), v.stride(0),
-        tokens, cu_seqlens.numel() - 1, heads, head_size, DTYPES[q.dtype], launch,
+        left, min(right, 0) if causal else right, address(global_tokens), address(query_ranks),
+        address(key_ranks), q.stride(0), k.stride(0), v.stride(0), tokens, cu_seqlens.numel() - 1, heads, head_size,
+        DTYPES[q.dtype], launch,
     )  # fmt: skip
 
 

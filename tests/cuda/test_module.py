@@ -206,7 +206,7 @@ def test_the_contract_is_read_from_its_header():
     # the base's come first
     assert [field.name for field in backward[:5]] == ["q", "k", "v", "cu_seqlens", "max_seqlen"]
     pointers = {field.name: field.use for field in backward if field.is_pointer}
-    taken = ["q", "k", "v", "cu_seqlens", "seed", "global_tokens", "dout", "out", "lse"]
+    taken = ["q", "k", "v", "cu_seqlens", "seed", "global_tokens", "query_ranks", "key_ranks", "dout", "out", "lse"]
     assert list(pointers) == [*taken, "dqkv", "scratch"]
     assert [name for name, use in pointers.items() if use is not None] == ["dqkv", "scratch"]
     step = {field.name: field.use for field in emulated_backend.contract()["lazy_adam_step"] if field.is_pointer}

@@ -13,9 +13,6 @@ from fastbert import AutoModel, XLNetConfig, XLNetLMHeadModel, XLNetModel
 from fastbert.models.relative import Relative, RelativeAttention, widened
 from fastbert.models.two_streams import UNSEEN, ranks_of
 
-# Where kernels have no ranks the twin runs, and says so once.
-pytestmark = pytest.mark.filterwarnings("ignore:attention runs in plain PyTorch")
-
 B, S, P, V = 3, 12, 4, 50
 CONFIG = XLNetConfig(
     vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,

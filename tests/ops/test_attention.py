@@ -269,13 +269,18 @@ def test_global_tokens_by_hand(kernels):
     torch.testing.assert_close(out.flatten(), torch.tensor([6.0, 7.5, 6.0, 5.0]))
 
 
-def test_global_tokens_with_any_threads(kernels):
+@pytest.mark.parametrize("mask", ["global tokens", "ranks"])
+def test_masks_by_token_with_any_threads(kernels, mask):
     """Their blocks are summed in one order, however the queries and keys are cut into tasks."""
     qkv, cu_seqlens = pack([600, 2200], 1, 16, torch.bfloat16)
     chosen = torch.zeros(2800, dtype=torch.bool)
     chosen[[0, 77, 600, 1900, 2799]] = True
-    dout, options = torch.randn(2800, 1, 16), {"dropout_p": 0.1, "seed": SEED, "window": (9, 30)}
-    function = lambda x: fastbert.attention_qkv(x, cu_seqlens, 2200, global_tokens=chosen, **options)  # noqa: E731
+    masks = {
+        "global tokens": {"window": (9, 30), "global_tokens": chosen},
+        "ranks": {"ranks": ranks_of("whole blocks unseen and seen", [600, 2200])},
+    }
+    dout, options = torch.randn(2800, 1, 16), {"dropout_p": 0.1, "seed": SEED, **masks[mask]}
+    function = lambda x: fastbert.attention_qkv(x, cu_seqlens, 2200, **options)  # noqa: E731
     assert_same_for_threads(lambda: run(function, (qkv,), dout), (1, 16))
 
 

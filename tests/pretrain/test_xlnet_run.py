@@ -16,10 +16,6 @@ from fastbert.pretrain import run, step
 from fastbert.pretrain.loop import pretrain
 from fastbert.pretrain.report import read_metrics
 
-# Where kernels have no ranks the twin runs, and says so once.
-pytestmark = pytest.mark.filterwarnings("ignore:attention runs in plain PyTorch")
-
-
 LETTERS = [letter * 4 for letter in "abcdefghijklmnopqrstuvwx"]
 
 
