@@ -62,7 +62,8 @@ class EmbedConfig:
     def check(self) -> None:
         """Raises ValueError where a setting does not hold."""
         expect(self.vectors in get_args(Vectors), "vectors", f"one of {', '.join(get_args(Vectors))}", self.vectors)
-        expect(self.output.suffix in SUFFIXES, "output", f"a file that ends in {' or '.join(SUFFIXES)}", self.output)
+        ending = f"a file that ends in {' or '.join(SUFFIXES)}"
+        expect(self.output.suffix in SUFFIXES, "output", ending, str(self.output))
         if self.vectors == "tokens" and self.output.suffix == ".npy":
             raise ValueError("texts have different numbers of tokens, which .npy has no form for: write .safetensors")
         if not self.output.absolute().parent.is_dir():

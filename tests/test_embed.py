@@ -94,7 +94,8 @@ def test_bad_input_gets_a_sentence_and_nothing_is_written(folder, tmp_path, monk
 
     assert "layers must lie from -5 to 4, as the model has 4, got 7" in said("--layers", -1, 7)
     assert "which .npy has no form for: write .safetensors" in said("--vectors", "tokens")
-    assert "output must be a file that ends in .npy or .safetensors" in said(output=tmp_path / "x.txt")
+    wrong = tmp_path / "x.txt"
+    assert f"output must be a file that ends in .npy or .safetensors, got '{wrong}'" in said(output=wrong)
     assert "the folder of" in said(output=tmp_path / "nowhere" / "x.npy")
     assert "missing.txt does not exist" in said(file=tmp_path / "missing.txt")
     assert "is a folder: give one file" in said(file=tmp_path)
