@@ -108,7 +108,7 @@ def prepare(config: PrepareConfig) -> Path:
     train, held_out = open_stores(config.output)
     shards = len(read_index(config.output)["shards"])
     print(
-        f"{config.output}: {shards} shards, {len(train.tokens):,} tokens in {len(train.documents) - 1:,} documents to "
+        f"{config.output}: {shards} shard{'s' * (shards != 1)}, {len(train.tokens):,} tokens in {len(train.documents) - 1:,} documents to "
         f"train on, {len(held_out.tokens):,} in {len(held_out.documents) - 1:,} held out\ntrain from it with: fastbert "
         f"pretrain --store {config.output} --output RUN"
     )

@@ -32,7 +32,7 @@ from fastbert.data import workers
 from fastbert.data.corpus import Piece, Reading, piece_documents
 from fastbert.data.pieces import cut, in_shards, shard_size
 from fastbert.data.sources import find_files
-from fastbert.data.store import META, TokenStore
+from fastbert.data.store import META, REWRITE, TokenStore
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer
 from fastbert.data.words import Words
 from fastbert.data.writer import (
@@ -171,12 +171,11 @@ def open_stores(folder: Path, shards: int | None = None, verify: bool = False) -
             for side, stores, expected in zip(SIDES, sides, prints, strict=True):
                 stores.append(TokenStore.open(folder / name / side, verify))
                 if stores[-1].fingerprint != expected:
-                    raise ValueError(f"{folder / name / side} is another shard than the store was written with")
+                    raise ValueError(
+                        f"{folder / name / side} is another shard than the store was written with: {REWRITE}"
+                    )
     except (ValueError, FileNotFoundError) as error:
-        raise ValueError(
-            f"{folder} is not as it was written: {error}. Put back what is missing or changed from where it is whole, "
-            "or delete the folder and prepare the store again"
-        ) from error
+        raise ValueError(f"{folder} is not as it was written: {error}") from error
     per_side = counts.reshape(2, -1) if shards in (None, len(index["shards"])) else (None, None)
     train, held_out = (
         TokenStore.join(folder / side, stores, (_open_side, (folder, number, shards)), each)

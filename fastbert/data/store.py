@@ -29,7 +29,8 @@ FORMAT = 1
 FILES = ("tokens.bin", "sentences.bin", "documents.bin")
 META = "meta.json"
 PIECE = 1 << 22  # tokens, or bytes, looked at together
-_REWRITE = "delete the folder and write the store again"
+_AGAIN = "delete the folder and prepare the text again"
+REWRITE = f"put back what is missing or damaged, or {_AGAIN}"
 
 
 class Joined:
@@ -140,7 +141,7 @@ class TokenStore:
         folder = Path(folder)
         file = folder / META
         if not file.is_file():
-            raise FileNotFoundError(f"{folder} holds no token store ({META} is missing): write one with write_store")
+            raise FileNotFoundError(f"{folder} holds no token store ({META} is missing): {REWRITE}")
         try:
             meta = json.loads(file.read_text(encoding="utf-8"))
             version, vocab_size, tokenizer = meta["format"], meta["vocab_size"], meta["tokenizer"]
@@ -149,18 +150,18 @@ class TokenStore:
             types = np.dtype(meta["dtype"]), np.dtype(np.int64), np.dtype(np.int64)
             checksums = [meta["crc32"][name] for name in FILES]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is damaged ({error!r}): {_REWRITE}") from error
+            raise ValueError(f"{file} is damaged ({error!r}): {REWRITE}") from error
         if version != FORMAT:
-            raise ValueError(f"{file} says format {version}, this version reads format {FORMAT}: {_REWRITE}")
+            raise ValueError(f"{file} says format {version}, this version reads format {FORMAT}: {_AGAIN}")
         arrays = []
         for name, length, dtype, checksum in zip(FILES, counts, types, checksums, strict=True):
             file = folder / name
             size = file.stat().st_size if file.is_file() else 0
             if size != length * dtype.itemsize:
-                raise ValueError(f"{file} has {size:,} bytes, expected {length * dtype.itemsize:,}: {_REWRITE}")
+                raise ValueError(f"{file} has {size:,} bytes, expected {length * dtype.itemsize:,}: {REWRITE}")
             array = np.memmap(file, dtype, mode="r").view(np.ndarray) if length else np.empty(0, dtype)
             if verify and _crc32(array) != checksum:
-                raise ValueError(f"{file} is damaged, its checksum differs from the one in {META}: {_REWRITE}")
+                raise ValueError(f"{file} is damaged, its checksum differs from the one in {META}: {REWRITE}")
             arrays.append(array)
         content = json.dumps([vocab_size, tokenizer, counts, types[0].name, checksums, *([words] if words else [])])
         digest = hashlib.sha256(content.encode()).hexdigest()
@@ -223,7 +224,7 @@ class TokenStore:
         if fingerprint(tokenizer) != self.tokenizer:
             raise ValueError(
                 f"the token store {self.folder} is of another tokenizer ({self.vocab_size} entries, this one "
-                f"has {tokenizer.get_vocab_size()}): use that one, or {_REWRITE}"
+                f"has {tokenizer.get_vocab_size()}): use that one, or {_AGAIN}"
             )
 
     def check_words(self, words: Words | None) -> None:
@@ -231,7 +232,7 @@ class TokenStore:
         if self.words != (None if words is None else words.meta()):
             raise ValueError(
                 f"the token store {self.folder} was written with other words (--words, --dictionary) than these: use "
-                f"those, or {_REWRITE}"
+                f"those, or {_AGAIN}"
             )
 
 

@@ -335,7 +335,7 @@ class _Writer:
     def _writing(self, name: str) -> AbstractContextManager[None]:
         return files.naming(
             self.folder / name,
-            "nothing is left of the token store, which takes about half the space of its text",
+            "a token store takes about half the space of its text: make room and run the same command again",
         )
 
 

@@ -91,7 +91,7 @@ class BertModel(Encoder):
 class BertForPreTraining(PreTrainingModel):
     """BERT with its two pretraining heads: masked words (decoder tied to the word embedding) and next sentence."""
 
-    encoder_class, sentence_label = BertModel, "next_sentence_label"
+    encoder_class, sentence_label, causal_name = BertModel, "next_sentence_label", "BertLMHeadModel"
     config_class, names = BertConfig, parameter_names.BERT
 
     def __init__(self, config: BertConfig):

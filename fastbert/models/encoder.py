@@ -150,6 +150,7 @@ class PreTrainedModel(nn.Module):
 
     config_class: ClassVar[type[ModelConfig]]
     names: ClassVar[Names]
+    causal_name: ClassVar[str | None] = None  # the class of transformers for a folder that says is_decoder
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -188,7 +189,8 @@ class PreTrainedModel(nn.Module):
     def loaded_by(self) -> str:
         """Who loads its folder, as a sentence."""
         if self.config.foreign is None:
-            return f"transformers.{type(self).__name__}.from_pretrained loads it"
+            name = self.causal_name if self.config.is_decoder and self.causal_name else type(self).__name__
+            return f"transformers.{name}.from_pretrained loads it"
         return f"fastbert loads it; transformers cannot, as it has no {self.config.foreign}"
 
     def save_pretrained(self, folder: str | os.PathLike, tokenizer: Any = None) -> None:

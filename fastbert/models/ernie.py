@@ -90,6 +90,7 @@ class ErnieForPreTraining(BertForPreTraining):
     """ERNIE with BERT's two pretraining heads: masked words (decoder tied to the word embedding) and next sentence."""
 
     encoder_class, config_class, names = ErnieModel, ErnieConfig, parameter_names.ERNIE
+    causal_name = "ErnieForCausalLM"
 
     def forward(
         self,

@@ -90,7 +90,7 @@ class RobertaModel(BertModel):
 class RobertaForMaskedLM(PreTrainingModel):
     """RoBERTa, without a pooler, and its pretraining head: masked words, the decoder tied to the word embedding."""
 
-    encoder_class, sentence_label = RobertaModel, None
+    encoder_class, sentence_label, causal_name = RobertaModel, None, "RobertaForCausalLM"
     config_class, names = RobertaConfig, parameter_names.ROBERTA
 
     def __init__(self, config: RobertaConfig):
@@ -140,3 +140,4 @@ class XLMRobertaForMaskedLM(RobertaForMaskedLM):
     """RoBERTa for masked words in the folders of XLM-RoBERTa."""
 
     encoder_class, names = XLMRobertaModel, parameter_names.XLM_ROBERTA
+    causal_name = "XLMRobertaForCausalLM"
