@@ -107,9 +107,10 @@ def prepare(config: PrepareConfig) -> Path:
         )  # fmt: skip
     train, held_out = open_stores(config.output)
     shards = len(read_index(config.output)["shards"])
+    plural = "s" if shards != 1 else ""
     print(
-        f"{config.output}: {shards} shard{'s' * (shards != 1)}, {len(train.tokens):,} tokens in {len(train.documents) - 1:,} documents to "
-        f"train on, {len(held_out.tokens):,} in {len(held_out.documents) - 1:,} held out\ntrain from it with: fastbert "
+        f"{config.output}: {shards} shard{plural}, {len(train.tokens):,} tokens in {len(train.documents) - 1:,} documents "
+        f"to train on, {len(held_out.tokens):,} in {len(held_out.documents) - 1:,} held out\ntrain from it with: fastbert "
         f"pretrain --store {config.output} --output RUN"
     )
     return config.output
