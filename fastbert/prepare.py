@@ -109,9 +109,9 @@ def prepare(config: PrepareConfig) -> Path:
     shards = len(read_index(config.output)["shards"])
     plural = "s" if shards != 1 else ""
     print(
-        f"{config.output}: {shards} shard{plural}, {len(train.tokens):,} tokens in {len(train.documents) - 1:,} documents "
-        f"to train on, {len(held_out.tokens):,} in {len(held_out.documents) - 1:,} held out\ntrain from it with: fastbert "
-        f"pretrain --store {config.output} --output RUN"
+        f"{config.output}: {shards} shard{plural}, {len(train.tokens):,} tokens in {len(train.documents) - 1:,} "
+        f"documents to train on, {len(held_out.tokens):,} in {len(held_out.documents) - 1:,} held out\n"
+        f"train from it with: fastbert pretrain --store {config.output} --output RUN"
     )
     return config.output
 
