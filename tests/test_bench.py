@@ -181,7 +181,7 @@ def test_others_are_judged_and_left_out_where_they_raise(monkeypatch):
     }
     monkeypatch.setattr(peers.importlib, "import_module", modules.__getitem__)
     problem, missing = problems.cross_entropy(4, 60, torch.float32, {peers.LIGER, peers.QUACK}), {}
-    forward, both = cases(problem, False, missing)
+    forward, both = cases(problem, False, missing, {})
     assert set(forward.variants) == {"fastbert", "torch", peers.LIGER} and (forward.size, both.size) == problem.sizes
     assert forward.verdicts["fastbert"].wrong is None and "loss is off by" in forward.verdicts[peers.LIGER].wrong
     assert list(missing) == ["quack, cross_entropy 4 x 60 float32"] and "TypeError" in missing[next(iter(missing))]

@@ -48,35 +48,28 @@ class Case:
     at: int = 0
 
 
-def cases(problem: Problem, is_compiled: bool, missing: dict[str, str]) -> list[Case]:
+def cases(problem: Problem, is_compiled: bool, missing: dict[str, str], judged: dict[str, Verdict]) -> list[Case]:
     """A problem's two passes, ours judged first.
 
     Args:
         problem: what to measure.
         is_compiled: whether torch.compile takes part.
         missing: gets a line for each peer that raises here, which then is left out.
+        judged: empty, and gets every variant's verdict; from another sitting those that there are, which hold.
 
     Raises:
         VerificationError: our results are wrong.
     """
-    judge = Judge(problem)
-    verdicts = {OURS: judge.ours()}
     variants = {OURS: problem.ours, TORCH: problem.torch, **problem.peers}
     if is_compiled:
-        torch.compiler.reset()
+        if not judged:
+            torch.compiler.reset()
         theirs = problem.torch
         compiled = torch.compile(theirs.function, dynamic=False)
         variants[peers.COMPILED] = Variant(compiled, theirs.inputs, theirs.dy)
-    for name in list(variants)[1:]:
-        try:
-            verdicts[name] = judge.another(variants[name])
-            if name != TORCH:
-                variants[name].call(PASSES[1])()
-        except Exception as error:  # a peer of another version is no reason to measure nothing
-            if name == TORCH:
-                raise
-            missing[f"{name}, {problem.op} {problem.shape} {name_of(problem.dtype)}"] = peers.first_line(error)
-            del variants[name]
+    if not judged:
+        judged |= _verdicts(problem, variants, missing)
+    variants = {name: variants[name] for name in judged}
     return [
         Case(
             problem.op,
@@ -89,13 +82,31 @@ def cases(problem: Problem, is_compiled: bool, missing: dict[str, str]) -> list[
             },
             size=size,
             flops=flops,
-            verdicts=verdicts,
+            verdicts=judged,
             product=problem.product,
             axis=problem.axis,
             at=problem.at,
         )
         for direction, size, flops in zip(PASSES, problem.sizes, problem.flops, strict=True)
     ]
+
+
+def _verdicts(problem: Problem, variants: Mapping[str, Variant], missing: dict[str, str]) -> dict[str, Verdict]:
+    """Of the variants that run, ours first; the others get a line in `missing`."""
+    judge = Judge(problem)
+    verdicts = {OURS: judge.ours()}
+    for name in list(variants)[1:]:
+        try:
+            verdict = judge.another(variants[name])
+            if name != TORCH:
+                variants[name].call(PASSES[1])()
+        except Exception as error:  # a peer of another version is no reason to measure nothing
+            if name == TORCH:
+                raise
+            missing[f"{name}, {problem.op} {problem.shape} {name_of(problem.dtype)}"] = peers.first_line(error)
+        else:
+            verdicts[name] = verdict
+    return verdicts
 
 
 class Taken:
@@ -142,7 +153,7 @@ class Taken:
         taken = Stats.of([second for sitting in self.sittings for second in sitting.get(name, [])])
         ratios, copied = self._ratios(name, case.reference), self._ratios(name, COPY)
         ratio = Stats.of(list(itertools.chain(*ratios))) if ratios else None
-        middles = [statistics.median(its) for its in ratios]
+        fastest = self._fastest(name, case.reference)
         counted = case.flops if name != COPY else 0
         peak = ceilings.matmul.get(case.dtype) if case.product else None
         return {
@@ -158,8 +169,9 @@ class Taken:
             "ratio_p20": ratio and _round(ratio.p20),
             "ratio": ratio and _round(ratio.median),
             "ratio_p80": ratio and _round(ratio.p80),
-            "ratio_least": _round(min(middles)) if middles else None,
-            "ratio_most": _round(max(middles)) if middles else None,
+            "ratio_least": _round(min(fastest)) if fastest else None,
+            "ratio_fastest": _round(statistics.median(fastest)) if fastest else None,
+            "ratio_most": _round(max(fastest)) if fastest else None,
             "bytes": case.size or None,
             "flops": counted or None,
             "gb_per_s": _round(case.size / taken.median / 1e9) if case.size else None,
@@ -175,8 +187,14 @@ class Taken:
 
     def _ratios(self, name: str, reference: str) -> list[list[float]]:
         """The reference's time over a variant's, by sitting and round; of the sittings that have both."""
-        both = [sitting for sitting in self.sittings if name in sitting and reference in sitting]
-        return [timing.ratios(sitting, reference)[name] for sitting in both]
+        return [timing.ratios(sitting, reference)[name] for sitting in self._with(name, reference)]
+
+    def _fastest(self, name: str, reference: str) -> list[float]:
+        """Of every sitting the reference's fastest call over the variant's, which other programs disturb least."""
+        return [min(sitting[reference]) / min(sitting[name]) for sitting in self._with(name, reference)]
+
+    def _with(self, *names: str) -> list[dict[str, list[float]]]:
+        return [sitting for sitting in self.sittings if all(name in sitting for name in names)]
 
 
 def _round(value: float) -> float:

@@ -9,7 +9,7 @@ import torch
 from fastbert.backends.linear import bfloat16_products
 from fastbert.bench import peers, problems, products, step, tables
 from fastbert.bench.measure import Case, cases
-from fastbert.bench.problem import DTYPES, Problem
+from fastbert.bench.problem import DTYPES, Problem, Verdict
 from fastbert.bench.settings import BenchConfig
 
 LENGTH, VOCABULARY, ROWS = "sequence length", "vocabulary", "rows of the table"  # what sweeps go over
@@ -57,13 +57,13 @@ def plan(config: BenchConfig, among: Collection[str], missing: dict[str, str]) -
     shapes = SHAPES["quick" if config.quick else config.device]
     slow = NARROW if without_slow_products(config) else ()
     ways = [
-        (op, partial(_alone, make, peers.COMPILED in among, missing))
+        (op, partial(_alone, make, peers.COMPILED in among, missing, {}))
         for name in config.dtype
         for op, make in _problems(shapes, DTYPES[name], among)
         if op != "linear" or name not in slow
     ]
     ways += [
-        (op, partial(_swept, make, axis, at, missing))
+        (op, partial(_swept, make, axis, at, missing, {}))
         for name in (config.dtype[:1] if config.quick else config.dtype)
         for op, make, axis, at in _sweeps(shapes, DTYPES[name], among)
     ]
@@ -110,10 +110,14 @@ def _sweeps(
         yield "cross_entropy", partial(problems.cross_entropy, rows, vocabulary, dtype, among), VOCABULARY, vocabulary
 
 
-def _alone(make: Callable[[], Problem], is_compiled: bool, missing: dict[str, str]) -> list[Case]:
-    return cases(make(), is_compiled, missing)
+def _alone(
+    make: Callable[[], Problem], is_compiled: bool, missing: dict[str, str], judged: dict[str, Verdict]
+) -> list[Case]:
+    return cases(make(), is_compiled, missing, judged)
 
 
-def _swept(make: Callable[[], Problem], axis: str, at: int, missing: dict[str, str]) -> list[Case]:
+def _swept(
+    make: Callable[[], Problem], axis: str, at: int, missing: dict[str, str], judged: dict[str, Verdict]
+) -> list[Case]:
     """Forward and backward alone, without torch.compile, which would compile for every place of the sweep."""
-    return cases(dataclasses.replace(make(), axis=axis, at=at), False, missing)[1:]
+    return cases(dataclasses.replace(make(), axis=axis, at=at), False, missing, judged)[1:]

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,9 @@ def bench(config: BenchConfig) -> Path:
     old = None if config.compare is None else results.read(config.compare)  # before minutes are spent
     missing = _missing(config)
     among = {name for name in (*peers.PACKAGES, peers.COMPILED) if name not in missing}
+    busy, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if busy > cores / 2:
+        print(f"other programs keep this machine busy (load {busy:.1f}, {cores} cores): ratios will be less exact")
     keep_memory()
     torch.manual_seed(0)
     taken: dict[tuple[str, ...], Taken] = {}
