@@ -98,5 +98,5 @@ def test_batches_hold_the_text_itself_and_its_queries(made, unit):
 def test_a_batch_must_hold_a_sample_with_its_queries(made):
     with pytest.raises(ValueError, match="expected >= seq_len = 32 and 5 queries, got 36"):
         PretrainBatches(*made, seq_len=32, batch_tokens=36, seed=0, objective="plm", mask_prob=SHARE)
-    with pytest.raises(ValueError, match="expected objective mlm or clm, got 'plm'"):
+    with pytest.raises(ValueError, match="expected objective mlm, clm or bilm, got 'plm'"):
         PretrainBatches(*made, seq_len=32, batch_tokens=64, seed=0, objective="plm", inputs="full-sentences")
