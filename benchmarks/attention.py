@@ -12,20 +12,18 @@ setting.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 
 import torch
+from bandwidth import DTYPES, Row, judged
 from timing import interleaved, results_path, write_csv
-from torch import Tensor
-from torch.nn import functional as F
 
 import fastbert
 from fastbert.backends.linear import bfloat16_products
-from fastbert.testing import assert_close, run
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-HEADS, SIZE = 12, 64
-CASES = [(16, 128, 0.1, True), (16, 128, 0.0, False), (2, 512, 0.0, False), (4, 512, 0.1, True)]
+from fastbert.bench.plan import SHAPES
+from fastbert.bench.problem import PASSES
+from fastbert.bench.products import attention, lengths_of
+from fastbert.bench.timing import Call
 
 
 def main() -> None:
@@ -38,80 +36,24 @@ def main() -> None:
     torch.manual_seed(0)
     rows = []
     for dtype in args.dtypes:
-        for case in CASES:
+        for case in SHAPES["cpu"]["attention"]:
             rows += benchmark(*case, dtype, args)
     write_csv(results_path("attention"), rows)
 
 
 def benchmark(
     batch: int, longest: int, dropout: float, ragged: bool, dtype: str, args: argparse.Namespace
-) -> list[dict[str, object]]:
-    lengths = torch.linspace(longest / 4 if ragged else longest, longest, batch).long()
-    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
-    tokens = int(lengths.sum())
-    qkv = torch.randn(tokens, 3, HEADS, SIZE).to(DTYPES[dtype])
-    dout = torch.randn(tokens, HEADS, SIZE).to(qkv.dtype)
-    padded = torch.randn(3, batch, HEADS, longest, SIZE).to(qkv.dtype).unbind(0)
-    dpadded = torch.randn(batch, HEADS, longest, SIZE).to(qkv.dtype)
-    mask = (torch.arange(longest) < lengths[:, None])[:, None, None] if ragged else None
-
-    def ours(qkv: Tensor, seed: Tensor | None = None, backend: str | None = None) -> Tensor:
-        return fastbert.attention_qkv(qkv, cu_seqlens, longest, dropout_p=dropout, seed=seed, backend=backend)
-
-    def theirs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-
-    verify(ours, qkv, dout)
-    calls = {"ours": (ours, (qkv,), dout), "torch": (theirs, padded, dpadded)}
-    if not args.no_compile:
-        torch.compiler.reset()
-        calls["torch.compile"] = (torch.compile(theirs, dynamic=False), padded, dpadded)
-    squares = int((lengths**2).sum()) * HEADS * SIZE
-    elements = tokens * HEADS * SIZE * qkv.element_size()
-    name = f"{batch} x {longest}{' ragged' if ragged else ''}, dropout {dropout}"
-    case = {"case": name, "dtype": dtype}
-    forward = {k: no_grad(*call[:2]) for k, call in calls.items()}
-    both = {k: with_grad(*call) for k, call in calls.items()}
-    return [
-        *measure(case | {"pass": "forward"}, forward, 4 * squares, 4 * elements + 4 * tokens * HEADS, args.repeats),
-        *measure(
-            case | {"pass": "forward+backward"}, both, 14 * squares, 12 * elements + 16 * tokens * HEADS, args.repeats
-        ),
-    ]
+) -> list[Row]:
+    problem = attention(lengths_of(batch, longest, ragged), dropout, DTYPES[dtype])
+    variants, rows = judged(problem, not args.no_compile), []
+    for direction, operations, size in zip(PASSES, problem.flops, problem.sizes, strict=True):
+        calls = {name: variant.call(direction) for name, variant in variants.items()}
+        case = {"case": problem.shape, "dtype": dtype, "pass": direction}
+        rows += measure(case, calls, operations, size, args.repeats)
+    return rows
 
 
-def verify(ours: Callable[..., Tensor], qkv: Tensor, dout: Tensor) -> None:
-    """torch draws other masks: the baseline is the twin in plain PyTorch, which draws ours."""
-    seed = torch.tensor([0])
-
-    def twin(qkv: Tensor) -> Tensor:
-        return ours(qkv, seed, "reference")
-
-    results = (
-        run(lambda x: ours(x, seed), [qkv], dout),
-        run(twin, [qkv], dout),
-        run(twin, [qkv.double()], dout.double()),
-    )
-    for what, *values in zip(("out", "dqkv"), *results, strict=True):
-        assert_close(*values, what=what)
-
-
-def no_grad(op: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callable[[], Tensor]:
-    def call() -> Tensor:
-        with torch.no_grad():
-            return op(*inputs)
-
-    return call
-
-
-def with_grad(op: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor) -> Callable[[], object]:
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    return lambda: torch.autograd.grad(op(*leaves), leaves, dy)
-
-
-def measure(
-    case: dict[str, object], calls: dict[str, Callable[[], object]], operations: int, size: int, repeats: int
-) -> list[dict[str, object]]:
+def measure(case: Row, calls: Mapping[str, Call], operations: int, size: int, repeats: int) -> list[Row]:
     dtype = DTYPES[str(case["dtype"])] if bfloat16_products else torch.float32
     a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
     stats = interleaved({"matmul": lambda: a @ b, **calls}, repeats=repeats)

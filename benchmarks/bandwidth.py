@@ -1,20 +1,45 @@
-"""What the benchmarks of memory-bound ops share: inputs, calls to time, the copy they are held against, the table."""
+"""What the benchmarks of memory-bound ops share: the command line, times beside a copy of the bytes, the table."""
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from timing import interleaved
-from torch import Tensor
+from timing import interleaved, results_path, write_csv
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from fastbert.allocator import keep_memory
+from fastbert.bench import rates
+from fastbert.bench.problem import DTYPES as ALL
+from fastbert.bench.problem import PASSES, Judge, Problem, Variant
+from fastbert.bench.timing import Call
 
-Op = Callable[..., Tensor]
+DTYPES = {name: ALL[name] for name in ("float32", "bfloat16")}
+Row = dict[str, object]
+
+
+def benchmark(
+    stem: str, description: str, rows: int, columns: int, problems: Callable[..., Iterable[tuple[Row, Problem]]]
+) -> None:
+    """The script benchmarks/STEM.py, from its command line to its CSV file.
+
+    Args:
+        stem: of the op.
+        description: of --help.
+        rows, columns: the shape, unless the command line has another.
+        problems: of rows, columns and a dtype makes what is measured, each beside the columns that name it.
+    """
+    args = arguments(description, rows, columns)
+    keep_memory()
+    torch.manual_seed(0)
+    table = []
+    for name in args.dtypes:
+        for case, problem in problems(args.rows, args.columns, DTYPES[name]):
+            table += measure({**case, "dtype": name}, problem, args.repeats, not args.no_compile)
+    write_csv(results_path(stem), table)
 
 
 def arguments(description: str, rows: int, columns: int) -> argparse.Namespace:
     """Shape, dtypes and effort from the command line."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=rows)
     parser.add_argument("--columns", type=int, default=columns)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
@@ -23,66 +48,38 @@ def arguments(description: str, rows: int, columns: int) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def forward(op: Op, inputs: Sequence[Tensor]) -> Callable[[], object]:
-    def call() -> Tensor:
-        with torch.no_grad():
-            return op(*inputs)
-
-    return call
-
-
-def forward_backward(op: Op, inputs: Sequence[Tensor], dy: Tensor) -> Callable[[], object]:
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    return lambda: torch.autograd.grad(op(*leaves), leaves, dy)
+def judged(problem: Problem, is_compiled: bool) -> dict[str, Variant]:
+    """The variants by the names of the tables; VerificationError where ours is wrong."""
+    Judge(problem).ours()
+    variants = {"ours": problem.ours, "torch": problem.torch}
+    if is_compiled:
+        torch.compiler.reset()
+        theirs = problem.torch
+        variants["torch.compile"] = Variant(torch.compile(theirs.function, dynamic=False), theirs.inputs, theirs.dy)
+    return variants
 
 
-def copy(size: int) -> Callable[[], object]:
-    """A copy that moves `size` bytes, half of them read and half written."""
-    source = torch.ones(size // 8)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
-
-
-def measure(
-    case: Mapping[str, object],
-    args: argparse.Namespace,
-    ours: Op,
-    eager: Op,
-    inputs: Sequence[Tensor],
-    dy: Tensor,
-    floors: tuple[int, int],
-) -> list[dict[str, object]]:
-    """Times forward, then forward and backward, of ours, of torch and of torch.compile, beside a copy of the bytes.
+def measure(case: Row, problem: Problem, repeats: int, is_compiled: bool) -> list[Row]:
+    """Judges ours, then times each pass of every variant beside a copy of the bytes that must move.
 
     Args:
-        case: columns that name the case.
-        args: from `arguments`.
-        ours, eager: the op on `inputs`.
-        inputs: tensors that all need a gradient.
-        dy: the gradient that flows back.
-        floors: bytes that must move in the two passes, in units of the first input's size: every input once, every
-            output once.
+        case: columns that name it.
+        problem: the op on its inputs.
+        repeats: timed calls of every variant.
+        is_compiled: whether torch.compile takes part.
 
     Returns:
         One row for each variant and pass.
     """
-    ops = {"ours": ours, "torch": eager}
-    if not args.no_compile:
-        torch.compiler.reset()
-        ops["torch.compile"] = torch.compile(eager, dynamic=False)
-    size = inputs[0].numel() * inputs[0].element_size()
-    forwards = {name: forward(op, inputs) for name, op in ops.items()}
-    both = {name: forward_backward(op, inputs, dy) for name, op in ops.items()}
-    return [
-        *_time({**case, "pass": "forward"}, floors[0] * size, forwards, args.repeats),
-        *_time({**case, "pass": "forward+backward"}, floors[1] * size, both, args.repeats),
-    ]
+    variants, rows = judged(problem, is_compiled), []
+    for direction, size in zip(PASSES, problem.sizes, strict=True):
+        calls = {name: variant.call(direction) for name, variant in variants.items()}
+        rows += _time({**case, "pass": direction}, size, calls, repeats)
+    return rows
 
 
-def _time(
-    case: Mapping[str, object], size: int, calls: Mapping[str, Callable[[], object]], repeats: int
-) -> list[dict[str, object]]:
-    stats = interleaved({"copy": copy(size), **calls}, repeats=repeats)
+def _time(case: Row, size: int, calls: Mapping[str, Call], repeats: int) -> list[Row]:
+    stats = interleaved({"copy": rates.copy(size), **calls}, repeats=repeats)
     rows = []
     for name, taken in stats.items():
         row = {

@@ -3,42 +3,22 @@
     python benchmarks/dropout.py [--rows 4096] [--columns 768] [--dtypes float32 bfloat16] [--repeats 30] [--no-compile]
 
 Bytes that must move, M x N elements of e bytes: forward 2MNe, forward and backward 4MNe. Which elements PyTorch drops
-differs, so ours is checked against its own twin, bit for bit, before anything is timed. All variants run in turn in one
-process, under the same allocator setting.
+differs, so ours is checked against its own twin, which draws the same mask, before anything is timed. All variants run
+in turn in one process, under the same allocator setting, and every call draws a new mask.
 """
 
+from collections.abc import Iterator
+
 import torch
-from bandwidth import DTYPES, arguments, measure
-from timing import results_path, write_csv
-from torch.nn import functional as F
+from bandwidth import Row, benchmark
 
-import fastbert
-from fastbert.testing import run
-
-P, SEED = 0.1, 1
+from fastbert.bench.problem import Problem
+from fastbert.bench.problems import dropout
 
 
-def ours(x):
-    return fastbert.dropout(x, P, SEED)
-
-
-def twin(x):
-    return fastbert.dropout(x, P, SEED, backend="reference")
-
-
-def main() -> None:
-    args = arguments(__doc__, rows=4096, columns=768)
-    fastbert.keep_memory()
-    torch.manual_seed(0)
-    rows = []
-    for dtype in args.dtypes:
-        x, dy = torch.randn(2, args.rows, args.columns).to(DTYPES[dtype])
-        for mine, its in zip(run(ours, [x[:256]], dy[:256]), run(twin, [x[:256]], dy[:256]), strict=True):
-            assert torch.equal(mine, its)
-        case = {"op": "dropout", "dtype": dtype}
-        rows += measure(case, args, ours, lambda x: F.dropout(x, P), [x], dy, floors=(2, 4))
-    write_csv(results_path("dropout"), rows)
+def problems(rows: int, columns: int, dtype: torch.dtype) -> Iterator[tuple[Row, Problem]]:
+    yield {"op": "dropout"}, dropout(rows, columns, dtype)
 
 
 if __name__ == "__main__":
-    main()
+    benchmark("dropout", __doc__, 4096, 768, problems)

@@ -13,27 +13,19 @@ bytes. It takes part where it is installed (`pip install fbgemm-gpu-cpu`, in the
 """
 
 import argparse
-import importlib.util
-import itertools
-from collections.abc import Callable
 
 import matplotlib.pyplot as plt
 import torch
 from timing import Stats, interleaved, results_path, write_csv
-from torch import Tensor, nn
+from torch import nn
 
 import fastbert
+from fastbert.bench import peers, tables
+from fastbert.bench.tables import ADAGRAD, LR, OPTIMIZERS, Fbgemm, Training, trainings, zipf_batches
 
 CASES = ["30522,768,4096", "30522,768,16384", "1000000,128,65536", "119547,768,8192"]  # vocabulary, width, tokens
 VOCABULARIES = [30_522, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000]  # of the plot,
 WIDTH, TOKENS = 32, 4096  # with these
-BATCHES = 8  # in turn
-LR = 1e-3
-OPTIMIZERS: dict[str, tuple[bool, Callable[..., torch.optim.Optimizer]]] = {  # label -> sparse gradient, constructor
-    "SparseAdam": (True, lambda p: torch.optim.SparseAdam(p, lr=LR)),
-    "AdamW fused": (False, lambda p: torch.optim.AdamW(p, lr=LR, fused=True)),
-    "LazyAdam": (True, lambda p: fastbert.LazyAdam(p, lr=LR)),
-}
 REPLAY = "LazyAdam replay"
 
 
@@ -66,73 +58,23 @@ def main() -> None:
 # ---- embedding tables ------------------------------------------------------------------------------------------------
 
 
-def zipf_batches(vocabulary: int, tokens: int) -> list[Tensor]:
-    """Batches of ids whose frequency falls as 1 / rank, the ranks scattered over the table."""
-    weights = 1 / torch.arange(1, vocabulary + 1, dtype=torch.float64)
-    edges, places = weights.cumsum(0) / weights.sum(), torch.randperm(vocabulary)
-    drawn = [torch.searchsorted(edges, torch.rand(tokens, dtype=torch.float64)) for _ in range(BATCHES)]
-    return [places[ranks.clamp(max=vocabulary - 1)] for ranks in drawn]
-
-
-class Training:
-    """One table with its optimizer; each call is a step of training on the next batch."""
-
-    def __init__(self, table: nn.Module, batches: list[Tensor], target: Tensor) -> None:
-        self.table, self.target = table, target
-        self.batches = itertools.cycle(batches)
-        self.optimizer: torch.optim.Optimizer | None = None  # None: backward has it
-
-    def read(self, ids: Tensor) -> Tensor:
-        return self.table(ids)
-
-    def backward(self) -> None:
-        self.table.zero_grad()
-        # Loss weights that differ by token: gradient rows of one id are not equal.
-        (self.read(next(self.batches)) * self.target).sum().backward()
-
-    def step(self) -> None:
-        self.optimizer.step()
-
-    def __call__(self) -> None:
-        self.backward()
-        if self.optimizer is not None:
-            self.step()
-
-
-class Fbgemm(Training):
-    def read(self, ids: Tensor) -> Tensor:
-        return self.table(ids, torch.arange(ids.numel() + 1))
-
-
-def trainings(vocabulary: int, width: int, tokens: int) -> dict[str, Training]:
-    """By the labels of OPTIMIZERS."""
-    batches, target = zipf_batches(vocabulary, tokens), torch.randn(tokens, width)
-    made = {}
-    for label, (sparse, make) in OPTIMIZERS.items():
-        table = nn.Embedding(vocabulary, width, sparse=sparse, _weight=torch.full((vocabulary, width), 0.01))
-        made[label] = Training(table, batches, target)
-        made[label].optimizer = make(table.parameters())
-    return made
-
-
 def table_case(vocabulary: int, width: int, tokens: int, repeats: int) -> list[dict[str, object]]:
-    made = trainings(vocabulary, width, tokens)
-    ours = made["LazyAdam"]
-    batches = [next(ours.batches) for _ in range(BATCHES)]
-    touched = sum(ids.unique().numel() for ids in batches) // BATCHES
-    floor = (24 * touched + 4 * tokens) * width
+    batches = zipf_batches(vocabulary, tokens)
+    made, floor = trainings(vocabulary, width, batches), tables.touched_bytes(width, batches)
+    touched = sum(ids.unique().numel() for ids in batches) // len(batches)
     name = f"{vocabulary:,} x {width}, {tokens:,} tokens, {touched:,} rows, at least {floor / 1e6:.0f} MB"
-    verify(vocabulary, width, batches[0])
+    tables.verify(vocabulary, width, batches[0])
     rows = step_alone(name, made, repeats, floor)
 
-    table = nn.Embedding(vocabulary, width, sparse=True)
-    made[REPLAY] = Training(table, batches, ours.target)
+    table, target = nn.Embedding(vocabulary, width, sparse=True), made["LazyAdam"].target
+    made[REPLAY] = Training(table, batches, target)
     made[REPLAY].optimizer = replaying = fastbert.LazyAdam(table.parameters(), lr=LR, missed="replay")
     replaying.attach(table)
-    if importlib.util.find_spec("fbgemm_gpu"):
-        made["FBGEMM Adagrad"] = Fbgemm(fbgemm_table(vocabulary, width), batches, ours.target)
+    why = peers.why_not(peers.FBGEMM, torch.get_default_device().type)
+    if why is None:
+        made[ADAGRAD] = Fbgemm(vocabulary, width, batches, target)
     else:
-        print("FBGEMM is not installed and left out")
+        print(f"FBGEMM is left out: {why}")
     return rows + report(f"{name}: forward + backward + step", interleaved(made, repeats), None)
 
 
@@ -142,47 +84,13 @@ def step_alone(name: str, made: dict[str, Training], repeats: int, floor: int | 
     return report(f"{name}: step()", interleaved(steps, repeats, before=fresh), floor)
 
 
-def fbgemm_table(vocabulary: int, width: int) -> nn.Module:
-    from fbgemm_gpu.split_embedding_configs import EmbOptimType
-    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
-    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-        ComputeDevice,
-        SplitTableBatchedEmbeddingBagsCodegen,
-    )
-
-    return SplitTableBatchedEmbeddingBagsCodegen(
-        [(vocabulary, width, EmbeddingLocation.HOST, ComputeDevice.CPU)],
-        optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-        learning_rate=LR,
-        pooling_mode=PoolingMode.NONE,
-    )
-
-
-def verify(vocabulary: int, width: int, ids: Tensor) -> None:
-    """One step of LazyAdam against AdamW in float64 on the touched rows alone; the others must keep their bits."""
-    table = nn.Embedding(vocabulary, width, sparse=True)
-    before = table.weight.detach().clone()
-    touched, place = ids.unique(return_inverse=True)
-    truth = before[touched].double().requires_grad_()
-    target = torch.randn(ids.numel(), width)
-    (table(ids) * target).sum().backward()
-    (truth[place] * target.double()).sum().backward()
-    fastbert.LazyAdam(table.parameters(), lr=LR, weight_decay=0.1).step()
-    torch.optim.AdamW([truth], lr=LR, weight_decay=0.1).step()
-    after = table.weight.detach()
-    # The first step is lr * g / (|g| + eps): where a sum of duplicates nearly cancels it depends on its last bits.
-    off = (after[touched].double() - truth.detach()).abs()
-    assert off.mean() < 1e-6 and off.max() < 2 * LR, f"LazyAdam is off by {off.max():.1e}"
-    after[touched] = before[touched]
-    assert torch.equal(after, before), "rows that were not touched changed"
-
-
 # ---- cost over the size of the vocabulary ----------------------------------------------------------------------------
 
 
 def vocabulary_case(vocabulary: int, repeats: int) -> list[dict[str, object]]:
     name = f"{vocabulary:,} x {WIDTH}, {TOKENS:,} tokens"
-    rows = step_alone(name, trainings(vocabulary, WIDTH, TOKENS), min(repeats, 10), None)
+    made = trainings(vocabulary, WIDTH, zipf_batches(vocabulary, TOKENS))
+    rows = step_alone(name, made, min(repeats, 10), None)
     return [{**row, "vocabulary": vocabulary} for row in rows]
 
 

@@ -12,7 +12,7 @@ import argparse
 import functools
 
 import torch
-from bandwidth import DTYPES, forward, forward_backward
+from bandwidth import DTYPES
 from timing import interleaved, results_path, write_csv
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 import fastbert
 from fastbert.backends import native
 from fastbert.backends.linear import SMALL, onednn_missing
+from fastbert.bench.problem import forward, forward_backward
 from fastbert.models.bert import BertConfig
 from fastbert.models.frozen import FrozenWeight
 from fastbert.testing import assert_close, run

@@ -73,17 +73,17 @@ def commands(*beginnings):
                     yield pytest.param(line, id=f"{page.name}: {line[:40]}")
 
 
-ON_MODELS = {
+READ = {
     "finetune": "finetune.finetune", "predict": "finetune.predict", "embed": "embed.embed", "fill": "fill.fill",
-    "attention": "attention_page.attention", "distill": "distill.distill",
+    "attention": "attention_page.attention", "distill": "distill.distill", "bench": "bench.run.bench",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("command", list(commands(*(f"fastbert {name} " for name in ON_MODELS))))
-def test_commands_on_models_are_understood(command, monkeypatch):
+@pytest.mark.parametrize("command", list(commands(*(f"fastbert {name} " for name in READ))))
+def test_other_commands_are_understood(command, monkeypatch):
     pytest.importorskip("sklearn")
     seen, words = [], shlex.split(command, comments=True)
-    function = "distill.distill_general" if "--corpus" in words else ON_MODELS[words[1]]
+    function = "distill.distill_general" if "--corpus" in words else READ[words[1]]
     monkeypatch.setattr(f"fastbert.{function}", lambda config, **resume: seen.append(config))
     monkeypatch.setattr(sys, "argv", words)
     with contextlib.suppress(SystemExit):

@@ -89,6 +89,7 @@ def _problems(shapes: dict, dtype: torch.dtype, among: Collection[str]) -> Itera
     rows, columns = shapes["rows"]
     yield "layer_norm", partial(problems.layer_norm, rows // 2, columns, dtype, among)
     yield "layer_norm", partial(problems.dropout_add_layer_norm, rows, columns, dtype)
+    yield "embedding_norm", partial(problems.embedding_norm, rows, columns, dtype)
     yield "dropout", partial(problems.dropout, rows, columns, dtype)
     yield "cross_entropy", partial(problems.cross_entropy, *shapes["cross_entropy"], dtype, among)
     for batch, longest, dropout, ragged in shapes["attention"]:

@@ -15,6 +15,8 @@ from fastbert.bench import peers
 from fastbert.bench.problem import Check, Op, Problem, Variant
 from fastbert.ops.cross_entropy import cross_entropy as our_cross_entropy
 from fastbert.ops.dropout import dropout as our_dropout
+from fastbert.ops.embedding_norm import Table
+from fastbert.ops.embedding_norm import embedding_norm as our_embedding_norm
 from fastbert.ops.gelu import gelu as our_gelu
 from fastbert.ops.layer_norm import dropout_add_layer_norm as our_dropout_add_layer_norm
 from fastbert.ops.layer_norm import layer_norm as our_layer_norm
@@ -80,6 +82,39 @@ def dropout_add_layer_norm(rows: int, columns: int, dtype: torch.dtype) -> Probl
 
     check = _dropped(("y", "dx", "dresidual", "dweight", "dbias"), ours)
     return _of_rows("dropout_add_layer_norm", inputs, dy, (4, 8), (11, 25), ours, theirs, check)
+
+
+def embedding_norm(tokens: int, columns: int, dtype: torch.dtype) -> Problem:
+    """Rows of BERT's three tables added, normalized and dropped: [T, H]; every call draws a new mask.
+
+    Bytes that must move: three rows in and y out, 4THe; in both passes 9THe, and the gradients of the tables, VHe.
+    """
+    sizes = 30_522, 512, 2  # words, positions, types
+    inputs = [normal(size, columns, dtype=dtype) for size in sizes]
+    inputs += [normal(columns, dtype=dtype) for _ in range(2)]  # weight and bias
+    ids = [torch.randint(size, (tokens,)) for size in sizes]
+
+    def ours(*inputs: Tensor, seed: Tensor | None = None, backend: str | None = None) -> Tensor:
+        *tables, weight, bias = inputs
+        looked_up = [Table(*each) for each in zip(tables, ids, strict=True)]
+        return our_embedding_norm(looked_up, weight, bias, EPS, DROPOUT, seed, backend=backend)[0]
+
+    def theirs(*inputs: Tensor) -> Tensor:
+        *tables, weight, bias = inputs
+        z = sum(F.embedding(each, table) for each, table in zip(ids, tables, strict=True))
+        return F.dropout(F.layer_norm(z, z.shape[-1:], weight, bias, EPS), DROPOUT)
+
+    dy = normal(tokens, columns, dtype=dtype)
+    return Problem(
+        op="embedding_norm",
+        shape=f"{tokens} x {columns}",
+        dtype=dtype,
+        ours=Variant(ours, inputs, dy),
+        torch=Variant(theirs, inputs, dy),
+        check=_dropped(("y", "dwords", "dpositions", "dtypes", "dweight", "dbias"), ours),
+        sizes=(4 * dy.nbytes, 9 * dy.nbytes + sum(table.nbytes for table in inputs[:3])),
+        flops=(11 * dy.numel(), 27 * dy.numel()),
+    )
 
 
 def dropout(rows: int, columns: int, dtype: torch.dtype) -> Problem:

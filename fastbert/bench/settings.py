@@ -8,8 +8,9 @@ import torch
 
 from fastbert.pretrain.settings import expect
 
-Op = Literal["gelu", "layer_norm", "dropout", "cross_entropy", "attention", "linear", "lazy_adam", "step"]
-
+Op = Literal[
+    "gelu", "layer_norm", "embedding_norm", "dropout", "cross_entropy", "attention", "linear", "lazy_adam", "step"
+]  # fmt: skip
 
 SITTINGS = 5
 
