@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fastbert.models.encoder import Encoder, Layer
 from fastbert.models.layers import MultiHeadAttention
-from fastbert.ops.attention_distillation import attention_distillation
+from fastbert.ops.attention_distillation import attention_distillation, check_heads
 
 MAPS = "uniform", "last"
 
@@ -113,7 +113,8 @@ class IntermediateLoss(nn.Module):
     """The sum of the losses on embeddings, and on states and attention scores of every layer.
 
     Args:
-        width, heads: the student's. teacher_width, teacher_heads: the teacher's.
+        width, heads: the student's. teacher_width, teacher_heads: the teacher's. Where the numbers of heads are not the
+            same, one is a multiple of the other, and the means of neighbouring heads' scores are compared.
         layers: for each of the student's layers the teacher's, counted from 1, as of `layer_map`.
 
     Attributes:
@@ -123,12 +124,8 @@ class IntermediateLoss(nn.Module):
 
     def __init__(self, width: int, heads: int, teacher_width: int, teacher_heads: int, layers: Sequence[int]):
         super().__init__()
-        if heads != teacher_heads:
-            raise ValueError(
-                f"the student must have the teacher's {teacher_heads} attention heads to learn their scores, got "
-                f"{heads}"
-            )
-        self.heads, self.layers = heads, list(layers)
+        check_heads(heads, teacher_heads)
+        self.heads, self.teacher_heads, self.layers = heads, teacher_heads, list(layers)
         self.project = None if width == teacher_width else nn.Linear(width, teacher_width, bias=False)
 
     @classmethod
@@ -159,12 +156,17 @@ class IntermediateLoss(nn.Module):
         loss = self._states(student.embeddings, teacher.embeddings)
         for number, chosen in enumerate(self.layers):
             loss = loss + self._states(student.states[number], teacher.states[chosen - 1])
-            (q, k), theirs = self._q_and_k(student.qkv[number]), self._q_and_k(teacher.qkv[chosen - 1])
-            loss = loss + attention_distillation(q, k, *theirs, cu_seqlens, max_seqlen)
+            mine, theirs = (
+                q_and_k(student.qkv[number], self.heads),
+                q_and_k(teacher.qkv[chosen - 1], self.teacher_heads),
+            )
+            loss = loss + attention_distillation(*mine, *theirs, cu_seqlens, max_seqlen)
         return loss
 
     def _states(self, x: Tensor, teacher: Tensor) -> Tensor:
         return mean_squared(x if self.project is None else F.linear(x, self.project.weight), teacher)
 
-    def _q_and_k(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
-        return qkv.view(len(qkv), 3, self.heads, -1).unbind(1)[:2]
+
+def q_and_k(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Of a projection [T, 3 H] the queries and the keys, [T, heads, head size]."""
+    return qkv.view(len(qkv), 3, heads, -1).unbind(1)[:2]

@@ -190,8 +190,11 @@ class GeneralConfig(GeneralPaths):
     layers: int | None = None
     """Of bert: how many layers it has."""
     width: int | None = None
-    """Of bert: its hidden size, a multiple of the teacher's heads. It then begins as random numbers; if not given it
-    has the teacher's width, and begins as copies of the teacher's layers."""
+    """Of bert: its hidden size, a multiple of its heads. It then begins as random numbers; if not given it has the
+    teacher's width, and begins as copies of the teacher's layers."""
+    heads: int | None = None
+    """Of bert: its attention heads, a divisor or a multiple of the teacher's; the means of neighbouring heads' scores
+    are then compared, and it begins as random numbers. If not given the teacher's."""
     intermediate_size: int | None = None
     """Of bert: numbers within each layer's feed-forward network; if not given the teacher's, and with --width as many
     times the width as in the teacher."""
@@ -254,10 +257,11 @@ class GeneralConfig(GeneralPaths):
         known = self.student == "bert" or Path(self.student).is_dir()
         expect(known, "student", "bert or a model's folder", self.student)
         check_layers(self)
-        if self.width is not None:
-            expect(type(self.width) is int and self.width >= 1, "width", "an integer from 1 on", self.width)
-            if self.student != "bert":
-                raise ValueError(f"--width is of --student bert, got --student {self.student}")
+        for name in ("width", "heads"):
+            value = getattr(self, name)
+            expect(value is None or (type(value) is int and value >= 1), name, "an integer from 1 on", value)
+            if value is not None and self.student != "bert":
+                raise ValueError(f"--{name} is of --student bert, got --student {self.student}")
 
 
 def check_layers(config: DistillConfig | GeneralConfig) -> None:

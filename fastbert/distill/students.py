@@ -16,6 +16,7 @@ from fastbert.models.auto import ENCODERS, class_of
 from fastbert.models.classification import CLASSIFIERS, SequenceClassifier
 from fastbert.models.encoder import Encoder, PreTrainedModel
 from fastbert.models.small import SMALL, SmallConfig
+from fastbert.ops.attention_distillation import check_heads
 
 _LAYER = re.compile(r"(.*\bencoder\.layer\.)(\d+)(\..*)")
 _MAKES = "intermediate.dense.weight"
@@ -68,7 +69,8 @@ def make_encoder(config: GeneralConfig, teacher: Encoder) -> Encoder:
     is a folder's.
 
     Raises:
-        FileNotFoundError, ValueError: as `make_student`; a width that the teacher's heads do not divide.
+        FileNotFoundError, ValueError: as `make_student`; a width that is no multiple of the heads; heads that neither
+            divide the teacher's nor are a multiple of them.
     """
     torch.manual_seed(config.seed)
     if config.student != "bert":
@@ -83,19 +85,26 @@ def make_encoder(config: GeneralConfig, teacher: Encoder) -> Encoder:
     sizes = teacher.config
     width = sizes.hidden_size if config.width is None else config.width
     inner = config.intermediate_size or sizes.intermediate_size * width // sizes.hidden_size
-    if width % sizes.num_attention_heads:
-        raise ValueError(f"width must be a multiple of the teacher's {sizes.num_attention_heads} heads, got {width}")
+    heads = sizes.num_attention_heads if config.heads is None else config.heads
+    check_heads(heads, sizes.num_attention_heads)
+    if width % heads:
+        whose = "the teacher's" if config.heads is None else "its"
+        raise ValueError(f"width must be a multiple of {whose} {heads} heads, got {width}")
     chosen = layer_map(config.layer_map, config.layers, sizes.num_hidden_layers)
-    if width == sizes.hidden_size and inner > sizes.intermediate_size:
+    copies = (width, heads) == (sizes.hidden_size, sizes.num_attention_heads)
+    if copies and inner > sizes.intermediate_size:
         raise ValueError(
             f"intermediate_size must be at most the teacher's, {sizes.intermediate_size}, where the student begins as "
             f"its layers, got {inner}"
         )
-    changed = {"num_hidden_layers": config.layers, "intermediate_size": inner, "hidden_size": width}
+    changed = {
+        "num_hidden_layers": config.layers, "intermediate_size": inner, "hidden_size": width,
+        "num_attention_heads": heads,
+    }  # fmt: skip
     changed |= dropout_fields(config.dropout, sizes)
     takes_pooler = class_of(config.teacher, CLASSIFIERS).takes_pooler
     student = type(teacher)(dataclasses.replace(sizes, **changed), add_pooling_layer=takes_pooler)
-    if width == sizes.hidden_size:
+    if copies:
         taken = _narrowed(_of_layers(teacher.state_dict(), chosen), inner)
         student.load_state_dict(student.state_dict() | taken)
     return student

@@ -7,9 +7,16 @@ For queries i and keys j of the same sequence and a head n, with D and E the two
     dq_in = 2 / (N P sqrt(D)) sum_j e_ijn k_jn,   dk_jn = 2 / (N P sqrt(D)) sum_i e_ijn q_in
 
 Scores are those before softmax, as TinyBERT compares them; negative ones take part. q, k are [T, N, D], the teacher's
-[T, N, E]. The scores [B, S, S] of one head are in memory at a time, on a GPU of as many heads as have 2**24 of them,
-and none after the call: dq and dk are made with the loss, and backward scales them. Scores and sums are float32
-(float64 for float64 inputs).
+[T, M, E]. Where N and M differ, and one is G times the other, the mean of the scores of G neighbouring heads is
+compared with one head of the other model. It is one product, of these heads' queries and keys end to end:
+
+    1 / G sum_g q_ig . k_jg / sqrt(D) = [q_i1 ... q_iG] . [k_j1 ... k_jG] / (G sqrt(D))
+
+so the model with more heads is taken as one of [T, N / G, G D]; N in the sums above is then the smaller number.
+
+The scores [B, S, S] of one head are in memory at a time, on a GPU of as many heads as have 2**24 of them, and none
+after the call: dq and dk are made with the loss, and backward scales them. Scores and sums are float32 (float64 for
+float64 inputs).
 
 It is composed of torch's products on every device; there is no kernel of its own.
 Source: Jiao et al., "TinyBERT: distilling BERT for natural language understanding" (2020), equation 7.
@@ -37,7 +44,7 @@ def attention_distillation(
 
     Args:
         q, k: [T, N, D], the student's, of one dtype, any that `attention` takes.
-        teacher_q, teacher_k: [T, N, E], the teacher's, which take no gradient.
+        teacher_q, teacher_k: [T, M, E], the teacher's, which take no gradient. N divides M, or M divides N.
         cu_seqlens: int32 [B + 1] on q's device: 0, ..., T, never decreasing.
         max_seqlen: tokens of the longest sequence, or more.
 
@@ -45,8 +52,8 @@ def attention_distillation(
         A float32 number (float64 for float64 inputs); 0 where there is no token.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit, other numbers of heads among them; sequences
-            that do not hold (looked at on the CPU only: elsewhere it would wait for the device).
+        ValueError, TypeError: shapes, dtypes or devices that do not fit; numbers of heads of which neither divides the
+            other; sequences that do not hold (looked at on the CPU only: elsewhere it would wait for the device).
     """
     check_packed("q", q, cu_seqlens, axes=3)
     for name, x, like in (("k", k, q), ("teacher_q", teacher_q, None), ("teacher_k", teacher_k, teacher_q)):
@@ -57,22 +64,32 @@ def attention_distillation(
             )
         if x.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
-    if teacher_q.dim() != 3 or teacher_q.shape[:2] != q.shape[:2]:
-        raise ValueError(
-            f"teacher_q must have q's tokens and heads, [{q.shape[0]}, {q.shape[1]}, head size], got "
-            f"{list(teacher_q.shape)}: a student's attention is taught by a teacher with as many heads"
-        )
+    if teacher_q.dim() != 3 or len(teacher_q) != len(q):
+        raise ValueError(f"teacher_q must have q's tokens, [{len(q)}, heads, head size], got {list(teacher_q.shape)}")
+    check_heads(q.shape[1], teacher_q.shape[1])
     max_seqlen = as_int("max_seqlen", max_seqlen)
     check_sequences(cu_seqlens, max_seqlen, q.shape[0])
     return _Loss.apply(q, k, teacher_q.detach(), teacher_k.detach(), cu_seqlens, max_seqlen)
+
+
+def check_heads(heads: int, teacher_heads: int) -> None:
+    """Raises ValueError unless one of the numbers, the student's and the teacher's, is a multiple of the other."""
+    fewer, more = sorted((heads, teacher_heads))
+    if fewer < 1 or more % fewer:
+        raise ValueError(
+            f"the student must have a divisor or a multiple of the teacher's {teacher_heads} attention heads, got "
+            f"{heads}: the mean of neighbouring heads' scores is compared with one head's"
+        )
 
 
 def loss_and_gradients(
     q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, cu_seqlens: Tensor, max_seqlen: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, dq, dk), the gradients in the dtype of sums; arguments as `attention_distillation`."""
-    layout = Padding(cu_seqlens, max_seqlen, q.shape[0])
-    heads, scale, teacher_scale = q.shape[1], 1 / math.sqrt(q.shape[2]), 1 / math.sqrt(teacher_q.shape[2])
+    layout, shape = Padding(cu_seqlens, max_seqlen, q.shape[0]), q.shape
+    heads = min(q.shape[1], teacher_q.shape[1])
+    scale, teacher_scale = (heads / x.shape[1] / math.sqrt(x.shape[2]) for x in (q, teacher_q))
+    q, k, teacher_q, teacher_k = (x.unflatten(1, (heads, -1)).flatten(2) for x in (q, k, teacher_q, teacher_k))
     lengths = cu_seqlens.diff().to(torch.promote_types(q.dtype, torch.float32))
     share = 1 / (heads * lengths.square().sum().clamp(min=1))
     loss, dq, dk = share.new_zeros(()), [], []
@@ -87,7 +104,7 @@ def loss_and_gradients(
         for gradients, x in ((dq, difference @ my_keys), (dk, difference.mT @ mine)):
             gradients.append(layout.unpad(x.unflatten(0, (sequences, min(together, heads - first)))))
     factor = 2 * scale * share
-    return loss * share, torch.cat(dq, 1) * factor, torch.cat(dk, 1) * factor
+    return loss * share, *(torch.cat(each, 1).view(shape) * factor for each in (dq, dk))
 
 
 class _Loss(torch.autograd.Function):

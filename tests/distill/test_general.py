@@ -27,7 +27,7 @@ from fastbert.pretrain.processes import Processes
 
 @pytest.fixture(scope="module")
 def config(lesson, tmp_path_factory):
-    """Of a teacher with two layers and its corpus of 40 documents, for a narrower student of one layer."""
+    """Of a teacher with two layers and its corpus of 40 documents, for a narrower student: one layer, more heads."""
     folder = tmp_path_factory.mktemp("general")
     tokenizer, small = load_tokenizer(lesson / "bert"), BertModel.from_pretrained(lesson / "bert").config
     torch.manual_seed(0)
@@ -35,8 +35,8 @@ def config(lesson, tmp_path_factory):
     texts = [row["text"] for row in rows(160, seed=3)]
     (folder / "corpus.txt").write_text("\n\n".join("\n".join(texts[i : i + 4]) for i in range(0, 160, 4)))
     return GeneralConfig(
-        folder / "teacher", "bert", folder / "corpus.txt", folder / "run", layers=1, width=16, steps=24, lr=1e-2,
-        batch_tokens=256, seq_len=32, held_out=0.2, evaluations=4, snapshot_every=7, log_every=1, accumulate=2,
+        folder / "teacher", "bert", folder / "corpus.txt", folder / "run", layers=1, width=16, heads=4, steps=24,
+        lr=1e-2, batch_tokens=256, seq_len=32, held_out=0.2, evaluations=4, snapshot_every=7, log_every=1, accumulate=2,
         dropout=0.1,
     )  # fmt: skip
 
@@ -59,7 +59,8 @@ def test_the_student_comes_nearer_and_is_a_folder_for_the_second_stage(config, d
     loaded, ours = transformers.AutoModel.from_pretrained(done).eval(), BertModel.from_pretrained(done)
     ids = torch.arange(5, 12)[None]
     torch.testing.assert_close(ours(ids).sequence_output, loaded(ids)[0], rtol=1e-4, atol=1e-5)
-    assert ours.config.hidden_size == 16 and ours.config.num_hidden_layers == 1
+    sizes = ours.config
+    assert (sizes.hidden_size, sizes.num_attention_heads, sizes.num_hidden_layers) == (16, 4, 1)
     second = DistillConfig(
         lesson / "teacher/model", str(done), lesson / "train.csv", tmp_path / "second", epochs=2, intermediate_epochs=1,
         batch_size=16,
@@ -112,7 +113,7 @@ def killed(*_, **__):
 def test_a_folders_student_has_the_dropout_that_is_asked_for(config):
     teacher = BertModel.from_pretrained(config.teacher, add_pooling_layer=False)
     student = students.make_encoder(
-        dataclasses.replace(config, student=str(config.teacher), layers=None, width=None), teacher
+        dataclasses.replace(config, student=str(config.teacher), layers=None, width=None, heads=None), teacher
     )
     probabilities = {module.dropout_p for module in student.modules() if hasattr(module, "dropout_p")}
     assert probabilities == {0.1} and student.config.attention_probs_dropout_prob == 0.1
@@ -123,7 +124,7 @@ def test_a_folders_student_has_the_dropout_that_is_asked_for(config):
 def test_other_kinds_of_model_and_a_kill_before_the_data_is_there(kind, config, tmp_path, monkeypatch):
     other = dataclasses.replace(
         config, teacher=make_encoder(kind, tmp_path / "teacher"), output=tmp_path / "run", steps=2, evaluations=1,
-        width=None, intermediate_size=48, seq_len=30, bf16=kind == "roberta",
+        width=None, heads=None, intermediate_size=48, seq_len=30, bf16=kind == "roberta",
     )  # fmt: skip
     with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
         broken.setattr("fastbert.pretrain.prepare.prepare_store", killed)
@@ -138,7 +139,7 @@ def test_texts_are_not_masked_and_losses_are_the_teachers_inside(config, done, t
     seen = []
     take = general._Training._loss
     monkeypatch.setattr(general._Training, "_loss", lambda self, batch: seen.append(batch) or take(self, batch))
-    same = dataclasses.replace(config, layers=2, width=None, dropout=0.0, steps=1, output=tmp_path / "same")
+    same = dataclasses.replace(config, layers=2, width=None, heads=None, dropout=0.0, steps=1, output=tmp_path / "same")
     distill_general(same)
     record = json.loads((same.output / "metrics.jsonl").read_text().splitlines()[0])
     assert record["loss"] < 1e-9
@@ -149,13 +150,16 @@ def test_texts_are_not_masked_and_losses_are_the_teachers_inside(config, done, t
 def test_what_does_not_hold_is_refused_before_anything_is_written(config, tmp_path, capsys, monkeypatch):
     new = dataclasses.replace(config, output=tmp_path / "new")
     for changes, why in (
-        ({"width": 17}, "width must be a multiple of the teacher's"),
+        ({"width": 17}, "width must be a multiple of its 4 heads, got 17"),
+        ({"width": 17, "heads": None}, "width must be a multiple of the teacher's 2 heads, got 17"),
+        ({"heads": 3, "width": 15}, "a divisor or a multiple of the teacher's 2 attention heads, got 3"),
+        ({"student": str(config.teacher), "layers": None, "width": None}, "--heads is of --student bert"),
         ({"layers": 3}, "it must have 1 to the teacher's 2, got 3"),
         ({"layers": None}, "--student bert needs --layers"),
         ({"seq_len": 64}, "seq_len must be at most what the teacher takes, 32, got 64"),
         ({"corpus": tmp_path / "none"}, "does not exist"),
         ({"steps": None}, "give --steps, --minutes or both"),
-        ({"student": "textcnn", "layers": None, "width": None}, "student must be bert or a model's folder"),
+        ({"student": "textcnn", "layers": None}, "student must be bert or a model's folder"),
     ):
         with pytest.raises((ValueError, FileNotFoundError)) as error:
             distill_general(dataclasses.replace(new, **changes))

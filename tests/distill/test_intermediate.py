@@ -21,9 +21,9 @@ from fastbert.models import AlbertConfig, AlbertModel, BertConfig, BertModel
 from fastbert.ops.attention_distillation import attention_distillation
 
 
-def bert(layers, width):
+def bert(layers, width, heads=2):
     return BertModel(BertConfig(
-        vocab_size=20, hidden_size=width, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=16,
+        vocab_size=20, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=16,
         max_position_embeddings=8, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     ))  # fmt: skip
 
@@ -46,11 +46,12 @@ def test_states_by_hand_with_masks_and_negative_numbers():
         mean_squared(x[..., :1], teacher)
 
 
-def test_all_losses_add_up_and_reach_the_student_alone():
+@pytest.mark.parametrize("teacher_heads", [2, 4])
+def test_all_losses_add_up_and_reach_the_student_alone(teacher_heads):
     torch.manual_seed(0)
-    teacher, student = bert(4, 8).eval().requires_grad_(False), bert(2, 4)
+    teacher, student = bert(4, 8, teacher_heads).eval().requires_grad_(False), bert(2, 4)
     ids, cu = torch.randint(1, 20, (7,)), torch.tensor([0, 5, 7], dtype=torch.int32)
-    loss = IntermediateLoss(4, 2, 8, 2, layer_map("uniform", 2, 4))
+    loss = IntermediateLoss(4, 2, 8, teacher_heads, layer_map("uniform", 2, 4))
     with watched(student) as mine, watched(teacher) as theirs:
         output = student(ids, cu_seqlens=cu, max_seqlen=5)
         expected = teacher(ids, cu_seqlens=cu, max_seqlen=5)
@@ -62,9 +63,9 @@ def test_all_losses_add_up_and_reach_the_student_alone():
     for x, y in pairs:
         by_hand = by_hand + (x.double() @ weight.double().T - y.double()).square().mean()
     for x, y in zip(mine.qkv, theirs.qkv[1::2], strict=True):
-        q, k, teacher_q, teacher_k = x[:, :4], x[:, 4:8], y[:, :8], y[:, 8:16]
-        heads = [part.reshape(7, 2, -1) for part in (q, k, teacher_q, teacher_k)]
-        by_hand = by_hand + attention_distillation(*heads, cu, 5).double()
+        mine_by_head = [part.reshape(7, 2, -1) for part in (x[:, :4], x[:, 4:8])]
+        theirs_by_head = [part.reshape(7, teacher_heads, -1) for part in (y[:, :8], y[:, 8:16])]
+        by_hand = by_hand + attention_distillation(*mine_by_head, *theirs_by_head, cu, 5).double()
     torch.testing.assert_close(got.double(), by_hand, rtol=1e-6, atol=0)
     got.backward()
     assert all(x.grad is None for x in teacher.parameters()) and weight.grad.abs().sum() > 0
@@ -77,8 +78,8 @@ def test_all_losses_add_up_and_reach_the_student_alone():
 
 
 def test_what_cannot_be_taught_is_refused():
-    with pytest.raises(ValueError, match="the teacher's 4 attention heads"):
-        IntermediateLoss(8, 2, 8, 4, [1])
+    with pytest.raises(ValueError, match="the teacher's 3 attention heads, got 2"):
+        IntermediateLoss(8, 2, 6, 3, [1])
     albert = AlbertModel(AlbertConfig(
         vocab_size=20, embedding_size=4, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
     ))  # fmt: skip

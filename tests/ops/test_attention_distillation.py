@@ -8,10 +8,10 @@ import torch
 from fastbert.ops.attention_distillation import AT_ONCE, attention_distillation
 
 
-def inputs(dtype, teacher_size=5):
+def inputs(dtype, heads=2, teacher_heads=2):
     torch.manual_seed(0)
     cu = torch.tensor([0, 3, 3, 4, 11], dtype=torch.int32)
-    mine, theirs = torch.randn(2, 11, 2, 3, dtype=torch.float64), torch.randn(2, 11, 2, teacher_size).double()
+    mine, theirs = torch.randn(2, 11, heads, 3, dtype=torch.float64), torch.randn(2, 11, teacher_heads, 5).double()
     q, k = (x.to(dtype).requires_grad_() for x in mine)
     return q, k, *theirs.to(dtype), cu
 
@@ -29,9 +29,10 @@ def test_two_tokens_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("longest", [7, 19])  # the longest sequence, and padding behind all
 @pytest.mark.parametrize("at_once", [1, 10**6])  # a head at a time, and both
-def test_loss_and_gradients_are_those_of_all_scores_at_once(dtype, longest, at_once, monkeypatch):
+@pytest.mark.parametrize("heads", [(2, 2), (2, 6), (6, 2)], ids=["same heads", "fewer heads", "more heads"])
+def test_loss_and_gradients_are_those_of_all_scores_at_once(dtype, longest, at_once, heads, monkeypatch):
     monkeypatch.setitem(AT_ONCE, "cpu", at_once)
-    q, k, teacher_q, teacher_k, cu = inputs(dtype)
+    q, k, teacher_q, teacher_k, cu = inputs(dtype, *heads)
     loss = 3 * attention_distillation(q, k, teacher_q, teacher_k, cu, longest)
     loss.backward()
     wide = [x.detach().double().requires_grad_() for x in (q, k)]
@@ -39,6 +40,7 @@ def test_loss_and_gradients_are_those_of_all_scores_at_once(dtype, longest, at_o
     for a, b in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
         scores = torch.einsum("ind,jnd->nij", wide[0][a:b], wide[1][a:b]) / math.sqrt(3)
         others = torch.einsum("ind,jnd->nij", teacher_q[a:b].double(), teacher_k[a:b].double()) / math.sqrt(5)
+        scores, others = (x.unflatten(0, (2, -1)).mean(1) for x in (scores, others))  # of neighbouring heads
         total, pairs = total + (scores - others).square().sum(), pairs + (b - a) ** 2
     truth = 3 * total / (2 * pairs)
     truth.backward()
@@ -51,8 +53,12 @@ def test_loss_and_gradients_are_those_of_all_scores_at_once(dtype, longest, at_o
 
 def test_what_does_not_fit_is_refused_and_no_token_gives_zero():
     q, k, teacher_q, teacher_k, cu = inputs(torch.float32)
-    with pytest.raises(ValueError, match="as many heads"):
-        attention_distillation(q, k, teacher_q[:, :1], teacher_k[:, :1], cu, 7)
+    for heads in (3, 0):
+        others = torch.zeros(11, heads, 5)
+        with pytest.raises(ValueError, match=f"multiple of the teacher's {heads} attention heads, got 2"):
+            attention_distillation(q, k, others, others, cu, 7)
+    with pytest.raises(ValueError, match=r"teacher_q must have q's tokens, \[11, heads, head size\], got \[10, 2, 5\]"):
+        attention_distillation(q, k, teacher_q[1:], teacher_k[1:], cu, 7)
     with pytest.raises(ValueError, match="k must be like its queries"):
         attention_distillation(q, k[:5], teacher_q, teacher_k, cu, 7)
     for bounds, longest, why in (([0, 8, 5, 11], 11, "never decrease"), ([0, 4, 11], 6, "max_seqlen is 6")):
