@@ -24,7 +24,7 @@ USAGE = """usage: fastbert COMMAND
   embed       vectors of texts or of their tokens by any such model, to .npy or .safetensors
   fill        the likeliest words for the [MASK]s of a text by any such model
   attention   who looks at whom in a sentence, by layer and head, as a page for the browser and a PNG
-  bench       every op and a training step, verified and timed beside torch's and others', as a table and a page
+  bench       the ops and a training step, verified and timed beside torch's and others', as a table and a page
   --version   the version of this package"""
 
 TRAININGS = "pretrain", "finetune", "distill"
@@ -261,7 +261,7 @@ def bench(arguments: list[str]) -> None:
     from fastbert.bench.run import bench as run_bench
     from fastbert.bench.settings import BenchConfig
 
-    described = "Verify every op and a training step, and time them beside torch's and what else is installed."
+    described = "Verify the ops and a training step, and time them beside torch's and what else is installed."
     run_bench(_parse(BenchConfig, "bench", described, arguments))
 
 

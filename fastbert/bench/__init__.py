@@ -1,4 +1,4 @@
-"""Every op and a training step, judged and timed beside others' on the machine at hand: what `fastbert bench` runs.
+"""The ops and a training step, judged and timed beside others' on the machine at hand: what `fastbert bench` runs.
 
     timing, gpu_timing      variants in turn; a GPU's by CUDA graphs
     machine, rates          where a result comes from, and what that machine can do at most
