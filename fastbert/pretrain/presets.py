@@ -36,17 +36,17 @@ def saved_for_backward(config: ModelConfig, tokens: int, predicted: float = MASK
     """Bytes, about, that a float32 forward pass over a packed batch keeps for its backward pass; bfloat16 halves it.
 
     A token keeps 16 rows of the hidden size in a layer: query, key, value, attention's output, two sums, what LayerNorm
-    makes of them, and GELU's input and output, four each. Of the last layer only attention's four are kept for every
-    token, the rest where a word is to be predicted; there also the head's four, an embedding wide, and its logits.
-    `predicted` is the share of these tokens.
+    makes of them, and GELU's input and output, four each. Of the last layer only query, key and value are kept for
+    every token, the rest where a word is to be predicted; there also the head's four, an embedding wide, and its
+    logits. `predicted` is the share of these tokens.
     """
     if isinstance(config, ElmoConfig):  # gates, cell and output of every LSTM; logits of both directions
         inside = 2 * config.num_hidden_layers * (6 * config.cell_size + 4 * config.width)
         return round(FLOAT32 * tokens * (inside + 2 * predicted * (config.width + config.vocab_size)))
     hidden, (layers, embedding) = config.hidden_size, layers_and_embedding(config)
-    attended = 4 * config.attention_columns()  # of relative positions at most
-    everywhere = hidden * 12 * (layers - 1) + attended * layers + 2 * embedding  # 2: embeddings' sum, and LayerNorm
-    there = 12 * hidden + 4 * embedding + config.vocab_size
+    columns = config.attention_columns()  # of relative positions at most
+    everywhere = hidden * 12 * (layers - 1) + columns * (4 * layers - 1) + embedding  # of LayerNorm
+    there = 12 * hidden + columns + 4 * embedding + config.vocab_size
     return round(FLOAT32 * tokens * (everywhere + predicted * there))
 
 

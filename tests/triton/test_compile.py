@@ -73,6 +73,9 @@ def calls(dtype):
     yield "cross_entropy_backward", (rows, x, labels, rows, rows, None, -100)
     yield "attention_forward", (q, k, v, cu_seqlens, *how)
     yield "attention_backward", (out, q, k, v, out, lse, cu_seqlens, *how)
+    best, how = torch.zeros(2, 3, dtype=torch.int32), (4, 0.25, 0.5, SEED, False, None)
+    yield "hard_attention_forward", (q, k, v, cu_seqlens, *how)
+    yield "hard_attention_backward", (out, q, k, v, best, lse, cu_seqlens, *how)
 
 
 def described(results):
