@@ -97,6 +97,10 @@ def test_settings_that_do_not_hold_are_refused_before_anything_is_measured(tmp_p
     (tmp_path / "old.csv").write_text("a,b\n1,2\n")
     said = bad(capsys, monkeypatch, "bench", "--compare", tmp_path / "old.csv")
     assert "old.csv is no bench.csv of fastbert bench: it has no rows with op, case" in said
+    columns = *results.KEY, *results.RATIOS, "sittings"
+    (tmp_path / "old.csv").write_text(",".join(columns) + "\n" + ",".join("1" for _ in columns) + "\n")
+    said = bad(capsys, monkeypatch, "bench", "--compare", tmp_path / "old.csv")
+    assert "old.csv is of a run that ended after 1 of 5 sittings" in said
     assert "No such file" in bad(capsys, monkeypatch, "bench", "--compare", tmp_path / "none.csv")
     if not torch.cuda.is_available():
         assert "finds no GPU" in bad(capsys, monkeypatch, "bench", "--device", "cuda")
@@ -136,6 +140,7 @@ def test_a_change_counts_beyond_the_noise_of_both_runs(before, after, factor):
         of_torch = dict(zip(results.RATIOS, ("1", "1", "1"), strict=True))
         of_ours = dict(zip(results.RATIOS, map(str, ratios), strict=True))
         key = {"op": "gelu", "case": "8 x 48", "pass": "forward", "dtype": "float32", "reference": "torch", "cpu": cpu}
+        key["sittings"] = "5"
         return [key | {"variant": "torch"} | of_torch, key | {"variant": "fastbert"} | of_ours]
 
     found = results.compare(written(before, "a"), written(after, "b"))

@@ -172,6 +172,7 @@ class Taken:
             "ratio_least": _round(min(fastest)) if fastest else None,
             "ratio_fastest": _round(statistics.median(fastest)) if fastest else None,
             "ratio_most": _round(max(fastest)) if fastest else None,
+            "sittings": len(fastest),
             "bytes": case.size or None,
             "flops": counted or None,
             "gb_per_s": _round(case.size / taken.median / 1e9) if case.size else None,

@@ -9,6 +9,7 @@ from pathlib import Path
 from fastbert import files
 from fastbert.bench.machine import machine
 from fastbert.bench.measure import COPY, Row
+from fastbert.bench.settings import SITTINGS
 
 KEY = "op", "case", "pass", "dtype", "variant", "reference"
 RATIOS = "ratio_least", "ratio_fastest", "ratio_most"  # of the fastest calls of each sitting: least, median, most
@@ -31,16 +32,22 @@ def read(path: Path) -> list[dict[str, str]]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is none.
+        ValueError: it is none, or that of a run that was cut off.
     """
     with files.naming(path):
         text = path.read_text(encoding="utf-8")
     rows = list(csv.DictReader(io.StringIO(text)))
-    lacking = [column for column in (*KEY, *RATIOS) if not rows or rows[0].get(column) is None]
+    lacking = [column for column in (*KEY, *RATIOS, "sittings") if not rows or rows[0].get(column) is None]
     if lacking:
         raise ValueError(
             f"{path} is no bench.csv of fastbert bench: it has no rows with {', '.join(lacking)}; give one that "
             "`fastbert bench` wrote"
+        )
+    sittings = max(int(row["sittings"]) for row in rows)
+    if sittings < SITTINGS:
+        raise ValueError(
+            f"{path} is of a run that ended after {sittings} of {SITTINGS} sittings: how much its ratios spread is not "
+            "known; measure it anew"
         )
     return rows
 
@@ -105,7 +112,8 @@ def compare(old: Iterable[dict[str, str]], new: Iterable[dict[str, str]]) -> Com
 def _ratios(rows: Iterable[dict[str, str]]) -> dict[tuple[str, ...], tuple[float, float, float]]:
     found = {}
     for row in rows:
-        if row["ratio_fastest"] and row["variant"] not in (row["reference"], COPY):
+        whole = row["ratio_fastest"] and int(row["sittings"]) == SITTINGS
+        if whole and row["variant"] not in (row["reference"], COPY):
             low, middle, high = (float(row[name]) for name in RATIOS)
             found[tuple(row[name] for name in KEY)] = (low, middle, high)
     return found

@@ -28,9 +28,9 @@ class BenchConfig:
     dtype: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32", "bfloat16")
     """The dtypes to measure in; tables of embeddings are float32 always."""
     repeats: int | None = None
-    """Timed calls of every variant, in five sittings; 20 if not given, 10 with --quick. What is slow is called less."""
+    """Timed calls of every variant, in five sittings; 20 if not given, 40 with --quick. What is slow is called less."""
     quick: bool = False
-    """Smaller shapes, fewer calls, sweeps in the first dtype alone and no torch.compile: a minute."""
+    """Smaller shapes, sweeps in the first dtype alone and no torch.compile: a minute."""
     compile: bool = True
     """Measure torch.compile too, which takes seconds to compile for every case."""
     compare: Path | None = None
@@ -39,7 +39,7 @@ class BenchConfig:
     @property
     def rounds(self) -> int:
         """Timed calls of every variant in a sitting."""
-        return -(-(self.repeats or (10 if self.quick else 20)) // SITTINGS)
+        return -(-(self.repeats or (40 if self.quick else 20)) // SITTINGS)
 
     @property
     def limit(self) -> float:
