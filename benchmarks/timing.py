@@ -2,11 +2,13 @@
 
 import csv
 import datetime
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from fastbert import files
 from fastbert.bench.machine import gpu, machine
 from fastbert.bench.timing import Stats, interleaved, synchronize
 
@@ -26,12 +28,15 @@ def results_path(stem: str, *what: str) -> Path:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Writes the rows under a header of all their columns, each row ended by the columns of `machine()`."""
+    """Writes the rows under a header of all their columns, each row ended by the columns of `machine()`.
+
+    A run that writes its rows as they come has the last ones whole when it is stopped in between.
+    """
     rows = [{**row, **machine()} for row in rows]
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    files.write(path.parent, {path.name: text.getvalue().encode()})
     print(f"written: {path}")
