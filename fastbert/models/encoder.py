@@ -4,6 +4,8 @@ Inside, tokens are packed: padding is removed once before the first layer and pu
 computes is in `layers` and the ops under it. Source: Devlin, Chang, Lee and Toutanova, "BERT" (2019).
 """
 
+import contextvars
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
@@ -360,5 +362,7 @@ class Encoder(PreTrainedModel):
                 f"checkpoint_layers computes each layer twice, and norm {self.config.norm!r} would count a batch twice "
                 "in its running statistics: train without one of the two"
             )
+        if not torch.compiler.is_compiling():  # backward runs outside of the blocks that choose backend and library
+            layer = functools.partial(contextvars.copy_context().run, layer)
         # Computed again by the same seeds: the generators, which a captured graph could not set back, are left alone.
         return recomputed(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
