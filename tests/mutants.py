@@ -88,7 +88,7 @@ FAULTS = [
         ("ds[i] = seen.pick(q.visible, j, full * (dw - q.delta), 0.f);", "ds[i] = seen.pick(q.visible, j, full * dw, 0.f);"),
     ),
     *kernel(
-        "attention.cpp", "ops/test_attention.py ops/test_shapes.py",
+        "attention.cpp", "ops/test_attention.py ops/test_attention_visible.py ops/test_shapes.py",
         ("const bool add = block.key > max(0, block.query - p.window_left) / kKeys * kKeys;", "const bool add = block.key > 0;"),
         ("dropout.draw(static_cast<uint32_t>(p.cu_seqlens[task.sequence] + query), 0, block.keys);",
          "dropout.draw(static_cast<uint32_t>(query), 0, block.keys);"),

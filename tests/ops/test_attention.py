@@ -4,16 +4,12 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
+from attention_truth import SEED, pack, torch_attention
 from op_cases import DTYPES, assert_same_for_threads, assert_solves, drawn, problem
 
 import fastbert
-from fastbert.backends import fallbacks
 from fastbert.ops import philox
-from fastbert.ops.attention import HAVE_RANKS
 from fastbert.testing import run
-
-SEED = torch.tensor([0x123456789ABCDEF])
 
 # (lengths, heads, head size)
 CASES = {
@@ -34,35 +30,6 @@ MASKS = {
     "causal window": {"window": (20, 5), "causal": True},
     "no limit to the left": {"window": (-1, 2)},
 }
-
-
-@pytest.fixture
-def ranking(backend):
-    """The backends that have ranks."""
-    if backend not in ("reference", *HAVE_RANKS):
-        pytest.skip("its kernels have no ranks so far")
-    return backend
-
-
-def pack(lengths, heads, head_dim, dtype, generator=None):
-    """qkv [T, 3, N, D] and cu_seqlens."""
-    qkv = torch.randn(sum(lengths), 3, heads, head_dim, generator=generator).mul(1.5).to(dtype)
-    return qkv, torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-
-
-def torch_attention(q, k, v, lengths, causal=False, window=None, global_tokens=None, ranks=None):
-    """PyTorch's own attention, one sequence at a time. A query that sees nothing gives 0, as ours does."""
-    outputs = []
-    chosen = torch.zeros(len(q), dtype=torch.bool) if global_tokens is None else global_tokens
-    of_tokens = chosen, *(ranks or [torch.zeros(len(q))] * 2)
-    for a, b, c, g, query_ranks, key_ranks in zip(*(x.split(lengths) for x in (q, k, v, *of_tokens)), strict=True):
-        ahead = torch.arange(len(a)) - torch.arange(len(a)).unsqueeze(1)
-        left, right = (len(a) if limit == -1 else limit for limit in window or (-1, -1))
-        seen = (ahead >= -left) & (ahead <= (min(right, 0) if causal else right)) | g | g.unsqueeze(1)
-        seen &= key_ranks <= query_ranks.unsqueeze(1)
-        out = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (a, b, c)), attn_mask=seen)
-        outputs.append(torch.where(seen.any(1)[:, None, None], out.transpose(0, 1), 0.0))
-    return torch.cat(outputs)
 
 
 @functools.cache
@@ -120,170 +87,6 @@ def test_truth_is_torchs(mask):
     torch.testing.assert_close(ours, torch_attention(*qkv.unbind(1), lengths, **MASKS[mask]))
 
 
-# (window, the tokens of the batch that are global)
-GLOBALS = {
-    "the first of a sequence, one in the middle": ((3, 2), [0, 300, 525, 530, 535]),
-    "neighbours, and the last": ((0, 0), [250, 251, 252, 539]),
-    "none": ((40, 1), []),
-    "all": ((1, 1), range(540)),
-    "a window that sees all": ((-1, -1), [5]),
-}
-
-
-@functools.cache
-def judged_globals(name, dtype):
-    """Of sequences of 530 tokens (two blocks of keys), 0, 9 and 1; without dropout, and with it."""
-    window, places = GLOBALS[name]
-    lengths, generator = [530, 0, 9, 1], drawn("global tokens", name, dtype)
-    qkv, cu_seqlens = pack(lengths, 1, 12, dtype, generator)
-    dout = torch.randn(540, 1, 12, generator=generator).to(dtype)
-    chosen = torch.zeros(540, dtype=torch.bool)
-    chosen[list(places)] = True
-    options = {"window": window, "global_tokens": chosen}
-
-    def ours(x, p):
-        return fastbert.attention(*x.unbind(1), cu_seqlens, 530, dropout_p=p, seed=SEED, **options)
-
-    def by_torch(x):
-        return torch_attention(*x.unbind(1), lengths, **options)
-
-    return [(p, lambda x, p=p: ours(x, p), problem((qkv,), dout, lambda x, p=p: ours(x, p), theirs))
-            for p, theirs in ((0.0, by_torch), (0.1, None))]  # fmt: skip
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", GLOBALS)
-def test_global_tokens(kernels, nan_filled, name, dtype):
-    """They see all of their sequence and are seen by all of it, whatever block of keys or queries they stand in."""
-    for p, function, given in judged_globals(name, dtype):
-        assert_solves(function, given, (f"out p={p}", f"dqkv p={p}"))
-
-
-def test_truth_of_global_tokens_is_torchs():
-    window, places = (3, 2), [0, 11, 17]
-    qkv, cu_seqlens = pack([5, 1, 12], 2, 8, torch.float64)
-    chosen = torch.zeros(18, dtype=torch.bool)
-    chosen[places] = True
-    ours = fastbert.attention(*qkv.unbind(1), cu_seqlens, 12, window=window, global_tokens=chosen)
-    torch.testing.assert_close(ours, torch_attention(*qkv.unbind(1), [5, 1, 12], window=window, global_tokens=chosen))
-
-
-# (query ranks, key ranks) of one sequence
-RANKS = {
-    "xlnet's content stream": lambda order: (order, order),
-    "xlnet's query stream: the first sees nothing": lambda order: (order - 1, order),
-    "whole blocks unseen and seen": lambda order: (torch.arange(len(order)) // 100, torch.arange(len(order)) // 100),
-    "the least and the greatest": lambda order: (
-        torch.where(order % 2 == 0, 2**31 - 1, -(2**31)),
-        torch.where(order % 3 == 0, 2**31 - 1, -(2**31)),
-    ),
-    "nothing is seen": lambda order: (order * 0 - 1, order * 0),
-}
-
-
-def ranks_of(name, lengths, generator=None):
-    """(query_ranks, key_ranks) of the batch, by a permutation of each sequence."""
-    each = [RANKS[name](torch.randperm(length, generator=generator)) for length in lengths]
-    return tuple(torch.cat(ranks).int() for ranks in zip(*each, strict=True))
-
-
-@functools.cache
-def judged_ranks(name, dtype, lengths=(530, 0, 70, 1), size=12):
-    """Without dropout, and with it."""
-    generator, tokens = drawn("ranks", name, dtype), sum(lengths)
-    qkv, cu_seqlens = pack(lengths, 2, size, dtype, generator)
-    dout = torch.randn(tokens, 2, size, generator=generator).to(dtype)
-    ranks = ranks_of(name, lengths, generator)
-
-    def ours(x, p):
-        return fastbert.attention_qkv(x, cu_seqlens, max(lengths), dropout_p=p, seed=SEED, ranks=ranks)
-
-    def by_torch(x):
-        return torch_attention(*x.unbind(1), lengths, ranks=ranks)
-
-    return [(p, lambda x, p=p: ours(x, p), problem((qkv,), dout, lambda x, p=p: ours(x, p), theirs))
-            for p, theirs in ((0.0, by_torch), (0.1, None))]  # fmt: skip
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", RANKS)
-def test_ranks(ranking, nan_filled, name, dtype):
-    for p, function, given in judged_ranks(name, dtype):
-        assert_solves(function, given, (f"out p={p}", f"dqkv p={p}"))
-
-
-@pytest.mark.parametrize("name", RANKS)
-def test_truth_of_ranks_is_torchs(name):
-    qkv, cu_seqlens = pack([5, 1, 12], 2, 8, torch.float64)
-    ranks = ranks_of(name, [5, 1, 12])
-    ours = fastbert.attention(*qkv.unbind(1), cu_seqlens, 12, ranks=ranks)
-    torch.testing.assert_close(ours, torch_attention(*qkv.unbind(1), [5, 1, 12], ranks=ranks))
-
-
-def test_ranks_by_hand(ranking):
-    """Equal scores; tokens are read in the order 2, 0, 1, and then in none."""
-    q, v = torch.zeros(5, 1, 1), torch.tensor([3.0, 6.0, 9.0, 5.0, 7.0]).view(5, 1, 1)
-    cu_seqlens, order = torch.tensor([0, 3, 5], dtype=torch.int32), torch.tensor([1, 2, 0, 0, 0], dtype=torch.int32)
-    content = fastbert.attention(q, q, v, cu_seqlens, 3, ranks=(order, order))
-    torch.testing.assert_close(content.flatten(), torch.tensor([6.0, 6.0, 9.0, 6.0, 6.0]))
-    query = fastbert.attention(q, q, v, cu_seqlens, 3, ranks=(order - 1, order))
-    torch.testing.assert_close(query.flatten(), torch.tensor([9.0, 6.0, 0.0, 0.0, 0.0]))
-
-
-def test_ranks_that_are_places_are_causal(ranking):
-    """And the mask of dropout stays that of the contract."""
-    qkv, cu_seqlens = pack([90, 40], 2, 16, torch.float32)
-    dout, places = torch.randn(130, 2, 16), torch.cat([torch.arange(90), torch.arange(40)]).int()
-    options = {"dropout_p": 0.2, "seed": SEED}
-    ranked = run(lambda x: fastbert.attention_qkv(x, cu_seqlens, 90, ranks=(places, places), **options), (qkv,), dout)
-    causal = run(lambda x: fastbert.attention_qkv(x, cu_seqlens, 90, causal=True, **options), (qkv,), dout)
-    for ours, expected in zip(ranked, causal, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=2e-5, atol=2e-5)
-
-
-def test_kernels_without_global_tokens_refuse_or_leave_them_to_the_twin(monkeypatch):
-    """As those of cuda and triton do; here the CPU's stand in for them."""
-    monkeypatch.setattr("fastbert.ops.attention.HAVE_GLOBAL_TOKENS", ())
-    monkeypatch.delitem(fallbacks, ("attention", "cpu"), raising=False)
-    q, cu_seqlens, chosen = torch.randn(6, 1, 8), torch.tensor([0, 6], dtype=torch.int32), torch.arange(6) == 2
-    options = {"window": (1, 1), "global_tokens": chosen}
-    with pytest.raises(
-        RuntimeError, match="'cpu' was asked for and cannot run attention here: its kernels have no glob"
-    ):
-        fastbert.attention(q, q, q, cu_seqlens, 6, backend="cpu", **options)
-    twin = fastbert.attention(q, q, q, cu_seqlens, 6, backend="reference", **options)
-    with pytest.warns(
-        UserWarning, match="attention runs in plain PyTorch on cpu, .* its kernels have no global tokens"
-    ):
-        assert torch.equal(fastbert.attention(q, q, q, cu_seqlens, 6, **options), twin)
-    fastbert.attention(q, q, q, cu_seqlens, 6, **options)  # said once
-    del fallbacks["attention", "cpu"]
-
-
-def test_global_tokens_by_hand(kernels):
-    """Each sees itself alone, with equal scores: but for the global one of three, which sees all and all see it."""
-    q, v = torch.zeros(4, 1, 1), torch.tensor([3.0, 6.0, 9.0, 5.0]).view(4, 1, 1)
-    cu_seqlens = torch.tensor([0, 3, 4], dtype=torch.int32)
-    chosen = torch.tensor([False, False, True, False])
-    out = fastbert.attention(q, q, v, cu_seqlens, 3, window=(0, 0), global_tokens=chosen)
-    torch.testing.assert_close(out.flatten(), torch.tensor([6.0, 7.5, 6.0, 5.0]))
-
-
-@pytest.mark.parametrize("mask", ["global tokens", "ranks"])
-def test_masks_by_token_with_any_threads(kernels, mask):
-    """Their blocks are summed in one order, however the queries and keys are cut into tasks."""
-    qkv, cu_seqlens = pack([600, 2200], 1, 16, torch.bfloat16)
-    chosen = torch.zeros(2800, dtype=torch.bool)
-    chosen[[0, 77, 600, 1900, 2799]] = True
-    masks = {
-        "global tokens": {"window": (9, 30), "global_tokens": chosen},
-        "ranks": {"ranks": ranks_of("whole blocks unseen and seen", [600, 2200])},
-    }
-    dout, options = torch.randn(2800, 1, 16), {"dropout_p": 0.1, "seed": SEED, **masks[mask]}
-    function = lambda x: fastbert.attention_qkv(x, cu_seqlens, 2200, **options)  # noqa: E731
-    assert_same_for_threads(lambda: run(function, (qkv,), dout), (1, 16))
-
-
 def test_by_hand(backend):
     # Scores 0 and ln 3: weights 1/4 and 3/4.
     q = torch.ones(2, 1, 1)
@@ -314,7 +117,7 @@ def test_mask_is_the_contracts(backend, lengths, p):
     total = sum(lengths)
     q = torch.zeros(total, heads, longest)
     place = torch.cat([torch.arange(n) for n in lengths])
-    v = F.one_hot(place, longest).float().unsqueeze(1).expand(total, heads, longest)
+    v = torch.nn.functional.one_hot(place, longest).float().unsqueeze(1).expand(total, heads, longest)
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     out = fastbert.attention(q, q, v, cu_seqlens, longest, dropout_p=p, seed=SEED)
     t = philox.threshold(p, bits=8)

@@ -97,7 +97,8 @@ def emulator(tmp_path_factory):
 def test_attention_on_emulated_amx(emulator):
     """What attention on tiles is held to is what it is held to on vectors; the slowest combinations are left out."""
     selection = "amx_bf16 and not torch.float32 and not torch.float16 and not (long and all)"
-    tests = TESTS / "ops/test_attention.py", f"{TESTS / 'ops/test_shapes.py'}::test_attention"
+    visible = TESTS / "ops/test_attention_visible.py"
+    tests = TESTS / "ops/test_attention.py", visible, f"{TESTS / 'ops/test_shapes.py'}::test_attention"
     output = pytest_process("-p", "no:faulthandler", "-k", selection, *tests, LD_PRELOAD=emulator)
     assert int(re.search(r"(\d+) passed", output)[1]) >= 60, output[-1000:]
 
