@@ -18,7 +18,7 @@ from fastbert.data.texts import Encoded, PackedTexts, batches_by_length, encode,
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.finetune.settings import PredictConfig, TaskConfig
 from fastbert.models.auto import class_of
-from fastbert.models.checkpoint import read_config
+from fastbert.models.checkpoint import UNTRAINED, read_config
 from fastbert.models.classification import CLASSIFIERS, SequenceClassifier
 from fastbert.models.features import KIND, FeatureClassifier
 from fastbert.models.frozen import freeze
@@ -102,8 +102,9 @@ def load(folder: Path) -> Classifier:
         try:
             return class_of(folder, CLASSIFIERS).from_pretrained(folder)
         except UserWarning as warning:
+            lacking = str(warning).removesuffix(f": {UNTRAINED}")
             raise ValueError(
-                f"{warning}: expected a classifier's folder, such as model/ of fastbert finetune or distill"
+                f"{lacking}: expected a classifier's folder, such as model/ of fastbert finetune or distill"
             ) from None
 
 

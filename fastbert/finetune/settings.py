@@ -169,7 +169,7 @@ class PredictConfig:
     """The table's column with a second text."""
     output: Path | None = None
     """Where to write a row for each text: .jsonl with every label's probability, .csv or .tsv with the likeliest one's;
-    if not given they are printed as .tsv."""
+    if not given they are printed as .tsv. A file of an earlier call is replaced."""
     separator: str | None = None
     """The character between a table's columns; if not given a comma, in .tsv files a tab."""
     quoting: Quoting = "auto"

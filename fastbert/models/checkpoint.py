@@ -18,6 +18,7 @@ from fastbert.models.parameter_names import Names
 
 # Before model_type where norms are not LayerNorm: `transformers`, which has no others, would not notice it otherwise.
 OWN = "fastbert-"
+UNTRAINED = "newly initialised, to be trained"  # what a folder lacks
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Before the encoder's names in a folder whose configuration does not name its kind, beside the model's own name;
 # another model's would be "roberta".
@@ -196,7 +197,7 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], source: str | os.PathLi
                 f"{list(expected[name].shape)}; weights and configuration belong to different models"
             )
     if missing:
-        warnings.warn(f"{source} lacks {_list(missing)}: newly initialised, to be trained", stacklevel=3)
+        warnings.warn(f"{source} lacks {_list(missing)}: {UNTRAINED}", stacklevel=3)
     if unexpected:
         warnings.warn(f"{source} has {_list(unexpected)}, which {type(model).__name__} has no use for", stacklevel=3)
     named = {name: given.get(name, expected[name]).to(expected[name].dtype) for name in expected}

@@ -68,6 +68,7 @@ class ElmoConfig:
     }
     # What an encoder's configuration has, for those who read either.
     type_vocab_size: ClassVar[int] = 1
+    padding_side: ClassVar[str] = "right"
     first_position: ClassVar[int] = 0
     is_decoder: ClassVar[bool] = True
     norm: ClassVar[str] = "layer"
@@ -116,8 +117,6 @@ class ElmoConfig:
     def hidden_size(self) -> int:
         """Numbers of a token's features: both directions'."""
         return 2 * self.width
-
-    padding_side: ClassVar[str] = "right"
 
     @property
     def longest(self) -> int:

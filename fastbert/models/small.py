@@ -47,6 +47,7 @@ class SmallConfig:
     dropout: float = 0.5
 
     type_vocab_size: ClassVar[int] = 1
+    padding_side: ClassVar[str] = "right"
 
     def __post_init__(self):
         object.__setattr__(self, "windows", tuple(self.windows))
@@ -65,8 +66,6 @@ class SmallConfig:
         """The configuration in a config.json's fields, of which others are left out; raises as the class does."""
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in fields.items() if name in known})
-
-    padding_side: ClassVar[str] = "right"
 
     @property
     def longest(self) -> int:
