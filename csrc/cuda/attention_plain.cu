@@ -106,13 +106,13 @@ __global__ void __launch_bounds__(kThreads, 3) attention_plain_forward_kernel(At
     // scores
     const Rows<T> k = rows_of<T>(p.k, p.k_stride, p, work, key);
     const Rows<T> v = rows_of<T>(p.v, p.v_stride, p, work, key);
+    const SeenProducts<Mask, true> seen(p, plan, work, key);
     const bool q_there = head_size <= kTile && key > first_key;
     Products scores;
     multiply_rows(scores, q_tile, q, q_there, tile, k, head_size, plan.vectors);
 
     // softmax
     if (has_rows(q.count)) {
-      const SeenProducts<Mask, true> seen(p, plan, work, key);
       add_scores(softmax, scores, out, plan.scale_log2, seen);
       if (p.t != 0) drop(scores, kept_keys(p, work, seed, key));
     }
@@ -193,6 +193,7 @@ __global__ void __launch_bounds__(kThreads, 3) attention_plain_dq_kernel(Attenti
     // products
     const Rows<T> k = rows_of<T>(p.k, p.k_stride, p, work, key);
     const Rows<T> v = rows_of<T>(p.v, p.v_stride, p, work, key);
+    const SeenProducts<Mask, true> seen(p, plan, work, key);
     const bool there = narrow && key > first_key;
     Products scores, products;
     multiply_rows(products, dout_tile, dout, there, tile, v, head_size, plan.vectors);
@@ -200,7 +201,6 @@ __global__ void __launch_bounds__(kThreads, 3) attention_plain_dq_kernel(Attenti
 
     // softmax
     if (has_rows(q.count)) {
-      const SeenProducts<Mask, true> seen(p, plan, work, key);
       const uint32_t kept = p.t != 0 ? kept_keys(p, work, seed, key) : ~0u;
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
@@ -252,6 +252,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_plain_dk_dv_kernel(Atte
     // products
     const Rows<T> q = rows_of<T>(p.q, p.q_stride, p, work, query);
     const Rows<T> dout = rows_of<T>(p.dout, p.heads * p.head_size, p, work, query);
+    const SeenProducts<Mask, false> seen(p, plan, work, query);
     const bool there = narrow && query > first_query;
     Products scores, products;
     copy_statistics<T>(lse, delta, p, work, query);
@@ -260,7 +261,6 @@ __global__ void __launch_bounds__(kThreads, 2) attention_plain_dk_dv_kernel(Atte
 
     // softmax
     if (has_rows(k.count)) {
-      const SeenProducts<Mask, false> seen(p, plan, work, query);
       const KeptQueries kept = p.t != 0 ? kept_queries(p, work, seed, query) : KeptQueries{{~0u, ~0u}};
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {

@@ -81,17 +81,14 @@ constexpr int kSpan = kAhead * kTile;
 template <class Mask, bool kOfKeys>
 class OtherTiles {
  public:
-  DEVICE OtherTiles(const Attention& p, const Plan& plan, const Work& work, int rows) : p_(p), work_(work) {
-    const int before = kOfKeys ? plan.left : plan.right, after = kOfKeys ? plan.right : plan.left;
-    window_ = {max(0, work.row - before), min(work.row + rows - 1 + after, work.length - 1)};
-    if constexpr (Mask::kByToken) most_ = most_visible(rows);
-  }
+  DEVICE OtherTiles(const Attention& p, const Plan& plan, const Work& work, int rows)
+      : p_(p), plan_(plan), work_(work), rows_(rows) {}
 
   DEVICE int first() {
     if constexpr (Mask::kByToken)
       return from(0);
     else
-      return window_.first / kTile * kTile;
+      return window().first / kTile * kTile;
   }
 
   DEVICE int next(int tile) {
@@ -101,15 +98,23 @@ class OtherTiles {
       return tile + kTile;
   }
 
-  DEVICE int end() const { return Mask::kByToken ? work_.length : window_.last + 1; }
+  DEVICE int end() const { return Mask::kByToken ? work_.length : window().last + 1; }
 
  private:
-  // What those of the block's rows have that sees most, or is seen by most.
-  DEVICE int most_visible(int rows) const {
+  // Of all rows.
+  DEVICE Visible window() const {
+    const int before = kOfKeys ? plan_.left : plan_.right, after = kOfKeys ? plan_.right : plan_.left;
+    return {max(0, work_.row - before), min(work_.row + rows_ - 1 + after, work_.length - 1)};
+  }
+
+  // What those of the rows have that sees most, or is seen by most.
+  DEVICE int most_visible() const {
     const int begin = work_.begin + work_.row;
     int most = Mask::template of_token<!kOfKeys>(p_, begin);
-    for (int row = lane_of_warp(); row < rows; row += kWarp)
-      most = Mask::template more_visible<!kOfKeys>(most, Mask::template of_token<!kOfKeys>(p_, begin + row));
+    for (int row = lane_of_warp(); row < rows_; row += kWarp) {
+      const int its = Mask::template of_token<!kOfKeys>(p_, begin + row);
+      most = Mask::template more_visible<!kOfKeys>(most, its);
+    }
 #pragma unroll
     for (int offset = kWarp / 2; offset > 0; offset /= 2)
       most = Mask::template more_visible<!kOfKeys>(most, __shfl_xor_sync(kAllLanes, most, offset));
@@ -128,28 +133,30 @@ class OtherTiles {
 
   // Bit n: whether anything is seen of the tile that is n behind this one.
   DEVICE uint32_t look_ahead(int tile) const {
+    const Visible window = this->window();
+    const int most = most_visible();
     uint32_t seen = 0;
 #pragma unroll 4
     for (int n = 0; n < kAhead; ++n, tile += kTile) {
       if (tile >= work_.length) break;
-      const bool in_window = tile + kTile > window_.first && tile <= window_.last;
+      const bool in_window = tile + kTile > window.first && tile <= window.last;
       const int token = tile + lane_of_warp();
-      const bool is_seen = has(token, in_window) | has(token + kWarp, in_window);
+      const bool is_seen = sees(most, token, in_window) | sees(most, token + kWarp, in_window);
       if (__any_sync(kAllLanes, is_seen)) seen |= 1u << n;
     }
     return seen;
   }
 
-  DEVICE bool has(int token, bool in_window) const {
+  DEVICE bool sees(int most, int token, bool in_window) const {
     if (token >= work_.length) return false;
     const int its = Mask::template of_token<kOfKeys>(p_, work_.begin + token);
-    return kOfKeys ? Mask::sees(most_, its, in_window) : Mask::sees(its, most_, in_window);
+    return kOfKeys ? Mask::sees(most, its, in_window) : Mask::sees(its, most, in_window);
   }
 
   const Attention& p_;
+  const Plan& plan_;
   const Work& work_;
-  Visible window_;  // of all rows
-  int most_ = 0;
+  int rows_;
   uint32_t seen_ = 0;  // of the span
 };
 
