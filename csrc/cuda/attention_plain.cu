@@ -171,8 +171,10 @@ DEVICE void differentiate(float& score, float& product, const Plan& plan, float 
   product = seen ? weight * ((kept ? product * plan.keep : 0.f) - delta) : 0.f;
 }
 
+// What is seen by token takes more registers than three blocks leave.
 template <class T, class Mask>
-__global__ void __launch_bounds__(kThreads, 3) attention_plain_dq_kernel(AttentionBackward p, Plan plan) {
+__global__ void __launch_bounds__(kThreads, Mask::kByToken ? 2 : 3)
+    attention_plain_dq_kernel(AttentionBackward p, Plan plan) {
   DYNAMIC_SHARED(float, memory);
   float *q_tile = memory, *dout_tile = q_tile + kTileFloats, *tile = dout_tile + kTileFloats;
   float *strip = tile + kTileFloats, *lse = strip + kStripFloats, *delta = lse + kTile;
