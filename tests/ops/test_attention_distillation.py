@@ -1,7 +1,6 @@
 """Attention scores of two models compared: by hand, against float64, with padding, in every dtype, on every backend."""
 
 import math
-from importlib import import_module
 
 import pytest
 import torch
@@ -120,7 +119,7 @@ def test_what_does_not_fit_is_refused_and_no_token_gives_zero(best):
         attention_distillation(q, k, teacher_q[1:], teacher_k[1:], cu, 7)
     with pytest.raises(ValueError, match="k must be like its queries"):
         attention_distillation(q, k[:5], teacher_q, teacher_k, cu, 7)
-    with pytest.raises(ValueError, match="both models must be float64 or neither, got torch.float32 for the student's"):
+    with pytest.raises(ValueError, match="both models must be float64 or neither"):
         attention_distillation(q, k, teacher_q.double(), teacher_k.double(), cu, 7)
     if best != "cuda":  # there the boundaries are looked at by the kernels
         for bounds, longest, why in (([0, 8, 5, 11], 11, "never decrease"), ([0, 4, 11], 6, "max_seqlen is 6")):
