@@ -130,18 +130,22 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// The sum of all squares, by one block. Of sequences that cannot be used nothing is known: NaN.
+// The sum of all squares, by one block. With a sequence that cannot be used some were not written: NaN.
 __global__ void __launch_bounds__(kLossThreads) attention_distillation_loss_kernel(AttentionDistillation p) {
   __shared__ float partial[2][1][kWarpsPerBlock];
-  float sums[1] = {};
-#pragma unroll 4
-  for (int64_t i = threadIdx.x; i < p.tokens * p.heads; i += kLossThreads) sums[0] += p.scratch[i];
+  bool is_bad = false;
 #pragma unroll 1
-  for (int64_t b = threadIdx.x; b < p.sequences; b += kLossThreads)
-    if (!is_usable(p, b)) sums[0] = NAN;
+  for (int64_t b = threadIdx.x; b < p.sequences; b += kLossThreads) is_bad |= !is_usable(p, b);
+  if (__syncthreads_or(is_bad)) {
+    if (threadIdx.x == 0) *p.loss = NAN;
+    return;
+  }
+  float squares[1] = {};
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < p.tokens * p.heads; i += kLossThreads) squares[0] += p.scratch[i];
   const float share = share_of(p, partial[0]);
-  block_sum(sums, partial[1]);
-  if (threadIdx.x == 0) *p.loss = sums[0] * share;
+  block_sum(squares, partial[1]);
+  if (threadIdx.x == 0) *p.loss = squares[0] * share;
 }
 
 // ---- launchers ---------------------------------------------------------------------------------------
