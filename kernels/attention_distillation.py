@@ -1,0 +1,175 @@
+"""How far a student's attention scores are from a teacher's over packed sequences, with dq and dk in the same pass:
+
+    e_ij = scale * q_i . k_j - teacher_scale * teacher_q_i . teacher_k_j,    loss = 1 / (H P) sum of all e_ij^2
+    dq_i = 2 scale / (H P) sum_j e_ij k_j,   dk_j = 2 scale / (H P) sum_i e_ij q_i,   P = sum_b S_b^2
+
+q, k, dq and dk are [T, N, D], the teacher's [T, M, E]. H, the smaller of N and M, counts the heads here: of the model
+that has more of them neighbours lie end to end, and are read as one head of N D / H, or M E / H, columns.
+
+dk is dq with queries and keys exchanged, so one kernel is launched twice: for dq, where each program also leaves its
+part of the loss, and for dk, where the first program adds the parts up. A program takes ROWS queries of a head, walks
+through the keys in blocks and computes e again from all columns. It takes W columns at a time, and so do its sums: with
+more than W columns a gradient has a program for each W of them. Rows behind a sequence's end are read as 0 in both
+models, and there e is 0.
+
+Scores and sums are float32. 16-bit types go through matrix instructions, for which e is rounded to them, once, before
+it is multiplied by q or k; float32 stays float32, never tf32. Each result is written by one program, in one order: the
+same call gives the same bits.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert.kernels import faults
+from fastbert.kernels.attention import heads_together, sizes
+from fastbert.kernels.attention_tiles import load_tile, product, store_tile, work_of_program
+from fastbert.kernels.launch import launch
+
+WIDEST = 64  # columns that are taken at a time
+SEQUENCES, PARTS = tl.constexpr(128), tl.constexpr(1024)  # that are added up at a time
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _rest_of_scores(
+    scores, x_ptr, y_ptr, row, other, length, x_stride, y_stride, W: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """scores [ROWS, OTHERS] + x y^T of the columns from W on."""
+    ROWS: tl.constexpr = scores.shape[0]
+    OTHERS: tl.constexpr = scores.shape[1]
+    LEFT: tl.constexpr = COLUMNS % W
+    for column in range(W, COLUMNS - LEFT, W):
+        x = load_tile(x_ptr + column, row, length, x_stride, ROWS, W, W, False)
+        y = load_tile(y_ptr + column, other, length, y_stride, OTHERS, W, W, False)
+        scores = product(x, tl.trans(y), scores)
+    if LEFT and COLUMNS > W:
+        x = load_tile(x_ptr + (COLUMNS - LEFT), row, length, x_stride, ROWS, W, LEFT, False)
+        y = load_tile(y_ptr + (COLUMNS - LEFT), other, length, y_stride, OTHERS, W, LEFT, False)
+        scores = product(x, tl.trans(y), scores)
+    return scores
+
+
+# ---- loss ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _pairs(cu_seqlens_ptr, sequences):
+    """P, at least 1."""
+    squares = tl.zeros([SEQUENCES], tl.int64)
+    for first in range(0, sequences, SEQUENCES):
+        sequence = first + tl.arange(0, SEQUENCES)
+        start = tl.load(cu_seqlens_ptr + sequence, mask=sequence < sequences, other=0)
+        end = tl.load(cu_seqlens_ptr + 1 + sequence, mask=sequence < sequences, other=0)
+        length = (end - start).to(tl.int64)
+        squares += length * length
+    return tl.maximum(tl.sum(squares, 0), 1).to(tl.float32)
+
+
+@triton.jit
+def _store_loss(parts_ptr, loss_ptr, parts):
+    """The sum of all parts."""
+    loss = tl.zeros([PARTS], tl.float32)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        loss += tl.load(parts_ptr + part, mask=part < parts, other=0.0)
+    tl.store(loss_ptr, tl.sum(loss, 0))
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["tokens", "max_seqlen", "sequences"])
+def attention_distillation_kernel(
+    x_ptr, y_ptr, teacher_x_ptr, teacher_y_ptr, cu_seqlens_ptr, parts_ptr, loss_ptr, dx_ptr, faults_ptr, tokens,
+    max_seqlen, sequences, heads, x_stride, y_stride, teacher_x_stride, teacher_y_stride, scale, teacher_scale,
+    W: tl.constexpr, COLUMNS: tl.constexpr, TEACHER_W: tl.constexpr, TEACHER_COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, OTHERS: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """dx of x, from all y: dq of q and k, and what is left of the loss; LAST: dk of k and q, and the loss itself."""
+    place, group = tl.program_id(0), tl.program_id(1)
+    if LAST:
+        if (place == 0) & (group == 0):
+            _store_loss(parts_ptr, loss_ptr, tl.num_programs(0))
+    head, row, start, length = work_of_program(
+        cu_seqlens_ptr, faults_ptr, tokens, max_seqlen, heads, ROWS, ALL=not LAST
+    )
+    if length == 0:
+        if not LAST:
+            tl.store(parts_ptr + place, 0.0)
+        return
+    x_ptr += start * x_stride + head * COLUMNS
+    y_ptr += start * y_stride + head * COLUMNS
+    teacher_x_ptr += start * teacher_x_stride + head * TEACHER_COLUMNS
+    teacher_y_ptr += start * teacher_y_stride + head * TEACHER_COLUMNS
+    # The last group ends with the columns: two programs give the same results for what it shares with the one before.
+    column = tl.minimum(group * W, max(COLUMNS - W, 0)) if COLUMNS > W else 0
+
+    HEAD: tl.constexpr = min(W, COLUMNS)
+    TEACHER_HEAD: tl.constexpr = min(TEACHER_W, TEACHER_COLUMNS)
+    x = load_tile(x_ptr, row, length, x_stride, ROWS, W, HEAD, False)
+    teacher_x = load_tile(teacher_x_ptr, row, length, teacher_x_stride, ROWS, TEACHER_W, TEACHER_HEAD, False)
+    dx = tl.zeros([ROWS, W], tl.float32)
+    squares = tl.zeros([ROWS], tl.float32)
+    for other in range(0, length, OTHERS):
+        # scores: the teacher's first, scaled so that the student's can be added to them
+        teacher_y = load_tile(teacher_y_ptr, other, length, teacher_y_stride, OTHERS, TEACHER_W, TEACHER_HEAD, False)
+        e = _rest_of_scores(
+            product(teacher_x, tl.trans(teacher_y)), teacher_x_ptr, teacher_y_ptr, row, other, length,
+            teacher_x_stride, teacher_y_stride, TEACHER_W, TEACHER_COLUMNS,
+        )  # fmt: skip
+        y = load_tile(y_ptr, other, length, y_stride, OTHERS, W, HEAD, False)
+        e = product(x, tl.trans(y), e * (-teacher_scale / scale))
+        e = _rest_of_scores(e, x_ptr, y_ptr, row, other, length, x_stride, y_stride, W, COLUMNS) * scale
+
+        # loss and dx
+        if not LAST:
+            squares += tl.sum(e * e, 1)
+        if COLUMNS > W:
+            y = load_tile(y_ptr + column, other, length, y_stride, OTHERS, W, W, False)
+        dx = product(e.to(y.dtype), y, dx)
+
+    share = 1.0 / (heads * _pairs(cu_seqlens_ptr, sequences))
+    if not LAST:
+        if group == 0:
+            tl.store(parts_ptr + place, tl.sum(squares, 0) * share)
+    stride = heads * COLUMNS
+    dx_ptr += start * stride + head * COLUMNS + column
+    store_tile(dx_ptr, dx * (2.0 * scale * share), row, length, stride, HEAD)
+
+
+# ---- launcher --------------------------------------------------------------------------------------------------------
+
+
+def attention_distillation(
+    q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    (tokens, own_heads, head_size), (_, teacher_heads, teacher_size) = q.shape, teacher_q.shape
+    heads = min(own_heads, teacher_heads)
+    sequences, longest = sizes(tokens, cu_seqlens, max_seqlen)
+    dq, dk = (q.new_empty(q.shape, dtype=torch.float32) for _ in range(2))
+    if tokens == 0:
+        return dq.new_zeros(()), dq, dk
+    columns, teacher_columns = own_heads // heads * head_size, teacher_heads // heads * teacher_size
+    W, teacher_W = (min(WIDEST, max(16, triton.next_power_of_2(width))) for width in (columns, teacher_columns))
+    rows, warps = (32, 8) if torch.float32 in (q.dtype, teacher_q.dtype) else (64, 4)
+    programs = triton.cdiv(longest, rows) * heads * sequences
+    parts, loss = dq.new_empty(programs), dq.new_empty(())
+    queries, keys = (heads_together(q), heads_together(teacher_q)), (heads_together(k), heads_together(teacher_k))
+    cu_seqlens = cu_seqlens.contiguous()
+    for (x, teacher_x), (y, teacher_y), dx in ((queries, keys, dq), (keys, queries, dk)):
+        launch(
+            attention_distillation_kernel, (programs, triton.cdiv(columns, W)),
+            x, y, teacher_x, teacher_y, cu_seqlens, parts, loss, dx, faults.words(q), tokens, longest, sequences, heads,
+            x.stride(0), y.stride(0), teacher_x.stride(0), teacher_y.stride(0),
+            heads / own_heads / math.sqrt(head_size), heads / teacher_heads / math.sqrt(teacher_size),
+            W=W, COLUMNS=columns, TEACHER_W=teacher_W, TEACHER_COLUMNS=teacher_columns, ROWS=rows, OTHERS=rows,
+            LAST=dx is dk, num_warps=warps, num_stages=2,
+        )  # fmt: skip
+    faults.raise_interpreted(q)
+    return loss, dq, dk
