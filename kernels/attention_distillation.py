@@ -116,7 +116,7 @@ def attention_distillation_kernel(
     teacher_x = load_tile(teacher_x_ptr, row, length, teacher_x_stride, ROWS, TEACHER_W, TEACHER_HEAD, False)
     dx = tl.zeros([ROWS, W], tl.float32)
     squares = tl.zeros([ROWS], tl.float32)
-    for other in range(0, length, OTHERS):
+    for other in tl.range(0, length, OTHERS, disable_licm=COLUMNS > W or TEACHER_COLUMNS > TEACHER_W):
         # scores: the teacher's first, scaled so that the student's can be added to them
         teacher_y = load_tile(teacher_y_ptr, other, length, teacher_y_stride, OTHERS, TEACHER_W, TEACHER_HEAD, False)
         e = _rest_of_scores(

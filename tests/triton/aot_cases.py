@@ -100,6 +100,17 @@ def hard_attention(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Cal
         kernels.hard_attention_backward(out, *given[:3], lse.int(), lse, *given[3:])
 
 
+def attention_distillation(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> None:
+    cu_seqlens = empty(torch.int32, 9 + rows % 2)
+    for size, teacher_heads in ((26, 12), (64, 12), (64, 4), (64, 24)) if dtype != torch.float16 else ():
+        heads = min(12, teacher_heads)
+        name(12 // heads * size, "by", teacher_heads // heads * 64)
+        (q, k, _), (teacher_q, teacher_k, _) = (
+            empty(dtype, rows, 3, *shape).unbind(1) for shape in ((12, size), (teacher_heads, 64))
+        )
+        kernels.attention_distillation(q, k, teacher_q, teacher_k, cu_seqlens, 512 - rows % 2)
+
+
 def lazy_adam(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> None:
     """A parameter of each dtype, with state in float32; what a row's gradient, step and rounding come from varies."""
     number, one, rate = empty(torch.int64, 1), empty(torch.float32, 1), empty(torch.float64, 1)
@@ -152,7 +163,7 @@ def gradient_norm(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Call
 CASES = {
     function.__name__: function
     for function in (
-        gelu, layer_norm, dropout, embedding_norm, cross_entropy, attention, hard_attention, lazy_adam,
-        lazy_adam_replay, gradient_norm,
+        gelu, layer_norm, dropout, embedding_norm, cross_entropy, attention, hard_attention,
+        attention_distillation, lazy_adam, lazy_adam_replay, gradient_norm,
     )
 }  # fmt: skip
