@@ -284,15 +284,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_plain_dk_dv_kernel(Atte
     if (has_rows(k.count)) add_products(dk, products, strip, tile, q.count);
   }
 
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    const int row = first_row() + 2 * i;
-    if (row >= k.count) continue;
-    const int64_t place = ((work.begin + work.row + row) * 3 + 1) * p.heads + work.head;
-    T* its_dk = static_cast<T*>(p.dqkv) + place * head_size;
-    store_row(its_dk, dk[i], p.scale, work.slice, head_size, plan.results);
-    store_row(its_dk + p.heads * head_size, dv[i], 1.f, work.slice, head_size, plan.results);
-  }
+  store_dk_dv<T>(p.dqkv, dk, dv, p.scale, k.count, p, plan, work);
 }
 
 // ---- launchers ---------------------------------------------------------------------------------------
@@ -307,12 +299,8 @@ int forward(const AttentionForward& p) {
 template <class T>
 int backward(const AttentionBackward& p) {
   const Plan plan = plan_of<T>(p, are_aligned(kAccessBytes, p.dout), p.dqkv);
-  void* stream = reinterpret_cast<void*>(p.launch);
-  const int error = launch("attention_backward", attention_plain_dq_kernel<T>, grid_of(p, plan), kThreads,
-                           kBackwardBytes, stream, p, plan);
-  return error ? error
-               : launch("attention_backward", attention_plain_dk_dv_kernel<T>, grid_of(p, plan), kThreads,
-                        kBackwardBytes, stream, p, plan);
+  return launch_backward("attention_backward", attention_plain_dq_kernel<T>, attention_plain_dk_dv_kernel<T>,
+                         kBackwardBytes, p, plan);
 }
 
 }  // namespace

@@ -103,6 +103,21 @@ DEVICE KeptQueries kept_queries(const Attention& p, const Work& work, uint64_t s
   return {{half == 0 ? drawn : others, half == 0 ? others : drawn}};
 }
 
+// The rows of dk and dv that this thread has, of a block of `count` keys.
+template <class T>
+DEVICE void store_dk_dv(void* dqkv, const Results& dk, const Results& dv, float dk_factor, int count,
+                        const Attention& p, const Plan& plan, const Work& work) {
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const int row = first_row() + 2 * i;
+    if (row >= count) continue;
+    const int64_t place = ((work.begin + work.row + row) * 3 + 1) * p.heads + work.head;
+    T* its_dk = static_cast<T*>(dqkv) + place * p.head_size;
+    store_row(its_dk, dk[i], dk_factor, work.slice, p.head_size, plan.results);
+    store_row(its_dk + p.heads * p.head_size, dv[i], 1.f, work.slice, p.head_size, plan.results);
+  }
+}
+
 // ---- on the host -------------------------------------------------------------------------------------
 
 int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
@@ -129,6 +144,14 @@ dim3 grid_of(const Attention& p, const Plan& plan) {
 }
 
 bool is_empty(const Attention& p) { return p.tokens == 0 || p.sequences == 0 || p.max_seqlen == 0; }
+
+// dq, then dk and dv.
+template <class P, class Kernel>
+int launch_backward(const char* op, Kernel* dq, Kernel* dk_dv, int bytes, const P& p, const Plan& plan) {
+  void* stream = reinterpret_cast<void*>(p.launch);
+  const int error = launch(op, dq, grid_of(p, plan), kThreads, bytes, stream, p, plan);
+  return error ? error : launch(op, dk_dv, grid_of(p, plan), kThreads, bytes, stream, p, plan);
+}
 
 }  // namespace
 }  // namespace fastbert::cuda
