@@ -72,13 +72,15 @@ def _pairs(cu_seqlens_ptr, sequences):
 
 
 @triton.jit
-def _store_loss(parts_ptr, loss_ptr, parts):
-    """The sum of all parts."""
-    loss = tl.zeros([PARTS], tl.float32)
-    for first in range(0, parts, PARTS):
-        part = first + tl.arange(0, PARTS)
-        loss += tl.load(parts_ptr + part, mask=part < parts, other=0.0)
-    tl.store(loss_ptr, tl.sum(loss, 0))
+def _store_loss(parts_ptr, loss_ptr):
+    """The sum of all parts, by the first program."""
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        parts = tl.num_programs(0)
+        loss = tl.zeros([PARTS], tl.float32)
+        for first in range(0, parts, PARTS):
+            part = first + tl.arange(0, PARTS)
+            loss += tl.load(parts_ptr + part, mask=part < parts, other=0.0)
+        tl.store(loss_ptr, tl.sum(loss, 0))
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
@@ -94,8 +96,7 @@ def attention_distillation_kernel(
     """dx of x, from all y: dq of q and k, and what is left of the loss; LAST: dk of k and q, and the loss itself."""
     place, group = tl.program_id(0), tl.program_id(1)
     if LAST:
-        if (place == 0) & (group == 0):
-            _store_loss(parts_ptr, loss_ptr, tl.num_programs(0))
+        _store_loss(parts_ptr, loss_ptr)
     head, row, start, length = work_of_program(
         cu_seqlens_ptr, faults_ptr, tokens, max_seqlen, heads, ROWS, ALL=not LAST
     )
@@ -136,8 +137,7 @@ def attention_distillation_kernel(
 
     share = 1.0 / (heads * _pairs(cu_seqlens_ptr, sequences))
     if not LAST:
-        if group == 0:
-            tl.store(parts_ptr + place, tl.sum(squares, 0) * share)
+        tl.store(parts_ptr + place, tl.sum(squares, 0) * share, mask=group == 0)
     stride = heads * COLUMNS
     dx_ptr += start * stride + head * COLUMNS + column
     store_tile(dx_ptr, dx * (2.0 * scale * share), row, length, stride, HEAD)

@@ -6,7 +6,9 @@ import torch
 from op_cases import assert_solves, problem
 from torch.nn import functional as F
 
-triton_language = pytest.importorskip("triton.language")
+pytest.importorskip("triton")
+import triton.language as tl
+
 import fastbert
 from fastbert.kernels import attention_distillation as kernels
 from fastbert.ops.attention_distillation import attention_distillation
@@ -49,8 +51,8 @@ def test_columns_piece_by_piece(triton, nan_filled, dtype, columns):
 
 
 def test_parts_of_the_loss_and_sequences_block_by_block(interpreted, monkeypatch):
-    monkeypatch.setattr(kernels, "PARTS", triton_language.constexpr(2))
-    monkeypatch.setattr(kernels, "SEQUENCES", triton_language.constexpr(2))
+    monkeypatch.setattr(kernels, "PARTS", tl.constexpr(2))
+    monkeypatch.setattr(kernels, "SEQUENCES", tl.constexpr(2))
     judge(torch.float32, [33, 2, 0, 3], (1, 4), (1, 4))
 
 
