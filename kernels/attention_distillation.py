@@ -157,7 +157,8 @@ def attention_distillation(
         return dq.new_zeros(()), dq, dk
     columns, teacher_columns = own_heads // heads * head_size, teacher_heads // heads * teacher_size
     W, teacher_W = (min(WIDEST, max(16, triton.next_power_of_2(width))) for width in (columns, teacher_columns))
-    rows, warps = (32, 8) if torch.float32 in (q.dtype, teacher_q.dtype) else (64, 4)
+    rows = 32 if torch.float32 in (q.dtype, teacher_q.dtype) else 64
+    warps = 4 if rows == 64 and max(columns, teacher_columns) <= WIDEST else 8
     programs = triton.cdiv(longest, rows) * heads * sequences
     parts, loss = dq.new_empty(programs), dq.new_empty(())
     queries, keys = (heads_together(q), heads_together(teacher_q)), (heads_together(k), heads_together(teacher_k))
