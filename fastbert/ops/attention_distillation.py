@@ -82,9 +82,7 @@ def attention_distillation(
             "for the teacher's: cast one of them"
         )
     check_heads(q.shape[1], teacher_q.shape[1])
-    chosen = requested(backend) or "reference"
-    if chosen != "reference":
-        pick("attention_distillation", chosen, q)
+    chosen = pick("attention_distillation", requested(backend), q)
     arguments = q, k, teacher_q.detach(), teacher_k.detach(), cu_seqlens, as_int("max_seqlen", max_seqlen)
     if differentiated(q, k):
         return _AttentionDistillation.apply(chosen, *arguments)
