@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import faults
-from fastbert.kernels.attention import heads_together, sizes
+from fastbert.kernels.attention import heads_together, sizes, target_of
 from fastbert.kernels.attention_tiles import load_tile, product, store_tile, work_of_program
 from fastbert.kernels.launch import launch
 
@@ -40,17 +40,16 @@ SEQUENCES, PARTS = tl.constexpr(128), tl.constexpr(1024)  # that are added up at
 def _rest_of_scores(
     scores, x_ptr, y_ptr, row, other, length, x_stride, y_stride, W: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """scores [ROWS, OTHERS] + x y^T of the columns from W on."""
+    """scores [ROWS, ROWS] + x y^T of the columns from W on."""
     ROWS: tl.constexpr = scores.shape[0]
-    OTHERS: tl.constexpr = scores.shape[1]
     LEFT: tl.constexpr = COLUMNS % W
     for column in range(W, COLUMNS - LEFT, W):
         x = load_tile(x_ptr + column, row, length, x_stride, ROWS, W, W, False)
-        y = load_tile(y_ptr + column, other, length, y_stride, OTHERS, W, W, False)
+        y = load_tile(y_ptr + column, other, length, y_stride, ROWS, W, W, False)
         scores = product(x, tl.trans(y), scores)
     if LEFT and COLUMNS > W:
         x = load_tile(x_ptr + (COLUMNS - LEFT), row, length, x_stride, ROWS, W, LEFT, False)
-        y = load_tile(y_ptr + (COLUMNS - LEFT), other, length, y_stride, OTHERS, W, LEFT, False)
+        y = load_tile(y_ptr + (COLUMNS - LEFT), other, length, y_stride, ROWS, W, LEFT, False)
         scores = product(x, tl.trans(y), scores)
     return scores
 
@@ -91,9 +90,9 @@ def attention_distillation_kernel(
     x_ptr, y_ptr, teacher_x_ptr, teacher_y_ptr, cu_seqlens_ptr, parts_ptr, loss_ptr, dx_ptr, faults_ptr, tokens,
     max_seqlen, sequences, heads, x_stride, y_stride, teacher_x_stride, teacher_y_stride, scale, teacher_scale,
     W: tl.constexpr, COLUMNS: tl.constexpr, TEACHER_W: tl.constexpr, TEACHER_COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, OTHERS: tl.constexpr, LAST: tl.constexpr,
+    ROWS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """dx of x, from all y: dq of q and k, and what is left of the loss; LAST: dk of k and q, and the loss itself."""
+    """dx of x, from all y: first dq of q from k, with the parts of the loss; LAST: dk of k from q, and their sum."""
     place, group = tl.program_id(0), tl.program_id(1)
     if LAST:
         _store_loss(parts_ptr, loss_ptr)
@@ -109,7 +108,7 @@ def attention_distillation_kernel(
     teacher_x_ptr += start * teacher_x_stride + head * TEACHER_COLUMNS
     teacher_y_ptr += start * teacher_y_stride + head * TEACHER_COLUMNS
     # The last group ends with the columns: two programs give the same results for what it shares with the one before.
-    column = tl.minimum(group * W, max(COLUMNS - W, 0)) if COLUMNS > W else 0
+    column = tl.minimum(group * W, COLUMNS - W) if COLUMNS > W else 0
 
     HEAD: tl.constexpr = min(W, COLUMNS)
     TEACHER_HEAD: tl.constexpr = min(TEACHER_W, TEACHER_COLUMNS)
@@ -117,14 +116,14 @@ def attention_distillation_kernel(
     teacher_x = load_tile(teacher_x_ptr, row, length, teacher_x_stride, ROWS, TEACHER_W, TEACHER_HEAD, False)
     dx = tl.zeros([ROWS, W], tl.float32)
     squares = tl.zeros([ROWS], tl.float32)
-    for other in tl.range(0, length, OTHERS, disable_licm=COLUMNS > W or TEACHER_COLUMNS > TEACHER_W):
+    for other in tl.range(0, length, ROWS, disable_licm=COLUMNS > W or TEACHER_COLUMNS > TEACHER_W):
         # scores: the teacher's first, scaled so that the student's can be added to them
-        teacher_y = load_tile(teacher_y_ptr, other, length, teacher_y_stride, OTHERS, TEACHER_W, TEACHER_HEAD, False)
+        teacher_y = load_tile(teacher_y_ptr, other, length, teacher_y_stride, ROWS, TEACHER_W, TEACHER_HEAD, False)
         e = _rest_of_scores(
             product(teacher_x, tl.trans(teacher_y)), teacher_x_ptr, teacher_y_ptr, row, other, length,
             teacher_x_stride, teacher_y_stride, TEACHER_W, TEACHER_COLUMNS,
         )  # fmt: skip
-        y = load_tile(y_ptr, other, length, y_stride, OTHERS, W, HEAD, False)
+        y = load_tile(y_ptr, other, length, y_stride, ROWS, W, HEAD, False)
         e = product(x, tl.trans(y), e * (-teacher_scale / scale))
         e = _rest_of_scores(e, x_ptr, y_ptr, row, other, length, x_stride, y_stride, W, COLUMNS) * scale
 
@@ -132,7 +131,7 @@ def attention_distillation_kernel(
         if not LAST:
             squares += tl.sum(e * e, 1)
         if COLUMNS > W:
-            y = load_tile(y_ptr + column, other, length, y_stride, OTHERS, W, W, False)
+            y = load_tile(y_ptr + column, other, length, y_stride, ROWS, W, W, False)
         dx = product(e.to(y.dtype), y, dx)
 
     share = 1.0 / (heads * _pairs(cu_seqlens_ptr, sequences))
@@ -146,31 +145,40 @@ def attention_distillation_kernel(
 # ---- launcher --------------------------------------------------------------------------------------------------------
 
 
+def _plan(columns: int, teacher_columns: int, is_float32: bool, device: torch.device) -> dict[str, int]:
+    """How the kernel is cut, and compiled."""
+    is_wide = max(columns, teacher_columns) > WIDEST
+    W, teacher_W = (min(WIDEST, max(16, triton.next_power_of_2(width))) for width in (columns, teacher_columns))
+    return {
+        "W": W, "COLUMNS": columns, "TEACHER_W": teacher_W, "TEACHER_COLUMNS": teacher_columns,
+        "ROWS": 32 if is_float32 else 64, "num_warps": 8 if is_float32 or is_wide else 4,
+        # With two stages of wide heads AMD's GPUs would keep registers in memory.
+        "num_stages": 1 if is_wide and target_of(device) == "amd" else 2,
+    }  # fmt: skip
+
+
 def attention_distillation(
     q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, cu_seqlens: Tensor, max_seqlen: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     (tokens, own_heads, head_size), (_, teacher_heads, teacher_size) = q.shape, teacher_q.shape
     heads = min(own_heads, teacher_heads)
+    columns, teacher_columns = own_heads // heads * head_size, teacher_heads // heads * teacher_size
     sequences, longest = sizes(tokens, cu_seqlens, max_seqlen)
     dq, dk = (q.new_empty(q.shape, dtype=torch.float32) for _ in range(2))
     if tokens == 0:
         return dq.new_zeros(()), dq, dk
-    columns, teacher_columns = own_heads // heads * head_size, teacher_heads // heads * teacher_size
-    W, teacher_W = (min(WIDEST, max(16, triton.next_power_of_2(width))) for width in (columns, teacher_columns))
-    rows = 32 if torch.float32 in (q.dtype, teacher_q.dtype) else 64
-    warps = 4 if rows == 64 and max(columns, teacher_columns) <= WIDEST else 8
-    programs = triton.cdiv(longest, rows) * heads * sequences
+    plan = _plan(columns, teacher_columns, torch.float32 in (q.dtype, teacher_q.dtype), q.device)
+    programs = triton.cdiv(longest, plan["ROWS"]) * heads * sequences
     parts, loss = dq.new_empty(programs), dq.new_empty(())
     queries, keys = (heads_together(q), heads_together(teacher_q)), (heads_together(k), heads_together(teacher_k))
     cu_seqlens = cu_seqlens.contiguous()
     for (x, teacher_x), (y, teacher_y), dx in ((queries, keys, dq), (keys, queries, dk)):
         launch(
-            attention_distillation_kernel, (programs, triton.cdiv(columns, W)),
+            attention_distillation_kernel, (programs, triton.cdiv(columns, plan["W"])),
             x, y, teacher_x, teacher_y, cu_seqlens, parts, loss, dx, faults.words(q), tokens, longest, sequences, heads,
             x.stride(0), y.stride(0), teacher_x.stride(0), teacher_y.stride(0),
             heads / own_heads / math.sqrt(head_size), heads / teacher_heads / math.sqrt(teacher_size),
-            W=W, COLUMNS=columns, TEACHER_W=teacher_W, TEACHER_COLUMNS=teacher_columns, ROWS=rows, OTHERS=rows,
-            LAST=dx is dk, num_warps=warps, num_stages=2,
+            **plan, LAST=dx is dk,
         )  # fmt: skip
     faults.raise_interpreted(q)
     return loss, dq, dk
