@@ -44,14 +44,14 @@ sanitize: $(VENV)/.installed
 	FASTBERT_SANITIZE=1 PYTHONPATH=$(SANITIZED) PYTHONSAFEPATH=1 ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
 		$(BIN)/python -m pytest -q -p no:cacheprovider -k "cpu or sanitizer" tests/ops/test_shapes.py \
-		$(foreach op,gelu layer_norm dropout embedding_norm cross_entropy attention attention_visible hard_attention linear_product lazy_adam lazy_adam_replay,tests/ops/test_$(op).py)
+		$(foreach op,gelu layer_norm dropout embedding_norm cross_entropy attention attention_visible hard_attention attention_distillation linear_product lazy_adam lazy_adam_replay,tests/ops/test_$(op).py)
 
 EMULATED = $(CURDIR)/build/emulate/lib
 emulate: $(VENV)/.installed
 	FASTBERT_EMULATE=1 $(BIN)/python setup.py --quiet build --build-base build/emulate --build-lib $(EMULATED)
 	PYTHONPATH=$(EMULATED) PYTHONSAFEPATH=1 FASTBERT_CPU_ISA= OMP_NUM_THREADS=2 \
 		$(BIN)/python -m pytest -q -p no:cacheprovider -k "avx512 or known_answers" \
-		$(foreach stem,gelu layer_norm dropout embedding_norm cross_entropy attention attention_visible hard_attention linear_product lazy_adam lazy_adam_replay philox shapes,tests/ops/test_$(stem).py)
+		$(foreach stem,gelu layer_norm dropout embedding_norm cross_entropy attention attention_visible hard_attention attention_distillation linear_product lazy_adam lazy_adam_replay philox shapes,tests/ops/test_$(stem).py)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

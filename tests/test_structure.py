@@ -135,7 +135,17 @@ def test_kernels_know_nothing_of_torch():
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.parametrize(
     "stem",
-    ["gelu", "layer_norm", "cross_entropy", "attention", "hard_attention", "lazy_adam", "lazy_adam_replay", "table"],
+    [
+        "gelu",
+        "layer_norm",
+        "cross_entropy",
+        "attention",
+        "hard_attention",
+        "attention_distillation",
+        "lazy_adam",
+        "lazy_adam_replay",
+        "table",
+    ],
 )
 def test_kernels_share_no_symbol_between_instruction_sets(stem, tmp_path):
     """A weak symbol compiled for AVX-512 could be linked into the code for an older processor and crash it there."""
