@@ -102,11 +102,10 @@ def hard_attention(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Cal
 
 def attention_distillation(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> None:
     cu_seqlens = empty(torch.int32, 9 + rows % 2)
-    for size, teacher_heads in ((26, 12), (64, 12), (64, 4), (64, 24)) if dtype != torch.float16 else ():
-        heads = min(12, teacher_heads)
-        name(12 // heads * size, "by", teacher_heads // heads * 64)
+    for size, teacher_size in ((26, 64), (64, 64), (128, 128)) if dtype != torch.float16 else ():
+        name(size, "by", teacher_size)
         (q, k, _), (teacher_q, teacher_k, _) = (
-            empty(dtype, rows, 3, *shape).unbind(1) for shape in ((12, size), (teacher_heads, 64))
+            empty(dtype, rows, 3, 12, each).unbind(1) for each in (size, teacher_size)
         )
         kernels.attention_distillation(q, k, teacher_q, teacher_k, cu_seqlens, 512 - rows % 2)
 
