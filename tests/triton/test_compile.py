@@ -76,6 +76,7 @@ def calls(dtype):
     best, how = torch.zeros(2, 3, dtype=torch.int32), (4, 0.25, 0.5, SEED, False, None)
     yield "hard_attention_forward", (q, k, v, cu_seqlens, *how)
     yield "hard_attention_backward", (out, q, k, v, best, lse, cu_seqlens, *how)
+    yield "attention_distillation", (q, k, out, out, cu_seqlens, 4)
 
 
 def described(results):
