@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastbert.kernels import faults, philox
 from fastbert.kernels.attention_backward import attention_dk_dv_kernel, attention_dq_kernel
-from fastbert.kernels.attention_ranks import load_ranks, next_block, visible, window_of
+from fastbert.kernels.attention_ranks import next_block, ranked_rows, visible
 from fastbert.kernels.attention_tiles import (
     edge,
     edges,
@@ -104,11 +104,10 @@ def attention_forward_kernel(
     total = tl.zeros([BQ], tl.float32)
     out = tl.zeros([BQ, D], tl.float32)
     if RANKS:
-        query_ranks_ptr += start
         key_ranks_ptr += start
-        ranks = load_ranks(query_ranks_ptr, row, length, BQ, False)
-        greatest = tl.max(ranks, 0)
-        first, last = window_of(row, length, left, right, BQ, BK, WINDOW)
+        ranks, greatest, first, last = ranked_rows(
+            query_ranks_ptr + start, row, length, left, right, BQ, BK, WINDOW, False
+        )  # fmt: skip
         key = next_block(key_ranks_ptr, 0, length, first, last, greatest, BK, False)
         while key < length:
             top, total, out = _attend(
@@ -148,7 +147,7 @@ class Plan(NamedTuple):
     BK: int  # keys of a tile
     warps: int
     stages: int
-    registers: int | None = None  # of a thread, at most; a window needs more
+    registers: int | None = None  # of a thread, at most; a window or ranks need more
 
 
 # By target, kernel and head size. What sm_90 has up to a size of 64 was fastest in a prototype on an H200; the rest is
@@ -237,6 +236,7 @@ class _Call:
             "D": max(16, triton.next_power_of_2(head_size)), "HEAD": head_size, "DROPOUT": t > 0,
             "WINDOW": has_window, "RANKS": query_ranks is not None,
         }  # fmt: skip
+        self.is_masked = has_window or query_ranks is not None
 
     def plan(self, kernel: str) -> Plan | None:
         q = self.inputs[0]
@@ -245,7 +245,7 @@ class _Call:
     def launch(self, kernel, plan: Plan, rows: int, *pointers: Tensor | None, **constants) -> None:
         """Programs for tiles of `rows`."""
         options = {"num_warps": plan.warps, "num_stages": plan.stages}
-        if plan.registers and not self.constants["WINDOW"]:
+        if plan.registers and not self.is_masked:
             options["maxnreg"] = plan.registers
         grid = (triton.cdiv(self.longest, rows) * self.heads * self.sequences,)
         launch(
@@ -308,7 +308,7 @@ def attention_backward(
     dqkv = q.new_empty(tokens, 3, heads, head_size)
     given = dout.contiguous(), out.contiguous(), lse
     whole = call.plan("whole")
-    if whole and call.longest <= whole.BK and not (call.constants["WINDOW"] or call.constants["RANKS"]):
+    if whole and call.longest <= whole.BK and not call.is_masked:
         call.launch(attention_dk_dv_kernel, whole, whole.BK, *given, None, dqkv, WHOLE=True)
     else:
         rows = q.new_empty(heads, tokens, 2, dtype=torch.float32)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from fastbert.kernels import philox
-from fastbert.kernels.attention_ranks import load_ranks, next_block, visible, window_of
+from fastbert.kernels.attention_ranks import next_block, ranked_rows, visible
 from fastbert.kernels.attention_tiles import (
     edge,
     edges,
@@ -106,11 +106,10 @@ def attention_dq_kernel(
     exponent = scale * LOG2_E
     dq = tl.zeros([BQ, D], tl.float32)
     if RANKS:
-        query_ranks_ptr += start
         key_ranks_ptr += start
-        ranks = load_ranks(query_ranks_ptr, row, length, BQ, False)
-        greatest = tl.max(ranks, 0)
-        first, last = window_of(row, length, left, right, BQ, BK, WINDOW)
+        ranks, greatest, first, last = ranked_rows(
+            query_ranks_ptr + start, row, length, left, right, BQ, BK, WINDOW, False
+        )  # fmt: skip
         key = next_block(key_ranks_ptr, 0, length, first, last, greatest, BK, False)
         while key < length:
             dq = _add_keys(
@@ -221,9 +220,9 @@ def attention_dk_dv_kernel(
     dv = tl.zeros([BK, D], tl.float32)
     if RANKS:
         query_ranks_ptr += start
-        ranks = load_ranks(key_ranks_ptr + start, key, length, BK, True)
-        greatest = tl.max(ranks, 0)
-        first, last = window_of(key, length, right, left, BK, BQ, WINDOW)
+        ranks, greatest, first, last = ranked_rows(
+            key_ranks_ptr + start, key, length, right, left, BK, BQ, WINDOW, True
+        )  # fmt: skip
         query = next_block(query_ranks_ptr, 0, length, first, last, greatest, BQ, True)
         while query < length:
             dk, dv = _add_queries(

@@ -30,30 +30,33 @@ def load_ranks(ptr, place, length, COUNT: tl.constexpr, TURNED: tl.constexpr):
 
 
 @triton.jit
-def window_of(row, length, before, after, ROWS: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
-    """first, last: the others within the window of some row, from a block's first on; none without a window."""
+def ranked_rows(
+    ptr, row, length, before, after, ROWS: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr,
+    TURNED: tl.constexpr,
+):  # fmt: skip
+    """Of a program's rows the ranks [ROWS], the greatest of them, and the others in the window of some row, from first,
+    a block's, to last: none without a window.
+    """
+    ranks = load_ranks(ptr, row, length, ROWS, TURNED)
+    first, last = 0, 0
     if WINDOW:
         first, _, _, last = spans(row, length, before, after, ROWS, BLOCK, WINDOW)
-        return first, last
-    else:
-        return 0, 0
+    return ranks, tl.max(ranks, 0), first, last
 
 
 @triton.jit
 def next_block(ptr, place, length, first, last, greatest, BLOCK: tl.constexpr, TURNED: tl.constexpr):
     """The block at `place`, a block's first, or the next behind it that is to be computed; `length` if there is none.
 
-    Args:
-        ptr: ranks of the others of the sequence.
-        first, last: of `window_of`.
-        greatest: rank of the program's rows.
+    `ptr` has the others' ranks; `first`, `last` and `greatest` are those of `ranked_rows`.
     """
-    end = tl.where(place < first, first, length)
-    found = tl.where((place >= first) & (place < last), place, end)
-    while (found == end) & (place < end):
-        seen = load_ranks(ptr, place, length, SCAN, TURNED) <= greatest
-        found = tl.minimum(tl.min(tl.where(seen, place + tl.arange(0, SCAN), end), 0), end)
-        place += SCAN
+    at = tl.cast(place, tl.int32)  # a tensor, of a constant too
+    end = tl.where(at < first, first, length)
+    found = tl.where((at >= first) & (at < last), at, end)
+    while (found == end) & (at < end):
+        seen = load_ranks(ptr, at, length, SCAN, TURNED) <= greatest
+        found = tl.minimum(tl.min(tl.where(seen, at + tl.arange(0, SCAN), end), 0), end)
+        at += SCAN
     return tl.where(found < length, found // BLOCK * BLOCK, length)
 
 

@@ -71,9 +71,9 @@ def dropout(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) 
 def attention(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> None:
     cu_seqlens, seed, window = empty(torch.int32, 9 + rows % 2), empty(torch.int64, 1), [64, 64]
 
-    def both(size: int, longest: int, t: int, window: list[int] | None) -> None:
+    def both(size: int, longest: int, t: int, window: list[int] | None, *of_tokens: Tensor | None) -> None:
         qkv, out, lse = empty(dtype, rows, 3, 12, size), empty(dtype, rows, 12, size), empty(torch.float32, rows, 12)
-        given = *qkv.unbind(1), cu_seqlens, longest - rows % 2, 0.125, t, seed if t else None, False, window
+        given = *qkv.unbind(1), cu_seqlens, longest - rows % 2, 0.125, t, seed if t else None, False, window, *of_tokens
         kernels.attention_forward(*given)
         kernels.attention_backward(out, *given[:3], out, lse, *given[3:])
 
@@ -88,6 +88,11 @@ def attention(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable
             both(size, 128, 26, None)
         name(64)
         both(64, 512, 0, None)
+    if dtype == torch.bfloat16:
+        name(64, "dropout global")
+        both(64, 512, 26, window, empty(torch.bool, rows))
+        name(200, "dropout ranks")  # as wide as XLNet's heads
+        both(200, 512, 26, None, None, *empty(torch.int32, 2, rows))
 
 
 def hard_attention(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> None:
