@@ -6,6 +6,7 @@ from op_cases import DTYPES, assert_same_for_threads, assert_solves, drawn, prob
 
 import fastbert
 from fastbert.counter_random import philox_words
+from fastbert.ops.attention import HAVE_GLOBAL_TOKENS
 from fastbert.testing import run
 
 SEED = torch.tensor([0x123456789ABCDEF])
@@ -149,7 +150,7 @@ CASES = {  # lengths, head size, mask: which path each takes
 @pytest.fixture
 def with_global(backend):
     """A backend that has global tokens."""
-    if backend not in ("reference", "cpu"):
+    if backend not in ("reference", *HAVE_GLOBAL_TOKENS):
         pytest.skip("has no global tokens")
 
 

@@ -89,9 +89,9 @@ def attention(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable
         name(64)
         both(64, 512, 0, None)
     if dtype == torch.bfloat16:
-        name(64, "dropout global")
+        name("global tokens", 64)
         both(64, 512, 26, window, empty(torch.bool, rows))
-        name(200, "dropout ranks")  # as wide as XLNet's heads
+        name("ranks", 200)  # as wide as XLNet's heads
         both(200, 512, 26, None, None, *empty(torch.int32, 2, rows))
 
 
