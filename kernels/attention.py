@@ -108,13 +108,14 @@ def attention_forward_kernel(
         ranks, greatest, first, last = ranked_rows(
             query_ranks_ptr + start, row, length, left, right, BQ, BK, WINDOW, False
         )  # fmt: skip
-        key = next_block(key_ranks_ptr, 0, length, first, last, greatest, BK, False)
-        while key < length:
-            top, total, out = _attend(
-                q, ranks, top, total, out, k_ptr, v_ptr, key_ranks_ptr, key, row, token, length, head, k_stride,
-                v_stride, left, right, exponent, seed, bound, nought, BK, HEAD, DROPOUT, WINDOW, RANKS, False,
-            )  # fmt: skip
-            key = next_block(key_ranks_ptr, key + BK, length, first, last, greatest, BK, False)
+        following = next_block(key_ranks_ptr, 0, length, first, last, greatest, BK, False)
+        for key in tl.range(0, length, BK, num_stages=1, disable_licm=True):
+            if key == following:
+                top, total, out = _attend(
+                    q, ranks, top, total, out, k_ptr, v_ptr, key_ranks_ptr, key, row, token, length, head, k_stride,
+                    v_stride, left, right, exponent, seed, bound, nought, BK, HEAD, DROPOUT, WINDOW, RANKS, False,
+                )  # fmt: skip
+                following = next_block(key_ranks_ptr, key + BK, length, first, last, greatest, BK, False)
     else:
         first, full_first, full_last, last = spans(row, length, left, right, BQ, BK, WINDOW)
         for key in range(full_first, full_last, BK):

