@@ -141,13 +141,14 @@ def hard_attention_forward_kernel(
         query_ranks_ptr += start
         key_ranks_ptr += start
         _, greatest, first, last = ranked_rows(query_ranks_ptr, row, length, left, right, ROWS, ROWS, WINDOW, False)
-        key = next_block(key_ranks_ptr, 0, length, first, last, greatest, ROWS, False)
-        while key < length:
-            top, total, best = _choose(
-                q, top, total, best, k_ptr, query_ranks_ptr, key_ranks_ptr, row, key, token, length, head, k_stride,
-                left, right, scale, exponent, seed, HEAD, NOISY, WINDOW, RANKS,
-            )  # fmt: skip
-            key = next_block(key_ranks_ptr, key + ROWS, length, first, last, greatest, ROWS, False)
+        following = next_block(key_ranks_ptr, 0, length, first, last, greatest, ROWS, False)
+        for key in tl.range(0, length, ROWS, num_stages=1, disable_licm=True):
+            if key == following:
+                top, total, best = _choose(
+                    q, top, total, best, k_ptr, query_ranks_ptr, key_ranks_ptr, row, key, token, length, head, k_stride,
+                    left, right, scale, exponent, seed, HEAD, NOISY, WINDOW, RANKS,
+                )  # fmt: skip
+                following = next_block(key_ranks_ptr, key + ROWS, length, first, last, greatest, ROWS, False)
     else:
         first, _, _, last = spans(row, length, left, right, ROWS, ROWS, WINDOW)
         for key in range(first, last, ROWS):
@@ -229,13 +230,14 @@ def hard_attention_dq_kernel(
         query_ranks_ptr += start
         key_ranks_ptr += start
         _, greatest, first, last = ranked_rows(query_ranks_ptr, row, length, left, right, ROWS, ROWS, WINDOW, False)
-        key = next_block(key_ranks_ptr, 0, length, first, last, greatest, ROWS, False)
-        while key < length:
-            weighted, mean, delta = _add_keys(
-                weighted, mean, delta, q, dout, lse, k_ptr, v_ptr, query_ranks_ptr, key_ranks_ptr, row, key, token,
-                length, head, k_stride, v_stride, left, right, scale, temperature, seed, HEAD, NOISY, WINDOW, RANKS,
-            )  # fmt: skip
-            key = next_block(key_ranks_ptr, key + ROWS, length, first, last, greatest, ROWS, False)
+        following = next_block(key_ranks_ptr, 0, length, first, last, greatest, ROWS, False)
+        for key in tl.range(0, length, ROWS, num_stages=1, disable_licm=True):
+            if key == following:
+                weighted, mean, delta = _add_keys(
+                    weighted, mean, delta, q, dout, lse, k_ptr, v_ptr, query_ranks_ptr, key_ranks_ptr, row, key, token,
+                    length, head, k_stride, v_stride, left, right, scale, temperature, seed, HEAD, NOISY, WINDOW, RANKS,
+                )  # fmt: skip
+                following = next_block(key_ranks_ptr, key + ROWS, length, first, last, greatest, ROWS, False)
     else:
         first, _, _, last = spans(row, length, left, right, ROWS, ROWS, WINDOW)
         for key in range(first, last, ROWS):
@@ -298,14 +300,15 @@ def hard_attention_dk_dv_kernel(
         query_ranks_ptr += start
         key_ranks_ptr += start
         _, greatest, first, last = ranked_rows(key_ranks_ptr, key, length, right, left, ROWS, ROWS, WINDOW, True)
-        query = next_block(query_ranks_ptr, 0, length, first, last, greatest, ROWS, True)
-        while query < length:
-            dk, dv = _add_queries(
-                dk, dv, k, v, q_ptr, dout_ptr, best_ptr, lse_ptr, delta_ptr, query_ranks_ptr, key_ranks_ptr, query, key,
-                token, start, length, head, heads, q_stride, left, right, scale, temperature, seed, HEAD, NOISY, WINDOW,
-                RANKS,
-            )  # fmt: skip
-            query = next_block(query_ranks_ptr, query + ROWS, length, first, last, greatest, ROWS, True)
+        following = next_block(query_ranks_ptr, 0, length, first, last, greatest, ROWS, True)
+        for query in tl.range(0, length, ROWS, num_stages=1, disable_licm=True):
+            if query == following:
+                dk, dv = _add_queries(
+                    dk, dv, k, v, q_ptr, dout_ptr, best_ptr, lse_ptr, delta_ptr, query_ranks_ptr, key_ranks_ptr, query,
+                    key, token, start, length, head, heads, q_stride, left, right, scale, temperature, seed, HEAD,
+                    NOISY, WINDOW, RANKS,
+                )  # fmt: skip
+                following = next_block(query_ranks_ptr, query + ROWS, length, first, last, greatest, ROWS, True)
     else:
         first, _, _, last = spans(key, length, right, left, ROWS, ROWS, WINDOW)
         for query in range(first, last, ROWS):
