@@ -1,5 +1,5 @@
-// What a block of attention_plain.cu and hard_attention.cu works on: its rows, which of the others they see,
-// and what dropout keeps.
+// What a block of attention_plain.cu and hard_attention.cu works on: its rows, and what dropout keeps.
+// Which of the others they see is attention_plain_visible.h's.
 #pragma once
 #include "launch.h"
 //
@@ -49,17 +49,7 @@ DEVICE Rows<T> rows_of(const void* tensor, int64_t stride, const Attention& p, c
 
 DEVICE uint64_t seed_of(const Attention& p) { return p.t != 0 ? static_cast<uint64_t>(*p.seed) : 0; }
 
-// ---- what is seen and what is kept -------------------------------------------------------------------
-
-struct Visible {  // keys first to last
-  int first, last;
-
-  DEVICE bool has(int key) const { return key >= first && key <= last; }
-};
-
-DEVICE Visible visible_to(int query, const Plan& plan, const Work& work) {
-  return {query - plan.left, min(query + plan.right, work.length - 1)};
-}
+// ---- what is kept ------------------------------------------------------------------------------------
 
 // One word of bits for a thread's products: bit kHalfWarp * (j % 2) + lane of the word that lane 2 * i + j /
 // 2 holds says whether row i, column j is kept, where rows are queries and columns are keys. A lane draws for
@@ -103,6 +93,21 @@ DEVICE KeptQueries kept_queries(const Attention& p, const Work& work, uint64_t s
   return {{half == 0 ? drawn : others, half == 0 ? others : drawn}};
 }
 
+// The rows of dk and dv that this thread has, of a block of `count` keys.
+template <class T>
+DEVICE void store_dk_dv(void* dqkv, const Results& dk, const Results& dv, float dk_factor, int count,
+                        const Attention& p, const Plan& plan, const Work& work) {
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const int row = first_row() + 2 * i;
+    if (row >= count) continue;
+    const int64_t place = ((work.begin + work.row + row) * 3 + 1) * p.heads + work.head;
+    T* its_dk = static_cast<T*>(dqkv) + place * p.head_size;
+    store_row(its_dk, dk[i], dk_factor, work.slice, p.head_size, plan.results);
+    store_row(its_dk + p.heads * p.head_size, dv[i], 1.f, work.slice, p.head_size, plan.results);
+  }
+}
+
 // ---- on the host -------------------------------------------------------------------------------------
 
 int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
@@ -129,6 +134,14 @@ dim3 grid_of(const Attention& p, const Plan& plan) {
 }
 
 bool is_empty(const Attention& p) { return p.tokens == 0 || p.sequences == 0 || p.max_seqlen == 0; }
+
+// dq, then dk and dv.
+template <class P, class Kernel>
+int launch_backward(const char* op, Kernel* dq, Kernel* dk_dv, int bytes, const P& p, const Plan& plan) {
+  void* stream = reinterpret_cast<void*>(p.launch);
+  const int error = launch(op, dq, grid_of(p, plan), kThreads, bytes, stream, p, plan);
+  return error ? error : launch(op, dk_dv, grid_of(p, plan), kThreads, bytes, stream, p, plan);
+}
 
 }  // namespace
 }  // namespace fastbert::cuda

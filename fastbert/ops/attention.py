@@ -40,7 +40,7 @@ from fastbert.ops.embedding import has_kernel, table_gradient
 from fastbert.ops.register import differentiated, once_differentiable, register
 
 LANE_BITS = 8  # of dropout: a byte for each weight
-HAVE_GLOBAL_TOKENS, HAVE_RANKS = ("cpu", "triton"), ("cpu", "triton")  # the backends whose kernels have them
+HAVE_GLOBAL_TOKENS, HAVE_RANKS = (("cpu", "cuda", "triton"),) * 2  # the backends whose kernels have them
 
 
 def attention(

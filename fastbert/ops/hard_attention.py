@@ -69,8 +69,8 @@ def hard_attention(
         gumbel: adds noise to the scores, so that a key is drawn by its softmax weight: straight-through
             Gumbel-softmax. For training; in evaluation the best key is taken.
         seed: of the noise, an int, or int64 [1] on q's device; None draws one from torch's default generator.
-        backend: runs on this backend or raises; None chooses by the tensor's device. Global tokens are the cpu
-            backend's and the reference's, as in `attention`.
+        backend: runs on this backend or raises; None chooses by the tensor's device. Triton's kernels have no global
+            tokens, as in `attention`.
 
     Returns:
         [T, N, D] in q's dtype; 0 for a query that sees no key.

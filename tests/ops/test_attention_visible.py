@@ -160,7 +160,7 @@ def test_ranks_that_are_places_are_causal(ranking):
 
 
 def test_kernels_without_global_tokens_refuse_or_leave_them_to_the_twin(monkeypatch):
-    """As those of cuda and triton do; here the CPU's stand in for them."""
+    """As Triton's do; here the CPU's stand in for them."""
     monkeypatch.setattr("fastbert.ops.attention.HAVE_GLOBAL_TOKENS", ())
     monkeypatch.delitem(fallbacks, ("attention", "cpu"), raising=False)
     q, cu_seqlens, chosen = torch.randn(6, 1, 8), torch.tensor([0, 6], dtype=torch.int32), torch.arange(6) == 2
