@@ -8,25 +8,7 @@ from attention_truth import SEED, pack, torch_attention
 from op_cases import assert_same_for_threads, assert_solves, drawn, problem
 
 import fastbert
-from fastbert.backends import fallbacks
-from fastbert.ops.attention import HAVE_GLOBAL_TOKENS, HAVE_RANKS
 from fastbert.testing import run
-
-
-@pytest.fixture
-def with_global(backend):
-    """The backends that have global tokens."""
-    if backend not in ("reference", *HAVE_GLOBAL_TOKENS):
-        pytest.skip("its kernels have no global tokens so far")
-    return backend
-
-
-@pytest.fixture
-def ranking(backend):
-    """The backends that have ranks."""
-    if backend not in ("reference", *HAVE_RANKS):
-        pytest.skip("its kernels have no ranks so far")
-    return backend
 
 
 def lengths_for(backend, dtype, lengths):
@@ -71,9 +53,9 @@ def judged_globals(name, dtype, lengths):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", GLOBALS)
-def test_global_tokens(with_global, nan_filled, name, dtype):
+def test_global_tokens(backend, nan_filled, name, dtype):
     """They see all of their sequence and are seen by all of it, whatever block of keys or queries they stand in."""
-    for p, function, given in judged_globals(name, dtype, lengths_for(with_global, dtype, (530, 0, 9, 1))):
+    for p, function, given in judged_globals(name, dtype, lengths_for(backend, dtype, (530, 0, 9, 1))):
         assert_solves(function, given, (f"out p={p}", f"dqkv p={p}"))
 
 
@@ -125,8 +107,8 @@ def judged_ranks(name, dtype, lengths):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", RANKS)
-def test_ranks(ranking, nan_filled, name, dtype):
-    for p, function, given in judged_ranks(name, dtype, lengths_for(ranking, dtype, (530, 0, 70, 1))):
+def test_ranks(backend, nan_filled, name, dtype):
+    for p, function, given in judged_ranks(name, dtype, lengths_for(backend, dtype, (530, 0, 70, 1))):
         assert_solves(function, given, (f"out p={p}", f"dqkv p={p}"))
 
 
@@ -138,7 +120,7 @@ def test_truth_of_ranks_is_torchs(name):
     torch.testing.assert_close(ours, torch_attention(*qkv.unbind(1), [5, 1, 12], ranks=ranks))
 
 
-def test_ranks_by_hand(ranking):
+def test_ranks_by_hand(backend):
     """Equal scores; tokens are read in the order 2, 0, 1, and then in none."""
     q, v = torch.zeros(5, 1, 1), torch.tensor([3.0, 6.0, 9.0, 5.0, 7.0]).view(5, 1, 1)
     cu_seqlens, order = torch.tensor([0, 3, 5], dtype=torch.int32), torch.tensor([1, 2, 0, 0, 0], dtype=torch.int32)
@@ -148,7 +130,7 @@ def test_ranks_by_hand(ranking):
     torch.testing.assert_close(query.flatten(), torch.tensor([9.0, 6.0, 0.0, 0.0, 0.0]))
 
 
-def test_ranks_that_are_places_are_causal(ranking):
+def test_ranks_that_are_places_are_causal(backend):
     """And the mask of dropout stays that of the contract."""
     qkv, cu_seqlens = pack([90, 40], 2, 16, torch.float32)
     dout, places = torch.randn(130, 2, 16), torch.cat([torch.arange(90), torch.arange(40)]).int()
@@ -159,26 +141,7 @@ def test_ranks_that_are_places_are_causal(ranking):
         torch.testing.assert_close(ours, expected, rtol=2e-5, atol=2e-5)
 
 
-def test_kernels_without_global_tokens_refuse_or_leave_them_to_the_twin(monkeypatch):
-    """As Triton's do; here the CPU's stand in for them."""
-    monkeypatch.setattr("fastbert.ops.attention.HAVE_GLOBAL_TOKENS", ())
-    monkeypatch.delitem(fallbacks, ("attention", "cpu"), raising=False)
-    q, cu_seqlens, chosen = torch.randn(6, 1, 8), torch.tensor([0, 6], dtype=torch.int32), torch.arange(6) == 2
-    options = {"window": (1, 1), "global_tokens": chosen}
-    with pytest.raises(
-        RuntimeError, match="'cpu' was asked for and cannot run attention here: its kernels have no glob"
-    ):
-        fastbert.attention(q, q, q, cu_seqlens, 6, backend="cpu", **options)
-    twin = fastbert.attention(q, q, q, cu_seqlens, 6, backend="reference", **options)
-    with pytest.warns(
-        UserWarning, match="attention runs in plain PyTorch on cpu, .* its kernels have no global tokens"
-    ):
-        assert torch.equal(fastbert.attention(q, q, q, cu_seqlens, 6, **options), twin)
-    fastbert.attention(q, q, q, cu_seqlens, 6, **options)  # said once
-    del fallbacks["attention", "cpu"]
-
-
-def test_global_tokens_by_hand(with_global):
+def test_global_tokens_by_hand(backend):
     """Each sees itself alone, with equal scores: but for the global one of three, which sees all and all see it."""
     q, v = torch.zeros(4, 1, 1), torch.tensor([3.0, 6.0, 9.0, 5.0]).view(4, 1, 1)
     cu_seqlens = torch.tensor([0, 3, 4], dtype=torch.int32)
