@@ -28,6 +28,11 @@ def test_a_step_waits_for_nothing(alone, settings):
     assert len(launches) > 100
 
 
+@pytest.mark.parametrize("model", ["bert", "albert", "roberta", "ernie"])
+def test_the_documented_lines_can_be_captured(alone, model):
+    assert alone(rehearsed.documented_lines, model) > 400
+
+
 def test_a_step_of_two_processes_waits_for_nothing(alone):
     """They exchange counts of labels, one bucket of gradients, losses, ids of rows, the rows, right predictions."""
     launches, _ = alone(

@@ -197,3 +197,17 @@ def test_a_first_step_that_moves_something_counts(best):
             trained.append(params)
         for ours, theirs in zip(*trained, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+def test_state_is_put_where_a_captured_graph_finds_it():
+    param = nn.Parameter(torch.ones(3, 2))
+    optimizers = [LazyAdam([param], lr=0.1) for _ in range(2)]
+    for optimizer in optimizers:
+        param.grad = torch.randn(3, 2)
+        optimizer.step()
+    (ours, theirs), expected = optimizers, optimizers[1].state_dict()["state"][0]
+    before = dict(ours.state[param])
+    ours._is_captured = True  # tests/cuda/rehearsed.py has that a step finds out
+    ours.load_state_dict(theirs.state_dict())
+    for name, x in ours.state[param].items():
+        assert x is before[name] and torch.equal(x, expected[name])
