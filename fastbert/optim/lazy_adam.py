@@ -408,7 +408,9 @@ class LazyAdam(MissedSteps, Optimizer):
         return {**super().__getstate__(), "_padding": self._padding}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._checked, self._copies, self._is_captured = [], {}, False
+        self._checked = []
+        for name, usual in (("_copies", {}), ("_is_captured", False)):  # of one that is loaded into they stay
+            self.__dict__.setdefault(name, usual)
         self._forget_plans()
         super().__setstate__(state)
         for group in self.param_groups:
@@ -428,7 +430,7 @@ class LazyAdam(MissedSteps, Optimizer):
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"load_state_dict takes the dict that state_dict() returned, got {type(state_dict)}")
-        saved = {}
+        saved, in_graph = {}, dict(self.state) if self._is_captured else {}
 
         # torch casts state to the parameter's dtype while it loads, which would cost float32 moments of bfloat16
         # parameters their bits: the state is read again, after the users' hooks before and before those after.
@@ -437,13 +439,12 @@ class LazyAdam(MissedSteps, Optimizer):
             return saved
 
         def restore(_: Optimizer) -> None:
-            before = dict(self.state) if self._is_captured else {}
             self.state.clear()
             for group, own in zip(saved["param_groups"], self.param_groups, strict=True):
                 for key, param in zip(group["params"], own["params"], strict=True):
                     if its := saved["state"].get(key):
                         its = {name: local(value) for name, value in its.items()}
-                        its = state.in_place(state.restored(its, local(param), own), before.get(param, {}))
+                        its = state.in_place(state.restored(its, local(param), own), in_graph.get(param, {}))
                         self.state[param] = spread(its, param)
 
         before = self.register_load_state_dict_pre_hook(check)

@@ -92,6 +92,7 @@ def documented_lines(model):
     ):
         exec(lines, names)
         assert torch.cuda.CUDAGraph().replay.call_count == 2
+        assert names["optimizer"]._is_captured
         with pytest.warns(UserWarning, match="goes on without the parameters"):
             names["optimizer"].add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))]})
     return len(rehearsed.launches)

@@ -199,15 +199,18 @@ def test_a_first_step_that_moves_something_counts(best):
             torch.testing.assert_close(ours, theirs)
 
 
-def test_state_is_put_where_a_captured_graph_finds_it():
+def test_loading_cuts_no_ties():
+    """State is put where a captured graph finds it, and a bfloat16 copy goes on being written."""
     param = nn.Parameter(torch.ones(3, 2))
-    optimizers = [LazyAdam([param], lr=0.1) for _ in range(2)]
-    for optimizer in optimizers:
+    ours, theirs = (LazyAdam([param], lr=0.1) for _ in range(2))
+    copied = ours.keep_copy(param)
+    for optimizer in (ours, theirs):
         param.grad = torch.randn(3, 2)
         optimizer.step()
-    (ours, theirs), expected = optimizers, optimizers[1].state_dict()["state"][0]
-    before = dict(ours.state[param])
+    before, expected = dict(ours.state[param]), theirs.state_dict()["state"][0]
     ours._is_captured = True  # tests/cuda/rehearsed.py has that a step finds out
     ours.load_state_dict(theirs.state_dict())
     for name, x in ours.state[param].items():
         assert x is before[name] and torch.equal(x, expected[name])
+    ours.step()
+    assert torch.equal(copied, param.bfloat16())
