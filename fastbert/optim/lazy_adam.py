@@ -420,8 +420,8 @@ class LazyAdam(MissedSteps, Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` of this class or of `torch.optim.Adam`, `AdamW` or `SparseAdam` returned; a copy.
 
-        Options that the saved groups do not name stay as they are here. Where a step was captured as a CUDA graph, state
-        is put where the graph finds it; the graph's options stay those that it was captured with.
+        Options that the saved groups do not name stay as they are here. Where a step was captured as a CUDA graph,
+        state is put where the graph finds it; the graph's options stay those that it was captured with.
 
         Raises:
             ValueError: groups or state of another optimizer, or that do not fit or lack a part; options outside their

@@ -227,8 +227,7 @@ def restored(state: State, param: Tensor, group: Group) -> State:
 
 
 def in_place(state: State, before: State) -> State:
-    """`state` in the memory of `before`, where a captured graph reads it; a tensor unlike the one there stays its own.
-    """
+    """`state` in the memory of `before`, where a captured graph looks; a tensor unlike the one there stays its own."""
     return {name: before[name].copy_(x) if _is_like(x, before.get(name)) else x for name, x in state.items()}
 
 

@@ -75,7 +75,8 @@ def documented_lines(model):
     lines = textwrap.dedent(text[text.index("    model =") : text.index("The first calls")])
     lines = lines.replace("BertForPreTraining", kind.__name__).replace(".cuda()", "")  # they are made there
     ids, bounds = torch.zeros(100, dtype=torch.int64), torch.zeros(5, dtype=torch.int32)
-    inputs = {"input_ids": ids, "cu_seqlens": bounds, "max_seqlen": 30, "labels": ids[:16], "masked_positions": ids[:16]}
+    masked = {"labels": ids[:16], "masked_positions": ids[:16]}
+    inputs = {"input_ids": ids, "cu_seqlens": bounds, "max_seqlen": 30, **masked}
     if kind.sentence_label is not None:
         inputs[kind.sentence_label] = ids[:4]
     batches = [{"inputs": inputs, "lr": torch.zeros((), dtype=torch.float64)}] * 5
@@ -85,7 +86,7 @@ def documented_lines(model):
     }  # fmt: skip
     there = "Stream", "Event", "CUDAGraph", "stream", "current_stream", "graph", "device", "is_available"
     with (
-        mock.patch.multiple(torch.cuda, **{name: mock.MagicMock() for name in there}),  # tests/test_capture.py has order
+        mock.patch.multiple(torch.cuda, **{name: mock.MagicMock() for name in there}),  # played by test_capture.py
         mock.patch.object(Captured, "_bring"),
         rehearsal.on_a_gpu() as rehearsed,
         torch.device("cuda"),
