@@ -69,7 +69,7 @@ def test_a_second_micro_batch_costs_hardly_more_than_its_passes(alone):
     assert len(twice) <= 2 * len(once) + 40
     assert sum(launch.op in ("_to_copy", "add.Tensor", "add_.Tensor") for launch in twice) < 30
     exchanged, _ = alone(rehearsed.pretraining_step, "base", 5120, 64, 768, 128, accumulate=4, count=2)
-    assert len(exchanged) <= len(twice) + 250  # of 18 buckets of 25 MB, put together and sent
+    assert len(exchanged) <= len(twice) + 100  # of 18 buckets of 25 MB, put together and sent
 
 
 def test_what_a_step_keeps_for_its_backward_pass(alone):
