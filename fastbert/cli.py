@@ -82,10 +82,11 @@ def run(command: str, arguments: list[str]) -> None:
 
 
 def _is_about_memory(error: MemoryError | RuntimeError) -> bool:
-    """torch raises a plain RuntimeError where the CPU's memory is used up."""
+    """torch raises a plain RuntimeError where the CPU's memory is used up, and where a GPU's libraries find no more."""
     import torch  # here, as not every command needs it
 
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    said = "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in said)
 
 
 def waiting() -> str:
