@@ -215,6 +215,21 @@ def test_it_is_the_same_model_to_everybody_else(tmp_path):
     torch.testing.assert_close(real(model(**inputs).logits), real(plain(**inputs).logits), atol=0, rtol=0)
 
 
+def test_a_new_model_of_its_class_is_not_patched(tmp_path):
+    model = fastbert.patch(make("bert", "AutoModelForMaskedLM"))
+    model.save_pretrained(tmp_path)
+    for made in (type(model)(model.config), type(model).from_pretrained(tmp_path)):
+        assert type(made) is transformers.BertForMaskedLM and type(made.bert) is transformers.BertModel
+
+
+def test_arguments_that_it_has_not_are_refused_as_before():
+    model = fastbert.patch(make("bert"))
+    ids = batch(model)["input_ids"]
+    for given in ((ids,) * 9, (ids,)):
+        with pytest.raises(TypeError, match=r"positional arguments|multiple values for argument 'input_ids'"):
+            model(*given, input_ids=ids)
+
+
 def test_a_block_leaves_what_was_patched_before():
     inner = make("bert")
     both = nn.ModuleList([inner, make("roberta")])
