@@ -39,7 +39,7 @@ def patch(model: nn.Module) -> list[nn.Module]:
                 f"{names[module]} ({type(module).__name__}) has a `forward` of its own, which patching would leave "
                 f"out: fastbert.patch takes {base} and subclasses that keep its `forward`"
             )
-        if obstacles.has_own_forward(module):
+        if _original(type(module)) is None and obstacles.has_own_forward(module):
             raise ValueError(
                 f"{names[module]} ({type(module).__name__}) has a `forward` of its own on the instance, which would "
                 "hide ours: patch the model before something wraps it"
@@ -94,7 +94,7 @@ def _patched_class(cls: type) -> type:
     namespace = {
         "forward": _forward(cls.forward, COMPUTED[_base(cls)]),
         "_fastbert_original": cls,
-        "__new__": _construct,
+        "__init__": _initialize(cls),
         "__reduce_ex__": _reduce,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -112,15 +112,22 @@ def _forward(original: Callable, compute: Callable) -> Callable:
     def forward(self: nn.Module, *args: Any, **arguments: Any) -> Any:
         if len(args) > len(names) or any(name in arguments for name in names[: len(args)]):
             return original(self, *args, **arguments)  # for its message
+        if not hasattr(type(self), "_fastbert_original"):  # kept by a wrapper, such as accelerate's, over `unpatch`
+            return original(self, *args, **arguments)
         return compute(self, original, dict(zip(names, args, strict=False)) | arguments)
 
     return forward
 
 
-def _construct(cls: type, *args: Any, **arguments: Any) -> nn.Module:
+def _initialize(cls: type) -> Callable:
     """A new model of a patched one's class, as `type(model)(config)` and `from_pretrained` make it, is not patched."""
-    original = _original(cls)
-    return object.__new__(cls) if original is None else original(*args, **arguments)
+
+    @functools.wraps(cls.__init__)
+    def initialize(self: nn.Module, *args: Any, **arguments: Any) -> None:
+        self.__class__ = cls
+        self.__init__(*args, **arguments)
+
+    return initialize
 
 
 def _reduce(self: nn.Module, protocol: int) -> tuple:
@@ -130,4 +137,5 @@ def _reduce(self: nn.Module, protocol: int) -> tuple:
 
 
 def _new(cls: type) -> nn.Module:
-    return object.__new__(_patched_class(cls))
+    made = _patched_class(cls)
+    return made.__new__(made)

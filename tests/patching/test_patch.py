@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import io
 import pickle
 import subprocess
@@ -220,6 +221,18 @@ def test_a_new_model_of_its_class_is_not_patched(tmp_path):
     model.save_pretrained(tmp_path)
     for made in (type(model)(model.config), type(model).from_pretrained(tmp_path)):
         assert type(made) is transformers.BertForMaskedLM and type(made.bert) is transformers.BertModel
+
+
+def test_replicas_stay_patched_and_a_wrapped_forward_is_unpatched():
+    """nn.DataParallel makes the first, accelerate the second."""
+    model = make("bert")
+    inputs = batch(model)
+    expected = model(**inputs).last_hidden_state
+    replica = fastbert.patch(model)._replicate_for_data_parallel()
+    assert type(replica) is type(model) and not replica(**inputs).last_hidden_state[MASK == 0].any()
+    model.forward = functools.partial(model.forward)
+    fastbert.patch(model)  # it is already
+    assert torch.equal(fastbert.unpatch(model)(**inputs).last_hidden_state, expected)
 
 
 def test_arguments_that_it_has_not_are_refused_as_before():
