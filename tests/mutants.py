@@ -54,7 +54,7 @@ FAULTS = [
         ("const vfloat d = rstd * (g - mean_g - h * mean_gh);", "const vfloat d = rstd * (g - h * mean_gh);"),
         ("total += sum_block(z + first, n);", "total = sum_block(z + first, n);"),
         ("if (residual) v += lanes.load(residual + j);", "if (residual) v = lanes.load(residual + j);"),
-        ("if (kept) lanes.store(dx + j, drop(kept, k, d * scale));", "if (kept) lanes.store(dx + j, drop(kept, k, d));"),
+        ("d = drop(kept, k, d * scale);", "d = drop(kept, k, d);"),
         (": columns <= kRowDrawn ? dropout.kept(0, first)", ": columns <= 2 * kRowDrawn ? dropout.kept(0, first)"),
     ),
     *kernel(
