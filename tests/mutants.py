@@ -22,6 +22,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tests/cuda"))
+
+from build_cache import included  # noqa: E402
+
 OTHERS = "not sse2 and not (avx2 and cpu) and not (avx512- or avx512]) and not baseline"  # instruction sets
 
 
@@ -245,8 +249,7 @@ def link(copy: Path, build: Path, changed: str) -> str | None:
     commands = run([shutil.which("ninja") or "ninja", "-C", build, "-t", "commands"]).stdout.splitlines()
     for name in objects:
         stem, isa = name.split(".")[:2]
-        includes = changed in (f"csrc/cpu/{stem}.cpp",) or (changed.endswith(".h") and reaches(copy, stem, changed))
-        if isa == best and includes:
+        if isa == best and (copy / changed).resolve() in included(copy / f"csrc/cpu/{stem}.cpp"):
             (command,) = [line for line in commands if line.endswith(f" -o {name}")]
             command = re.sub(r"-MMD -MF \S+", "", command).replace(source, str(copy))
             command = command.replace("-O3", "-O1 -fexpensive-optimizations").replace(f"-o {name}", f"-o {copy / name}")
@@ -268,17 +271,6 @@ def planted(fault: Fault, build: Path) -> Iterator[tuple[Path, str | None]]:
         path = copy / fault.file
         path.write_text(path.read_text().replace(fault.old, fault.new, 1))
         yield copy, link(copy, build, fault.file) if fault.file.startswith("csrc") else None
-
-
-def reaches(copy: Path, stem: str, header: str) -> bool:
-    """Whether csrc/cpu/<stem>.cpp includes the header, itself or through another."""
-    seen, waiting = set(), [copy / f"csrc/cpu/{stem}.cpp"]
-    while waiting:
-        path = waiting.pop()
-        if path.is_file() and path not in seen:
-            seen.add(path)
-            waiting += [path.parent / name for name in re.findall(r'#include "(.*)"', path.read_text())]
-    return copy / header in seen
 
 
 def passes(copy: Path, folder: Path, fault: Fault) -> bool:
