@@ -12,7 +12,7 @@ TRITON_INTERPRET=1 must be set before Triton is imported; tests/conftest.py does
   was asked for, as for a table of addresses. Without this check a kernel corrupts the heap, or reads what is not its.
 - Time. The interpreter computes each sum and product of int32 once more in int64, compares, and asserts what it only
   looks at when it debugs: half of its time.
-- A bound on what is interpreted: it takes 1.5 ms a program.
+- A bound on what is interpreted: it takes a millisecond a program.
 
 What it cannot show: layouts, registers, shared memory, races between programs, and the rounding of instructions that
 are faster than exact. A launch runs its programs one after another, in the order of the grid.
