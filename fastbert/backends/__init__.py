@@ -20,7 +20,10 @@ from fastbert import allocator
 from fastbert.backends import gpu, native, triton
 
 NAMES = ("reference", "cpu", "cuda", "triton")
-OPS = ("gelu", "layer_norm", "dropout", "embedding_norm", "cross_entropy", "attention", "hard_attention", "lazy_adam")
+OPS = (
+    "gelu", "layer_norm", "dropout", "embedding_norm", "cross_entropy", "attention", "hard_attention",
+    "attention_distillation", "lazy_adam",
+)  # fmt: skip
 # Device type -> the backends that are tried in turn; AMD's GPUs are "cuda" to torch too.
 _AUTOMATIC = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
@@ -185,33 +188,6 @@ def pick(op: str, name: str, x: Tensor) -> str:
     return "reference"
 
 
-def pick_among(has: tuple[str, ...], lacks: str, op: str, name: str, x: Tensor) -> str:
-    """`pick` for a call that only some backends can do: the reference and those that `has` names.
-
-    Args:
-        has: their names.
-        lacks: what is to be said of the others.
-        op, name, x: as `pick` takes them.
-
-    Raises:
-        RuntimeError: as `pick` does, or an explicit choice is one of the others. The automatic one takes the reference
-            then, and says so once.
-    """
-    chosen = pick(op, name, x)
-    if chosen == "reference" or chosen in has:
-        return chosen
-    if name:
-        raise RuntimeError(f"backend {chosen!r} was asked for and cannot run {op} here: {lacks}")
-    if fallbacks.get((op, chosen)) != lacks and not torch.compiler.is_compiling():
-        fallbacks[op, chosen] = lacks
-        warnings.warn(
-            f"{op} runs in plain PyTorch on {x.device}, slower than a kernel would. This is said once; "
-            f'use_backend("reference") asks for it. {chosen}: {lacks}',
-            stacklevel=4,
-        )
-    return "reference"
-
-
 def _refusal(name: str, x: Tensor) -> str | None:
     """Why a backend of kernels does not take x."""
     if name == "reference":
@@ -250,10 +226,10 @@ def info() -> str:
         f"allocator        {allocator.state()}",
         f"FASTBERT_BACKEND {os.environ.get('FASTBERT_BACKEND') or 'not set: chosen by device'}",
         "",
-        f"{'op':<16}" + "".join(f"{name:<12}" for name in NAMES),
+        f"{'op':<24}" + "".join(f"{name:<12}" for name in NAMES),
     ]
     reasons = {name: _reason(name) for name in NAMES}
-    lines += [f"{op:<16}" + "".join(f"{'no' if reasons[name] else 'ok':<12}" for name in NAMES) for op in OPS]
+    lines += [f"{op:<24}" + "".join(f"{'no' if reasons[name] else 'ok':<12}" for name in NAMES) for op in OPS]
     lines += [f"{name}: {reason}" for name, reason in reasons.items() if reason]
     return "\n".join(lines)
 
