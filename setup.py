@@ -29,8 +29,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 KERNELS = (
-    "gelu", "layer_norm", "dropout", "embedding_norm", "cross_entropy", "attention", "hard_attention", "linear",
-    "transpose", "lazy_adam", "lazy_adam_replay", "table",
+    "gelu", "layer_norm", "dropout", "embedding_norm", "cross_entropy", "attention", "hard_attention",
+    "attention_distillation", "linear", "transpose", "lazy_adam", "lazy_adam_replay", "table",
 )  # fmt: skip
 
 AVX2 = "-mavx2 -mfma -mf16c -mbmi2"

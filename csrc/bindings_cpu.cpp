@@ -177,6 +177,9 @@ PYBIND11_MODULE(_cpu, m) {
       "hard_attention_scratch", [](int64_t, int64_t) { return 0; },
       "Floats of scratch that hard_attention_backward needs.");
   m.def(
+      "attention_distillation_scratch", [](int64_t tokens, int64_t heads) { return tokens * heads; },
+      "Floats of scratch that attention_distillation needs.");
+  m.def(
       "lazy_adam_scratch", [](int64_t touched, int64_t) { return lazy_adam_scratch(touched); },
       "Numbers of int32 scratch for so many gradient rows and columns.");
   m.def("philox", philox, "Four words of one counter, through the vectors that dropout uses.");

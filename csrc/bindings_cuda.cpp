@@ -165,6 +165,11 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("hard_attention_scratch", cuda::hard_attention_scratch,
         "Floats of scratch that hard_attention_backward needs.");
 
+  // ---- attention_distillation ----
+  define_launcher<cuda::attention_distillation>(m, "attention_distillation");
+  m.def("attention_distillation_scratch", cuda::attention_distillation_scratch,
+        "Floats of scratch that attention_distillation needs.");
+
   // ---- lazy_adam ----
   m.def("lazy_adam_steps", lazy_adam_steps);
   define_launcher<cuda::lazy_adam_replay>(m, "lazy_adam_replay");

@@ -218,6 +218,19 @@ struct HardAttentionBackward : Attention {
   float* scratch;       // [hard_attention_scratch(T, N)]; null where that is 0
 };
 
+// ---- attention_distillation --------------------------------------------------------------------------
+
+// Of `Attention` q and k are the student's, v is k, nothing is dropped and a query sees all of its sequence.
+// A head of either model may be several of its own, end to end.
+struct AttentionDistillation : Attention {
+  const void *teacher_q, *teacher_k;  // [T, N, E] dtype, heads E apart
+  float teacher_scale;
+  int64_t teacher_q_stride, teacher_k_stride, teacher_head_size;  // E
+  float* loss;                                                    // [1]
+  float *dq, *dk;                                                 // [T, N, D]
+  float* scratch;                                                 // [attention_distillation_scratch(T, N)]
+};
+
 // ---- lazy_adam ---------------------------------------------------------------------------------------
 
 enum LazyAdamFlags : int64_t {    // as in fastbert/ops/lazy_adam.py

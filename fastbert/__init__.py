@@ -8,6 +8,7 @@ from fastbert.backends.linear import use_linear
 from fastbert.capture import capture
 from fastbert.models import *  # noqa: F403 - every name of the models' own __all__
 from fastbert.ops.attention import attention, attention_qkv
+from fastbert.ops.attention_distillation import attention_distillation
 from fastbert.ops.cross_entropy import cross_entropy
 from fastbert.ops.dropout import dropout
 from fastbert.ops.gelu import gelu
@@ -28,6 +29,7 @@ __all__ = [
     "all_gather_rows",
     "annealed_temperature",
     "attention",
+    "attention_distillation",
     "attention_qkv",
     "backends",
     "capture",

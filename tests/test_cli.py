@@ -101,9 +101,22 @@ def test_commands_and_options_that_do_not_exist_are_named(monkeypatch, capsys, t
     assert "huge" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-def test_memory_used_up_is_a_sentence(monkeypatch):
+def of_a_gpu(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: torch.empty(2**60),
+        lambda: of_a_gpu(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")),
+        lambda: of_a_gpu(RuntimeError("CUDA error: out of memory")),  # of a graph's own memory
+    ],
+    ids=["CPU", "GPU", "graph"],
+)
+def test_memory_used_up_is_a_sentence(monkeypatch, use):
     def pretrain(_):
-        torch.empty(2**60)
+        use()
 
     monkeypatch.setattr(cli, "pretrain", pretrain)
     said = ended(monkeypatch, "pretrain")

@@ -9,6 +9,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import mutants
 import pybind11
 import pytest
 import torch
@@ -124,6 +125,14 @@ def test_an_ops_arguments_stand_in_few_places():
     assert many >= 5
 
 
+def test_faults_name_what_stands_in_the_sources():
+    """Those of tests/mutants.py; one that went stale would keep all of them from being planted."""
+    for fault in mutants.FAULTS:
+        assert (ROOT / fault.file).read_text().count(fault.old) == 1, f"{fault.file}: {fault.old!r}"
+        for pattern in fault.tests.split():
+            assert list((ROOT / "tests").glob(pattern)), pattern
+
+
 def test_kernels_know_nothing_of_torch():
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh")]
     assert sources
@@ -135,7 +144,17 @@ def test_kernels_know_nothing_of_torch():
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.parametrize(
     "stem",
-    ["gelu", "layer_norm", "cross_entropy", "attention", "hard_attention", "lazy_adam", "lazy_adam_replay", "table"],
+    [
+        "gelu",
+        "layer_norm",
+        "cross_entropy",
+        "attention",
+        "hard_attention",
+        "attention_distillation",
+        "lazy_adam",
+        "lazy_adam_replay",
+        "table",
+    ],
 )
 def test_kernels_share_no_symbol_between_instruction_sets(stem, tmp_path):
     """A weak symbol compiled for AVX-512 could be linked into the code for an older processor and crash it there."""

@@ -59,6 +59,7 @@ struct Transpose {         // see transpose.cpp
   X(void, attention_backward, AttentionBackward)            \
   X(int64_t, hard_attention_forward, HardAttentionForward)  \
   X(void, hard_attention_backward, HardAttentionBackward)   \
+  X(int64_t, attention_distillation, AttentionDistillation) \
   X(void, linear_product, LinearProduct)                    \
   X(void, linear_pack, LinearPack)                          \
   X(void, transpose, Transpose)                             \

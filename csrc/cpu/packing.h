@@ -68,9 +68,9 @@ FASTBERT_INLINE void pack_summed(const T* source, int64_t stride, int64_t n, int
   }
 }
 
-// `size` floats, times scale, as elements.
-template <typename T>
-FASTBERT_INLINE void store_row(T* target, const float* row, int64_t size, float scale) {
+// `size` elements, times scale, as others.
+template <typename T, typename From>
+FASTBERT_INLINE void store_row(T* target, const From* row, int64_t size, float scale) {
   int64_t d = 0;
   for (; d + kLanes <= size; d += kLanes) store(target + d, load(row + d) * scale);
   if (d < size) store_n(target + d, load(row + d) * scale, size - d);

@@ -1,5 +1,5 @@
-// What a block of attention_plain.cu and hard_attention.cu works on: its rows, and what dropout keeps.
-// Which of the others they see is attention_plain_visible.h's.
+// What a block of attention_plain.cu, hard_attention.cu and attention_distillation.cu works on: its rows, and
+// what dropout keeps. Which of the others they see is attention_plain_visible.h's.
 #pragma once
 #include "launch.h"
 //
@@ -29,14 +29,20 @@ struct Work {
   int head, row, slice;
 };
 
+// A token of no sequence would leave its results as nobody wrote them.
+DEVICE bool is_usable(const Attention& p, int64_t sequence) {
+  const int begin = p.cu_seqlens[sequence], end = p.cu_seqlens[sequence + 1];
+  const bool is_covered = (sequence > 0 || begin == 0) && (sequence + 1 < p.sequences || end == p.tokens);
+  return begin >= 0 && begin <= end && end <= p.tokens && end - begin <= p.max_seqlen && is_covered;
+}
+
 // Nothing, row >= length, where a tile lies behind its sequence or cu_seqlens cannot be used.
 DEVICE Work work_of_block(const Attention& p, const Plan& plan) {
   const int x = blockIdx.x, sequence = x / (plan.slices * plan.tiles), head = blockIdx.y;
-  const int begin = p.cu_seqlens[sequence], end = p.cu_seqlens[sequence + 1];
-  const Work work = {begin, end - begin, head, x / plan.slices % plan.tiles * kTile, x % plan.slices};
-  // A token of no sequence would leave its results as nobody wrote them.
-  const bool is_covered = (sequence > 0 || begin == 0) && (sequence + 1 < p.sequences || end == p.tokens);
-  if (begin >= 0 && begin <= end && end <= p.tokens && end - begin <= p.max_seqlen && is_covered) return work;
+  const int begin = p.cu_seqlens[sequence];
+  const Work work = {begin, p.cu_seqlens[sequence + 1] - begin, head, x / plan.slices % plan.tiles * kTile,
+                     x % plan.slices};
+  if (is_usable(p, sequence)) return work;
   if (work.row == 0 && head == 0 && threadIdx.x == 0) raise_fault(plan.faults, kFaultSequence, sequence);
   return {};
 }

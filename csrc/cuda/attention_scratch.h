@@ -13,4 +13,7 @@ constexpr int64_t attention_scratch(int64_t tokens, int64_t heads, int64_t /* he
 // Of hard_attention_backward: what one of its kernels leaves for the other, delta of each query and head.
 constexpr int64_t hard_attention_scratch(int64_t tokens, int64_t heads) { return tokens * heads; }
 
+// Of attention_distillation: the sum of squares of each query and head.
+constexpr int64_t attention_distillation_scratch(int64_t tokens, int64_t heads) { return tokens * heads; }
+
 }  // namespace fastbert::cuda

@@ -52,6 +52,10 @@ int attention_plain_backward(const AttentionBackward& a);
 int hard_attention_forward(const HardAttentionForward& a);
 int hard_attention_backward(const HardAttentionBackward& a);
 
+// ---- attention_distillation --------------------------------------------------------------------------
+
+int attention_distillation(const AttentionDistillation& a);
+
 // ---- lazy_adam ---------------------------------------------------------------------------------------
 
 int lazy_adam_steps(const LazyAdamStep* steps, int64_t count, int64_t launch);

@@ -20,7 +20,10 @@ from fastbert import allocator
 from fastbert.backends import gpu, native, triton
 
 NAMES = ("reference", "cpu", "cuda", "triton")
-OPS = ("gelu", "layer_norm", "dropout", "embedding_norm", "cross_entropy", "attention", "hard_attention", "lazy_adam")
+OPS = (
+    "gelu", "layer_norm", "dropout", "embedding_norm", "cross_entropy", "attention", "hard_attention",
+    "attention_distillation", "lazy_adam",
+)  # fmt: skip
 # Device type -> the backends that are tried in turn; AMD's GPUs are "cuda" to torch too.
 _AUTOMATIC = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
@@ -223,10 +226,10 @@ def info() -> str:
         f"allocator        {allocator.state()}",
         f"FASTBERT_BACKEND {os.environ.get('FASTBERT_BACKEND') or 'not set: chosen by device'}",
         "",
-        f"{'op':<16}" + "".join(f"{name:<12}" for name in NAMES),
+        f"{'op':<24}" + "".join(f"{name:<12}" for name in NAMES),
     ]
     reasons = {name: _reason(name) for name in NAMES}
-    lines += [f"{op:<16}" + "".join(f"{'no' if reasons[name] else 'ok':<12}" for name in NAMES) for op in OPS]
+    lines += [f"{op:<24}" + "".join(f"{'no' if reasons[name] else 'ok':<12}" for name in NAMES) for op in OPS]
     lines += [f"{name}: {reason}" for name, reason in reasons.items() if reason]
     return "\n".join(lines)
 

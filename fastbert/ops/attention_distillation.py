@@ -14,39 +14,46 @@ compared with one head of the other model. It is one product, of these heads' qu
 
 so the model with more heads is taken as one of [T, N / G, G D]; N in the sums above is then the smaller number.
 
-The scores [B, S, S] of one head are in memory at a time, on a GPU of as many heads as have 2**24 of them, and none
-after the call: dq and dk are made with the loss, and backward scales them. Scores and sums are float32 (float64 for
-float64 inputs).
-
-It is composed of torch's products on every device; there is no kernel of its own.
+dq and dk are made with the loss, in the dtype of sums, and backward scales them: no scores are kept. Scores and sums
+are float32 (float64 for float64 inputs).
 Source: Jiao et al., "TinyBERT: distilling BERT for natural language understanding" (2020), equation 7.
 """
-
-import math
 
 import torch
 from torch import Tensor
 
-from fastbert.backends.attention import check_sequences
+from fastbert.backends import attention_distillation as kernels
+from fastbert.backends import pick, requested
+from fastbert.backends.attention_distillation import compared_heads
 from fastbert.ops.attention import Padding, check_packed
-from fastbert.ops.checks import as_int, check_tensor
-from fastbert.ops.register import once_differentiable
+from fastbert.ops.checks import as_int, check_activation, without_autocast
+from fastbert.ops.register import differentiated, once_differentiable, register
 
-# Scores in memory at a time, of one head at least. On a CPU a single head's stay in the caches. A GPU would wait for
-# the launches of so many small products: there heads are computed together up to 64 MiB of scores.
+# Scores that the reference has in memory at a time, of one head at least. On a CPU a single head's stay in the caches.
+# A GPU would wait for the launches of so many small products: there heads are computed together up to 64 MiB of scores.
 AT_ONCE = {"cpu": 1, "cuda": 1 << 24}
 
 
 def attention_distillation(
-    q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    q: Tensor,
+    k: Tensor,
+    teacher_q: Tensor,
+    teacher_k: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """Mean squared difference of two models' attention scores before softmax; see the top of this file.
 
     Args:
-        q, k: [T, N, D], the student's, of one dtype, any that `attention` takes.
-        teacher_q, teacher_k: [T, M, E], the teacher's, which take no gradient. N divides M, or M divides N.
+        q, k: [T, N, D], the student's, of one dtype, any that `attention` takes; views of one packed projection are
+            taken as they are. Autocast changes nothing: scores and sums are float32 in any case.
+        teacher_q, teacher_k: [T, M, E], the teacher's, which take no gradient, of one dtype, the student's or another;
+            float64 goes with float64 alone. N divides M, or M divides N.
         cu_seqlens: int32 [B + 1] on q's device: 0, ..., T, never decreasing.
         max_seqlen: tokens of the longest sequence, or more.
+        backend: runs on this backend or raises; None chooses by the tensor's device.
 
     Returns:
         A float32 number (float64 for float64 inputs); 0 where there is no token.
@@ -54,22 +61,32 @@ def attention_distillation(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit; numbers of heads of which neither divides the
             other; sequences that do not hold (looked at on the CPU only: elsewhere it would wait for the device).
+        RuntimeError: an explicit backend that cannot run here.
     """
     check_packed("q", q, cu_seqlens, axes=3)
-    for name, x, like in (("k", k, q), ("teacher_q", teacher_q, None), ("teacher_k", teacher_k, teacher_q)):
-        check_tensor(name, x)
-        if like is not None and (x.shape != like.shape or x.dtype != like.dtype):
+    check_activation("attention_distillation", "teacher_q", teacher_q)
+    if teacher_q.dim() != 3 or len(teacher_q) != len(q):
+        raise ValueError(f"teacher_q must have q's tokens, [{len(q)}, heads, head size], got {list(teacher_q.shape)}")
+    for name, x, like in (("k", k, q), ("teacher_k", teacher_k, teacher_q)):
+        check_activation("attention_distillation", name, x)
+        if x.shape != like.shape or x.dtype != like.dtype:
             raise ValueError(
                 f"{name} must be like its queries, {like.dtype} {list(like.shape)}, got {x.dtype} {list(x.shape)}"
             )
+    for name, x in (("k", k), ("teacher_q", teacher_q), ("teacher_k", teacher_k)):
         if x.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
-    if teacher_q.dim() != 3 or len(teacher_q) != len(q):
-        raise ValueError(f"teacher_q must have q's tokens, [{len(q)}, heads, head size], got {list(teacher_q.shape)}")
+    if (q.dtype == torch.float64) != (teacher_q.dtype == torch.float64):
+        raise ValueError(
+            f"both models must be float64 or neither, got {q.dtype} for the student's queries and {teacher_q.dtype} "
+            "for the teacher's: cast one of them"
+        )
     check_heads(q.shape[1], teacher_q.shape[1])
-    max_seqlen = as_int("max_seqlen", max_seqlen)
-    check_sequences(cu_seqlens, max_seqlen, q.shape[0])
-    return _Loss.apply(q, k, teacher_q.detach(), teacher_k.detach(), cu_seqlens, max_seqlen)
+    chosen = pick("attention_distillation", requested(backend), q)
+    arguments = q, k, teacher_q.detach(), teacher_k.detach(), cu_seqlens, as_int("max_seqlen", max_seqlen)
+    if differentiated(q, k):
+        return _AttentionDistillation.apply(chosen, *arguments)
+    return functions[chosen].attention_distillation(*arguments)[0]
 
 
 def check_heads(heads: int, teacher_heads: int) -> None:
@@ -82,36 +99,47 @@ def check_heads(heads: int, teacher_heads: int) -> None:
         )
 
 
-def loss_and_gradients(
-    q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, cu_seqlens: Tensor, max_seqlen: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, dq, dk), the gradients in the dtype of sums; arguments as `attention_distillation`."""
-    layout, shape = Padding(cu_seqlens, max_seqlen, q.shape[0]), q.shape
-    heads = min(q.shape[1], teacher_q.shape[1])
-    scale, teacher_scale = (heads / x.shape[1] / math.sqrt(x.shape[2]) for x in (q, teacher_q))
-    q, k, teacher_q, teacher_k = (x.unflatten(1, (heads, -1)).flatten(2) for x in (q, k, teacher_q, teacher_k))
-    lengths = cu_seqlens.diff().to(torch.promote_types(q.dtype, torch.float32))
-    share = 1 / (heads * lengths.square().sum().clamp(min=1))
-    loss, dq, dk = share.new_zeros(()), [], []
-    sequences = cu_seqlens.numel() - 1
-    together = max(1, AT_ONCE.get(q.device.type, 1) // max(sequences * max_seqlen**2, 1))
-    for first in range(0, heads, together):
-        # Zeros stand at padding on both sides, so its scores are 0 in both models and differ by nothing.
-        group = (layout.pad(x[:, first : first + together]) for x in (q, k, teacher_q, teacher_k))
-        mine, my_keys, theirs, their_keys = (x.flatten(0, 1) for x in group)
-        difference = torch.baddbmm(mine @ my_keys.mT, theirs, their_keys.mT, beta=scale, alpha=-teacher_scale)
-        loss = loss + difference.square().sum()
-        for gradients, x in ((dq, difference @ my_keys), (dk, difference.mT @ mine)):
-            gradients.append(layout.unpad(x.unflatten(0, (sequences, min(together, heads - first)))))
-    factor = 2 * scale * share
-    return loss * share, *(torch.cat(each, 1).view(shape) * factor for each in (dq, dk))
+class reference:  # a namespace, spelled as a backend is
+    """The op in plain PyTorch: any device, and float64. It pads, and holds all scores of a head in memory."""
 
-
-class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, *others):
-        with torch.autocast(q.device.type, enabled=False):
-            loss, dq, dk = loss_and_gradients(q, k, *others)
+    @without_autocast
+    def attention_distillation(
+        q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """loss, dq and dk."""
+        layout, shape = Padding.checked(cu_seqlens, max_seqlen, q.shape[0]), q.shape
+        heads, scale, teacher_scale = compared_heads(q, teacher_q)
+        q, k, teacher_q, teacher_k = (x.unflatten(1, (heads, -1)).flatten(2) for x in (q, k, teacher_q, teacher_k))
+        lengths = cu_seqlens.diff().to(torch.promote_types(q.dtype, torch.float32))
+        share = 1 / (heads * lengths.square().sum().clamp(min=1))
+        loss, dq, dk = share.new_zeros(()), [], []
+        sequences = cu_seqlens.numel() - 1
+        together = max(1, AT_ONCE.get(q.device.type, 1) // max(sequences * max_seqlen**2, 1))
+        for first in range(0, heads, together):
+            # Zeros stand at padding on both sides, so its scores are 0 in both models and differ by nothing.
+            group = (layout.pad(x[:, first : first + together]) for x in (q, k, teacher_q, teacher_k))
+            mine, my_keys, theirs, their_keys = (x.flatten(0, 1) for x in group)
+            difference = torch.baddbmm(mine @ my_keys.mT, theirs, their_keys.mT, beta=scale, alpha=-teacher_scale)
+            loss = loss + difference.square().sum()
+            for gradients, x in ((dq, difference @ my_keys), (dk, difference.mT @ mine)):
+                gradients.append(layout.unpad(x.unflatten(0, (sequences, min(together, heads - first)))))
+        factor = 2 * scale * share
+        return loss * share, *(torch.cat(each, 1).view(shape) * factor for each in (dq, dk))
+
+
+def _fake(q, *_):
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty((), dtype=dtype), q.new_empty(q.shape, dtype=dtype), q.new_empty(q.shape, dtype=dtype)
+
+
+functions = register(reference, kernels, attention_distillation=_fake)
+
+
+class _AttentionDistillation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, chosen, q, *others):
+        loss, dq, dk = functions[chosen].attention_distillation(q, *others)
         ctx.dtype = q.dtype
         ctx.save_for_backward(dq, dk)
         return loss
@@ -120,4 +148,4 @@ class _Loss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss):
         dq, dk = ctx.saved_tensors
-        return (dloss * dq).to(ctx.dtype), (dloss * dk).to(ctx.dtype), None, None, None, None
+        return None, (dloss * dq).to(ctx.dtype), (dloss * dk).to(ctx.dtype), *(None,) * 4

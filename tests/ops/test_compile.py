@@ -76,9 +76,19 @@ def case_hard_attention(n):
     return function, (torch.randn(n, 3, 2, 8),), (n, 2, 8)
 
 
+def case_attention_distillation(n):
+    cu_seqlens = torch.tensor([0, n // 3, n], dtype=torch.int32)
+
+    def function(qkv, cu_seqlens=cu_seqlens):
+        q, k, teacher = qkv.unbind(1)
+        return fastbert.attention_distillation(q, k, teacher, teacher, cu_seqlens, 64)
+
+    return function, (torch.randn(n, 3, 2, 8),), ()
+
+
 CASES = [
     case_gelu, case_layer_norm, case_dropout_add_layer_norm, case_dropout_add_layer_norm_twice, case_one_use_of_two,
-    case_cross_entropy, case_attention, case_attention_qkv, case_hard_attention,
+    case_cross_entropy, case_attention, case_attention_qkv, case_hard_attention, case_attention_distillation,
 ]  # fmt: skip
 # The others are parts of these; tracing the rounds of random numbers once is enough.
 TWINS = [case_gelu, case_dropout_add_layer_norm_twice, case_cross_entropy, case_attention_without_dropout]

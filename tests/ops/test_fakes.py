@@ -8,6 +8,7 @@ from torch._subclasses import FakeTensorMode
 from fastbert.backends import linear as linear_kernels
 from fastbert.backends import linear_product, native
 from fastbert.ops import attention as attention_op
+from fastbert.ops import attention_distillation as attention_distillation_op
 from fastbert.ops import cross_entropy as cross_entropy_op
 from fastbert.ops import dropout as dropout_op
 from fastbert.ops import embedding_norm as embedding_norm_op
@@ -18,7 +19,8 @@ from fastbert.ops import linear as linear_op
 
 raw = torch.ops.fastbert  # the kernels, as the dispatcher has them
 STEMS = (
-    gelu_op, layer_norm_op, dropout_op, embedding_norm_op, cross_entropy_op, attention_op, hard_attention_op, linear_op,
+    gelu_op, layer_norm_op, dropout_op, embedding_norm_op, cross_entropy_op, attention_op, hard_attention_op,
+    attention_distillation_op, linear_op,
 )  # fmt: skip
 TWINS = [op.functions["reference"] for op in STEMS]  # of those that have one
 SEED = torch.tensor([99])
@@ -91,6 +93,14 @@ def hard_attention(lengths, heads, dtype):
         yield raw.hard_attention_backward, (v.contiguous(), q, k, v, lse.int(), lse, *options)
 
 
+def attention_distillation(lengths, dtype, teacher_dtype):
+    q, k = torch.randn(sum(lengths), 3, 2, 8).to(dtype).unbind(1)[:2]
+    cu_seqlens, longest = torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths, default=0)
+    for teacher_heads in (2, 4):
+        theirs = torch.randn(sum(lengths), 3, teacher_heads, 5).to(teacher_dtype).unbind(1)[:2]
+        yield raw.attention_distillation, (q, k, *theirs, cu_seqlens, longest)
+
+
 def with_twins(dtype, weight_dtype, everything):
     """Calls of every op that has a twin: of usual shapes, and with `everything` of the unusual ones too."""
     for shape in [(4, 24), *([(24,), (0, 24), (1, 24), (2, 3, 24)] if everything else [])]:
@@ -104,6 +114,7 @@ def with_twins(dtype, weight_dtype, everything):
     for lengths in [[5, 9], *([[], [0], [5]] if everything else [])]:
         yield from attention(lengths, 3, dtype)
         yield from hard_attention(lengths, 3, dtype)
+        yield from attention_distillation(lengths, dtype, weight_dtype)
 
 
 def of_linear(dtype, weight_dtype):

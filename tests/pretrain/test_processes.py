@@ -165,7 +165,7 @@ class Numbers:
     """In place of batches: epochs of 5, 4 and 5 of them, each known by its number."""
 
     def __init__(self, epoch=0):
-        self.first, self.size = [0, 5, 9][epoch], [5, 4, 5][epoch]
+        self.epoch, self.first, self.size = epoch, [0, 5, 9][epoch], [5, 4, 5][epoch]
 
     def at_epoch(self, epoch):
         return Numbers(epoch)
@@ -173,7 +173,10 @@ class Numbers:
     def numbers(self, first):
         return iter(range(first, self.size))
 
-    def __getitem__(self, i):
+    def samples(self, i):
+        return i
+
+    def made_of(self, i):
         return self.first + i
 
 

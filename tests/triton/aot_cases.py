@@ -107,6 +107,16 @@ def hard_attention(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Cal
         kernels.hard_attention_backward(out, *given[:3], lse.int(), lse, *given[3:])
 
 
+def attention_distillation(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> None:
+    cu_seqlens = empty(torch.int32, 9 + rows % 2)
+    for size, teacher_size in ((26, 64), (64, 64), (128, 128)) if dtype != torch.float16 else ():
+        name(size, "by", teacher_size)
+        (q, k, _), (teacher_q, teacher_k, _) = (
+            empty(dtype, rows, 3, 12, each).unbind(1) for each in (size, teacher_size)
+        )
+        kernels.attention_distillation(q, k, teacher_q, teacher_k, cu_seqlens, 512 - rows % 2)
+
+
 def lazy_adam(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> None:
     """A parameter of each dtype, with state in float32; what a row's gradient, step and rounding come from varies."""
     number, one, rate = empty(torch.int64, 1), empty(torch.float32, 1), empty(torch.float64, 1)
@@ -159,7 +169,7 @@ def gradient_norm(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Call
 CASES = {
     function.__name__: function
     for function in (
-        gelu, layer_norm, dropout, embedding_norm, cross_entropy, attention, hard_attention, lazy_adam,
-        lazy_adam_replay, gradient_norm,
+        gelu, layer_norm, dropout, embedding_norm, cross_entropy, attention, hard_attention,
+        attention_distillation, lazy_adam, lazy_adam_replay, gradient_norm,
     )
 }  # fmt: skip
