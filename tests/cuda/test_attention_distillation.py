@@ -53,10 +53,10 @@ def test_of_sequences_that_cannot_be_the_loss_is_nan_and_the_next_call_reports_t
 
 
 def test_many_sequences_and_a_bound_far_past_the_tokens(module):
-    """More sequences than a block of the second kernel has threads."""
-    lengths = torch.randint(0, 3, (1100,))
+    """More sequences than a block of the second kernel has threads; most are empty."""
+    lengths = torch.zeros(1030, dtype=torch.int64)
+    lengths[[0, 500, 1023, 1024, 1029]] = torch.tensor([3, 1, 2, 5, 4])
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-    inputs = given(int(lengths.sum()), 1, 4, 4)
+    inputs = given(15, 1, 4, 4)
     ours = functions["cuda"].attention_distillation(*inputs, cu_seqlens, 2**31 - 1)
-    twin = functions["reference"].attention_distillation(*inputs, cu_seqlens, 2)
-    torch.testing.assert_close(ours, twin)
+    torch.testing.assert_close(ours, functions["reference"].attention_distillation(*inputs, cu_seqlens, 5))
