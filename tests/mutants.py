@@ -184,7 +184,8 @@ FAULTS = [
             ("[word] if is_wide(before[-1]) or is_wide(word[0]) else", "")),
     *python("data/packing", "data/test_packing.py",
             ("masked >= 0 and samples >= padding", "masked >= 0 and samples >= 0"),
-            ("[(first,)] if left is shape else waiting.candidates", "waiting.candidates")),
+            (" and masked >= needed[first]", ""),
+            ("[(first,)] if tokens == shape.tokens else waiting.candidates", "waiting.candidates")),
     *python(
         "data/batches", "data/test_batches.py pretrain/test_evaluate.py",
         ("max_seqlen=int(np.diff(cu_seqlens).max()),", "max_seqlen=int(np.diff(cu_seqlens)[0]),"),
@@ -218,7 +219,7 @@ FAULTS = [
             ("model.skip_seeds(self.own.start, device)", "model.skip_seeds(0, device)"),
             ("ids[:1].expand(", "ids[:1].expand(0 * ")),
     *python("pretrain/stream", "pretrain/test_processes.py",
-            ("before = (before + self.index - first) % self.accumulate", "before = 0")),
+            ("place = (place + 1) % self.accumulate", "place = (i + 1) % self.accumulate")),
     *python(
         "pretrain/schedule", "pretrain/test_schedule.py",
         ("min(total - done, falling) / max(1, falling)", "min(total - done - 1, falling) / max(1, falling)"),
