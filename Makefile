@@ -1,6 +1,6 @@
 # make demo    virtual environment, install, film reviews, a small BERT trained on them: four minutes, fifteen at most
 # make build   virtual environment, torch, the kernels; those for NVIDIA GPUs where there is an nvcc (FASTBERT_CUDA=0: without)
-# make test    virtual environment, install, all tests but those of the next line
+# make test    virtual environment, install, all tests but those of the next line, in two halves side by side
 # make test-nested  tests that run the tests, or compile or trace the kernels: lower and emulated instruction sets, GPUs
 # make sanitize  the kernels' tests, the kernels watched by AddressSanitizer and UndefinedBehaviorSanitizer
 # make emulate  the kernels' tests for AVX-512, in AVX2's instructions; needs a processor with those
@@ -13,8 +13,8 @@ VENV = .venv
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml constraints.txt
 
-.PHONY: build demo test test-nested sanitize emulate lint bench clean
-.PHONY: gpu-check gpu-needs gpu-build gpu-test gpu-bench gpu-step gpu-run gpu-ops gpu-peers gpu-sanitize
+.PHONY: build demo test test-kernels test-others test-nested test-nested-kernels test-nested-others sanitize emulate lint
+.PHONY: bench clean gpu-check gpu-needs gpu-build gpu-test gpu-bench gpu-step gpu-run gpu-ops gpu-peers gpu-sanitize
 
 # Editable, so that Python files take effect at once; C++ is compiled anew when a source changes.
 $(VENV)/.installed: $(SOURCES)
@@ -32,11 +32,25 @@ demo: $(VENV)/.installed
 		--preset tiny --vocab-size 8192 --seq-len 64 --batch-tokens 2048 --steps 5000 --minutes 15 --dropout 0 --objective mlm \
 		--bf16 $(if $(wildcard runs/demo/config.json),--resume)
 
-test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+# Two processes of pytest, as each keeps one core busy. All that needs the emulated kernels is in one half, which compiles
+# them once. A half's output comes when it ends. Threads that wait sleep: beside another process spinning takes long.
+KERNELS = $(addprefix tests/,ops optim cuda triton patching)
+test test-nested: $(VENV)/.installed
+	@echo "$@: two halves side by side; what each says comes when it ends"
+	OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=2000 $(MAKE) --no-print-directory --keep-going --jobs=2 \
+		--output-sync=target $@-kernels $@-others
 
-test-nested: $(VENV)/.installed
-	$(BIN)/python -m pytest -m nested
+test-kernels:
+	$(BIN)/python -m pytest $(KERNELS)
+
+test-others:
+	$(BIN)/python -m pytest tests $(KERNELS:%=--ignore=%)
+
+test-nested-kernels:
+	$(BIN)/python -m pytest -m nested $(KERNELS)
+
+test-nested-others:
+	$(BIN)/python -m pytest -m nested tests $(KERNELS:%=--ignore=%)
 
 # The sanitizers must be loaded before Python, and with them libstdc++, whose exceptions they intercept. Python and torch
 # leak on purpose. PYTHONSAFEPATH keeps the checkout's own fastbert out of the way.

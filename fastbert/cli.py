@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import os
 import signal
 import sys
@@ -143,7 +144,8 @@ def prepare(arguments: list[str]) -> None:
     from fastbert.prepare import PrepareConfig
     from fastbert.prepare import prepare as run_prepare
 
-    run_prepare(_parse(PrepareConfig, "prepare", PrepareConfig.__doc__, arguments))
+    too_many = "a store is made of one file or folder; put the files into a folder, or add the other one by --add"
+    run_prepare(_parse(PrepareConfig, "prepare", PrepareConfig.__doc__, arguments, too_many))
 
 
 def finetune(arguments: list[str]) -> int:
@@ -271,10 +273,17 @@ def _expect_packages(what: str, *more: str) -> None:
         raise ImportError(why)
 
 
-def _parse(settings: type, command: str, description: str, arguments: list[str]) -> Any:
+def _parse(settings: type, command: str, description: str, arguments: list[str], too_many: str = "leave it out") -> Any:
+    """The settings that the arguments say; `too_many` is what to do about a path or word that no setting takes."""
     import tyro
 
-    return tyro.cli(settings, args=arguments, prog=f"fastbert {command}", description=description)
+    parse = functools.partial(tyro.cli, settings, args=arguments, prog=f"fastbert {command}", description=description)
+    config, others = parse(return_unknown_args=True)
+    if any(each.startswith("-") for each in others):
+        parse()  # says which option may have been meant, and ends
+    if others:
+        raise ValueError(f"{others[0]!r} is one argument too many: {too_many}; --help says what is taken")
+    return config
 
 
 def check_unchanged(stored: Any, given: Any) -> None:

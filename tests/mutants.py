@@ -219,7 +219,7 @@ FAULTS = [
             ("model.skip_seeds(self.own.start, device)", "model.skip_seeds(0, device)"),
             ("ids[:1].expand(", "ids[:1].expand(0 * ")),
     *python("pretrain/stream", "pretrain/test_processes.py",
-            ("place = (place + 1) % self.accumulate", "place = (i + 1) % self.accumulate")),
+            ("epoch, first = epoch + 1, 0", "epoch, first, place = epoch + 1, 0, 0")),
     *python(
         "pretrain/schedule", "pretrain/test_schedule.py",
         ("min(total - done, falling) / max(1, falling)", "min(total - done - 1, falling) / max(1, falling)"),

@@ -14,6 +14,7 @@ from pretrain_runs import bad
 from fastbert import cli
 from fastbert.bench import peers, plan, problems, products, results, run, step, timing
 from fastbert.bench.measure import Taken, cases
+from fastbert.bench.problem import Judge, Variant
 from fastbert.bench.settings import BenchConfig
 
 TINY = {
@@ -114,6 +115,7 @@ def test_a_table_that_was_cut_off_is_refused(tmp_path, monkeypatch, capsys):
         (whole[:-6].encode(), "is cut off in its last line"),
         (b"", "is no bench.csv"),
         (b"\xff\xfe\x00", "is no bench.csv"),
+        (b"<script>" + b"1" * (1 << 18), "is no bench.csv"),
     ):
         (tmp_path / "old.csv").write_bytes(data)
         assert f"old.csv {said}" in bad(capsys, monkeypatch, "bench", "--compare", tmp_path / "old.csv")
@@ -245,6 +247,9 @@ def test_others_are_judged_and_left_out_where_they_raise(monkeypatch):
     forward, both = cases(problem, False, missing, {})
     assert set(forward.variants) == {"fastbert", "torch", peers.LIGER} and (forward.size, both.size) == problem.sizes
     assert forward.verdicts["fastbert"].wrong is None and "loss is off by" in forward.verdicts[peers.LIGER].wrong
+    nan = Variant(lambda x: x.float().sum() * float("nan"), problem.ours.inputs, problem.ours.dy)
+    verdict = Judge(problem).another(nan)
+    assert verdict.error is None and "loss is off by nan" in verdict.wrong
     assert list(missing) == ["quack, cross_entropy 4 x 60 float32"] and "TypeError" in missing[next(iter(missing))]
 
 

@@ -36,7 +36,10 @@ def read(path: Path) -> list[dict[str, str]]:
     """
     with files.naming(path):
         text = path.read_bytes().decode(errors="replace")
-    rows = list(csv.DictReader(io.StringIO(text)))
+    try:
+        rows = list(csv.DictReader(io.StringIO(text)))
+    except csv.Error:  # such as of a page instead of a table
+        rows = []
     if rows and None in rows[-1].values():
         raise ValueError(f"{path} is cut off in its last line: copy it again, or measure it anew")
     lacking = [column for column in (*KEY, *RATIOS, "sittings") if not rows or rows[0].get(column) is None]

@@ -35,7 +35,7 @@ def judge(dtype, lengths, own, teacher):
 
 COLUMNS = {  # heads and their size, the student's and the teacher's
     "three pieces": ((3, 64), (1, 192)),
-    "two pieces and a rest": ((2, 75), (3, 50)),
+    "two pieces and a rest": ((3, 50), (1, 130)),
 }
 
 
