@@ -184,6 +184,7 @@ FAULTS = [
             ("[word] if is_wide(before[-1]) or is_wide(word[0]) else", "")),
     *python("data/packing", "data/test_packing.py",
             ("masked >= 0 and samples >= padding", "masked >= 0 and samples >= 0"),
+            (" and masked >= needed[first]", ""),
             ("[(first,)] if tokens == shape.tokens else waiting.candidates", "waiting.candidates")),
     *python(
         "data/batches", "data/test_batches.py pretrain/test_evaluate.py",
