@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastbert.data.batch import Batch
@@ -32,11 +33,12 @@ class Stream:
             sampler=((batches.epoch, batches.samples(i)) for batches, i, place in of_loader if place in self.own),
             # A generator of its own: the loader draws from it, and torch's default one is part of what resumes.
             num_workers=self.workers, generator=torch.Generator(), worker_init_fn=obey_the_parent_alone,
+            collate_fn=as_arrays,
         )  # fmt: skip
         own, micro = iter(loader), []
         for batches, i, place in of_steps:
             if place in self.own:
-                micro.append(next(own))
+                micro.append(as_tensors(next(own)))
             self.epoch, self.index = batches.epoch, i + 1
             if place == self.accumulate - 1:
                 yield micro
@@ -57,6 +59,15 @@ class Stream:
         stream = Stream(batches, self.workers, self.accumulate, self.own)
         stream.epoch = self.epoch + 1
         return stream
+
+
+def as_arrays(batch: Batch) -> Batch:
+    """As it comes from another process by one message; each tensor would be a file that this one opens and maps."""
+    return Batch(*(x.numpy() if isinstance(x, Tensor) else x for x in batch))
+
+
+def as_tensors(batch: Batch) -> Batch:
+    return Batch(*(torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in batch))
 
 
 class OfEpochs(Dataset[Batch]):

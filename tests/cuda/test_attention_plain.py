@@ -107,7 +107,6 @@ FALLING = -(torch.arange(320) // 64).int()  # a tile sees itself and those behin
 
 # (lengths, heads, head size, t, window, global tokens, query ranks, key ranks)
 BY_TOKEN = {
-    "global tokens, more than 32 tiles apart": ([2150, 3], 1, 4, 0, [1, 1], chosen(2153, 0, 2100, 2151), None, None),
     "global tokens, two slices, dropped": ([150, 0, 9], 1, 72, 26, [3, 20], chosen(159, 60, 149, 155), None, None),
     "ranks, dropped": ([150, 0, 40], 2, 8, 26, None, None, ORDER - 1, ORDER),
     "ranks, first tiles and a whole tile see nothing": (
@@ -116,11 +115,15 @@ BY_TOKEN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", BY_TOKEN)
-def test_masks_by_token(module, case, dtype):
+def test_masks_by_token(module, case):
     lengths, heads, head_size, t, *masks = BY_TOKEN[case]
-    assert_right(lengths, heads, head_size, dtype, t, SEED, False, *masks)
+    assert_right(lengths, heads, head_size, torch.float32, t, SEED, False, *masks)
+
+
+@pytest.mark.parametrize("module", [False], indirect=True, ids=["values"])
+def test_a_global_token_is_found_more_than_32_tiles_away(module):
+    assert_right([2150, 3], 1, 4, torch.float32, 0, None, False, [1, 1], chosen(2153, 2100, 2151), None, None)
 
 
 @pytest.mark.parametrize("module", [True], indirect=True, ids=["trace"])
@@ -139,8 +142,8 @@ def test_tiles_of_which_nothing_is_seen_are_not_read(module, masks, seen):
     traffic = library.traffic()
     assert [traffic[name, "read"] for name in "qkv"] == [5 * tile, seen * tile, seen * tile]
     functions.attention_backward(dout, *qkv, out, lse, *options)
-    traffic = library.traffic()
-    assert [traffic[name, "read"] for name in "qkv"] == [(5 + seen) * tile] * 3
+    traffic = library.traffic()  # dq's kernel as forward, and dk's and dv's, which reads q once more for dk
+    assert [traffic[name, "read"] for name in "qkv"] == [(5 + n * seen) * tile for n in (2, 1, 1)]
 
 
 @pytest.mark.parametrize("module", [True], indirect=True, ids=["trace"])

@@ -103,7 +103,7 @@ def _refused(name: str, method: Callable) -> Callable:
 
 
 def _by_name(np_dtype: Callable) -> Callable:
-    """The interpreter's function from a type of Triton's to one of NumPy's, which makes a table of all for each call."""
+    """The interpreter's function from a type of Triton's to one of NumPy's, which makes its table anew each time."""
     known = {}
 
     def of(type: Any) -> np.dtype:
