@@ -99,7 +99,7 @@ def hard_attention(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Cal
     cu_seqlens, seed, lse = empty(torch.int32, 9 + rows % 2), empty(torch.int64, 1), empty(torch.float32, rows, 12)
     forms = (64, True, False), (64, False, False), (128, True, False), *[(64, True, True)] * (dtype == torch.float32)
     for size, gumbel, has_global in forms if dtype != torch.float16 else ():
-        name(size, "gumbel" if gumbel else "best", *["global tokens"] * has_global)
+        name(*["global tokens"] * has_global, size, "gumbel" if gumbel else "best")
         qkv, out = empty(dtype, rows, 3, 12, size), empty(dtype, rows, 12, size)
         given = *qkv.unbind(1), cu_seqlens, 512 - rows % 2, 0.125, 0.7, seed if gumbel else None, False, [64, 64]
         given = *given, empty(torch.bool, rows) if has_global else None
