@@ -252,7 +252,7 @@ def _expect_same(store: Path, then: dict[str, Any], now: dict[str, Any], how: st
         if then.get(name) == value:
             continue
         if isinstance(value, dict):
-            parts = [f"{part} {then.get(name, {}).get(part)}, now {x}" for part, x in value.items()
+            parts = [f"{part} {_brief(then.get(name, {}).get(part))}, now {_brief(x)}" for part, x in value.items()
                      if then.get(name, {}).get(part) != x]  # fmt: skip
             different += parts
         else:
@@ -262,6 +262,11 @@ def _expect_same(store: Path, then: dict[str, Any], now: dict[str, Any], how: st
             f"{store} {how} another tokenizer, corpus or setting ({'; '.join(different)}): give the same as before, "
             f"or {instead or 'choose another --output'}"
         )
+
+
+def _brief(value: Any) -> Any:
+    """A fingerprint by its beginning, which tells it from another as well."""
+    return value[:12] if isinstance(value, str) else value
 
 
 def _shards(expected: dict[str, Any], reading: Reading, progress: bool) -> list[Any]:

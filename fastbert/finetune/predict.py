@@ -47,7 +47,7 @@ def predict(config: PredictConfig) -> None:
         sys.stdout.write(content)
     else:
         files.write(config.output.absolute().parent, {config.output.name: content.encode()})
-        print(f"{len(encoded):,} rows in {config.output}")
+        print(f"{len(encoded):,} row{'s' * (len(encoded) != 1)} in {config.output}")
 
 
 def autocast(config: TaskConfig | PredictConfig) -> torch.autocast:

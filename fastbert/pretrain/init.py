@@ -91,17 +91,26 @@ def new_words(path: Path, tokenizer: Tokenizer) -> list[str]:
     if not words:
         raise ValueError(f"{path} holds no word: expected one a line (--add-words)")
     normalizer, unk = tokenizer.normalizer, special_ids(tokenizer).unk
-    encoded = tokenizer.encode_batch(words, add_special_tokens=False)
     by_form: dict[str, str] = {}
-    for word, encoding in zip(words, encoded, strict=True):
+    for word in words:
         form = word if normalizer is None else normalizer.normalize_str(word)
         if not form.strip():
             raise ValueError(f"{path} holds {word!r}, of which the tokenizer leaves nothing: take it out")
-        if len(encoding.ids) != 1 or encoding.ids == [unk]:
+        alone = tokenizer.encode(word, add_special_tokens=False).ids
+        if not any(len(ids) == 1 and ids != [unk] for ids in (alone, pieces(word, tokenizer))):
             by_form.setdefault(form, word)
     if not by_form:
         raise ValueError(f"the tokenizer has every word of {path} already: leave --add-words out")
     return list(by_form.values())
+
+
+def pieces(word: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids that the tokenizer reads a word as within a text.
+
+    Published RoBERTas have most words with the space before them as one token, and without it as another or several.
+    """
+    spaced = isinstance(tokenizer.model, models.BPE) and not any(map(is_wide, word))
+    return tokenizer.encode(f" {word}" if spaced else word, add_special_tokens=False).ids
 
 
 def _token(word: str, tokenizer: Tokenizer) -> AddedToken:
@@ -127,7 +136,7 @@ def write_copy(config: PretrainConfig, tokenizer: Tokenizer) -> None:
     for name in names:
         grown = torch.cat([state[name], state[name].new_zeros(rows - len(table), *state[name].shape[1:])])
         for word, i in words.items():
-            grown[i] = state[name][before.encode(word, add_special_tokens=False).ids].mean(0)
+            grown[i] = state[name][pieces(word, before)].mean(0)
         state[name] = grown
     changed = {"vocab_size": rows}
     if config.dropout is not None:

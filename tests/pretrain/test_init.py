@@ -8,6 +8,7 @@ import pytest
 import torch
 from pretrain_runs import bad
 from safetensors.torch import load_file
+from tokenizers import pre_tokenizers
 
 from fastbert import RobertaConfig, RobertaForMaskedLM
 from fastbert.data import load_tokenizer, save_tokenizer, train_byte_bpe, train_tokenizer, train_unigram
@@ -103,6 +104,17 @@ def test_new_words_are_one_token_in_every_vocabulary(going_on, tmp_path, train, 
         ids = grown.encode(text).ids
         assert theirs(text).input_ids == ids
         assert [i for i in ids if i >= size] == [grown.token_to_id(word) for word in words]
+
+
+def test_a_published_roberta_knows_a_word_by_the_space_before_it(tmp_path):
+    trained = train_byte_bpe(["a few words of some text, words of a text, some few texts"] * 3, 300)
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = tmp_path / "words.txt"
+    words.write_text("text\nasynchronous\n")
+    assert len(trained.encode("text", add_special_tokens=False).ids) > 1
+    assert init.new_words(words, trained) == ["asynchronous"], "Ġtext is a word that the model was trained on"
+    _, *rest = trained.encode("a asynchronous", add_special_tokens=False).ids
+    assert init.pieces("asynchronous", trained) == rest and len(rest) > 1
 
 
 def test_the_folder_decides_sizes_and_dropout(going_on, tmp_path, recwarn):
