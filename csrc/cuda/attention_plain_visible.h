@@ -17,6 +17,7 @@
 #include "launch.h"
 //
 #include "attention_plain_work.h"
+#include "ptx.h"
 
 namespace fastbert::cuda {
 namespace {
@@ -175,20 +176,21 @@ class SeenProducts {
     if constexpr (Mask::kByToken)
       return bits_ >> (i * kColumns + j) & 1;
     else
-      return in_window(i, j);
+      return in_window(first_own() + 2 * i, other(j));
   }
 
  private:
-  DEVICE int own(int i) const { return work_.row + first_row() + 2 * i; }
+  DEVICE int first_own() const { return work_.row + first_row(); }
   DEVICE int other(int j) const { return tile_ + column() + j * kHalfWarp; }
 
-  DEVICE bool in_window(int i, int j) const {
-    const int query = kOfKeys ? own(i) : other(j), key = kOfKeys ? other(j) : own(i);
-    return visible_to(query, plan_, work_).has(key);
+  DEVICE bool in_window(int own, int other) const {
+    return visible_to(kOfKeys ? own : other, plan_, work_).has(kOfKeys ? other : own);
   }
 
   DEVICE uint32_t bits_by_token(const Attention& p) const {
     const int last = work_.length - 1;
+    uint32_t first = first_own();
+    keep_in_place(first);  // else eight addresses stay in registers from tile to tile
     int others[kColumns];
 #pragma unroll
     for (int j = 0; j < kColumns; ++j)
@@ -196,11 +198,12 @@ class SeenProducts {
     uint32_t bits = 0;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const int its = Mask::template of_token<!kOfKeys>(p, work_.begin + min(own(i), last));
+      const int own = static_cast<int>(first) + 2 * i;
+      const int its = Mask::template of_token<!kOfKeys>(p, work_.begin + min(own, last));
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
         const int query = kOfKeys ? its : others[j], key = kOfKeys ? others[j] : its;
-        const bool seen = other(j) <= last && Mask::sees(query, key, in_window(i, j));
+        const bool seen = other(j) <= last && Mask::sees(query, key, in_window(own, other(j)));
         bits |= static_cast<uint32_t>(seen) << (i * kColumns + j);
       }
     }

@@ -100,13 +100,13 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll 1
   for (int key = first_key; key < keys.end(); key = keys.next(key)) {
     const Rows<T> k = rows_of<T>(p.k, p.k_stride, p, work, key);
+    const SeenProducts<Mask, true> seen(p, plan, work, key);
     const bool q_there = head_size <= kTile && key > first_key;
     Products scores;
     multiply_rows(scores, q_tile, q, q_there, tile, k, head_size, plan.vectors);
     if (!has_rows(q.count)) continue;
     scale_scores(scores, p.scale);
     if (p.seed) add_noise(scores, work, seed, key);
-    const SeenProducts<Mask, true> seen(p, plan, work, key);
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
 #pragma unroll
@@ -173,13 +173,13 @@ __global__ void __launch_bounds__(kThreads, 2) hard_attention_dq_kernel(HardAtte
     // softmax, ahead of the other products: noise takes registers
     const Rows<T> k = rows_of<T>(p.k, p.k_stride, p, work, key);
     const Rows<T> v = rows_of<T>(p.v, p.v_stride, p, work, key);
+    const SeenProducts<Mask, true> seen(p, plan, work, key);
     const bool there = head_size <= kTile && key > first_key;
     Products scores, products;
     multiply_rows(scores, q_tile, q, there, tile, k, head_size, plan.vectors);
     if (has_rows(q.count)) {
       scale_scores(scores, p.scale);
       if (p.seed) add_noise(scores, work, seed, key);
-      const SeenProducts<Mask, true> seen(p, plan, work, key);
 #pragma unroll
       for (int i = 0; i < kRows; ++i)
 #pragma unroll
@@ -257,6 +257,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     // softmax, ahead of the other products as above
     const Rows<T> q = rows_of<T>(p.q, p.q_stride, p, work, query);
     const Rows<T> dout = rows_of<T>(p.dout, p.heads * p.head_size, p, work, query);
+    const SeenProducts<Mask, false> seen(p, plan, work, query);
     const bool there = narrow && query > first_query;
     Products scores, products;
     __syncthreads();  // the last tile's statistics have been read
@@ -266,7 +267,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (has_rows(k.count)) {
       scale_scores(scores, p.scale);
       if (p.seed) add_noise_transposed(scores, work, seed, query);
-      const SeenProducts<Mask, false> seen(p, plan, work, query);
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
         const float its_lse = lse[column() + j * kHalfWarp];
