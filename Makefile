@@ -1,18 +1,20 @@
 # make demo    virtual environment, install, film reviews, a small BERT trained on them: four minutes, fifteen at most
 # make build   virtual environment, torch, the kernels; those for NVIDIA GPUs where there is an nvcc (FASTBERT_CUDA=0: without)
-# make test    virtual environment, install, all tests but those of the next line
+# make test    virtual environment, install, all tests but those of the next line, in two halves side by side
 # make test-nested  tests that run the tests, or compile or trace the kernels: lower and emulated instruction sets, GPUs
 # make sanitize  the kernels' tests, the kernels watched by AddressSanitizer and UndefinedBehaviorSanitizer
 # make emulate  the kernels' tests for AVX-512, in AVX2's instructions; needs a processor with those
 # make lint    style of Python and C++
-# make gpu-check  on a machine with an NVIDIA GPU: gpu-test, gpu-bench and gpu-sanitize, by a $(PYTHON) that has what they need
+# make gpu-check  on a machine with an NVIDIA GPU: gpu-test, gpu-bench (gpu-step, gpu-run, gpu-ops, gpu-peers) and gpu-sanitize, by a
+#              $(PYTHON) that has what they need, which gpu-needs says first
 # make bench   every benchmark; results go to benchmarks/results/
 PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml constraints.txt
 
-.PHONY: build demo test test-nested sanitize emulate lint bench gpu-check gpu-build gpu-test gpu-bench gpu-sanitize clean
+.PHONY: build demo test test-kernels test-others test-nested test-nested-kernels test-nested-others sanitize emulate lint
+.PHONY: bench clean gpu-check gpu-needs gpu-build gpu-test gpu-bench gpu-step gpu-run gpu-ops gpu-peers gpu-sanitize
 
 # Editable, so that Python files take effect at once; C++ is compiled anew when a source changes.
 $(VENV)/.installed: $(SOURCES)
@@ -30,11 +32,25 @@ demo: $(VENV)/.installed
 		--preset tiny --vocab-size 8192 --seq-len 64 --batch-tokens 2048 --steps 5000 --minutes 15 --dropout 0 --objective mlm \
 		--bf16 $(if $(wildcard runs/demo/config.json),--resume)
 
-test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+# Two processes of pytest, as each keeps one core busy. All that needs the emulated kernels is in one half, which compiles
+# them once. A half's output comes when it ends. Threads that wait sleep: beside another process spinning takes long.
+KERNELS = $(addprefix tests/,ops optim cuda triton patching)
+test test-nested: $(VENV)/.installed
+	@echo "$@: two halves side by side; what each says comes when it ends"
+	OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=2000 $(MAKE) --no-print-directory --keep-going --jobs=2 \
+		--output-sync=target $@-kernels $@-others
 
-test-nested: $(VENV)/.installed
-	$(BIN)/python -m pytest -m nested
+test-kernels:
+	$(BIN)/python -m pytest $(KERNELS)
+
+test-others:
+	$(BIN)/python -m pytest tests $(KERNELS:%=--ignore=%)
+
+test-nested-kernels:
+	$(BIN)/python -m pytest -m nested $(KERNELS)
+
+test-nested-others:
+	$(BIN)/python -m pytest -m nested tests $(KERNELS:%=--ignore=%)
 
 # The sanitizers must be loaded before Python, and with them libstdc++, whose exceptions they intercept. Python and torch
 # leak on purpose. PYTHONSAFEPATH keeps the checkout's own fastbert out of the way.
@@ -63,12 +79,21 @@ bench: $(VENV)/.installed
 
 # The Python that is there: a GPU's torch fits its driver, and takes gigabytes to install. Compiled for this GPU alone.
 # The checkout itself stays off the path of what uses transformers, which imports whatever is called `kernels`.
-# The sanitizer comes last: it takes minutes, and some virtual machines refuse it. `make -k gpu-check` goes on past a failure.
+# What takes longest and matters least comes last: `make -k gpu-check` goes on past a failure, and what a target has
+# measured is in benchmarks/results/ when it ends.
 GPU_ARCH = $$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
 ON_GPU = PYTHONPATH=$(CURDIR)/build/gpu $(PYTHON)
+STEP = $(ON_GPU) benchmarks/pretrain.py --device cuda
+OURS = "fastbert captured" "fastbert launched" "plain torch captured" "transformers eager"
+SHORT = --layers 12 --batch 64 --shortest 32
+LONG = --batch 32 --seq-len 512 --shortest 512
 gpu-check: gpu-test gpu-bench gpu-sanitize
+gpu-bench: gpu-step gpu-run gpu-ops gpu-peers
 
-gpu-build:
+gpu-needs:
+	$(PYTHON) benchmarks/gpu_needs.py
+
+gpu-build: gpu-needs
 	FASTBERT_CUDA=1 FASTBERT_CUDA_ARCHS=$(GPU_ARCH) $(PYTHON) setup.py --quiet build_ext --inplace
 	mkdir -p build/gpu && ln -sfn ../../fastbert ../../fastbert_main.py build/gpu/
 	$(ON_GPU) -m fastbert info
@@ -79,13 +104,26 @@ gpu-test: gpu-build
 	if grep -q amx_bf16 /proc/cpuinfo; then $(PYTHON) -m pytest -q -k amx_bf16 tests/ops/test_attention.py tests/ops/test_shapes.py; \
 		else echo "this host's processor has no AMX, so its kernels were not tested"; fi
 
-gpu-bench: gpu-build
+gpu-step: gpu-build
+	$(STEP) $(SHORT) --dtype bfloat16 --variants $(OURS) fastbert
+	$(STEP) $(LONG) --layers 12 --dtype bfloat16 --variants $(OURS)
+	$(STEP) $(LONG) --layers 24 --preset large --dtype bfloat16 --variants $(OURS)
+
+gpu-run: gpu-build
+	$(ON_GPU) benchmarks/gpu_run.py
+
+gpu-ops: gpu-build
 	$(ON_GPU) benchmarks/gpu.py
 	$(ON_GPU) benchmarks/lazy_adam.py --device cuda --allocator default
-	$(ON_GPU) benchmarks/pretrain.py --device cuda --layers 12 --batch 64 --shortest 32 --dtype bfloat16 --variants \
-		"fastbert captured" "fastbert launched" fastbert "plain torch captured" "transformers eager" "transformers compiled"
-	$(ON_GPU) benchmarks/pretrain.py --device cuda --layers 12 --batch 64 --shortest 32 --dtype float32 \
-		--variants fastbert "fastbert touched rows" "transformers eager"
+
+# What torch.compile makes of the peers, of which each may fail by itself.
+COMPILED = --variants "fastbert captured" "transformers compiled"
+gpu-peers: gpu-build
+	$(STEP) $(SHORT) --dtype bfloat16 --variants "fastbert captured" "plain torch compiled captured" --tag plain
+	$(STEP) $(LONG) --layers 12 --dtype bfloat16 --variants "fastbert captured" "plain torch compiled captured" --tag plain
+	$(STEP) $(SHORT) --dtype bfloat16 $(COMPILED) --tag compiled
+	$(STEP) $(SHORT) --dtype bfloat16 $(COMPILED) --compile-mode reduce-overhead --tag reduce-overhead
+	$(STEP) $(SHORT) --dtype float32 --variants fastbert "fastbert touched rows" "transformers eager"
 
 # Without torch's cache each tensor is an allocation of its own: what lies past its end belongs to nobody, and is found.
 gpu-sanitize: gpu-build

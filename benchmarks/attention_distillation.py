@@ -1,14 +1,14 @@
 """Comparing attention scores, forward and backward: ours, torch's products, attention, and a whole step.
 
     python benchmarks/attention_distillation.py [--sequences 32] [--shortest 16] [--length 128] [--repeats 20]
-                                                [--dtypes float32 bfloat16] [--device cpu]
+                                                [--dtypes float32 bfloat16] [--step] [--device cpu]
 
 A packed batch of sequences of the shortest to the given length, a student with 12 heads of 26 numbers (TinyBERT's width
 312) or of 64, and a teacher with 12 of 64 (BERT base). `plain PyTorch` is the twin: products of a head at a time on a
 padded batch. `all heads` makes all scores [B, N, S, S] of a layer, which autograd keeps. `attention` is the op of a
-student's layer in training. `step` is the loss on embeddings, states and scores of a 4-layer student of width 312 with
-a 12-layer teacher, forward and backward, in which ours is called four times. Loss and gradients are checked against
-float64 before anything is timed. All variants run in turn in one process.
+student's layer in training. With --step, `step` is the loss on embeddings, states and scores of a 4-layer student of
+width 312 with a 12-layer teacher, forward and backward, in which ours is called four times. Loss and gradients are
+checked against float64 before anything is timed. All variants run in turn in one process.
 """
 
 import argparse
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--step", action="store_true", help="also a whole step, which takes seconds")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     fastbert.keep_memory()
@@ -47,7 +48,7 @@ def main() -> None:
     for size in SIZES:
         for dtype in args.dtypes:
             variants = compared(cu, args.length, size, DTYPES[dtype])
-            if size == SIZES[0] and dtype == "float32":
+            if args.step and size == SIZES[0] and dtype == "float32":
                 variants["step"] = whole_step(cu, args.length)
             stats = interleaved(variants, args.repeats)
             for name, taken in stats.items():

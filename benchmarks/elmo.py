@@ -9,13 +9,14 @@ reviews, a fifth of them held out by a hash of the text: a head over the frozen 
 --features`: a learned mix of the layers, a mean over tokens, a linear layer), and the BERT fine-tuned whole. Accuracy
 is that of the last epoch; seeds are of the head and of the order of the texts, and the pretraining has one.
 
-What is there in --output is kept: called again, the script does what is left. It writes a CSV file with a line for each
-training, and a picture beside it.
+What is there in --output is kept: called again, the script does what is left; a head that was interrupted begins anew.
+It writes a CSV file with a line for each training, and a picture beside it.
 """
 
 import argparse
 import csv
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -65,7 +66,8 @@ def classify(options: argparse.Namespace, way: str, model: Path, tables: tuple[P
     folder = options.output / f"{way.replace(' ', '-').lower()}-{seed}"
     epochs = (options.epochs, options.epochs_of_features)[features]
     start = time.perf_counter()
-    if not (folder / "scores.json").exists():
+    if not (folder / "seconds.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)  # what was interrupted begins anew: it takes a minute, and is timed
         run(
             "finetune", "--init", model, "--train", tables[0], "--evaluate", tables[1], "--output", folder, "--seed",
             seed, "--epochs", epochs, "--patience", epochs, "--seq-len", 128, *["--features"] * features,

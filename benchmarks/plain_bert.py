@@ -52,7 +52,8 @@ def losses(model: nn.Module, p: float, decoder: Tensor, bias: Tensor, batch: dic
 class PlainStep:
     """Forward, backward, clipping, fused AdamW, and the copies of weights and gradients, for `fastbert.capture`."""
 
-    def __init__(self, model: nn.Module, lr: float, clip: float) -> None:
+    def __init__(self, model: nn.Module, lr: float, clip: float, is_compiled: bool = False) -> None:
+        self.losses = torch.compile(losses, dynamic=False) if is_compiled else losses
         self.p, self.clip = model.config.hidden_dropout_prob, clip
         self.masters, self.model = list(model.parameters()), copy.deepcopy(model).bfloat16()
         self.copies = list(self.model.parameters())
@@ -67,7 +68,7 @@ class PlainStep:
         words = self.model.bert.embeddings.word_embeddings.weight
         decoder = F.pad(words, (0, 0, 0, self.padding))
         bias = F.pad(self.model.cls["predictions"].bias, (0, self.padding))
-        loss = losses(self.model, self.p, decoder, bias, batch)
+        loss = self.losses(self.model, self.p, decoder, bias, batch)
         loss.backward()
         torch._foreach_copy_([master.grad for master in self.masters], [own.grad for own in self.copies])
         nn.utils.clip_grad_norm_(self.masters, self.clip, foreach=True)

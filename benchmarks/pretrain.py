@@ -10,9 +10,11 @@ the same weights, data, labels (15 % of the real tokens, and a label of every pa
 their losses without dropout are compared before anything is timed. Variants run in turn in one process. Our optimizer
 is LazyAdam, on all rows of the word embeddings (as `fastbert pretrain`) or on the touched ones; transformers' is
 torch's fused AdamW. On a GPU "fastbert captured" is the step of `fastbert pretrain --bf16`, one CUDA graph, "fastbert
-launched" the same without the graph, and "plain torch captured" what torch alone can do (plain_bert.py). With --model
-albert there is "fastbert BERT" besides, our BERT with the same layers. --memory adds the most memory that a process of
-each variant alone had, and the size of its optimizer's state.
+launched" the same without the graph, and "plain torch captured" what torch alone can do (plain_bert.py), its losses
+compiled in "plain torch compiled captured"; steps are timed ten in a row there, as they follow each other in training,
+where a captured one's batch is brought while the step before runs. With --model albert there is "fastbert BERT"
+besides, our BERT with the same layers. --memory adds the most memory that a process of each variant alone had, and the
+size of its optimizer's state.
 """
 
 import argparse
@@ -56,7 +58,7 @@ def captured_step(name: str, model: PreTrainingModel, inputs: list[dict]) -> Cal
     """
     model.train()
     if name.startswith("plain"):
-        step = optimizing = PlainStep(model, LEARNING_RATE, CLIP)
+        step = optimizing = PlainStep(model, LEARNING_RATE, CLIP, is_compiled="compiled" in name)
     else:
         optimizing = fastbert.LazyAdam(
             model.parameters(), lr=torch.tensor(LEARNING_RATE, dtype=torch.float64), weight_decay=WEIGHT_DECAY
@@ -84,6 +86,14 @@ def captured_step(name: str, model: PreTrainingModel, inputs: list[dict]) -> Cal
         call()
     call.optimizer = getattr(optimizing, "optimizer", optimizing)
     return call
+
+
+def in_a_row(call: Callable[[], None], steps: int) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(steps):
+            call()
+
+    return run
 
 
 def memory(variant: str, dtype: str) -> dict[str, float]:
@@ -123,8 +133,10 @@ def variants(batches: dict[str, list[Batch]], dtype: torch.dtype, options: argpa
 
 
 VARIANTS = ("fastbert", "fastbert touched rows", "fastbert compiled", "transformers eager", "transformers compiled")
-CAPTURED = ("fastbert captured", "fastbert launched", "plain torch captured")  # bfloat16 on a GPU, by fastbert.capture
+# bfloat16 on a GPU, by fastbert.capture
+CAPTURED = ("fastbert captured", "fastbert launched", "plain torch captured", "plain torch compiled captured")
 ANOTHER = "fastbert BERT"  # beside ALBERT
+STEPS = 10  # timed at once on a GPU
 
 
 def configuration(model: str, options: argparse.Namespace) -> ModelConfig:
@@ -156,6 +168,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="of transformers")
     parser.add_argument("--compile-mode", default="default", help="of torch.compile")
+    parser.add_argument("--tag", default="", help="in the name of the CSV file, of runs that differ in their variants")
     parser.add_argument("--no-keep-memory", action="store_true", help="leave the allocator as glibc has it")
     parser.add_argument("--memory", action="store_true", help="measure that too, on Linux")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # the process that `memory` starts
@@ -194,15 +207,18 @@ def main() -> None:
         calls = variants(batches, DTYPES[name], options)
         if options.alone:
             return alone(calls[options.variants[0]])
-        stats: dict[str, Stats] = interleaved(calls, options.repeats)
-        slowest = stats.get("transformers eager", next(iter(stats.values())))
-        print(f"\n{name:<24}{'p20':>9}{'median':>9}{'p80':>9} ms{'tokens/s':>12}{'x eager':>9}")
+        steps = 1 if options.device == "cpu" else STEPS
+        measured = interleaved({name: in_a_row(call, steps) for name, call in calls.items()}, options.repeats)
+        stats = {variant: Stats(s.p20 / steps, s.median / steps, s.p80 / steps) for variant, s in measured.items()}
+        eager = stats.get("transformers eager")
+        print(f"\n{name:<30}{'p20':>9}{'median':>9}{'p80':>9} ms{'tokens/s':>12}{'x eager':>9}")
         for variant, s in stats.items():
-            speed, ratio = tokens / s.median, slowest.median / s.median
+            speed, ratio = tokens / s.median, eager.median / s.median if eager else None
             times = "".join(f"{1e3 * x:>9.1f}" for x in (s.p20, s.median, s.p80))
             had = memory(variant, name) if options.memory else {}
             shown = "".join(f"   {title.removesuffix('_mb')} {x:,.0f} MB" for title, x in had.items())
-            print(f"{variant:<24}{times}   {speed:>12,.0f}{ratio:>9.2f}{shown}")
+            times_eager = "" if ratio is None else f"{ratio:.2f}"
+            print(f"{variant:<30}{times}   {speed:>12,.0f}{times_eager:>9}{shown}")
             rows.append({
                 "variant": variant, "dtype": name, "p20_s": s.p20, "median_s": s.median, "p80_s": s.p80,
                 "tokens": tokens, "tokens_per_s": speed, "times_transformers_eager": ratio, **had,
@@ -216,6 +232,9 @@ def main() -> None:
         torch.compiler.reset()
     if not options.quick:
         what = [*([] if options.model == "bert" else [options.model]), *options.dtype]
+        if options.device != "cpu":  # runs of several shapes on one day
+            what += [options.preset, f"{options.batch}x{options.shortest}-{options.seq_len}"]
+            what += [options.tag] if options.tag else []
         write_csv(results_path("pretrain", *what), rows)
 
 

@@ -179,7 +179,7 @@ struct Attention {            // what both directions take
   const int64_t* seed;                     // [1]
   int64_t window_left, window_right;       // key j is visible to query i where i - left <= j <= i + right
   const uint8_t* global_tokens;            // [T]: 1 where it sees all and all see it; null: none
-  const int32_t *query_ranks, *key_ranks;  // [T]: visible where key's <= query's; null: no ranks. CPU alone
+  const int32_t *query_ranks, *key_ranks;  // [T]: visible where key's <= query's; null: no ranks
   int64_t q_stride, k_stride, v_stride;    // elements between tokens
   int64_t tokens, sequences, heads, head_size;
   DType dtype;

@@ -45,6 +45,10 @@ def capture(
     the host (a number that it counts, a print) happens at its capture alone: learning rates and counts are tensors, of
     the batch or on the device. LazyAdam counts its steps there.
 
+    The graph reads and writes the tensors that the step had, where they lay: load weights and the optimizer's state in
+    place, as `load_state_dict` of modules and of LazyAdam does, and capture anew after adding a parameter. A loss of an
+    earlier step that is still there with its graph ties autograd to that step's stream: `del` it before.
+
     Args:
         step: takes a batch, its tensors on the GPU and always the same memory; returns tensors, or a tree of them.
         example: a batch: tensors in any nesting of tuples, lists and dicts, and what else the step takes. Only its
@@ -57,7 +61,9 @@ def capture(
         A function of a batch, which gives what `step` returned, in memory that the next call writes again.
 
     Raises:
-        RuntimeError: there is no GPU; or, at the call that captures, `step` does what cannot be captured.
+        RuntimeError: there is no GPU; or, at the call that captures, `step` does what cannot be captured, and at any
+            call after one whose capture failed, of whatever cause: gradients then hold no numbers.
+        torch.OutOfMemoryError: at the call that captures, whatever else went wrong because of it.
         ValueError: `example` holds no tensor, or `warmup` is less than 2; at a call, a batch that is not like it.
     """
     return Captured(step, example, warmup, torch.device("cuda" if device is None else device))
@@ -88,8 +94,14 @@ class Captured:
         self._device = device
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result: Any = None
+        self._has_failed = False
 
     def __call__(self, batch: Any) -> Any:
+        if self._has_failed:
+            raise RuntimeError(
+                "the capture of this step has failed, and gradients that it left hold no numbers: begin anew, in a new "
+                "process, as torch often captures nothing more in this one. warmup=None takes the step as it is"
+            )
         with torch.cuda.device(self._device):
             self._bring(batch)
             self._calls += 1
@@ -129,17 +141,27 @@ class Captured:
         return result
 
     def _captured(self) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
+        graph, of_step = torch.cuda.CUDAGraph(), None
         try:
-            with torch.cuda.graph(graph, stream=self._running, capture_error_mode="thread_local"):
-                self._result = self._step(self._batch)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
+            # The outer block sets the stream back, which torch does not where a capture cannot be ended.
+            with (
+                torch.cuda.stream(self._running),
+                torch.cuda.graph(graph, stream=self._running, capture_error_mode="thread_local"),
+            ):
+                try:
+                    self._result = self._step(self._batch)
+                except BaseException as error:
+                    of_step = error
+                    raise
+        except BaseException as error:
+            self._has_failed = True
+            cause = of_step or error  # a capture that is broken off cannot always be ended, which says nothing of why
+            if isinstance(cause, torch.OutOfMemoryError) or not isinstance(cause, RuntimeError):
+                raise cause from None
             raise RuntimeError(
                 "the step cannot be captured: it must not wait for the device (.item(), a bool index, moving a tensor "
-                f"to or from the CPU) nor use another stream. {error}"
-            ) from error
+                f"to or from the CPU) nor use another stream. {cause}"
+            ) from cause
         return graph
 
 

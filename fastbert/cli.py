@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import os
 import signal
 import sys
@@ -82,10 +83,11 @@ def run(command: str, arguments: list[str]) -> None:
 
 
 def _is_about_memory(error: MemoryError | RuntimeError) -> bool:
-    """torch raises a plain RuntimeError where the CPU's memory is used up."""
+    """torch raises a plain RuntimeError where the CPU's memory is used up, and where a GPU's libraries find no more."""
     import torch  # here, as not every command needs it
 
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    said = "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in said)
 
 
 def waiting() -> str:
@@ -142,7 +144,8 @@ def prepare(arguments: list[str]) -> None:
     from fastbert.prepare import PrepareConfig
     from fastbert.prepare import prepare as run_prepare
 
-    run_prepare(_parse(PrepareConfig, "prepare", PrepareConfig.__doc__, arguments))
+    too_many = "a store is made of one file or folder; put the files into a folder, or add the other one by --add"
+    run_prepare(_parse(PrepareConfig, "prepare", PrepareConfig.__doc__, arguments, too_many))
 
 
 def finetune(arguments: list[str]) -> int:
@@ -270,10 +273,17 @@ def _expect_packages(what: str, *more: str) -> None:
         raise ImportError(why)
 
 
-def _parse(settings: type, command: str, description: str, arguments: list[str]) -> Any:
+def _parse(settings: type, command: str, description: str, arguments: list[str], too_many: str = "leave it out") -> Any:
+    """The settings that the arguments say; `too_many` is what to do about a path or word that no setting takes."""
     import tyro
 
-    return tyro.cli(settings, args=arguments, prog=f"fastbert {command}", description=description)
+    parse = functools.partial(tyro.cli, settings, args=arguments, prog=f"fastbert {command}", description=description)
+    config, others = parse(return_unknown_args=True)
+    if any(each.startswith("-") for each in others):
+        parse()  # says which option may have been meant, and ends
+    if others:
+        raise ValueError(f"{others[0]!r} is one argument too many: {too_many}; --help says what is taken")
+    return config
 
 
 def check_unchanged(stored: Any, given: Any) -> None:

@@ -35,14 +35,18 @@ def hold(
     holds it, stays. Where a file system has no locks, that is said and the block runs without one.
 
     Args:
-        folder: exists.
+        folder: made where it does not exist; then the block that fails before anything else is in it leaves nothing of
+            it, nor of the folders above that were made for it.
         does, stopped: what the message says of the process that holds it, and of one that is stopped.
 
     Raises:
         BlockingIOError: somebody holds it; the message says which process, where and since when.
-        OSError: the lock's file cannot be written.
+        OSError: the folder cannot be made, or the lock's file not be written.
     """
     path = folder / ".lock"
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    with files.naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with files.naming(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     _held.add(descriptor)
@@ -63,11 +67,25 @@ def hold(
         with files.naming(path):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, files.json_text(holder).encode(), 0)
-        yield
+        try:
+            yield
+        except BaseException:
+            if descriptor in _held:
+                _remove_unused(path, new)
+            raise
     finally:
         if descriptor in _held:  # not in a worker, where the number may be another file by now
             _held.remove(descriptor)
             os.close(descriptor)
+
+
+def _remove_unused(path: Path, new: list[Path]) -> None:
+    """Removes the lock's file and the `new` folders around it, innermost first, where nothing else is in them."""
+    with contextlib.suppress(OSError):
+        if new and [each.name for each in new[0].iterdir()] == [path.name]:
+            path.unlink()
+            for folder in new:
+                folder.rmdir()
 
 
 def _holder(path: Path) -> str:

@@ -95,7 +95,6 @@ def prepare(config: PrepareConfig) -> Path:
         return config.output
     print(check_corpus(config.corpus, config.column, separator=config.separator, quoting=config.quoting))
     words = _words(config)
-    config.output.mkdir(parents=True, exist_ok=True)
     with lock.hold(config.output, "writes there", "the same command goes on where it was"):
         tokenizer = _tokenizer(config, words)
         made = read_index(config.output)["made"] if config.add and is_store(config.output) else {}

@@ -25,13 +25,13 @@ from torch import Tensor
 
 from fastbert.kernels import faults, philox
 from fastbert.kernels.attention_backward import attention_dk_dv_kernel, attention_dq_kernel
+from fastbert.kernels.attention_ranks import next_block, ranked_rows, visible
 from fastbert.kernels.attention_tiles import (
     edge,
     edges,
     inputs_of,
     load_tile,
     product,
-    sees,
     spans,
     store_tile,
     work_of_program,
@@ -48,8 +48,9 @@ NO_LIMIT = 1 << 30  # of a window: past every sequence, and sums of two places s
 
 @triton.jit
 def _attend(
-    q, top, total, out, k_ptr, v_ptr, key, row, token, length, head, k_stride, v_stride, left, right, exponent, seed,
-    bound, nought, BK: tl.constexpr, HEAD: tl.constexpr, DROPOUT: tl.constexpr, WINDOW: tl.constexpr, ALL: tl.constexpr,
+    q, ranks, top, total, out, k_ptr, v_ptr, key_ranks_ptr, key, row, token, length, head, k_stride, v_stride, left,
+    right, exponent, seed, bound, nought, BK: tl.constexpr, HEAD: tl.constexpr, DROPOUT: tl.constexpr,
+    WINDOW: tl.constexpr, RANKS: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """One block of keys; ALL: each query sees each of them."""
     BQ: tl.constexpr = q.shape[0]
@@ -59,7 +60,9 @@ def _attend(
     s = product(q, tl.trans(k))
     queries = tl.arange(0, BQ)
     if not ALL:
-        seen = sees((row + queries)[:, None], (key + tl.arange(0, BK))[None, :], length, left, right, WINDOW)
+        seen = visible(
+            row, ranks, key, key_ranks_ptr, length, left, right, BQ, BK, WINDOW, RANKS, False
+        )  # fmt: skip
         s = tl.where(seen, s, -float("inf"))
 
     # softmax
@@ -78,9 +81,10 @@ def _attend(
 
 @triton.jit(do_not_specialize=["tokens", "max_seqlen", "left", "right", "bound"])
 def attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, cu_seqlens_ptr, seed_ptr, out_ptr, lse_ptr, faults_ptr, tokens, max_seqlen, heads, q_stride,
-    k_stride, v_stride, left, right, scale, keep_scale, bound, nought, D: tl.constexpr, HEAD: tl.constexpr,
-    DROPOUT: tl.constexpr, WINDOW: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, cu_seqlens_ptr, seed_ptr, query_ranks_ptr, key_ranks_ptr, out_ptr, lse_ptr, faults_ptr, tokens,
+    max_seqlen, heads, q_stride, k_stride, v_stride, left, right, scale, keep_scale, bound, nought, D: tl.constexpr,
+    HEAD: tl.constexpr, DROPOUT: tl.constexpr, WINDOW: tl.constexpr, RANKS: tl.constexpr, BQ: tl.constexpr,
+    BK: tl.constexpr,
 ):  # fmt: skip
     head, row, start, length = work_of_program(cu_seqlens_ptr, faults_ptr, tokens, max_seqlen, heads, BQ, ALL=True)
     if length == 0:
@@ -99,18 +103,32 @@ def attention_forward_kernel(
     top = tl.full([BQ], -float("inf"), tl.float32)
     total = tl.zeros([BQ], tl.float32)
     out = tl.zeros([BQ, D], tl.float32)
-    first, full_first, full_last, last = spans(row, length, left, right, BQ, BK, WINDOW)
-    for key in range(full_first, full_last, BK):
-        top, total, out = _attend(
-            q, top, total, out, k_ptr, v_ptr, key, row, token, length, head, k_stride, v_stride, left, right, exponent,
-            seed, bound, nought, BK, HEAD, DROPOUT, WINDOW, True,
+    if RANKS:
+        key_ranks_ptr += start
+        ranks, greatest, first, last = ranked_rows(
+            query_ranks_ptr + start, row, length, left, right, BQ, BK, WINDOW, False
         )  # fmt: skip
-    for n in tl.range(0, edges(first, full_first, full_last, last, BK), num_stages=1, disable_licm=True):
-        key = edge(n, first, full_first, full_last, BK)
-        top, total, out = _attend(
-            q, top, total, out, k_ptr, v_ptr, key, row, token, length, head, k_stride, v_stride, left, right, exponent,
-            seed, bound, nought, BK, HEAD, DROPOUT, WINDOW, False,
-        )  # fmt: skip
+        following = next_block(key_ranks_ptr, 0, length, first, last, greatest, BK, False)
+        for key in tl.range(0, length, BK, num_stages=1, disable_licm=True):
+            if key == following:
+                top, total, out = _attend(
+                    q, ranks, top, total, out, k_ptr, v_ptr, key_ranks_ptr, key, row, token, length, head, k_stride,
+                    v_stride, left, right, exponent, seed, bound, nought, BK, HEAD, DROPOUT, WINDOW, RANKS, False,
+                )  # fmt: skip
+                following = next_block(key_ranks_ptr, key + BK, length, first, last, greatest, BK, False)
+    else:
+        first, full_first, full_last, last = spans(row, length, left, right, BQ, BK, WINDOW)
+        for key in range(full_first, full_last, BK):
+            top, total, out = _attend(
+                q, 0, top, total, out, k_ptr, v_ptr, 0, key, row, token, length, head, k_stride, v_stride, left, right,
+                exponent, seed, bound, nought, BK, HEAD, DROPOUT, WINDOW, RANKS, True,
+            )  # fmt: skip
+        for n in tl.range(0, edges(first, full_first, full_last, last, BK), num_stages=1, disable_licm=True):
+            key = edge(n, first, full_first, full_last, BK)
+            top, total, out = _attend(
+                q, 0, top, total, out, k_ptr, v_ptr, 0, key, row, token, length, head, k_stride, v_stride, left, right,
+                exponent, seed, bound, nought, BK, HEAD, DROPOUT, WINDOW, RANKS, False,
+            )  # fmt: skip
 
     sees_nothing = total == 0.0  # no key, or scores of -inf alone
     out *= tl.where(sees_nothing, 0.0, keep_scale / total)[:, None]
@@ -130,7 +148,7 @@ class Plan(NamedTuple):
     BK: int  # keys of a tile
     warps: int
     stages: int
-    registers: int | None = None  # of a thread, at most; a window needs more
+    registers: int | None = None  # of a thread, at most; a window or ranks need more
 
 
 # By target, kernel and head size. What sm_90 has up to a size of 64 was fastest in a prototype on an H200; the rest is
@@ -203,21 +221,23 @@ class _Call:
         seed: Tensor | None, causal: bool, window: list[int] | None, global_tokens: Tensor | None,
         query_ranks: Tensor | None, key_ranks: Tensor | None,
     ):  # fmt: skip
-        if query_ranks is not None:
-            raise ValueError("these kernels have no ranks: the backends reference and cpu have them")
         q, k, v = heads_together(q), heads_together(k), heads_together(v)
         tokens, self.heads, head_size = q.shape
         self.sequences, self.longest = sizes(tokens, cu_seqlens, max_seqlen)
-        left, right = limits(causal, window, global_tokens)
-        self.inputs = q, k, v, cu_seqlens.contiguous(), seed
+        left, right = limits(causal, window)
+        has_window = min(left, right) < self.longest - 1
+        if global_tokens is not None and has_window:  # without a window all is seen
+            query_ranks, key_ranks = ranks_of_globals(global_tokens)
+        self.inputs = q, k, v, cu_seqlens.contiguous(), seed, query_ranks, key_ranks
         self.numbers = (
             tokens, self.longest, self.heads, q.stride(0), k.stride(0), v.stride(0), left, right, scale,
             philox.scale(t, philox.SCORE_BITS), philox.bound(t, philox.SCORE_BITS), 0.0,
         )  # fmt: skip
         self.constants = {
             "D": max(16, triton.next_power_of_2(head_size)), "HEAD": head_size, "DROPOUT": t > 0,
-            "WINDOW": min(left, right) < self.longest - 1,
+            "WINDOW": has_window, "RANKS": query_ranks is not None,
         }  # fmt: skip
+        self.is_masked = has_window or query_ranks is not None
 
     def plan(self, kernel: str) -> Plan | None:
         q = self.inputs[0]
@@ -226,7 +246,7 @@ class _Call:
     def launch(self, kernel, plan: Plan, rows: int, *pointers: Tensor | None, **constants) -> None:
         """Programs for tiles of `rows`."""
         options = {"num_warps": plan.warps, "num_stages": plan.stages}
-        if plan.registers and not self.constants["WINDOW"]:
+        if plan.registers and not self.is_masked:
             options["maxnreg"] = plan.registers
         grid = (triton.cdiv(self.longest, rows) * self.heads * self.sequences,)
         launch(
@@ -252,10 +272,13 @@ def sizes(tokens: int, cu_seqlens: Tensor, max_seqlen: int) -> tuple[int, int]:
     return sequences, longest
 
 
-def limits(causal: bool, window: list[int] | None, global_tokens: Tensor | None) -> tuple[int, int]:
+def ranks_of_globals(global_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [T] of queries and of keys (attention_ranks.py) of bool [T]."""
+    return global_tokens.view(torch.int8), (~global_tokens).view(torch.int8)
+
+
+def limits(causal: bool, window: list[int] | None) -> tuple[int, int]:
     """How many keys to the left and to the right a query sees."""
-    if global_tokens is not None:
-        raise ValueError("these kernels have no global tokens: the backends reference and cpu have them")
     left, right = (NO_LIMIT, NO_LIMIT) if window is None else (min(limit, NO_LIMIT) for limit in window)
     return left, min(right, 0) if causal else right
 
@@ -286,7 +309,7 @@ def attention_backward(
     dqkv = q.new_empty(tokens, 3, heads, head_size)
     given = dout.contiguous(), out.contiguous(), lse
     whole = call.plan("whole")
-    if whole and call.longest <= whole.BK and not call.constants["WINDOW"]:
+    if whole and call.longest <= whole.BK and not call.is_masked:
         call.launch(attention_dk_dv_kernel, whole, whole.BK, *given, None, dqkv, WHOLE=True)
     else:
         rows = q.new_empty(heads, tokens, 2, dtype=torch.float32)

@@ -9,21 +9,21 @@ P_ij (m_ij dout_i . v_j - delta_i / f), and f is multiplied into them at their e
 Two kernels, each with one order of its sums, so that nothing is added atomically: tiles of queries walk through the
 keys for dq, and write what the second needs of each query, lse to base 2 and delta / f, side by side [N, T, 2]; then
 tiles of keys walk through the queries for dk and dv, with keys as the rows of all products. Where all sequences fit
-into one tile of keys and there is no window, each block of queries sees all its keys in the second kernel, which then
-gives dq as well (WHOLE), so that P, dP and the mask are computed once.
+into one tile of keys, and neither window nor ranks are given, each block of queries sees all its keys in the second
+kernel, which then gives dq as well (WHOLE), so that P, dP and the mask are computed once.
 """
 
 import triton
 import triton.language as tl
 
 from fastbert.kernels import philox
+from fastbert.kernels.attention_ranks import next_block, ranked_rows, visible
 from fastbert.kernels.attention_tiles import (
     edge,
     edges,
     inputs_of,
     load_tile,
     product,
-    sees,
     spans,
     store_tile,
     work_of_program,
@@ -44,9 +44,9 @@ def _statistics(lse, dout, out, keep_scale):
 
 @triton.jit
 def _add_keys(
-    dq, q, dout, lse, delta, k_ptr, v_ptr, key, row, token, length, head, k_stride, v_stride, left, right, exponent,
-    seed, bound, nought, BK: tl.constexpr, HEAD: tl.constexpr, DROPOUT: tl.constexpr, WINDOW: tl.constexpr,
-    ALL: tl.constexpr,
+    dq, q, ranks, dout, lse, delta, k_ptr, v_ptr, key_ranks_ptr, key, row, token, length, head, k_stride, v_stride,
+    left, right, exponent, seed, bound, nought, BK: tl.constexpr, HEAD: tl.constexpr, DROPOUT: tl.constexpr,
+    WINDOW: tl.constexpr, RANKS: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """One block of keys; ALL: each query sees each of them."""
     D: tl.constexpr = q.shape[1]
@@ -60,7 +60,9 @@ def _add_keys(
     # softmax
     p = exp2(s * exponent - lse[:, None])
     if not ALL:
-        seen = sees((row + queries)[:, None], (key + tl.arange(0, BK))[None, :], length, left, right, WINDOW)
+        seen = visible(
+            row, ranks, key, key_ranks_ptr, length, left, right, queries.shape[0], BK, WINDOW, RANKS, False
+        )  # fmt: skip
         p = tl.where(seen, p, 0.0)
     if DROPOUT:
         dp = tl.where(philox.keep_scores(s, key, token + queries, head, seed, bound), dp, nought)
@@ -72,9 +74,10 @@ def _add_keys(
 
 @triton.jit(do_not_specialize=["tokens", "max_seqlen", "left", "right", "bound"])
 def attention_dq_kernel(
-    q_ptr, k_ptr, v_ptr, cu_seqlens_ptr, seed_ptr, dout_ptr, out_ptr, lse_ptr, rows_ptr, dqkv_ptr, faults_ptr, tokens,
-    max_seqlen, heads, q_stride, k_stride, v_stride, left, right, scale, keep_scale, bound, nought, D: tl.constexpr,
-    HEAD: tl.constexpr, DROPOUT: tl.constexpr, WINDOW: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, cu_seqlens_ptr, seed_ptr, query_ranks_ptr, key_ranks_ptr, dout_ptr, out_ptr, lse_ptr, rows_ptr,
+    dqkv_ptr, faults_ptr, tokens, max_seqlen, heads, q_stride, k_stride, v_stride, left, right, scale, keep_scale,
+    bound, nought, D: tl.constexpr, HEAD: tl.constexpr, DROPOUT: tl.constexpr, WINDOW: tl.constexpr,
+    RANKS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     head, row, start, length = work_of_program(cu_seqlens_ptr, faults_ptr, tokens, max_seqlen, heads, BQ, ALL=False)
     if length == 0:
@@ -102,18 +105,33 @@ def attention_dq_kernel(
 
     exponent = scale * LOG2_E
     dq = tl.zeros([BQ, D], tl.float32)
-    first, full_first, full_last, last = spans(row, length, left, right, BQ, BK, WINDOW)
-    for key in tl.range(full_first, full_last, BK, disable_licm=D > 64):
-        dq = _add_keys(
-            dq, q, dout, lse, delta, k_ptr, v_ptr, key, row, token, length, head, k_stride, v_stride, left, right,
-            exponent, seed, bound, nought, BK, HEAD, DROPOUT, WINDOW, True,
+    if RANKS:
+        key_ranks_ptr += start
+        ranks, greatest, first, last = ranked_rows(
+            query_ranks_ptr + start, row, length, left, right, BQ, BK, WINDOW, False
         )  # fmt: skip
-    for n in tl.range(0, edges(first, full_first, full_last, last, BK), num_stages=1, disable_licm=True):
-        key = edge(n, first, full_first, full_last, BK)
-        dq = _add_keys(
-            dq, q, dout, lse, delta, k_ptr, v_ptr, key, row, token, length, head, k_stride, v_stride, left, right,
-            exponent, seed, bound, nought, BK, HEAD, DROPOUT, WINDOW, False,
-        )  # fmt: skip
+        following = next_block(key_ranks_ptr, 0, length, first, last, greatest, BK, False)
+        for key in tl.range(0, length, BK, num_stages=1, disable_licm=True):
+            if key == following:
+                dq = _add_keys(
+                    dq, q, ranks, dout, lse, delta, k_ptr, v_ptr, key_ranks_ptr, key, row, token, length, head,
+                    k_stride, v_stride, left, right, exponent, seed, bound, nought, BK, HEAD, DROPOUT, WINDOW, RANKS,
+                    False,
+                )  # fmt: skip
+                following = next_block(key_ranks_ptr, key + BK, length, first, last, greatest, BK, False)
+    else:
+        first, full_first, full_last, last = spans(row, length, left, right, BQ, BK, WINDOW)
+        for key in tl.range(full_first, full_last, BK, disable_licm=D > 64):
+            dq = _add_keys(
+                dq, q, 0, dout, lse, delta, k_ptr, v_ptr, 0, key, row, token, length, head, k_stride, v_stride, left,
+                right, exponent, seed, bound, nought, BK, HEAD, DROPOUT, WINDOW, RANKS, True,
+            )  # fmt: skip
+        for n in tl.range(0, edges(first, full_first, full_last, last, BK), num_stages=1, disable_licm=True):
+            key = edge(n, first, full_first, full_last, BK)
+            dq = _add_keys(
+                dq, q, 0, dout, lse, delta, k_ptr, v_ptr, 0, key, row, token, length, head, k_stride, v_stride, left,
+                right, exponent, seed, bound, nought, BK, HEAD, DROPOUT, WINDOW, RANKS, False,
+            )  # fmt: skip
     dq_ptr = dqkv_ptr + start * (3 * stride) + head * HEAD
     store_tile(dq_ptr, dq * (scale * keep_scale), row, length, 3 * stride, HEAD)
 
@@ -123,9 +141,9 @@ def attention_dq_kernel(
 
 @triton.jit
 def _add_queries(
-    dk, dv, k, v, q_ptr, dout_ptr, out_ptr, statistics_ptr, dq_ptr, query, key, token, length, head, heads, q_stride,
-    left, right, scale, keep_scale, seed, bound, nought, BQ: tl.constexpr, HEAD: tl.constexpr, DROPOUT: tl.constexpr,
-    WINDOW: tl.constexpr, WHOLE: tl.constexpr, ALL: tl.constexpr,
+    dk, dv, k, v, ranks, q_ptr, dout_ptr, out_ptr, statistics_ptr, dq_ptr, query_ranks_ptr, query, key, token, length,
+    head, heads, q_stride, left, right, scale, keep_scale, seed, bound, nought, BQ: tl.constexpr, HEAD: tl.constexpr,
+    DROPOUT: tl.constexpr, WINDOW: tl.constexpr, RANKS: tl.constexpr, WHOLE: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """One block of queries; ALL: each of them sees each key of the sequence that is in the tile."""
     D: tl.constexpr = k.shape[1]
@@ -156,8 +174,11 @@ def _add_queries(
     keys = (key + tl.arange(0, k.shape[0]))[:, None]
     if WHOLE:
         p = tl.where(keys < length, p, 0.0)  # in dq they would count; their rows of dk and dv are not stored
-    elif WINDOW and not ALL:
-        p = tl.where(sees(keys, queries[None, :], length, right, left, WINDOW), p, 0.0)
+    elif (WINDOW or RANKS) and not ALL:
+        seen = visible(
+            key, ranks, query, query_ranks_ptr, length, right, left, k.shape[0], BQ, WINDOW, RANKS, True
+        )  # fmt: skip
+        p = tl.where(seen, p, 0.0)
     dropped = p
     if DROPOUT:
         dropped = tl.where(philox.keep_scores_transposed(s, key, token + query, head, seed, bound), p, nought)
@@ -173,12 +194,12 @@ def _add_queries(
 
 @triton.jit(do_not_specialize=["tokens", "max_seqlen", "left", "right", "bound"])
 def attention_dk_dv_kernel(
-    q_ptr, k_ptr, v_ptr, cu_seqlens_ptr, seed_ptr, dout_ptr, out_ptr, lse_ptr, rows_ptr, dqkv_ptr, faults_ptr, tokens,
-    max_seqlen, heads, q_stride, k_stride, v_stride, left, right, scale, keep_scale, bound, nought, D: tl.constexpr,
-    HEAD: tl.constexpr, DROPOUT: tl.constexpr, WINDOW: tl.constexpr, WHOLE: tl.constexpr, BQ: tl.constexpr,
-    BK: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, cu_seqlens_ptr, seed_ptr, query_ranks_ptr, key_ranks_ptr, dout_ptr, out_ptr, lse_ptr, rows_ptr,
+    dqkv_ptr, faults_ptr, tokens, max_seqlen, heads, q_stride, k_stride, v_stride, left, right, scale, keep_scale,
+    bound, nought, D: tl.constexpr, HEAD: tl.constexpr, DROPOUT: tl.constexpr, WINDOW: tl.constexpr,
+    RANKS: tl.constexpr, WHOLE: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv, from what attention_dq_kernel left in rows; WHOLE: dq too, from lse, where there is no window."""
+    """dk and dv, from what attention_dq_kernel left in rows; WHOLE: dq too, from lse, where all is seen."""
     head, key, start, length = work_of_program(cu_seqlens_ptr, faults_ptr, tokens, max_seqlen, heads, BK, ALL=False)
     if length == 0:
         return
@@ -199,18 +220,35 @@ def attention_dk_dv_kernel(
     v = load_tile(v_ptr, key, length, v_stride, BK, D, HEAD, False)
     dk = tl.zeros([BK, D], tl.float32)
     dv = tl.zeros([BK, D], tl.float32)
-    first, full_first, full_last, last = spans(key, length, right, left, BK, BQ, WINDOW)
-    for query in tl.range(full_first, full_last, BQ, disable_licm=WHOLE or D > 64):
-        dk, dv = _add_queries(
-            dk, dv, k, v, q_ptr, dout_ptr, out_ptr, statistics_ptr, dqkv_ptr, query, key, token, length, head, heads,
-            q_stride, left, right, scale, keep_scale, seed, bound, nought, BQ, HEAD, DROPOUT, WINDOW, WHOLE, True,
+    if RANKS:
+        query_ranks_ptr += start
+        ranks, greatest, first, last = ranked_rows(
+            key_ranks_ptr + start, key, length, right, left, BK, BQ, WINDOW, True
         )  # fmt: skip
-    for n in tl.range(0, edges(first, full_first, full_last, last, BQ), num_stages=1, disable_licm=True):
-        query = edge(n, first, full_first, full_last, BQ)
-        dk, dv = _add_queries(
-            dk, dv, k, v, q_ptr, dout_ptr, out_ptr, statistics_ptr, dqkv_ptr, query, key, token, length, head, heads,
-            q_stride, left, right, scale, keep_scale, seed, bound, nought, BQ, HEAD, DROPOUT, WINDOW, WHOLE, False,
-        )  # fmt: skip
+        following = next_block(query_ranks_ptr, 0, length, first, last, greatest, BQ, True)
+        for query in tl.range(0, length, BQ, num_stages=1, disable_licm=True):
+            if query == following:
+                dk, dv = _add_queries(
+                    dk, dv, k, v, ranks, q_ptr, dout_ptr, out_ptr, statistics_ptr, dqkv_ptr, query_ranks_ptr, query,
+                    key, token, length, head, heads, q_stride, left, right, scale, keep_scale, seed, bound, nought, BQ,
+                    HEAD, DROPOUT, WINDOW, RANKS, WHOLE, False,
+                )  # fmt: skip
+                following = next_block(query_ranks_ptr, query + BQ, length, first, last, greatest, BQ, True)
+    else:
+        first, full_first, full_last, last = spans(key, length, right, left, BK, BQ, WINDOW)
+        for query in tl.range(full_first, full_last, BQ, disable_licm=WHOLE or D > 64):
+            dk, dv = _add_queries(
+                dk, dv, k, v, 0, q_ptr, dout_ptr, out_ptr, statistics_ptr, dqkv_ptr, 0, query, key, token, length, head,
+                heads, q_stride, left, right, scale, keep_scale, seed, bound, nought, BQ, HEAD, DROPOUT, WINDOW, RANKS,
+                WHOLE, True,
+            )  # fmt: skip
+        for n in tl.range(0, edges(first, full_first, full_last, last, BQ), num_stages=1, disable_licm=True):
+            query = edge(n, first, full_first, full_last, BQ)
+            dk, dv = _add_queries(
+                dk, dv, k, v, 0, q_ptr, dout_ptr, out_ptr, statistics_ptr, dqkv_ptr, 0, query, key, token, length, head,
+                heads, q_stride, left, right, scale, keep_scale, seed, bound, nought, BQ, HEAD, DROPOUT, WINDOW, RANKS,
+                WHOLE, False,
+            )  # fmt: skip
 
     store_tile(dqkv_ptr + stride, dk * (scale * keep_scale), key, length, 3 * stride, HEAD)
     store_tile(dqkv_ptr + 2 * stride, dv * keep_scale, key, length, 3 * stride, HEAD)

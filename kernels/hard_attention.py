@@ -22,8 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import faults
-from fastbert.kernels.attention import heads_together, limits, sizes
-from fastbert.kernels.attention_tiles import load_tile, product, sees, spans, store_tile, work_of_program
+from fastbert.kernels.attention import heads_together, limits, ranks_of_globals, sizes
+from fastbert.kernels.attention_ranks import load_ranks, next_block, ranked_rows, visible
+from fastbert.kernels.attention_tiles import load_tile, product, spans, store_tile, work_of_program
 from fastbert.kernels.fast import LOG2_E, exp2
 from fastbert.kernels.launch import launch
 from fastbert.kernels.philox import philox
@@ -65,7 +66,8 @@ def _noise(key, query, head, seed, Q: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def _scores(
-    q, k, row, key, token, length, head, left, right, scale, seed, NOISY: tl.constexpr, WINDOW: tl.constexpr,
+    q, k, query_ranks_ptr, key_ranks_ptr, row, key, token, length, head, left, right, scale, seed, NOISY: tl.constexpr,
+    WINDOW: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """[Q, K]: of the queries from `row` on, -inf where one does not see the key."""
     Q: tl.constexpr = q.shape[0]
@@ -74,7 +76,8 @@ def _scores(
     s = product(q, tl.trans(k)) * scale
     if NOISY:
         s += _noise(key, token + row + queries, head, seed, Q, K)
-    seen = sees((row + queries)[:, None], (key + tl.arange(0, K))[None, :], length, left, right, WINDOW)
+    ranks = load_ranks(query_ranks_ptr, row, length, Q, False) if RANKS else 0
+    seen = visible(row, ranks, key, key_ranks_ptr, length, left, right, Q, K, WINDOW, RANKS, False)
     return tl.where(seen, s, -float("inf"))
 
 
@@ -86,11 +89,40 @@ def _tile(ptr, row, length, stride, ROWS: tl.constexpr, D: tl.constexpr, HEAD: t
 # ---- forward ---------------------------------------------------------------------------------------------------------
 
 
+@triton.jit
+def _choose(
+    q, top, total, best, k_ptr, query_ranks_ptr, key_ranks_ptr, row, key, token, length, head, k_stride, left, right,
+    scale, exponent, seed, HEAD: tl.constexpr, NOISY: tl.constexpr, WINDOW: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """One block of keys: the greatest score so far, the sum of exp, and the key with that score."""
+    ROWS: tl.constexpr = q.shape[0]
+    k = _tile(k_ptr, key, length, k_stride, ROWS, q.shape[1], HEAD)
+    s = _scores(
+        q, k, query_ranks_ptr, key_ranks_ptr, row, key, token, length, head, left, right, scale, seed, NOISY, WINDOW,
+        RANKS,
+    )  # fmt: skip
+
+    # choice
+    undefined = tl.max((s != s).to(tl.int32), 1) > 0
+    highest = tl.max(tl.where(s != s, -float("inf"), s), 1)
+    keys = (key + tl.arange(0, ROWS))[None, :]
+    place = tl.min(tl.where(s == highest[:, None], keys, 2147483647), 1)  # of equal ones the first
+    best = tl.where(highest > top, place, best)
+
+    # softmax
+    higher = tl.maximum(top, highest)
+    base = tl.where(tl.abs(higher) == float("inf"), 0.0, higher)  # -inf - -inf would be NaN
+    terms = exp2((tl.where(s == float("inf"), -float("inf"), s) - base[:, None]) * exponent)
+    total = total * exp2((tl.where(top == float("inf"), base, top) - base) * exponent) + tl.sum(terms, 1)
+    return higher, tl.where(undefined, float("nan"), total), best
+
+
 @triton.jit(do_not_specialize=["tokens", "max_seqlen", "left", "right"])
 def hard_attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, cu_seqlens_ptr, seed_ptr, out_ptr, best_ptr, lse_ptr, faults_ptr, tokens, max_seqlen, heads,
-    q_stride, k_stride, v_stride, left, right, scale, temperature, D: tl.constexpr, HEAD: tl.constexpr,
-    NOISY: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, cu_seqlens_ptr, seed_ptr, query_ranks_ptr, key_ranks_ptr, out_ptr, best_ptr, lse_ptr,
+    faults_ptr, tokens, max_seqlen, heads, q_stride, k_stride, v_stride, left, right, scale, temperature,
+    D: tl.constexpr, HEAD: tl.constexpr, NOISY: tl.constexpr, WINDOW: tl.constexpr, RANKS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     head, row, start, length = work_of_program(cu_seqlens_ptr, faults_ptr, tokens, max_seqlen, heads, ROWS, ALL=True)
     if length == 0:
@@ -105,25 +137,25 @@ def hard_attention_forward_kernel(
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     best = tl.full([ROWS], -1, tl.int32)
-    first, _, _, last = spans(row, length, left, right, ROWS, ROWS, WINDOW)
-    for key in range(first, last, ROWS):
-        k = _tile(k_ptr, key, length, k_stride, ROWS, D, HEAD)
-        s = _scores(q, k, row, key, token, length, head, left, right, scale, seed, NOISY, WINDOW)
-
-        # choice
-        undefined = tl.max((s != s).to(tl.int32), 1) > 0
-        highest = tl.max(tl.where(s != s, -float("inf"), s), 1)
-        keys = (key + tl.arange(0, ROWS))[None, :]
-        place = tl.min(tl.where(s == highest[:, None], keys, 2147483647), 1)  # of equal ones the first
-        best = tl.where(highest > top, place, best)
-
-        # softmax
-        higher = tl.maximum(top, highest)
-        base = tl.where(tl.abs(higher) == float("inf"), 0.0, higher)  # -inf - -inf would be NaN
-        terms = exp2((tl.where(s == float("inf"), -float("inf"), s) - base[:, None]) * exponent)
-        total = total * exp2((tl.where(top == float("inf"), base, top) - base) * exponent) + tl.sum(terms, 1)
-        total = tl.where(undefined, float("nan"), total)
-        top = higher
+    if RANKS:
+        query_ranks_ptr += start
+        key_ranks_ptr += start
+        _, greatest, first, last = ranked_rows(query_ranks_ptr, row, length, left, right, ROWS, ROWS, WINDOW, False)
+        following = next_block(key_ranks_ptr, 0, length, first, last, greatest, ROWS, False)
+        for key in tl.range(0, length, ROWS, num_stages=1, disable_licm=True):
+            if key == following:
+                top, total, best = _choose(
+                    q, top, total, best, k_ptr, query_ranks_ptr, key_ranks_ptr, row, key, token, length, head, k_stride,
+                    left, right, scale, exponent, seed, HEAD, NOISY, WINDOW, RANKS,
+                )  # fmt: skip
+                following = next_block(key_ranks_ptr, key + ROWS, length, first, last, greatest, ROWS, False)
+    else:
+        first, _, _, last = spans(row, length, left, right, ROWS, ROWS, WINDOW)
+        for key in range(first, last, ROWS):
+            top, total, best = _choose(
+                q, top, total, best, k_ptr, 0, 0, row, key, token, length, head, k_stride, left, right, scale, exponent,
+                seed, HEAD, NOISY, WINDOW, RANKS,
+            )  # fmt: skip
 
     undefined = total != total
     rows = row + tl.arange(0, ROWS)
@@ -150,11 +182,32 @@ def _weights(s, lse, temperature):
     return exp2((s / temperature - lse[:, None]) * LOG2_E)
 
 
+@triton.jit
+def _add_keys(
+    weighted, mean, delta, q, dout, lse, k_ptr, v_ptr, query_ranks_ptr, key_ranks_ptr, row, key, token, length, head,
+    k_stride, v_stride, left, right, scale, temperature, seed, HEAD: tl.constexpr, NOISY: tl.constexpr,
+    WINDOW: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """One block of keys: sums of P dP k, of P k and of P dP."""
+    ROWS: tl.constexpr = q.shape[0]
+    D: tl.constexpr = q.shape[1]
+    k = _tile(k_ptr, key, length, k_stride, ROWS, D, HEAD)
+    v = _tile(v_ptr, key, length, v_stride, ROWS, D, HEAD)
+    s = _scores(
+        q, k, query_ranks_ptr, key_ranks_ptr, row, key, token, length, head, left, right, scale, seed, NOISY, WINDOW,
+        RANKS,
+    )  # fmt: skip
+    p = _weights(s, lse, temperature)
+    pdp = p * product(dout, tl.trans(v))
+    return product(pdp, k, weighted), product(p, k, mean), delta + tl.sum(pdp, 1)
+
+
 @triton.jit(do_not_specialize=["tokens", "max_seqlen", "left", "right"])
 def hard_attention_dq_kernel(
-    q_ptr, k_ptr, v_ptr, cu_seqlens_ptr, seed_ptr, dout_ptr, best_ptr, lse_ptr, delta_ptr, dqkv_ptr, faults_ptr, tokens,
-    max_seqlen, heads, q_stride, k_stride, v_stride, left, right, scale, temperature, D: tl.constexpr,
-    HEAD: tl.constexpr, NOISY: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, cu_seqlens_ptr, seed_ptr, query_ranks_ptr, key_ranks_ptr, dout_ptr, best_ptr, lse_ptr,
+    delta_ptr, dqkv_ptr, faults_ptr, tokens, max_seqlen, heads, q_stride, k_stride, v_stride, left, right, scale,
+    temperature, D: tl.constexpr, HEAD: tl.constexpr, NOISY: tl.constexpr, WINDOW: tl.constexpr, RANKS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     head, row, start, length = work_of_program(cu_seqlens_ptr, faults_ptr, tokens, max_seqlen, heads, ROWS, ALL=False)
     if length == 0:
@@ -173,27 +226,62 @@ def hard_attention_dq_kernel(
     weighted = tl.zeros([ROWS, D], tl.float32)  # sums of P dP k and of P k
     mean = tl.zeros([ROWS, D], tl.float32)
     delta = tl.zeros([ROWS], tl.float32)
-    first, _, _, last = spans(row, length, left, right, ROWS, ROWS, WINDOW)
-    for key in range(first, last, ROWS):
-        k = _tile(k_ptr, key, length, k_stride, ROWS, D, HEAD)
-        v = _tile(v_ptr, key, length, v_stride, ROWS, D, HEAD)
-        s = _scores(q, k, row, key, token, length, head, left, right, scale, seed, NOISY, WINDOW)
-        p = _weights(s, lse, temperature)
-        pdp = p * product(dout, tl.trans(v))
-        delta += tl.sum(pdp, 1)
-        weighted = product(pdp, k, weighted)
-        mean = product(p, k, mean)
+    if RANKS:
+        query_ranks_ptr += start
+        key_ranks_ptr += start
+        _, greatest, first, last = ranked_rows(query_ranks_ptr, row, length, left, right, ROWS, ROWS, WINDOW, False)
+        following = next_block(key_ranks_ptr, 0, length, first, last, greatest, ROWS, False)
+        for key in tl.range(0, length, ROWS, num_stages=1, disable_licm=True):
+            if key == following:
+                weighted, mean, delta = _add_keys(
+                    weighted, mean, delta, q, dout, lse, k_ptr, v_ptr, query_ranks_ptr, key_ranks_ptr, row, key, token,
+                    length, head, k_stride, v_stride, left, right, scale, temperature, seed, HEAD, NOISY, WINDOW, RANKS,
+                )  # fmt: skip
+                following = next_block(key_ranks_ptr, key + ROWS, length, first, last, greatest, ROWS, False)
+    else:
+        first, _, _, last = spans(row, length, left, right, ROWS, ROWS, WINDOW)
+        for key in range(first, last, ROWS):
+            weighted, mean, delta = _add_keys(
+                weighted, mean, delta, q, dout, lse, k_ptr, v_ptr, 0, 0, row, key, token, length, head, k_stride,
+                v_stride, left, right, scale, temperature, seed, HEAD, NOISY, WINDOW, RANKS,
+            )  # fmt: skip
 
     tl.store(delta_ptr + at, delta, mask=rows < length)
     dq = (weighted - delta[:, None] * mean) * (scale / temperature)
     store_tile(dqkv_ptr + start * (3 * stride) + head * HEAD, dq, row, length, 3 * stride, HEAD)
 
 
+@triton.jit
+def _add_queries(
+    dk, dv, k, v, q_ptr, dout_ptr, best_ptr, lse_ptr, delta_ptr, query_ranks_ptr, key_ranks_ptr, query, key, token,
+    start, length, head, heads, q_stride, left, right, scale, temperature, seed, HEAD: tl.constexpr,
+    NOISY: tl.constexpr, WINDOW: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """One block of queries."""
+    ROWS: tl.constexpr = k.shape[0]
+    D: tl.constexpr = k.shape[1]
+    queries = query + tl.arange(0, ROWS)
+    at = start * heads + head + queries * heads
+    lse = tl.load(lse_ptr + at, mask=queries < length, other=-float("inf"))
+    delta = tl.load(delta_ptr + at, mask=queries < length, other=0.0)
+    best = tl.load(best_ptr + at, mask=queries < length, other=-1)
+    q = _tile(q_ptr, query, length, q_stride, ROWS, D, HEAD)
+    dout = _tile(dout_ptr, query, length, heads * HEAD, ROWS, D, HEAD)
+    s = _scores(
+        q, k, query_ranks_ptr, key_ranks_ptr, query, key, token, length, head, left, right, scale, seed, NOISY, WINDOW,
+        RANKS,
+    )  # fmt: skip
+    ds = _weights(s, lse, temperature) * (product(dout, tl.trans(v)) - delta[:, None])
+    chosen = best[:, None] == (key + tl.arange(0, ROWS))[None, :]
+    return product(tl.trans(ds), q, dk), product(tl.trans(chosen.to(tl.float32)), dout, dv)
+
+
 @triton.jit(do_not_specialize=["tokens", "max_seqlen", "left", "right"])
 def hard_attention_dk_dv_kernel(
-    q_ptr, k_ptr, v_ptr, cu_seqlens_ptr, seed_ptr, dout_ptr, best_ptr, lse_ptr, delta_ptr, dqkv_ptr, faults_ptr, tokens,
-    max_seqlen, heads, q_stride, k_stride, v_stride, left, right, scale, temperature, D: tl.constexpr,
-    HEAD: tl.constexpr, NOISY: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, cu_seqlens_ptr, seed_ptr, query_ranks_ptr, key_ranks_ptr, dout_ptr, best_ptr, lse_ptr,
+    delta_ptr, dqkv_ptr, faults_ptr, tokens, max_seqlen, heads, q_stride, k_stride, v_stride, left, right, scale,
+    temperature, D: tl.constexpr, HEAD: tl.constexpr, NOISY: tl.constexpr, WINDOW: tl.constexpr, RANKS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     head, key, start, length = work_of_program(cu_seqlens_ptr, faults_ptr, tokens, max_seqlen, heads, ROWS, ALL=False)
     if length == 0:
@@ -208,20 +296,26 @@ def hard_attention_dk_dv_kernel(
 
     dk = tl.zeros([ROWS, D], tl.float32)
     dv = tl.zeros([ROWS, D], tl.float32)
-    keys = (key + tl.arange(0, ROWS))[None, :]
-    first, _, _, last = spans(key, length, right, left, ROWS, ROWS, WINDOW)
-    for query in range(first, last, ROWS):
-        queries = query + tl.arange(0, ROWS)
-        at = start * heads + head + queries * heads
-        lse = tl.load(lse_ptr + at, mask=queries < length, other=-float("inf"))
-        delta = tl.load(delta_ptr + at, mask=queries < length, other=0.0)
-        best = tl.load(best_ptr + at, mask=queries < length, other=-1)
-        q = _tile(q_ptr, query, length, q_stride, ROWS, D, HEAD)
-        dout = _tile(dout_ptr, query, length, stride, ROWS, D, HEAD)
-        s = _scores(q, k, query, key, token, length, head, left, right, scale, seed, NOISY, WINDOW)
-        ds = _weights(s, lse, temperature) * (product(dout, tl.trans(v)) - delta[:, None])
-        dk = product(tl.trans(ds), q, dk)
-        dv = product(tl.trans((best[:, None] == keys).to(tl.float32)), dout, dv)
+    if RANKS:
+        query_ranks_ptr += start
+        key_ranks_ptr += start
+        _, greatest, first, last = ranked_rows(key_ranks_ptr, key, length, right, left, ROWS, ROWS, WINDOW, True)
+        following = next_block(query_ranks_ptr, 0, length, first, last, greatest, ROWS, True)
+        for query in tl.range(0, length, ROWS, num_stages=1, disable_licm=True):
+            if query == following:
+                dk, dv = _add_queries(
+                    dk, dv, k, v, q_ptr, dout_ptr, best_ptr, lse_ptr, delta_ptr, query_ranks_ptr, key_ranks_ptr, query,
+                    key, token, start, length, head, heads, q_stride, left, right, scale, temperature, seed, HEAD,
+                    NOISY, WINDOW, RANKS,
+                )  # fmt: skip
+                following = next_block(query_ranks_ptr, query + ROWS, length, first, last, greatest, ROWS, True)
+    else:
+        first, _, _, last = spans(key, length, right, left, ROWS, ROWS, WINDOW)
+        for query in range(first, last, ROWS):
+            dk, dv = _add_queries(
+                dk, dv, k, v, q_ptr, dout_ptr, best_ptr, lse_ptr, delta_ptr, 0, 0, query, key, token, start, length,
+                head, heads, q_stride, left, right, scale, temperature, seed, HEAD, NOISY, WINDOW, RANKS,
+            )  # fmt: skip
 
     dqkv_ptr += start * (3 * stride) + head * HEAD
     store_tile(dqkv_ptr + stride, dk * (scale / temperature), key, length, 3 * stride, HEAD)
@@ -241,14 +335,17 @@ class _Call:
         q, k, v = heads_together(q), heads_together(k), heads_together(v)
         tokens, self.heads, head_size = q.shape
         self.sequences, self.longest = sizes(tokens, cu_seqlens, max_seqlen)
-        left, right = limits(causal, window, global_tokens)
-        self.inputs = q, k, v, cu_seqlens.contiguous(), seed
+        left, right = limits(causal, window)
+        has_window = min(left, right) < self.longest - 1
+        has_ranks = global_tokens is not None and has_window  # without a window all is seen
+        ranks = ranks_of_globals(global_tokens) if has_ranks else (None, None)
+        self.inputs = q, k, v, cu_seqlens.contiguous(), seed, *ranks
         self.numbers = (
             tokens, self.longest, self.heads, q.stride(0), k.stride(0), v.stride(0), left, right, scale, temperature,
         )  # fmt: skip
         D = max(16, triton.next_power_of_2(head_size))
         self.constants = {
-            "D": D, "HEAD": head_size, "NOISY": seed is not None, "WINDOW": min(left, right) < self.longest - 1,
+            "D": D, "HEAD": head_size, "NOISY": seed is not None, "WINDOW": has_window, "RANKS": has_ranks,
             "ROWS": TILE.get(D, 16),
         }  # fmt: skip
 

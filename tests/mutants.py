@@ -22,6 +22,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tests/cuda"))
+
+from build_cache import included  # noqa: E402
+
 OTHERS = "not sse2 and not (avx2 and cpu) and not (avx512- or avx512]) and not baseline"  # instruction sets
 
 
@@ -51,10 +55,10 @@ FAULTS = [
     ),
     *kernel(
         "layer_norm.cpp", "ops/test_layer_norm.py ops/test_shapes.py",
-        ("const vfloat d = rstd * (g - mean_g - h * mean_gh);", "const vfloat d = rstd * (g - h * mean_gh);"),
+        ("d = rstd * (g - mean_g - h * mean_gh);", "d = rstd * (g - h * mean_gh);"),
         ("total += sum_block(z + first, n);", "total = sum_block(z + first, n);"),
         ("if (residual) v += lanes.load(residual + j);", "if (residual) v = lanes.load(residual + j);"),
-        ("if (kept) lanes.store(dx + j, drop(kept, k, d * scale));", "if (kept) lanes.store(dx + j, drop(kept, k, d));"),
+        ("d = drop(kept, k, d * scale);", "d = drop(kept, k, d);"),
         (": columns <= kRowDrawn ? dropout.kept(0, first)", ": columns <= 2 * kRowDrawn ? dropout.kept(0, first)"),
     ),
     *kernel(
@@ -78,20 +82,22 @@ FAULTS = [
         "cross_entropy.cpp", "ops/test_cross_entropy.py ops/test_shapes.py",
         ("softmax.sum *= exp(splat(softmax.maximum - top))[0];", ""),
         ("softmax.maximum == lowest ? 0.f : softmax.maximum;", "softmax.maximum;"),
-        ("memset(dx, 0, p.columns * sizeof(T));", "memset(dx, 0, (p.columns - 1) * sizeof(T));"),
+        ("memset(dx + columns, 0, (p.stride - columns) * sizeof(T));", "memset(dx + columns, 0, (p.stride - columns) / 2 * sizeof(T));"),
         ("* scale - dloss, 1);", "* scale - 1.f, 1);"),
     ),
     *kernel(
         "attention_softmax.h", "ops/test_attention.py ops/test_shapes.py",
-        ("min(keys - 1, query + p.window_right - key0)", "min(keys - 1, query + p.window_right - key0 + 1)"),
         ("const bool same = before == now || before == -__builtin_inff();", "const bool same = true;"),
         ("ds[i] = seen.pick(q.visible, j, full * (dw - q.delta), 0.f);", "ds[i] = seen.pick(q.visible, j, full * dw, 0.f);"),
     ),
     *kernel(
+        "attention_visible.h", "ops/test_attention.py ops/test_attention_visible.py ops/test_shapes.py",
+        ("min(keys - 1, query + p.window_right - key0)", "min(keys - 1, query + p.window_right - key0 + 1)"),
+    ),
+    *kernel(
         "attention.cpp", "ops/test_attention.py ops/test_attention_visible.py ops/test_shapes.py",
-        ("const bool add = block.key > max(0, block.query - p.window_left) / kKeys * kKeys;", "const bool add = block.key > 0;"),
-        ("dropout.draw(static_cast<uint32_t>(p.cu_seqlens[task.sequence] + query), 0, block.keys);",
-         "dropout.draw(static_cast<uint32_t>(query), 0, block.keys);"),
+        ("mask.is_given() || block.key > max(0, block.query - p.window_left) / kKeys * kKeys;", "mask.is_given() || block.key > 0;"),
+        ("dropout.draw(static_cast<uint32_t>(p.cu_seqlens[task.sequence] + query), from,", "dropout.draw(static_cast<uint32_t>(query), from,"),
         ("const bool sees_nothing = sum[i] == 0.f;", "const bool sees_nothing = false;"),
     ),
     *kernel(
@@ -162,7 +168,7 @@ FAULTS = [
     *python("optim/plan", "optim/test_lazy_adam.py optim/test_options.py",
             ("        if s.param is not param:\n            param.copy_(s.param)\n", "        pass\n")),
     *python("models/layers", "models/test_layers.py models/test_bert.py",
-            ("return dropout(x, self.p) if self.training else x", "return dropout(x, self.p)")),
+            ("return dropout(x, self.p, seed) if self.training else x", "return dropout(x, self.p, seed)")),
     *python(
         "data/masking", "data/test_masking.py",
         ("np.maximum(1, np.rint(n * mask_prob))", "np.rint(n * mask_prob)"),
@@ -181,9 +187,10 @@ FAULTS = [
             ("[(first,)] if left is shape else waiting.candidates", "waiting.candidates")),
     *python(
         "data/batches", "data/test_batches.py pretrain/test_evaluate.py",
-        ("max_seqlen=int(seqlens.max()),", "max_seqlen=int(seqlens[0]),"),
-        ("labels=F.pad(self.labels, (0, ignored), value=-100)", "labels=F.pad(self.labels, (0, ignored), value=0)"),
+        ("max_seqlen=int(np.diff(cu_seqlens).max()),", "max_seqlen=int(np.diff(cu_seqlens)[0]),"),
     ),
+    *python("data/batch", "data/test_batches.py pretrain/test_evaluate.py",
+            ("labels=F.pad(self.labels, (0, ignored), value=-100)", "labels=F.pad(self.labels, (0, ignored), value=0)")),
     *python("data/samples", "data/test_batches.py",
             ("token += np.where(token >= own_start, own_end - own_start, 0)", "pass")),
     *python("data/store", "data/test_store.py",
@@ -195,7 +202,7 @@ FAULTS = [
     ),
     *python(
         "data/shards", "data/test_shards.py data/test_shards_refused.py",
-        ('(store / PLAN).unlink()  # the call', 'pass  # the call'),
+        ("if _has_ended(before, plan):\n        (store / PLAN).unlink()\n", "if _has_ended(before, plan):\n"),
         ("if stores[-1].fingerprint != expected:", "if False:"),
         ("if (stat.st_size, stat.st_mtime_ns) != (size, changed):", "if False:"),
     ),
@@ -211,17 +218,17 @@ FAULTS = [
             ("model.skip_seeds(self.own.start, device)", "model.skip_seeds(0, device)"),
             ("ids[:1].expand(", "ids[:1].expand(0 * ")),
     *python("pretrain/stream", "pretrain/test_processes.py",
-            ("before = (before + len(places)) % self.accumulate", "before = 0")),
+            ("before = (before + self.index - first) % self.accumulate", "before = 0")),
     *python(
         "pretrain/schedule", "pretrain/test_schedule.py",
-        ("return highest * (steps - step) / max(1, steps - rising)", "return highest * (steps - step - 1) / max(1, steps - rising)"),
+        ("min(total - done, falling) / max(1, falling)", "min(total - done - 1, falling) / max(1, falling)"),
     ),
     *python("pretrain/step", "pretrain/test_pretrain.py pretrain/test_steps.py",
             ("out.mlm_loss * word_share]", "out.mlm_loss / 2]"),
             ("for ids in (batch.input_ids, batch.labels)", "for ids in (batch.input_ids,)"),
             ("counts = torch.stack([(each != IGNORED).sum()", "counts = torch.stack([(each != 0).sum()")),
     *python("pretrain/divergence", "pretrain/test_divergence.py",
-            ("numbers = torch.where(self._numbers.isfinite().all(), numbers, self._numbers)", "pass")),
+            ("torch.where(are_finite, numbers, self._numbers, out=self._numbers)", "self._numbers.copy_(numbers)")),
 ]  # fmt: skip
 
 
@@ -242,8 +249,7 @@ def link(copy: Path, build: Path, changed: str) -> str | None:
     commands = run([shutil.which("ninja") or "ninja", "-C", build, "-t", "commands"]).stdout.splitlines()
     for name in objects:
         stem, isa = name.split(".")[:2]
-        includes = changed in (f"csrc/cpu/{stem}.cpp",) or (changed.endswith(".h") and reaches(copy, stem, changed))
-        if isa == best and includes:
+        if isa == best and (copy / changed).resolve() in included(copy / f"csrc/cpu/{stem}.cpp"):
             (command,) = [line for line in commands if line.endswith(f" -o {name}")]
             command = re.sub(r"-MMD -MF \S+", "", command).replace(source, str(copy))
             command = command.replace("-O3", "-O1 -fexpensive-optimizations").replace(f"-o {name}", f"-o {copy / name}")
@@ -265,17 +271,6 @@ def planted(fault: Fault, build: Path) -> Iterator[tuple[Path, str | None]]:
         path = copy / fault.file
         path.write_text(path.read_text().replace(fault.old, fault.new, 1))
         yield copy, link(copy, build, fault.file) if fault.file.startswith("csrc") else None
-
-
-def reaches(copy: Path, stem: str, header: str) -> bool:
-    """Whether csrc/cpu/<stem>.cpp includes the header, itself or through another."""
-    seen, waiting = set(), [copy / f"csrc/cpu/{stem}.cpp"]
-    while waiting:
-        path = waiting.pop()
-        if path.is_file() and path not in seen:
-            seen.add(path)
-            waiting += [path.parent / name for name in re.findall(r'#include "(.*)"', path.read_text())]
-    return copy / header in seen
 
 
 def passes(copy: Path, folder: Path, fault: Fault) -> bool:

@@ -31,11 +31,24 @@ def python(code, **environment):
     )
 
 
-def test_an_explicit_choice_that_cannot_run_raises_with_the_reason():
-    failed = python(
-        "import fastbert; fastbert.use_backend('triton').__enter__()", TRITON_INTERPRET="", CUDA_VISIBLE_DEVICES=""
-    )
-    assert "RuntimeError: backend 'triton' was asked for and cannot run here: torch sees no GPU" in failed.stderr
+def test_the_environment_decides_and_what_cannot_run_raises_with_the_reason():
+    """In a process without a GPU, and without the module."""
+    code = """
+import sys; sys.modules["fastbert._cpu"] = None
+import torch, fastbert
+assert "cpu" not in fastbert.backends()
+for use in (lambda: fastbert.use_backend("triton").__enter__(), lambda: fastbert.gelu(torch.randn(3))):
+    try: use()
+    except RuntimeError as error: print(error)
+"""
+    none = {"TRITON_INTERPRET": "", "CUDA_VISIBLE_DEVICES": "", "FASTBERT_CPU_ISA": ""}
+    ended = python(code, FASTBERT_BACKEND="cuda", **none)
+    triton, cuda = ended.stdout.splitlines()
+    assert triton.startswith("backend 'triton' was asked for and cannot run here: torch sees no GPU")
+    assert cuda.startswith("backend 'cuda' was asked for and cannot run")
+
+
+def test_an_explicit_choice_that_cannot_run_raises():
     with pytest.raises(ValueError, match="expected one of reference, cpu"), fastbert.use_backend("gpu"):
         pass
     with pytest.raises(RuntimeError, match="'cuda' was asked for and cannot run"):  # nor would a GPU take this tensor
@@ -144,16 +157,31 @@ def test_a_compiled_function_follows_the_block_it_is_called_in():
     assert counter.frame_count == 3  # for "cpu", for "reference" and for no choice
 
 
-def test_environment_decides():
-    failed = python("import torch, fastbert; fastbert.gelu(torch.randn(3))", FASTBERT_BACKEND="cuda")
-    assert failed.returncode == 1 and "backend 'cuda' was asked for and cannot run" in failed.stderr
+@pytest.fixture(scope="module")
+def forced():
+    """The lowest instruction set, which is not what is chosen by itself, and what a process says that is told it."""
+    isa = native.module.instruction_sets()[0]
+    code = """
+import os
+for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"): os.environ.pop(name, None)  # which fastbert's commands set
+before = dict(os.environ)
+import torch, fastbert, fastbert.cli
+from fastbert.backends import info, native
+assert dict(os.environ) == before, "importing the package leaves the environment alone"
+assert native.isa == native.module.selected()
+fastbert.gelu(torch.randn(512, 768)); torch.randn(512, 512) @ torch.randn(512, 512)
+print({l.split()[-1] for l in open("/proc/self/maps") if "libgomp" in l or "libomp" in l or "libiomp" in l})
+print(info())
+"""
+    ended = python(code, FASTBERT_CPU_ISA=isa)
+    assert ended.returncode == 0, ended.stderr
+    return isa, *ended.stdout.split("\n", 1)
 
 
 @pytest.mark.skipif(native.module is None, reason="the C++ module is not built")
-def test_instruction_set_can_be_forced():
-    code = "from fastbert.backends import info, native; print(info()); assert native.isa == native.module.selected()"
-    isa = native.module.instruction_sets()[0]  # the lowest: not what is chosen without the variable
-    assert f"instruction set  {isa} forced by FASTBERT_CPU_ISA (this" in python(code, FASTBERT_CPU_ISA=isa).stdout
+def test_instruction_set_can_be_forced(forced):
+    isa, _, said = forced
+    assert f"instruction set  {isa} forced by FASTBERT_CPU_ISA (this" in said
     use = (
         "fastbert.gelu(torch.ones(3))", "fastbert.backends()", "fastbert.use_backend('cpu').__enter__()",
         "fastbert.use_linear('fastbert').__enter__()", "info()",
@@ -173,9 +201,6 @@ for use in {use}:
 
 
 def test_an_instruction_set_without_the_module_is_refused(monkeypatch):
-    code = "import sys; sys.modules['fastbert._cpu'] = None; import fastbert; assert 'cpu' not in fastbert.backends()"
-    imported = python(code, FASTBERT_CPU_ISA="")
-    assert imported.returncode == 0, imported.stderr
     monkeypatch.setattr(native, "module", None)
     monkeypatch.setattr(native, "cpu_missing", "it was not built")
     monkeypatch.setattr(native, "forced_isa", "avx2")  # FASTBERT_CPU_ISA, read when the package is imported
@@ -193,10 +218,6 @@ def test_info_names_every_op_and_backend():
 
 
 @pytest.mark.skipif(native.module is None, reason="the C++ module is not built")
-def test_one_pool_of_threads():
+def test_one_pool_of_threads(forced):
     """The module shares torch's OpenMP runtime; a second one would double the threads."""
-    code = (
-        "import torch, fastbert; fastbert.gelu(torch.randn(512, 768)); torch.randn(512, 512) @ torch.randn(512, 512)\n"
-        "print({l.split()[-1] for l in open('/proc/self/maps') if 'libgomp' in l or 'libomp' in l or 'libiomp' in l})"
-    )
-    assert len(eval(python(code).stdout)) == 1
+    assert len(eval(forced[1])) == 1

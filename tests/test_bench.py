@@ -12,8 +12,10 @@ import torch
 from pretrain_runs import bad
 
 from fastbert import cli
-from fastbert.bench import peers, plan, problems, products, results, run, timing
-from fastbert.bench.measure import cases
+from fastbert.bench import peers, plan, problems, products, results, run, step, timing
+from fastbert.bench.measure import Taken, cases
+from fastbert.bench.problem import Judge, Variant
+from fastbert.bench.settings import BenchConfig
 
 TINY = {
     "gelu": (8, 48), "rows": (8, 48), "cross_entropy": (4, 60), "attention": [(2, 8, 0.1, True)],
@@ -106,6 +108,62 @@ def test_settings_that_do_not_hold_are_refused_before_anything_is_measured(tmp_p
         assert "finds no GPU" in bad(capsys, monkeypatch, "bench", "--device", "cuda")
 
 
+def test_a_table_that_was_cut_off_is_refused(tmp_path, monkeypatch, capsys):
+    columns = *results.KEY, *results.RATIOS, "sittings", "cpu"
+    whole = ",".join(columns) + "\n" + 2 * (",".join("5" for _ in columns) + "\n")
+    for data, said in (
+        (whole[:-6].encode(), "is cut off in its last line"),
+        (b"", "is no bench.csv"),
+        (b"\xff\xfe\x00", "is no bench.csv"),
+        (b"<script>" + b"1" * (1 << 18), "is no bench.csv"),
+    ):
+        (tmp_path / "old.csv").write_bytes(data)
+        assert f"old.csv {said}" in bad(capsys, monkeypatch, "bench", "--compare", tmp_path / "old.csv")
+
+
+def test_an_interrupted_run_keeps_what_was_measured(tiny, tmp_path, monkeypatch, capsys):
+    sit, sat = Taken.sit, []
+
+    def interrupted(self, case, *more):
+        sat.append(case)
+        if len(sat) == 4:
+            raise KeyboardInterrupt
+        sit(self, case, *more)
+
+    monkeypatch.setattr(Taken, "sit", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        bench(monkeypatch, "--output", tmp_path, "--only", "gelu", "--dtype", "float32")
+    assert [name.name for name in tmp_path.iterdir()] == ["bench.csv"]
+    assert {row["case"] + row["pass"] for row in rows_of(tmp_path)} == {case.shape + case.direction for case in sat[:3]}
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(run.rates, "measure", lambda *_: pytest.fail("it was measured"))
+    assert "/proc/bench" in bad(capsys, monkeypatch, "bench", "--quick", "--output", "/proc/bench")
+
+
+def test_a_compiled_step_that_raises_is_left_out(monkeypatch):
+    pytest.importorskip("transformers")
+
+    def compiled(model):
+        def call(**inputs):
+            raise RuntimeError("InvalidCxxCompiler: no g++\nand more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    missing = {}
+    (case,) = step.cases("tiny", 2, 8, "float32", "cpu", {peers.TRANSFORMERS, peers.COMPILED}, missing)
+    assert list(case.variants) == ["fastbert", "transformers"]
+    assert missing == {"transformers compiled, float32": "RuntimeError: InvalidCxxCompiler: no g++"}
+
+
+def test_nothing_left_to_measure_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "bfloat16_products", False)
+    with pytest.raises(ValueError, match="nothing is left to measure: --quick leaves out linear layers"):
+        run.bench(BenchConfig(tmp_path, quick=True, only=("linear",), dtype=("bfloat16",)))
+
+
 def test_a_run_is_compared_with_an_earlier_one(tiny, tmp_path, monkeypatch, capsys):
     """An earlier run whose fastbert was ten thousand times as fast beside torch's: every ratio of it got slower."""
     bench(monkeypatch, "--output", tmp_path, "--only", "dropout", "--dtype", "float32")
@@ -189,6 +247,9 @@ def test_others_are_judged_and_left_out_where_they_raise(monkeypatch):
     forward, both = cases(problem, False, missing, {})
     assert set(forward.variants) == {"fastbert", "torch", peers.LIGER} and (forward.size, both.size) == problem.sizes
     assert forward.verdicts["fastbert"].wrong is None and "loss is off by" in forward.verdicts[peers.LIGER].wrong
+    nan = Variant(lambda x: x.float().sum() * float("nan"), problem.ours.inputs, problem.ours.dy)
+    verdict = Judge(problem).another(nan)
+    assert verdict.error is None and "loss is off by nan" in verdict.wrong
     assert list(missing) == ["quack, cross_entropy 4 x 60 float32"] and "TypeError" in missing[next(iter(missing))]
 
 

@@ -94,8 +94,10 @@ class Cuda:
     @contextlib.contextmanager
     def stream(stream):
         before, Cuda.current = Cuda.current, stream
-        yield
-        Cuda.current = before
+        try:
+            yield
+        finally:
+            Cuda.current = before
         if Cuda.at_once:
             stream.run()
 
@@ -103,8 +105,14 @@ class Cuda:
     @contextlib.contextmanager
     def graph(graph, stream, capture_error_mode):
         Cuda.capturing, graph.kernels = graph, []
-        yield
-        Cuda.capturing = None
+        before, Cuda.current = Cuda.current, stream
+        try:
+            yield
+        except BaseException:  # as torch does: the stream stays, and another error comes
+            raise RuntimeError("operation failed due to a previous error during capture") from None
+        finally:
+            Cuda.capturing = None
+        Cuda.current = before
 
     class CUDAGraph:
         def replay(self):
@@ -174,6 +182,32 @@ def test_every_call_is_one_step_of_its_batch(warmup, is_waited_for, at_once):
                 Cuda.current.run()
         Cuda.current.run()
         assert [x.item() for x in results] == [step(batch(number)).item() for number in range(8)]
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (RuntimeError("operation not permitted"), "must not wait for the device.* use another stream. operation not"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory"),
+        (KeyboardInterrupt("Ctrl-C"), "Ctrl-C"),
+    ],
+    ids=["a wait", "memory", "interrupted"],
+)
+def test_a_capture_that_fails_says_of_what(error, expected):
+    """Torch cannot always end it and raises another error then; the stream of the caller is set back."""
+
+    def fails(inputs):
+        if Cuda.capturing is not None:
+            raise error
+
+    with without_a_gpu(at_once=False):
+        captured, stream = fastbert.capture(fails, batch(1), warmup=2), Cuda.current
+        captured(batch(1)), captured(batch(2))
+        with pytest.raises(type(error), match=expected):
+            captured(batch(3))
+        assert Cuda.current is stream
+        with pytest.raises(RuntimeError, match="the capture of this step has failed"):
+            captured(batch(4))
 
 
 def test_a_batch_unlike_the_example_is_refused():

@@ -74,6 +74,10 @@ def test_every_encoder_learns_and_transformers_reads_the_classifier(encoder_of, 
         torch.tensor([[each["probabilities"][name] for name in labels] for each in ours]), expected, rtol=0, atol=1e-4
     )
     assert [each["label"] for each in ours] == [labels[i] for i in logits.argmax(-1)]
+    with pytest.raises(
+        ValueError, match=r"on pairs of .*\(--pair\)" if pair else "on single texts: leave --pair second"
+    ):
+        predict(PredictConfig(folder, tables[1], text="text", pair=None if pair else "second"))
     truth = [row["label"] for row in read(tables[1])]
     assert np.mean([each["label"] == label for each, label in zip(ours, truth, strict=True)]) >= 0.75
 

@@ -9,6 +9,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import mutants
 import pybind11
 import pytest
 import torch
@@ -122,6 +123,14 @@ def test_an_ops_arguments_stand_in_few_places():
         assert len(places) <= 4, f"{name}'s arguments are listed in {places}"
         many += 1
     assert many >= 5
+
+
+def test_faults_name_what_stands_in_the_sources():
+    """Those of tests/mutants.py; one that went stale would keep all of them from being planted."""
+    for fault in mutants.FAULTS:
+        assert (ROOT / fault.file).read_text().count(fault.old) == 1, f"{fault.file}: {fault.old!r}"
+        for pattern in fault.tests.split():
+            assert list((ROOT / "tests").glob(pattern)), pattern
 
 
 def test_kernels_know_nothing_of_torch():

@@ -9,7 +9,7 @@
 // float32. Each sum has one order, so the same call gives the same bits. Dao, "FlashAttention-2" (2023).
 //
 // What is float32, has a head size that is no multiple of 8 or above 128, rows that do not begin at multiples
-// of 16 bytes, or a GPU before sm_80, is attention_plain.cu's.
+// of 16 bytes, global tokens or ranks, or a GPU before sm_80, is attention_plain.cu's.
 //
 //   attention_work.h        arguments; which rows of which head a block takes
 //   attention_tiles.h       tiles in shared memory and fragments; the order of keys
@@ -36,8 +36,8 @@ bool on_tensor_cores(const Attention& a) {
   const bool whole_chunks = (a.head_size | a.q_stride | a.k_stride | a.v_stride) % 8 == 0;
   const bool fits_int = std::max({a.q_stride, a.k_stride, a.v_stride, 3 * a.heads * a.head_size}) < int64_t{1}
                                                                                                         << 31;
-  return a.dtype != DType::f32 && a.head_size <= 128 && whole_chunks && fits_int &&
-         are_aligned(16, a.q, a.k, a.v) && shared_memory_limit() >= kLeastShared;
+  return a.dtype != DType::f32 && a.head_size <= 128 && whole_chunks && fits_int && !a.global_tokens &&
+         !a.query_ranks && are_aligned(16, a.q, a.k, a.v) && shared_memory_limit() >= kLeastShared;
 }
 
 template <class T>

@@ -41,21 +41,10 @@ DEVICE float share_of(const AttentionDistillation& p, float (&partial)[1][kWarps
   return pairs[0] > 0 ? 1 / (pairs[0] * p.heads) : 0.f;
 }
 
-// What a block reads: rows of its own kind and of the other, of both models.
-template <class T>
-struct Sides {
-  const void *own, *other, *teacher_own, *teacher_other;
-  int64_t stride, other_stride, teacher_stride, teacher_other_stride;
-
-  DEVICE Sides(const AttentionDistillation& p, bool of_queries)
-      : own(of_queries ? p.q : p.k),
-        other(of_queries ? p.k : p.q),
-        teacher_own(of_queries ? p.teacher_q : p.teacher_k),
-        teacher_other(of_queries ? p.teacher_k : p.teacher_q),
-        stride(of_queries ? p.q_stride : p.k_stride),
-        other_stride(of_queries ? p.k_stride : p.q_stride),
-        teacher_stride(of_queries ? p.teacher_q_stride : p.teacher_k_stride),
-        teacher_other_stride(of_queries ? p.teacher_k_stride : p.teacher_q_stride) {}
+// The queries of both models, or the keys.
+struct Side {
+  const void *student, *teacher;
+  int64_t stride, teacher_stride;
 };
 
 // `rows_of` the teacher's tensors.
@@ -81,18 +70,19 @@ __global__ void __launch_bounds__(kThreads, 2)
   const bool of_queries = blockIdx.z == 0;
   const int head_size = p.head_size, teacher_size = p.teacher_head_size;
   const bool narrow = head_size <= kTile, teacher_narrow = teacher_size <= kTile;
-  const Sides<T> sides(p, of_queries);
-  const Rows<T> own = rows_of<T>(sides.own, sides.stride, p, work, work.row);
-  const Rows<T> teacher_own = teacher_rows_of<T>(sides.teacher_own, sides.teacher_stride, p, work, work.row);
+  const Side queries = {p.q, p.teacher_q, p.q_stride, p.teacher_q_stride};
+  const Side keys = {p.k, p.teacher_k, p.k_stride, p.teacher_k_stride};
+  const Side its = of_queries ? queries : keys, others = of_queries ? keys : queries;
+  const Rows<T> own = rows_of<T>(its.student, its.stride, p, work, work.row);
+  const Rows<T> teacher_own = teacher_rows_of<T>(its.teacher, its.teacher_stride, p, work, work.row);
 
   Results gradient = {};
   float squares[kRows] = {};  // of this thread's columns
 #pragma unroll 1
   for (int first = 0; first < work.length; first += kTile) {
     // products
-    const Rows<T> other = rows_of<T>(sides.other, sides.other_stride, p, work, first);
-    const Rows<T> teacher_other =
-        teacher_rows_of<T>(sides.teacher_other, sides.teacher_other_stride, p, work, first);
+    const Rows<T> other = rows_of<T>(others.student, others.stride, p, work, first);
+    const Rows<T> teacher_other = teacher_rows_of<T>(others.teacher, others.teacher_stride, p, work, first);
     Products e, theirs;
     multiply_rows(theirs, teacher_tile, teacher_own, teacher_narrow && first > 0, tile, teacher_other,
                   teacher_size, teacher_vectors);

@@ -25,6 +25,7 @@
 // kernel of each kind serves all sizes. Dao, "FlashAttention-2" (2023).
 #include "launch.h"
 //
+#include "attention_plain_visible.h"
 #include "attention_plain_work.h"
 #include "kernels.h"
 #include "ptx.h"
@@ -50,18 +51,17 @@ struct Softmax {
   float highest[kRows], sum[kRows];  // of exponents of 2; the sums of this thread's columns alone
 };
 
-// Scores of the keys from `key` on become weights without their common factor; where the highest moves, what
-// there is of sums and results is scaled.
-DEVICE void add_scores(Softmax& softmax, Products& scores, Results& results, const Plan& plan,
-                       const Work& work, int key) {
+// Scores of a tile of keys become weights without their common factor; where the highest moves, what there is
+// of sums and results is scaled.
+template <class Seen>
+DEVICE void add_scores(Softmax& softmax, Products& scores, Results& results, float scale_log2,
+                       const Seen& seen) {
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
-    const Visible visible = visible_to(work.row + first_row() + 2 * i, plan, work);
     float highest = -INFINITY;
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-      const bool seen = visible.has(key + column() + j * kHalfWarp);
-      scores[i][j] = seen ? scores[i][j] * plan.scale_log2 : -INFINITY;
+      scores[i][j] = seen.has(i, j) ? scores[i][j] * scale_log2 : -INFINITY;
       highest = fmaxf(highest, scores[i][j]);
     }
     highest = fmaxf(softmax.highest[i], half_warp_max(highest));
@@ -85,33 +85,35 @@ DEVICE void drop(Products& weights, uint32_t kept) {
     for (int j = 0; j < kColumns; ++j) weights[i][j] = is_kept(kept, i, j) ? weights[i][j] : 0.f;
 }
 
-template <class T>
+template <class T, class Mask>
 __global__ void __launch_bounds__(kThreads, 3) attention_plain_forward_kernel(AttentionForward p, Plan plan) {
   DYNAMIC_SHARED(float, memory);
   float *q_tile = memory, *tile = q_tile + kTileFloats, *strip = tile + kTileFloats;
   const Work work = work_of_block(p, plan);
   if (work.row >= work.length) return;
   const uint64_t seed = seed_of(p);
-  const int head_size = p.head_size, first_key = max(0, work.row - plan.left) / kTile * kTile;
+  const int head_size = p.head_size;
   const Rows<T> q = rows_of<T>(p.q, p.q_stride, p, work, work.row);
-  const Visible of_last = visible_to(work.row + q.count - 1, plan, work);
+  OtherTiles<Mask, true> keys(p, plan, work, q.count);
+  const int first_key = keys.first();
 
   Results out = {};
   Softmax softmax;
 #pragma unroll
   for (int i = 0; i < kRows; ++i) softmax.highest[i] = -INFINITY, softmax.sum[i] = 0;
 #pragma unroll 1
-  for (int key = first_key; key <= of_last.last; key += kTile) {
+  for (int key = first_key; key < keys.end(); key = keys.next(key)) {
     // scores
     const Rows<T> k = rows_of<T>(p.k, p.k_stride, p, work, key);
     const Rows<T> v = rows_of<T>(p.v, p.v_stride, p, work, key);
+    const SeenProducts<Mask, true> seen(p, plan, work, key);
     const bool q_there = head_size <= kTile && key > first_key;
     Products scores;
     multiply_rows(scores, q_tile, q, q_there, tile, k, head_size, plan.vectors);
 
     // softmax
     if (has_rows(q.count)) {
-      add_scores(softmax, scores, out, plan, work, key);
+      add_scores(softmax, scores, out, plan.scale_log2, seen);
       if (p.t != 0) drop(scores, kept_keys(p, work, seed, key));
     }
 
@@ -169,27 +171,31 @@ DEVICE void differentiate(float& score, float& product, const Plan& plan, float 
   product = seen ? weight * ((kept ? product * plan.keep : 0.f) - delta) : 0.f;
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, 3) attention_plain_dq_kernel(AttentionBackward p, Plan plan) {
+// What is seen by token takes more registers than three blocks leave.
+template <class T, class Mask>
+__global__ void __launch_bounds__(kThreads, Mask::kByToken ? 2 : 3)
+    attention_plain_dq_kernel(AttentionBackward p, Plan plan) {
   DYNAMIC_SHARED(float, memory);
   float *q_tile = memory, *dout_tile = q_tile + kTileFloats, *tile = dout_tile + kTileFloats;
   float *strip = tile + kTileFloats, *lse = strip + kStripFloats, *delta = lse + kTile;
   const Work work = work_of_block(p, plan);
   if (work.row >= work.length) return;
   const uint64_t seed = seed_of(p);
-  const int head_size = p.head_size, first_key = max(0, work.row - plan.left) / kTile * kTile;
+  const int head_size = p.head_size;
   const bool narrow = head_size <= kTile;
   const Rows<T> q = rows_of<T>(p.q, p.q_stride, p, work, work.row);
   const Rows<T> dout = rows_of<T>(p.dout, p.heads * p.head_size, p, work, work.row);
-  const Visible of_last = visible_to(work.row + q.count - 1, plan, work);
+  OtherTiles<Mask, true> keys(p, plan, work, q.count);
+  const int first_key = keys.first();
   copy_statistics<T>(lse, delta, p, work, work.row);
 
   Results dq = {};
 #pragma unroll 1
-  for (int key = first_key; key <= of_last.last; key += kTile) {
+  for (int key = first_key; key < keys.end(); key = keys.next(key)) {
     // products
     const Rows<T> k = rows_of<T>(p.k, p.k_stride, p, work, key);
     const Rows<T> v = rows_of<T>(p.v, p.v_stride, p, work, key);
+    const SeenProducts<Mask, true> seen(p, plan, work, key);
     const bool there = narrow && key > first_key;
     Products scores, products;
     multiply_rows(products, dout_tile, dout, there, tile, v, head_size, plan.vectors);
@@ -201,11 +207,10 @@ __global__ void __launch_bounds__(kThreads, 3) attention_plain_dq_kernel(Attenti
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         const int row = first_row() + 2 * i;
-        const Visible visible = visible_to(work.row + row, plan, work);
 #pragma unroll
         for (int j = 0; j < kColumns; ++j)
-          differentiate(scores[i][j], products[i][j], plan, lse[row], delta[row],
-                        visible.has(key + column() + j * kHalfWarp), is_kept(kept, i, j));
+          differentiate(scores[i][j], products[i][j], plan, lse[row], delta[row], seen.has(i, j),
+                        is_kept(kept, i, j));
       }
     }
 
@@ -228,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, 3) attention_plain_dq_kernel(Attenti
   }
 }
 
-template <class T>
+template <class T, class Mask>
 __global__ void __launch_bounds__(kThreads, 2) attention_plain_dk_dv_kernel(AttentionBackward p, Plan plan) {
   DYNAMIC_SHARED(float, memory);
   float *k_tile = memory, *v_tile = k_tile + kTileFloats, *tile = v_tile + kTileFloats;
@@ -236,18 +241,20 @@ __global__ void __launch_bounds__(kThreads, 2) attention_plain_dk_dv_kernel(Atte
   const Work work = work_of_block(p, plan);
   if (work.row >= work.length) return;
   const uint64_t seed = seed_of(p);
-  const int head_size = p.head_size, first_query = max(0, work.row - plan.right) / kTile * kTile;
+  const int head_size = p.head_size;
   const bool narrow = head_size <= kTile;
   const Rows<T> k = rows_of<T>(p.k, p.k_stride, p, work, work.row);
   const Rows<T> v = rows_of<T>(p.v, p.v_stride, p, work, work.row);
-  const int last_query = min(work.length - 1, work.row + k.count - 1 + plan.left);
+  OtherTiles<Mask, false> queries(p, plan, work, k.count);
+  const int first_query = queries.first();
 
   Results dk = {}, dv = {};
 #pragma unroll 1
-  for (int query = first_query; query <= last_query; query += kTile) {
+  for (int query = first_query; query < queries.end(); query = queries.next(query)) {
     // products
     const Rows<T> q = rows_of<T>(p.q, p.q_stride, p, work, query);
     const Rows<T> dout = rows_of<T>(p.dout, p.heads * p.head_size, p, work, query);
+    const SeenProducts<Mask, false> seen(p, plan, work, query);
     const bool there = narrow && query > first_query;
     Products scores, products;
     copy_statistics<T>(lse, delta, p, work, query);
@@ -260,12 +267,11 @@ __global__ void __launch_bounds__(kThreads, 2) attention_plain_dk_dv_kernel(Atte
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
         const int other = column() + j * kHalfWarp;
-        const Visible visible = visible_to(query + other, plan, work);
         const float its_lse = lse[other], its_delta = delta[other];
 #pragma unroll
         for (int i = 0; i < kRows; ++i)
-          differentiate(scores[i][j], products[i][j], plan, its_lse, its_delta,
-                        visible.has(work.row + first_row() + 2 * i), kept.has(i, j));
+          differentiate(scores[i][j], products[i][j], plan, its_lse, its_delta, seen.has(i, j),
+                        kept.has(i, j));
       }
     }
 
@@ -289,30 +295,40 @@ __global__ void __launch_bounds__(kThreads, 2) attention_plain_dk_dv_kernel(Atte
 
 // ---- launchers ---------------------------------------------------------------------------------------
 
-template <class T>
+template <class T, class Mask>
 int forward(const AttentionForward& p) {
   const Plan plan = plan_of<T>(p, true, p.out);
-  return launch("attention_forward", attention_plain_forward_kernel<T>, grid_of(p, plan), kThreads,
+  return launch("attention_forward", attention_plain_forward_kernel<T, Mask>, grid_of(p, plan), kThreads,
                 kForwardBytes, reinterpret_cast<void*>(p.launch), p, plan);
 }
 
-template <class T>
+template <class T, class Mask>
 int backward(const AttentionBackward& p) {
   const Plan plan = plan_of<T>(p, are_aligned(kAccessBytes, p.dout), p.dqkv);
-  return launch_backward("attention_backward", attention_plain_dq_kernel<T>, attention_plain_dk_dv_kernel<T>,
-                         kBackwardBytes, p, plan);
+  return launch_backward("attention_backward", attention_plain_dq_kernel<T, Mask>,
+                         attention_plain_dk_dv_kernel<T, Mask>, kBackwardBytes, p, plan);
+}
+
+// call(T(), Mask()) for the dtype, and for what says which keys are seen.
+template <class Call>
+int with_type_and_mask(const Attention& p, Call call) {
+  return with_type(p.dtype, [&](auto x) {
+    if (p.global_tokens) return call(x, GlobalTokens());
+    if (p.query_ranks) return call(x, Ranks());
+    return call(x, Window());
+  });
 }
 
 }  // namespace
 
 int attention_plain_forward(const AttentionForward& p) {
   if (is_empty(p)) return 0;
-  return with_type(p.dtype, [&](auto x) { return forward<decltype(x)>(p); });
+  return with_type_and_mask(p, [&](auto x, auto mask) { return forward<decltype(x), decltype(mask)>(p); });
 }
 
 int attention_plain_backward(const AttentionBackward& p) {
   if (is_empty(p)) return 0;
-  return with_type(p.dtype, [&](auto x) { return backward<decltype(x)>(p); });
+  return with_type_and_mask(p, [&](auto x, auto mask) { return backward<decltype(x), decltype(mask)>(p); });
 }
 
 }  // namespace fastbert::cuda

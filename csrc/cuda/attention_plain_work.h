@@ -1,5 +1,5 @@
-// What a block of attention_plain.cu, hard_attention.cu and attention_distillation.cu works on: its rows,
-// which of the others they see, and what dropout keeps.
+// What a block of attention_plain.cu, hard_attention.cu and attention_distillation.cu works on: its rows, and
+// what dropout keeps. Which of the others they see is attention_plain_visible.h's.
 #pragma once
 #include "launch.h"
 //
@@ -55,17 +55,7 @@ DEVICE Rows<T> rows_of(const void* tensor, int64_t stride, const Attention& p, c
 
 DEVICE uint64_t seed_of(const Attention& p) { return p.t != 0 ? static_cast<uint64_t>(*p.seed) : 0; }
 
-// ---- what is seen and what is kept -------------------------------------------------------------------
-
-struct Visible {  // keys first to last
-  int first, last;
-
-  DEVICE bool has(int key) const { return key >= first && key <= last; }
-};
-
-DEVICE Visible visible_to(int query, const Plan& plan, const Work& work) {
-  return {query - plan.left, min(query + plan.right, work.length - 1)};
-}
+// ---- what is kept ------------------------------------------------------------------------------------
 
 // One word of bits for a thread's products: bit kHalfWarp * (j % 2) + lane of the word that lane 2 * i + j /
 // 2 holds says whether row i, column j is kept, where rows are queries and columns are keys. A lane draws for

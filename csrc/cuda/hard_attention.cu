@@ -19,6 +19,7 @@
 // forward pass reads one row for each query.
 #include "launch.h"
 //
+#include "attention_plain_visible.h"
 #include "attention_plain_work.h"
 #include "gumbel.h"
 #include "kernels.h"
@@ -79,7 +80,7 @@ DEVICE Choice join_half_warp(Choice choice, float exponent) {
   return choice;
 }
 
-template <class T>
+template <class T, class Mask>
 __global__ void __launch_bounds__(kThreads, 2)
     hard_attention_forward_kernel(HardAttentionForward p, Plan plan) {
   DYNAMIC_SHARED(float, memory);
@@ -87,16 +88,17 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Work work = work_of_block(p, plan);
   if (work.row >= work.length) return;
   const uint64_t seed = noise_seed(p);
-  const int head_size = p.head_size, first_key = max(0, work.row - plan.left) / kTile * kTile;
+  const int head_size = p.head_size;
   const float exponent = kLog2e / p.temperature;
   const Rows<T> q = rows_of<T>(p.q, p.q_stride, p, work, work.row);
-  const Visible of_last = visible_to(work.row + q.count - 1, plan, work);
+  OtherTiles<Mask, true> keys(p, plan, work, q.count);
+  const int first_key = keys.first();
 
   Choice choices[kRows];  // of this thread's columns
 #pragma unroll
   for (int i = 0; i < kRows; ++i) choices[i] = {-INFINITY, 0, -1};
 #pragma unroll 1
-  for (int key = first_key; key <= of_last.last; key += kTile) {
+  for (int key = first_key; key < keys.end(); key = keys.next(key)) {
     const Rows<T> k = rows_of<T>(p.k, p.k_stride, p, work, key);
     const bool q_there = head_size <= kTile && key > first_key;
     Products scores;
@@ -104,15 +106,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (!has_rows(q.count)) continue;
     scale_scores(scores, p.scale);
     if (p.seed) add_noise(scores, work, seed, key);
+    const SeenProducts<Mask, true> seen(p, plan, work, key);
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const Visible visible = visible_to(work.row + first_row() + 2 * i, plan, work);
+    for (int i = 0; i < kRows; ++i)
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        const int its = key + column() + j * kHalfWarp;
-        if (visible.has(its)) choices[i].add(scores[i][j], its, exponent);
-      }
-    }
+      for (int j = 0; j < kColumns; ++j)
+        if (seen.has(i, j)) choices[i].add(scores[i][j], key + column() + j * kHalfWarp, exponent);
   }
 
 #pragma unroll
@@ -151,7 +150,7 @@ DEVICE float weight_of(float score, float exponent, float lse, bool seen) {
   return seen ? exp2_approximate(score * exponent - lse) : 0.f;
 }
 
-template <class T>
+template <class T, class Mask>
 __global__ void __launch_bounds__(kThreads, 2) hard_attention_dq_kernel(HardAttentionBackward p, Plan plan) {
   DYNAMIC_SHARED(float, memory);
   float *q_tile = memory, *dout_tile = q_tile + kTileFloats, *tile = dout_tile + kTileFloats;
@@ -159,17 +158,18 @@ __global__ void __launch_bounds__(kThreads, 2) hard_attention_dq_kernel(HardAtte
   const Work work = work_of_block(p, plan);
   if (work.row >= work.length) return;
   const uint64_t seed = noise_seed(p);
-  const int head_size = p.head_size, first_key = max(0, work.row - plan.left) / kTile * kTile;
+  const int head_size = p.head_size;
   const float exponent = kLog2e / p.temperature;
   const Rows<T> q = rows_of<T>(p.q, p.q_stride, p, work, work.row);
   const Rows<T> dout = rows_of<T>(p.dout, p.heads * p.head_size, p, work, work.row);
-  const Visible of_last = visible_to(work.row + q.count - 1, plan, work);
+  OtherTiles<Mask, true> keys(p, plan, work, q.count);
+  const int first_key = keys.first();
   copy_lse(lse, p, work, work.row);
 
   Results weighted = {}, mean = {};  // sums of P dP k and of P k
   float delta[kRows] = {};           // of this thread's columns
 #pragma unroll 1
-  for (int key = first_key; key <= of_last.last; key += kTile) {
+  for (int key = first_key; key < keys.end(); key = keys.next(key)) {
     // softmax, ahead of the other products: noise takes registers
     const Rows<T> k = rows_of<T>(p.k, p.k_stride, p, work, key);
     const Rows<T> v = rows_of<T>(p.v, p.v_stride, p, work, key);
@@ -179,16 +179,12 @@ __global__ void __launch_bounds__(kThreads, 2) hard_attention_dq_kernel(HardAtte
     if (has_rows(q.count)) {
       scale_scores(scores, p.scale);
       if (p.seed) add_noise(scores, work, seed, key);
+      const SeenProducts<Mask, true> seen(p, plan, work, key);
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const int row = first_row() + 2 * i;
-        const Visible visible = visible_to(work.row + row, plan, work);
+      for (int i = 0; i < kRows; ++i)
 #pragma unroll
-        for (int j = 0; j < kColumns; ++j) {
-          const bool seen = visible.has(key + column() + j * kHalfWarp);
-          scores[i][j] = weight_of(scores[i][j], exponent, lse[row], seen);
-        }
-      }
+        for (int j = 0; j < kColumns; ++j)
+          scores[i][j] = weight_of(scores[i][j], exponent, lse[first_row() + 2 * i], seen.has(i, j));
     }
 
     // products
@@ -237,7 +233,7 @@ DEVICE void copy_choices(int* best, float* delta, const HardAttentionBackward& p
   delta[row] = there ? p.scratch[place] : 0.f;
 }
 
-template <class T>
+template <class T, class Mask>
 __global__ void __launch_bounds__(kThreads, 2)
     hard_attention_dk_dv_kernel(HardAttentionBackward p, Plan plan) {
   DYNAMIC_SHARED(float, memory);
@@ -247,16 +243,17 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Work work = work_of_block(p, plan);
   if (work.row >= work.length) return;
   const uint64_t seed = noise_seed(p);
-  const int head_size = p.head_size, first_query = max(0, work.row - plan.right) / kTile * kTile;
+  const int head_size = p.head_size;
   const float exponent = kLog2e / p.temperature;
   const bool narrow = head_size <= kTile;
   const Rows<T> k = rows_of<T>(p.k, p.k_stride, p, work, work.row);
   const Rows<T> v = rows_of<T>(p.v, p.v_stride, p, work, work.row);
-  const int last_query = min(work.length - 1, work.row + k.count - 1 + plan.left);
+  OtherTiles<Mask, false> queries(p, plan, work, k.count);
+  const int first_query = queries.first();
 
   Results dk = {}, dv = {};
 #pragma unroll 1
-  for (int query = first_query; query <= last_query; query += kTile) {
+  for (int query = first_query; query < queries.end(); query = queries.next(query)) {
     // softmax, ahead of the other products as above
     const Rows<T> q = rows_of<T>(p.q, p.q_stride, p, work, query);
     const Rows<T> dout = rows_of<T>(p.dout, p.heads * p.head_size, p, work, query);
@@ -269,16 +266,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (has_rows(k.count)) {
       scale_scores(scores, p.scale);
       if (p.seed) add_noise_transposed(scores, work, seed, query);
+      const SeenProducts<Mask, false> seen(p, plan, work, query);
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
-        const int other = column() + j * kHalfWarp;
-        const Visible visible = visible_to(query + other, plan, work);
-        const float its_lse = lse[other];
+        const float its_lse = lse[column() + j * kHalfWarp];
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          const bool seen = visible.has(work.row + first_row() + 2 * i);
-          scores[i][j] = weight_of(scores[i][j], exponent, its_lse, seen);
-        }
+        for (int i = 0; i < kRows; ++i)
+          scores[i][j] = weight_of(scores[i][j], exponent, its_lse, seen.has(i, j));
       }
     }
 
@@ -315,31 +309,37 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // ---- launchers ---------------------------------------------------------------------------------------
 
-template <class T>
+template <class T, class Mask>
 int forward(const HardAttentionForward& p) {
   Plan plan = plan_of<T>(p, true, p.out);
   plan.slices = 1;  // a block copies whole rows of v
-  return launch("hard_attention_forward", hard_attention_forward_kernel<T>, grid_of(p, plan), kThreads,
+  return launch("hard_attention_forward", hard_attention_forward_kernel<T, Mask>, grid_of(p, plan), kThreads,
                 kForwardBytes, reinterpret_cast<void*>(p.launch), p, plan);
 }
 
-template <class T>
+template <class T, class Mask>
 int backward(const HardAttentionBackward& p) {
   const Plan plan = plan_of<T>(p, are_aligned(kAccessBytes, p.dout), p.dqkv);
-  return launch_backward("hard_attention_backward", hard_attention_dq_kernel<T>,
-                         hard_attention_dk_dv_kernel<T>, kBackwardBytes, p, plan);
+  return launch_backward("hard_attention_backward", hard_attention_dq_kernel<T, Mask>,
+                         hard_attention_dk_dv_kernel<T, Mask>, kBackwardBytes, p, plan);
 }
 
 }  // namespace
 
 int hard_attention_forward(const HardAttentionForward& p) {
   if (is_empty(p)) return 0;
-  return with_type(p.dtype, [&](auto x) { return forward<decltype(x)>(p); });
+  return with_type(p.dtype, [&](auto x) {
+    using T = decltype(x);
+    return p.global_tokens ? forward<T, GlobalTokens>(p) : forward<T, Window>(p);
+  });
 }
 
 int hard_attention_backward(const HardAttentionBackward& p) {
   if (is_empty(p)) return 0;
-  return with_type(p.dtype, [&](auto x) { return backward<decltype(x)>(p); });
+  return with_type(p.dtype, [&](auto x) {
+    using T = decltype(x);
+    return p.global_tokens ? backward<T, GlobalTokens>(p) : backward<T, Window>(p);
+  });
 }
 
 }  // namespace fastbert::cuda

@@ -188,33 +188,6 @@ def pick(op: str, name: str, x: Tensor) -> str:
     return "reference"
 
 
-def pick_among(has: tuple[str, ...], lacks: str, op: str, name: str, x: Tensor) -> str:
-    """`pick` for a call that only some backends can do: the reference and those that `has` names.
-
-    Args:
-        has: their names.
-        lacks: what is to be said of the others.
-        op, name, x: as `pick` takes them.
-
-    Raises:
-        RuntimeError: as `pick` does, or an explicit choice is one of the others. The automatic one takes the reference
-            then, and says so once.
-    """
-    chosen = pick(op, name, x)
-    if chosen == "reference" or chosen in has:
-        return chosen
-    if name:
-        raise RuntimeError(f"backend {chosen!r} was asked for and cannot run {op} here: {lacks}")
-    if fallbacks.get((op, chosen)) != lacks and not torch.compiler.is_compiling():
-        fallbacks[op, chosen] = lacks
-        warnings.warn(
-            f"{op} runs in plain PyTorch on {x.device}, slower than a kernel would. This is said once; "
-            f'use_backend("reference") asks for it. {chosen}: {lacks}',
-            stacklevel=4,
-        )
-    return "reference"
-
-
 def _refusal(name: str, x: Tensor) -> str | None:
     """Why a backend of kernels does not take x."""
     if name == "reference":

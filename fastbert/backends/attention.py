@@ -48,10 +48,6 @@ def shared(
     query_ranks: Tensor | None = None, key_ranks: Tensor | None = None,
 ) -> tuple:  # fmt: skip
     """What both directions take, in the order of the struct `Attention`."""
-    if global_tokens is not None and not q.is_cpu:
-        raise ValueError("the CUDA kernels have no global tokens: the backends reference and cpu have them")
-    if query_ranks is not None and not q.is_cpu:
-        raise ValueError("the CUDA kernels have no ranks: the backends reference and cpu have them")
     tokens, heads, head_size = q.shape
     left, right = (NO_LIMIT, NO_LIMIT) if window is None else window
     return (

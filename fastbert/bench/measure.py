@@ -180,7 +180,7 @@ class Taken:
             "tflop_per_s": _round(counted / taken.median / 1e12) if counted else None,
             "share_of_matmul": _round(counted / taken.median / peak.median) if peak else None,
             "error": None if verdict.error is None else float(f"{verdict.error:.2e}"),
-            "verified": "" if verdict.error is None else "no" if verdict.wrong else "yes",
+            "verified": "no" if verdict.wrong else "" if verdict.error is None else "yes",
             "axis": case.axis,
             "at": case.at or None,
             "timed": "launched" if name in self.launched else self.how,

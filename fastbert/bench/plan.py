@@ -53,6 +53,9 @@ def plan(config: BenchConfig, among: Collection[str], missing: dict[str, str]) -
         config: which ops and dtypes.
         among: names of the peers that are here.
         missing: gets a line for each peer that turns out not to run.
+
+    Raises:
+        ValueError: that is nothing.
     """
     shapes = SHAPES["quick" if config.quick else config.device]
     slow = NARROW if without_slow_products(config) else ()
@@ -72,8 +75,14 @@ def plan(config: BenchConfig, among: Collection[str], missing: dict[str, str]) -
     ways += [("lazy_adam", partial(tables.cases, many, width, tokens, among, ROWS)) for many in rows]
     for name in config.dtype:
         if name not in slow:
-            ways.append(("step", partial(step.cases, *shapes["step"], name, config.device, among)))
-    return [(op, make) for op, make in ways if not config.only or op in config.only]
+            ways.append(("step", partial(step.cases, *shapes["step"], name, config.device, among, missing)))
+    ways = [(op, make) for op, make in ways if not config.only or op in config.only]
+    if not ways:
+        raise ValueError(
+            "nothing is left to measure: --quick leaves out linear layers and steps in 16 bits on a processor that has "
+            "no products for them; pass --dtype float32, or leave --quick out"
+        )
+    return ways
 
 
 def without_slow_products(config: BenchConfig) -> bool:

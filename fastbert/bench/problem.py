@@ -1,5 +1,6 @@
 """One op on inputs of one shape and dtype: how it is computed, what it costs at least, and whether it is right."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -107,7 +108,7 @@ class Problem:
 class Verdict:
     """How far a result is from the truth, per unit of the largest true value, and what is wrong with that, if anything.
 
-    The largest of the output and all gradients; None where it cannot be judged.
+    The largest of the output and all gradients; None where it cannot be judged, and where it is not finite.
     """
 
     error: float | None = None
@@ -145,6 +146,7 @@ class Judge:
     def _verdict(self, found: Sequence[Tensor]) -> Verdict:
         results = list(zip(self.problem.check.names, found, self.baseline, self.truth, strict=True))
         error = max(((x.double() - true).abs().max() / true.abs().max()).item() for _, x, _, true in results)
+        error = error if math.isfinite(error) else None  # of a result with NaN, which is wrong and has no distance
         try:
             for what, *values in results:
                 assert_close(*values, what=what)

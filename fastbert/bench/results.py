@@ -35,8 +35,13 @@ def read(path: Path) -> list[dict[str, str]]:
         ValueError: it is none, or that of a run that was cut off.
     """
     with files.naming(path):
-        text = path.read_text(encoding="utf-8")
-    rows = list(csv.DictReader(io.StringIO(text)))
+        text = path.read_bytes().decode(errors="replace")
+    try:
+        rows = list(csv.DictReader(io.StringIO(text)))
+    except csv.Error:  # such as of a page instead of a table
+        rows = []
+    if rows and None in rows[-1].values():
+        raise ValueError(f"{path} is cut off in its last line: copy it again, or measure it anew")
     lacking = [column for column in (*KEY, *RATIOS, "sittings") if not rows or rows[0].get(column) is None]
     if lacking:
         raise ValueError(

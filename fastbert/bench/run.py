@@ -4,7 +4,8 @@ import contextlib
 import csv
 import io
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from fastbert import files
 from fastbert.allocator import keep_memory
 from fastbert.bench import peers, rates, report, results
 from fastbert.bench.machine import clock, machine
-from fastbert.bench.measure import Taken
+from fastbert.bench.measure import Row, Taken
 from fastbert.bench.plan import plan, without_slow_products
 from fastbert.bench.settings import SITTINGS, BenchConfig
 from fastbert.version import __version__
@@ -37,6 +38,9 @@ def bench(config: BenchConfig) -> Path:
     busy, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
     if busy > cores / 2:
         print(f"other programs keep this machine busy (load {busy:.1f}, {cores} cores): ratios will be less exact")
+    with files.naming(config.output):  # as above
+        config.output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=config.output).close()
     keep_memory()
     torch.manual_seed(0)
     taken: dict[tuple[str, ...], Taken] = {}
@@ -45,13 +49,13 @@ def bench(config: BenchConfig) -> Path:
         ceilings = rates.measure(config.dtype, *CEILINGS["quick" if config.quick else config.device])
         ways = plan(config, among, missing)
         for sitting in range(SITTINGS):
-            for _, make in tqdm(ways, f"sitting {sitting + 1} of {SITTINGS}", unit="op", disable=None):
-                for case in make():
-                    key = case.op, case.shape, case.dtype, case.direction, case.axis
-                    taken.setdefault(key, Taken(case)).sit(case, config.rounds, config.limit)
-            rows = [row for its in taken.values() for row in its.rows(ceilings)]
-            text = results.csv_text([row | {"fastbert": __version__} for row in rows])
-            files.write(config.output, {TABLE: text.encode()})
+            try:
+                for _, make in tqdm(ways, f"sitting {sitting + 1} of {SITTINGS}", unit="op", disable=None):
+                    for case in make():
+                        key = case.op, case.shape, case.dtype, case.direction, case.axis
+                        taken.setdefault(key, Taken(case)).sit(case, config.rounds, config.limit)
+            finally:  # also of a sitting that Ctrl-C ends
+                rows, text = _write_table(config.output, taken.values(), ceilings)
         clocks.append(clock())
         about = {**machine(), "fastbert": __version__, "clock before and after": " / ".join(clocks)}
     print(report.table(rows))
@@ -65,6 +69,15 @@ def bench(config: BenchConfig) -> Path:
     files.write(config.output, {PAGE: page.encode()})
     print(f"written: {config.output / TABLE}\nwritten: {config.output / PAGE}")
     return config.output / PAGE
+
+
+def _write_table(folder: Path, taken: Iterable[Taken], ceilings: rates.Rates) -> tuple[list[Row], str]:
+    """What was measured so far, and the same as text; a file of it, unless it is nothing."""
+    rows = [row for its in taken for row in its.rows(ceilings)]
+    text = results.csv_text([row | {"fastbert": __version__} for row in rows])
+    if rows:
+        files.write(folder, {TABLE: text.encode()})
+    return rows, text
 
 
 def _missing(config: BenchConfig) -> dict[str, str]:

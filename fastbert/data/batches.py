@@ -244,12 +244,19 @@ class PretrainBatches(Dataset[Batch]):
             first += 1
 
     def __getitem__(self, i: int) -> Batch:
+        return self.made_of(self.samples(i))
+
+    def samples(self, i: int) -> np.ndarray:
+        """int64, the samples of batch i, which the samples before it in its block have to be put into batches for."""
         number = self._find(i) if i >= 0 else None
         if number is None:
             raise IndexError(f"batch {i} of epoch {self.epoch}: expected 0 <= i < {len(self)}")
         rows, cuts = self._block(number)
         place = i - self.ends[number]
-        samples, _ = self._samples(rows[cuts[place] : cuts[place + 1]])
+        return self._samples(rows[cuts[place] : cuts[place + 1]])[0]
+
+    def made_of(self, samples: np.ndarray) -> Batch:
+        """The batch of these samples of the epoch, as `samples` gives them."""
         if self.pairs:
             starts, lengths, sentence_label = self.pairs(self.store, self.spans, samples, self.seed, self.epoch)
         else:

@@ -82,20 +82,26 @@ def pack_samples(
     order, cuts = array("q"), array("q", [0])
     oldest = arrived = 0
     while len(order) < len(sizes):
-        left = shape
-        while left.masked > 0 and len(order) < len(sizes):
-            while arrived < min(len(sizes), len(order) + WINDOW):
+        tokens, samples, masked = shape
+        while masked > 0 and len(order) < len(sizes):
+            while arrived < len(sizes) and arrived < len(order) + WINDOW:
                 waiting.add(arrived, sizes[arrived])
                 arrived += 1
             oldest = untaken.index(1, oldest)
             first = sizes[oldest]
-            for chosen in [(first,)] if left is shape else waiting.candidates(left.tokens, first):
-                after = _after(left, chosen, needed, longest)
-                if after is not None:
+            # Most of a batch is more than two samples can fill. There it is the oldest one's turn, if it fits.
+            if tokens > 2 * longest and masked >= needed[first] and (samples - 1) * longest >= tokens - first:
+                tokens, samples, masked = tokens - first, samples - 1, masked - needed[first]
+                order.append(waiting.take(first))
+                untaken[oldest] = 0
+                continue
+            for chosen in [(first,)] if tokens == shape.tokens else waiting.candidates(tokens, first):
+                left = _after(Shape(tokens, samples, masked), chosen, needed, longest)
+                if left is not None:
                     break
             else:
                 break
-            left = after
+            tokens, samples, masked = left
             for length in chosen:
                 order.append(waiting.take(length))
                 untaken[order[-1]] = 0

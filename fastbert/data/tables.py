@@ -261,6 +261,8 @@ def _one_character(separator: str | None) -> str | None:
 def _place(file: Path, header: list[str], column: str) -> int:
     if (times := header.count(column)) == 1:
         return header.index(column)
+    if not header:
+        raise ValueError(f"{file} is empty: expected a header with the column {column!r}, and rows below it")
     if times:
         raise ValueError(f"{file} has {times} columns {column!r}: rename the others in its header")
     hint = "; where another character stands between the columns, name it (--separator)" if len(header) == 1 else ""

@@ -151,7 +151,6 @@ def label(source: Source, teacher: SequenceClassifier, tokenizer: Tokenizer, con
     """
     folder, identity = config.store_folder, source.identity()
     refuse_other(folder, identity)
-    folder.mkdir(parents=True, exist_ok=True)
     with lock.hold(folder, "labels texts there", "Ctrl-C or SIGTERM keeps what it has labelled"):
         made = _there(folder)
         done = sum(part["texts"] for part in made)

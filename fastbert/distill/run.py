@@ -20,7 +20,7 @@ from fastbert.distill.students import make_student, sizes_of
 from fastbert.distill.training import Distiller
 from fastbert.finetune.examples import read_examples
 from fastbert.finetune.loop import checked, encode_both, train_epochs
-from fastbert.finetune.predict import load, logits_of
+from fastbert.finetune.predict import expect_pairs, load, logits_of
 from fastbert.finetune.run import begun, fingerprint, resume_command
 from fastbert.finetune.scores import class_scores, number_scores
 from fastbert.finetune.training import EVALUATED, Scale
@@ -102,6 +102,7 @@ def load_teacher(config: DistillConfig) -> SequenceClassifier:
     if (teacher.problem_type == "regression") != config.regression:
         told = "numbers: pass --regression" if not config.regression else "classes: leave --regression out"
         raise ValueError(f"the teacher in {config.teacher} predicts {told}")
+    expect_pairs(teacher, config.pair, config.teacher)
     return teacher.requires_grad_(False)
 
 

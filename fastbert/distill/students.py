@@ -30,17 +30,17 @@ def make_student(config: DistillConfig, teacher: SequenceClassifier) -> Classifi
             than the teacher has.
     """
     torch.manual_seed(config.seed)
-    sizes = teacher.config
+    sizes, pairs = teacher.config, config.pair is not None
     if config.is_small:
         dropout = {} if config.dropout is None else {"dropout": config.dropout}
         small = SmallConfig(
             sizes.vocab_size, config.embedding_size, config.width, max_length=sizes.longest,
             pad_token_id=sizes.pad_token_id, **dropout,
         )  # fmt: skip
-        return SMALL[f"fastbert_{config.student}"](small, teacher.labels, teacher.problem_type)
+        return SMALL[f"fastbert_{config.student}"](small, teacher.labels, teacher.problem_type, pairs)
     if config.student == "bert":
         return _smaller(teacher, config)
-    student = over_folder(Path(config.student), config.dropout, teacher.labels, teacher.problem_type)
+    student = over_folder(Path(config.student), config.dropout, teacher.labels, teacher.problem_type, pairs)
     _expect_same_words(student, config, teacher)
     return student
 
@@ -55,7 +55,7 @@ def _smaller(teacher: SequenceClassifier, config: DistillConfig) -> SequenceClas
             raise ValueError(f"{name} must be from 1 to the teacher's, {most}, got {got}")
     changed = {"num_hidden_layers": config.layers, "intermediate_size": inner} | dropout_fields(config.dropout, sizes)
     smaller = dataclasses.replace(sizes, **changed)
-    student = type(teacher)(smaller, teacher.labels, teacher.problem_type)
+    student = type(teacher)(smaller, teacher.labels, teacher.problem_type, pairs=config.pair is not None)
     chosen = layer_map(config.layer_map, config.layers, sizes.num_hidden_layers)
     student.load_state_dict(_narrowed(_of_layers(teacher.state_dict(), chosen), inner))
     student.base_model.embeddings.word_embeddings.sparse = True

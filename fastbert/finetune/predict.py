@@ -37,6 +37,7 @@ def predict(config: PredictConfig) -> None:
     allocator.keep_memory()
     texts = read_texts(config.file, config.text, config.pair, separator=config.separator, quoting=config.quoting)
     model = load(config.folder).to(config.device)
+    expect_pairs(model, config.pair, config.folder)
     encoded = encode(load_tokenizer(config.folder), texts, model.config.longest, model.config.vocab_size)
     if torch.device(config.device).type == "cpu" and isinstance(model, SequenceClassifier):
         freeze(model, torch.bfloat16 if config.bf16 else None)
@@ -106,6 +107,16 @@ def load(folder: Path) -> Classifier:
             raise ValueError(
                 f"{lacking}: expected a classifier's folder, such as model/ of fastbert finetune or distill"
             ) from None
+
+
+def expect_pairs(model: Classifier, pair: str | None, folder: Path) -> None:
+    """Raises ValueError where a classifier that was trained on pairs is given single texts, or the reverse."""
+    if model.pairs and pair is None:
+        raise ValueError(
+            f"the classifier in {folder} was trained on pairs of texts: name the column of the second one (--pair)"
+        )
+    if model.pairs is False and pair is not None:
+        raise ValueError(f"the classifier in {folder} was trained on single texts: leave --pair {pair} out")
 
 
 def _rows(outputs: Tensor, model: Classifier, suffix: str) -> str:

@@ -34,18 +34,18 @@ def make_model(config: FinetuneConfig, classes: list[str]) -> SequenceClassifier
     problem_type = "regression" if config.regression else "single_label_classification"
     if config.features:
         dropout = USUAL_DROPOUT if config.dropout is None else config.dropout
-        return FeatureClassifier.over(config.init, classes, problem_type, dropout)
-    return over_folder(config.init, config.dropout, classes, problem_type)
+        return FeatureClassifier.over(config.init, classes, problem_type, dropout, config.pair is not None)
+    return over_folder(config.init, config.dropout, classes, problem_type, config.pair is not None)
 
 
 def over_folder(
-    folder: Path, dropout: float | None, labels: Sequence[str], problem_type: ProblemType
+    folder: Path, dropout: float | None, labels: Sequence[str], problem_type: ProblemType, pairs: bool
 ) -> SequenceClassifier:
     """The folder's encoder with a new head, to be trained here; with None the folder's dropout."""
     kind = class_of(folder, CLASSIFIERS)
     encoder = class_of(folder, ENCODERS).from_pretrained(folder, add_pooling_layer=kind.takes_pooler)
     encoder.config = dataclasses.replace(encoder.config, **dropout_fields(dropout, encoder.config))
-    model = kind.over(encoder, labels, problem_type)
+    model = kind.over(encoder, labels, problem_type, pairs)
     model.base_model.embeddings.word_embeddings.sparse = True
     return model
 

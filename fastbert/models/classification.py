@@ -45,27 +45,29 @@ class Labelled:
     Attributes:
         labels: names of the classes, in the order of the logits; one for a regression.
         problem_type: "single_label_classification" or "regression".
+        pairs: whether what is classified are pairs of texts; None where nobody said.
     """
 
     labels: tuple[str, ...]
     problem_type: ProblemType
+    pairs: bool | None
 
-    def set_labels(self, labels: Sequence[str], problem_type: ProblemType) -> None:
+    def set_labels(self, labels: Sequence[str], problem_type: ProblemType, pairs: bool | None = None) -> None:
         """Raises ValueError for another problem type, and for labels that do not fit it."""
         if problem_type not in get_args(ProblemType):
             kinds = " or ".join(get_args(ProblemType))
             raise ValueError(f"problem_type must be {kinds}, got {problem_type!r}: there is no other head here")
         if len(set(labels)) != len(labels) or (len(labels) == 1) != (problem_type == "regression"):
             raise ValueError(f"labels must be two or more names, for a regression one, each once; got {list(labels)}")
-        self.labels, self.problem_type = tuple(labels), problem_type
+        self.labels, self.problem_type, self.pairs = tuple(labels), problem_type, pairs
 
     def label_fields(self) -> dict[str, Any]:
-        """What config.json says of the labels."""
+        """What config.json says of the labels, and of what has them."""
         return {
             "id2label": {str(i): label for i, label in enumerate(self.labels)},
             "label2id": {label: i for i, label in enumerate(self.labels)},
             "problem_type": self.problem_type,
-        }
+        } | ({} if self.pairs is None else {"text_pairs": self.pairs})
 
     @staticmethod
     def stored_labels(fields: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +78,8 @@ class Labelled:
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(f"config.json's id2label must name a label for each number, got {names!r}") from error
         kind = "regression" if len(labels) == 1 else "single_label_classification"
-        return {"labels": labels, "problem_type": fields.get("problem_type") or kind}
+        problem_type = fields.get("problem_type") or kind
+        return {"labels": labels, "problem_type": problem_type, "pairs": fields.get("text_pairs")}
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """What `forward` says of its loss: logits [B, labels] and labels [B] -> float32 scalar; raises as that does."""
@@ -97,6 +100,7 @@ class SequenceClassifier(Labelled, ModelWithHead):
         labels: names of the classes, in the order of the logits; one for a regression.
         problem_type: "single_label_classification" or "regression".
         classifier_dropout: before the classifier; None takes what the configuration has for it.
+        pairs: whether pairs of texts are classified; None where that is not known.
         encoder_options: the encoder's own.
 
     Raises:
@@ -111,13 +115,14 @@ class SequenceClassifier(Labelled, ModelWithHead):
         labels: Sequence[str],
         problem_type: ProblemType = "single_label_classification",
         classifier_dropout: float | None = None,
+        pairs: bool | None = None,
         **encoder_options: Any,
     ):
         p = classifier_dropout
         if p is not None and (type(p) not in (int, float) or not 0.0 <= p <= 1.0):
             raise ValueError(f"classifier_dropout is a probability: expected None or a number from 0 to 1, got {p!r}")
         super().__init__(config, **encoder_options)
-        self.set_labels(labels, problem_type)
+        self.set_labels(labels, problem_type, pairs)
         self.classifier_dropout = classifier_dropout
         self.dropout = Dropout(self.dropout_p)
         self.classifier = nn.Linear(config.hidden_size, len(labels))
@@ -129,9 +134,11 @@ class SequenceClassifier(Labelled, ModelWithHead):
         return usual if self.classifier_dropout is None else self.classifier_dropout
 
     @classmethod
-    def over(cls, encoder: Encoder, labels: Sequence[str], problem_type: ProblemType) -> "SequenceClassifier":
+    def over(
+        cls, encoder: Encoder, labels: Sequence[str], problem_type: ProblemType, pairs: bool | None = None
+    ) -> "SequenceClassifier":
         """A classifier with a copy of the encoder's weights; a pooler that it lacks is drawn anew, as the head is."""
-        model = cls(encoder.config, labels, problem_type)
+        model = cls(encoder.config, labels, problem_type, pairs=pairs)
         model.take_encoder(encoder)
         return model
 

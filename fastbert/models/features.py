@@ -67,6 +67,7 @@ class FeatureClassifier(Labelled, OwnFolder):
         labels: names of the classes, in the order of the logits; one for a regression.
         problem_type: "single_label_classification" or "regression".
         dropout: probability, on the mix.
+        pairs: whether pairs of texts are classified; None where that is not known.
 
     Raises:
         ValueError: another problem type, or labels that do not fit it.
@@ -80,9 +81,10 @@ class FeatureClassifier(Labelled, OwnFolder):
         labels: Sequence[str],
         problem_type: ProblemType = "single_label_classification",
         dropout: float = 0.1,
+        pairs: bool | None = None,
     ):
         super().__init__(encoder.config)
-        self.set_labels(labels, problem_type)
+        self.set_labels(labels, problem_type, pairs)
         self.encoder = encoder.requires_grad_(False).eval()
         self.mix = ScalarMix(1 + self.config.num_hidden_layers)
         self.dropout = Dropout(dropout)

@@ -79,6 +79,7 @@ class SmallClassifier(Labelled, OwnFolder):
         config: sizes.
         labels: names of the classes, in the order of the logits; one for a regression.
         problem_type: "single_label_classification" or "regression".
+        pairs: whether pairs of texts are classified; None where that is not known.
 
     Raises:
         ValueError: another problem type, or labels that do not fit it.
@@ -87,10 +88,14 @@ class SmallClassifier(Labelled, OwnFolder):
     config_class = SmallConfig
 
     def __init__(
-        self, config: SmallConfig, labels: Sequence[str], problem_type: ProblemType = "single_label_classification"
+        self,
+        config: SmallConfig,
+        labels: Sequence[str],
+        problem_type: ProblemType = "single_label_classification",
+        pairs: bool | None = None,
     ):
         super().__init__(config)
-        self.set_labels(labels, problem_type)
+        self.set_labels(labels, problem_type, pairs)
         self.word_embeddings = nn.Embedding(
             config.vocab_size, config.embedding_size, padding_idx=config.pad_token_id, sparse=True
         )

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fastbert.backends import attention as kernels
-from fastbert.backends import pick, pick_among, requested
+from fastbert.backends import pick, requested
 from fastbert.ops import philox
 from fastbert.ops.attention_visible import check_ranks, check_visible
 from fastbert.ops.checks import as_float, as_int, autocast, check_activation, check_tensor, wide, without_autocast
@@ -40,7 +40,6 @@ from fastbert.ops.embedding import has_kernel, table_gradient
 from fastbert.ops.register import differentiated, once_differentiable, register
 
 LANE_BITS = 8  # of dropout: a byte for each weight
-HAVE_GLOBAL_TOKENS, HAVE_RANKS = ("cpu",), ("cpu",)  # the backends whose kernels have them
 
 
 def attention(
@@ -197,19 +196,11 @@ def _run(
     backend: str | None, cu_seqlens: Tensor, options: tuple, *inputs: Tensor, read: Tensor | None = None
 ) -> Tensor:
     """Of (q, k, v), or of one (qkv)."""
-    chosen = _pick(requested(backend), inputs[0], *options[-3:-1])
+    chosen = pick("attention", requested(backend), inputs[0])
     if differentiated(*inputs):
         return _Attention.apply(chosen, read, *inputs, cu_seqlens, *options)
     out, _ = functions[chosen].attention_forward(*_split(inputs), cu_seqlens, *options)
     return out if read is None else out.index_select(0, read)
-
-
-def _pick(name: str, x: Tensor, global_tokens: Tensor | None, query_ranks: Tensor | None) -> str:
-    if global_tokens is not None:
-        return pick_among(HAVE_GLOBAL_TOKENS, "its kernels have no global tokens so far", "attention", name, x)
-    if query_ranks is not None:
-        return pick_among(HAVE_RANKS, "its kernels have no ranks so far", "attention", name, x)
-    return pick("attention", name, x)
 
 
 class reference:  # a namespace, spelled as the backend is

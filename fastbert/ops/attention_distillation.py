@@ -138,14 +138,14 @@ functions = register(reference, kernels, attention_distillation=_fake)
 
 class _AttentionDistillation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, chosen, q, *others):
-        loss, dq, dk = functions[chosen].attention_distillation(q, *others)
+    def forward(ctx, chosen, q, k, *others):
+        loss, dq, dk = functions[chosen].attention_distillation(q, k, *others)
         ctx.dtype = q.dtype
-        ctx.save_for_backward(dq, dk)
+        ctx.save_for_backward(dq, dk, q, k)  # the inputs so that a second derivative finds its way, and is refused
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
-        dq, dk = ctx.saved_tensors
+        dq, dk, *_ = ctx.saved_tensors
         return None, (dloss * dq).to(ctx.dtype), (dloss * dk).to(ctx.dtype), *(None,) * 4

@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 from fastbert.backends import hard_attention as kernels
-from fastbert.backends import pick, pick_among, requested
+from fastbert.backends import pick, requested
 from fastbert.ops import philox
-from fastbert.ops.attention import HAVE_GLOBAL_TOKENS, Padding, check_inputs, check_numbers, softmax_weights
+from fastbert.ops.attention import Padding, check_inputs, check_numbers, softmax_weights
 from fastbert.ops.attention_visible import check_visible
 from fastbert.ops.checks import as_float, as_int, autocast, kind, without_autocast
 from fastbert.ops.register import differentiated, once_differentiable, register
@@ -69,8 +69,7 @@ def hard_attention(
         gumbel: adds noise to the scores, so that a key is drawn by its softmax weight: straight-through
             Gumbel-softmax. For training; in evaluation the best key is taken.
         seed: of the noise, an int, or int64 [1] on q's device; None draws one from torch's default generator.
-        backend: runs on this backend or raises; None chooses by the tensor's device. Global tokens are the cpu
-            backend's and the reference's, as in `attention`.
+        backend: runs on this backend or raises; None chooses by the tensor's device.
 
     Returns:
         [T, N, D] in q's dtype; 0 for a query that sees no key.
@@ -88,17 +87,11 @@ def hard_attention(
         raise TypeError(f"gumbel must be True or False, got {kind(gumbel)} {gumbel!r}")
     seed = philox.resolve_seed(seed, int(gumbel), q.device)
     q, k, v = autocast(q), autocast(k), autocast(v)
-    chosen = _pick(requested(backend), q, visible[-1])
+    chosen = pick("hard_attention", requested(backend), q)
     options = cu_seqlens, max_seqlen, scale, temperature, seed, *visible
     if differentiated(q, k, v):
         return _HardAttention.apply(chosen, q, k, v, *options)
     return functions[chosen].hard_attention_forward(q, k, v, *options)[0]
-
-
-def _pick(name: str, q: Tensor, global_tokens: Tensor | None) -> str:
-    if global_tokens is None:
-        return pick("hard_attention", name, q)
-    return pick_among(HAVE_GLOBAL_TOKENS, "its kernels have no global tokens so far", "hard_attention", name, q)
 
 
 def annealed_temperature(step: int, rate: float = 1e-4, start: float = 1.0, end: float = 0.5) -> float:

@@ -31,9 +31,10 @@ class AddedGradients:
         self._sums: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
-    def take(self) -> None:
-        """Adds what the last backward pass made of gradients, and leaves None."""
-        given = [p for p in self._params if p.grad is not None and p.grad.layout is torch.strided]
+    def take(self, params: Iterable[Tensor] | None = None) -> None:
+        """Adds what the last backward pass made of gradients, of all or of these parameters, and leaves None."""
+        among = self._params if params is None else params
+        given = [p for p in among if p.grad is not None and p.grad.layout is torch.strided]
         for params in _chunks(given):
             grads = [param.grad for param in params]
             if grads[0].dtype in (torch.bfloat16, torch.float16):
@@ -47,11 +48,16 @@ class AddedGradients:
             for param in params:
                 param.grad = None
 
-    def give_back(self) -> None:
-        """Every gradient becomes the sum."""
-        for param, total in self._sums.items():
-            param.grad = total
-        self._sums = {}
+    def give_back(self, params: Iterable[Tensor] | None = None) -> None:
+        """Every gradient, or that of these parameters, becomes the sum."""
+        for param in list(self._sums if params is None else params):
+            if param in self._sums:
+                param.grad = self._sums.pop(param)
+
+    def complete(self, params: Iterable[Tensor] | None = None) -> None:
+        """Gradients of the last backward pass become the sums of all."""
+        self.take(params)
+        self.give_back(params)
 
 
 def _chunks(params: list[Tensor]) -> list[list[Tensor]]:

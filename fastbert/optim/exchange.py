@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastbert.optim.accumulate import AddedGradients
 from fastbert.optim.gradients import check_integers, named_rows, read, row_ids, sparse
 
 BUCKET = 25 << 20  # bytes, as DistributedDataParallel's
@@ -32,15 +33,22 @@ class SummedGradients:
         params: the same in every process. Those without a gradient are left out, in all processes alike.
         group: the process group; None for the default one.
         bucket: bytes from which a bucket is full.
+        added: has the sums of the passes before, which are added to a bucket by lists, where autograd adds one
+            parameter after the other.
 
     Raises:
         TypeError: a gradient that is not dense, when `exchange` ends.
     """
 
     def __init__(
-        self, params: Iterable[Tensor], *, group: dist.ProcessGroup | None = None, bucket: int = BUCKET
+        self,
+        params: Iterable[Tensor],
+        *,
+        group: dist.ProcessGroup | None = None,
+        bucket: int = BUCKET,
+        added: AddedGradients | None = None,
     ) -> None:
-        self._params, self._group, self._size = list(params), group, bucket
+        self._params, self._group, self._size, self._added = list(params), group, bucket, added
         self._buckets: list[list[Tensor]] = []
         self._number_of: dict[Tensor, int] = {}  # of a parameter's bucket
         self._is_open = False
@@ -59,6 +67,8 @@ class SummedGradients:
         finally:
             self._is_open = False
         self._buckets = self._buckets[: len(self._sent)]
+        if self._added is not None:
+            self._added.complete()
         sent = set(itertools.chain(*self._buckets))
         rest = (p for p in (*self._arrived, *self._params) if p.grad is not None and p not in sent)
         for bucket in _in_buckets(list(dict.fromkeys(rest)), self._size):
@@ -78,7 +88,10 @@ class SummedGradients:
         if param in self._number_of:
             self._missing[self._number_of[param]] -= 1
         while len(self._sent) < len(self._buckets) and not self._missing[len(self._sent)]:
-            self._send(self._buckets[len(self._sent)])
+            bucket = self._buckets[len(self._sent)]
+            if self._added is not None:
+                self._added.complete(bucket)
+            self._send(bucket)
 
     def _send(self, bucket: list[Tensor]) -> None:
         flat = torch.cat([param.grad.reshape(-1) for param in bucket])

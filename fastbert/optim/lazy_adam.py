@@ -4,6 +4,7 @@ The update itself is an op (`fastbert.ops.lazy_adam`); here are parameter groups
 gradients, state, plans and missed steps have a file each. Everything is checked before anything is changed.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -141,6 +142,7 @@ class LazyAdam(MissedSteps, Optimizer):
         name_dtype(defaults)
         self._padding: dict[Tensor, int] = {}  # of attached embeddings
         self._copies: dict[Tensor, Tensor] = {}  # in bfloat16, of some parameters
+        self._is_captured = False  # a CUDA graph has the addresses of the state
         self._checked: list[tuple] = []  # of each group, the options that were found to hold
         self._forget_plans()
         super().__init__(params, defaults)
@@ -155,7 +157,10 @@ class LazyAdam(MissedSteps, Optimizer):
         return cls(decay_groups(model, weight_decay), lr=lr, **options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters; its options override the constructor's. Raises as the constructor does."""
+        """Adds a group of parameters; its options override the constructor's. Raises as the constructor does.
+
+        A CUDA graph of an earlier step goes on without them, which is warned of.
+        """
         if not isinstance(param_group, dict):
             raise TypeError(f"a parameter group must be a dict with the key 'params', got {type(param_group)}")
         name_dtype(param_group)
@@ -169,6 +174,12 @@ class LazyAdam(MissedSteps, Optimizer):
             self.param_groups.pop()
             raise
         self._checked.append(choices_of(self.param_groups[-1]))
+        if self._is_captured:
+            warnings.warn(
+                "a step of this optimizer was captured as a CUDA graph, which goes on without the parameters that are "
+                "added now: capture the step anew",
+                stacklevel=2,
+            )
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
@@ -232,6 +243,8 @@ class LazyAdam(MissedSteps, Optimizer):
                         param, its = local(param), {name: local(value) for name, value in its.items()}
                     taken.append((number, param, its, gradient, group, formula))
                 number += 1
+        if taken and taken[0][1].is_cuda and torch.cuda.is_current_stream_capturing():
+            self._is_captured = True
         if closure is None and not self.state and state.is_asked_for(self.param_groups, [take[3] for take in taken]):
             for number, param, _, _, group, _ in taken:
                 whole = self._parameters()[number]
@@ -395,7 +408,9 @@ class LazyAdam(MissedSteps, Optimizer):
         return {**super().__getstate__(), "_padding": self._padding}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._checked, self._copies = [], {}
+        self._checked = []
+        for name, usual in (("_copies", {}), ("_is_captured", False)):  # of one that is loaded into they stay
+            self.__dict__.setdefault(name, usual)
         self._forget_plans()
         super().__setstate__(state)
         for group in self.param_groups:
@@ -405,7 +420,8 @@ class LazyAdam(MissedSteps, Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` of this class or of `torch.optim.Adam`, `AdamW` or `SparseAdam` returned; a copy.
 
-        Options that the saved groups do not name stay as they are here.
+        Options that the saved groups do not name stay as they are here. Where a step was captured as a CUDA graph,
+        state is put where the graph finds it; the graph's options stay those that it was captured with.
 
         Raises:
             ValueError: groups or state of another optimizer, or that do not fit or lack a part; options outside their
@@ -414,7 +430,7 @@ class LazyAdam(MissedSteps, Optimizer):
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"load_state_dict takes the dict that state_dict() returned, got {type(state_dict)}")
-        saved = {}
+        saved, in_graph = {}, dict(self.state) if self._is_captured else {}
 
         # torch casts state to the parameter's dtype while it loads, which would cost float32 moments of bfloat16
         # parameters their bits: the state is read again, after the users' hooks before and before those after.
@@ -428,7 +444,8 @@ class LazyAdam(MissedSteps, Optimizer):
                 for key, param in zip(group["params"], own["params"], strict=True):
                     if its := saved["state"].get(key):
                         its = {name: local(value) for name, value in its.items()}
-                        self.state[param] = spread(state.restored(its, local(param), own), param)
+                        its = state.in_place(state.restored(its, local(param), own), in_graph.get(param, {}))
+                        self.state[param] = spread(its, param)
 
         before = self.register_load_state_dict_pre_hook(check)
         after = self.register_load_state_dict_post_hook(restore, prepend=True)

@@ -226,6 +226,16 @@ def restored(state: State, param: Tensor, group: Group) -> State:
     return {name: _restored(name, value, param, group) for name, value in state.items()}
 
 
+def in_place(state: State, before: State) -> State:
+    """`state` in the memory of `before`, where a captured graph looks; a tensor unlike the one there stays its own."""
+    return {name: before[name].copy_(x) if _is_like(x, before.get(name)) else x for name, x in state.items()}
+
+
+def _is_like(x: Any, other: Any) -> bool:
+    both = isinstance(x, Tensor) and isinstance(other, Tensor)
+    return both and (x.shape, x.dtype, x.device) == (other.shape, other.dtype, other.device)
+
+
 def _restored(name: str, value: Any, param: Tensor, group: Group) -> Any:
     if name == "step":
         return torch.tensor(float(value), dtype=torch.float32, device=_device_of_step(param, group))

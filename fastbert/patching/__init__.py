@@ -1,7 +1,8 @@
 """Models that `transformers` made, computed by this package's ops: `patch`, `unpatch`, `patched`, `register_attention`.
 
 `swap` exchanges a model's class for one whose `forward` is ours; `kinds` knows where each type of model has its parts;
-`encoder` takes packed tokens through them; `words` computes the masked word loss; `interface` is attention alone.
+`encoder` takes packed tokens through them; `words` computes the masked word loss; `padding` keeps heads from reading
+padding; `interface` is attention alone.
 transformers is imported when one of these functions is called, never by `import fastbert`.
 """
 
@@ -23,7 +24,7 @@ def patch(model: Model) -> Model:
     with its bias, and dropout with residual and LayerNorm are those of this package; parameters and their names,
     `state_dict`, `save_pretrained` and the class's name stay. Of `...ForMaskedLM`, and of `...ForPreTraining`
     with the labels of both heads, words' logits are in training computed only where labels are, for the loss:
-    `out.logits` (`out.prediction_logits`) is then None.
+    `out.logits` (`out.prediction_logits`) is then None. Logits of `...ForQuestionAnswering` are -1e4 at padding.
 
     Rows of `last_hidden_state` at padding are 0. What cannot be packed is computed as before, with a warning that says
     once why: `output_attentions`, masks of three and four axes, masks whose first token is padding, cross-attention,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.utils import ModelOutput
 
 from fastbert.models.inputs import Packing
 from fastbert.ops.attention import attention
@@ -34,8 +35,13 @@ def encode(kind: Encoder, model: nn.Module, original: Callable, given: dict[str,
     states = [packing.put_padding_back(x) for x in _states(kind, model, packing, given, all_of_them=wants_states)]
     pooled = {} if kind.pool is None else {"pooler_output": kind.pool(model, states[-1])}
     output = kind.output(last_hidden_state=states[-1], hidden_states=tuple(states) if wants_states else None, **pooled)
-    as_dict = given.get("return_dict")
-    return output if (model.config.return_dict if as_dict is None else as_dict) else output.to_tuple()
+    return as_asked(model, given, output)
+
+
+def as_asked(model: nn.Module, given: dict[str, Any], output: ModelOutput) -> ModelOutput | tuple:
+    """The output by names or as a tuple, as the call or the configuration says."""
+    by_names = given.get("return_dict")
+    return output if (model.config.return_dict if by_names is None else by_names) else output.to_tuple()
 
 
 @torch.compiler.disable  # it looks at the mask, and many modules

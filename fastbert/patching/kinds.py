@@ -222,3 +222,23 @@ WORD_HEADS: dict[type, Callable[[nn.Module], WordHead]] = {
     electra.ElectraForMaskedLM: _electra_head,
     distilbert.DistilBertForMaskedLM: _distilbert_head,
 }
+
+# Heads that have a logit for each token, also at padding.
+ANSWER_HEADS = (
+    bert.BertForQuestionAnswering,
+    ernie.ErnieForQuestionAnswering,
+    roberta.RobertaForQuestionAnswering,
+    xlm_roberta.XLMRobertaForQuestionAnswering,
+    albert.AlbertForQuestionAnswering,
+    electra.ElectraForQuestionAnswering,
+    distilbert.DistilBertForQuestionAnswering,
+)
+TOKEN_HEADS = (
+    bert.BertForTokenClassification,
+    ernie.ErnieForTokenClassification,
+    roberta.RobertaForTokenClassification,
+    xlm_roberta.XLMRobertaForTokenClassification,
+    albert.AlbertForTokenClassification,
+    electra.ElectraForTokenClassification,
+    distilbert.DistilBertForTokenClassification,
+)

@@ -73,7 +73,11 @@ def _in_layer(parts: LayerParts, home: str) -> tuple[nn.Module, str] | None:
 
 def _in_leaf(leaf: Any) -> str | None:
     """Of a module that the ops compute; one that is none of torch's own is called, and its hooks with it."""
-    return _not_called(leaf) if type(leaf) in (nn.Linear, nn.LayerNorm, nn.Dropout) else None
+    if type(leaf) in (nn.Linear, nn.LayerNorm, nn.Dropout):
+        return _not_called(leaf)
+    if isinstance(leaf, nn.Module) and leaf._forward_pre_hooks_with_kwargs:  # adapter_names of peft is one
+        return "it has a hook on its arguments, which may count texts where there are packed tokens"
+    return None
 
 
 def _in_container(module: nn.Module, home: str) -> str | None:
@@ -144,8 +148,8 @@ def in_call(model: nn.Module, given: dict[str, Any], shape: torch.Size) -> str |
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dim() != 2:
-        form = f"has shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"is a {type(mask).__qualname__}"
+        form = f"has {mask.dim()} axes" if isinstance(mask, Tensor) else f"is a {type(mask).__qualname__}"
         return f"attention_mask {form}, where padding is marked by [batch, tokens]"
     if mask.shape != shape:
-        return f"attention_mask has shape {list(mask.shape)} beside words of shape {list(shape)}"
+        return "attention_mask has another shape than the words"
     return None if mask[:, :1].all() else "a sequence begins with padding: pad on the right"

@@ -11,8 +11,16 @@ from typing import Any
 
 from torch import nn
 
-from fastbert.patching import encoder, obstacles, words
-from fastbert.patching.kinds import ENCODERS, WORD_HEADS
+from fastbert.patching import encoder, obstacles, padding, words
+from fastbert.patching.kinds import ANSWER_HEADS, ENCODERS, TOKEN_HEADS, WORD_HEADS
+
+# transformers' class -> what is computed instead of its `forward`, of the model, that `forward` and arguments by name.
+COMPUTED: dict[type, Callable[[nn.Module, Callable, dict[str, Any]], Any]] = {
+    **{base: functools.partial(encoder.encode, kind) for base, kind in ENCODERS.items()},
+    **{base: functools.partial(words.predict, head) for base, head in WORD_HEADS.items()},
+    **dict.fromkeys(ANSWER_HEADS, padding.answer),
+    **dict.fromkeys(TOKEN_HEADS, padding.classify),
+}
 
 
 def patch(model: nn.Module) -> list[nn.Module]:
@@ -20,7 +28,7 @@ def patch(model: nn.Module) -> list[nn.Module]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"fastbert.patch takes a model, a torch.nn.Module, got {type(model).__qualname__}")
     names = {module: name or type(model).__name__ for name, module in model.named_modules()}
-    found = [module for module in names if _table(type(module)) is not None]
+    found = [module for module in names if _base(type(module)) is not None]
     encoders = [module for module in names if isinstance(module, tuple(ENCODERS))]
     if not encoders:
         raise ValueError(_nothing_found(model))
@@ -31,13 +39,13 @@ def patch(model: nn.Module) -> list[nn.Module]:
                 f"{names[module]} ({type(module).__name__}) has a `forward` of its own, which patching would leave "
                 f"out: fastbert.patch takes {base} and subclasses that keep its `forward`"
             )
-        if obstacles.has_own_forward(module):
+        if _original(type(module)) is None and obstacles.has_own_forward(module):
             raise ValueError(
                 f"{names[module]} ({type(module).__name__}) has a `forward` of its own on the instance, which would "
                 "hide ours: patch the model before something wraps it"
             )
     for module in encoders:
-        why = obstacles.in_model(module, _kind_of(type(module), ENCODERS))
+        why = obstacles.in_model(module, ENCODERS[_base(type(module))])
         if why is not None:
             raise ValueError(f"{names[module]} ({type(module).__name__}) cannot be patched: {why}")
     changed = [module for module in found if _original(type(module)) is None]
@@ -63,17 +71,10 @@ def _original(cls: type) -> type | None:
     return vars(cls).get("_fastbert_original")
 
 
-def _kind_of(cls: type, table: dict[type, Any]) -> Any:
-    """The entry of transformers' class whose `forward` this class has; None for none."""
+def _base(cls: type) -> type | None:
+    """The class of COMPUTED whose `forward` this class has; None for none."""
     cls = _original(cls) or cls
-    for base, kind in table.items():
-        if issubclass(cls, base) and cls.forward is base.forward:
-            return kind
-    return None
-
-
-def _table(cls: type) -> dict[type, Any] | None:
-    return next((table for table in (ENCODERS, WORD_HEADS) if _kind_of(cls, table) is not None), None)
+    return next((base for base in COMPUTED if issubclass(cls, base) and cls.forward is base.forward), None)
 
 
 def _nothing_found(model: nn.Module) -> str:
@@ -90,11 +91,10 @@ def _nothing_found(model: nn.Module) -> str:
 
 @functools.cache
 def _patched_class(cls: type) -> type:
-    table = _table(cls)
-    compute = encoder.encode if table is ENCODERS else words.predict
     namespace = {
-        "forward": _forward(cls.forward, functools.partial(compute, _kind_of(cls, table))),
+        "forward": _forward(cls.forward, COMPUTED[_base(cls)]),
         "_fastbert_original": cls,
+        "__init__": _initialize(cls),
         "__reduce_ex__": _reduce,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -105,13 +105,29 @@ def _patched_class(cls: type) -> type:
 
 def _forward(original: Callable, compute: Callable) -> Callable:
     """`compute(self, original, given)`, given being the arguments by name, with the original's signature."""
-    names = list(inspect.signature(original).parameters)[1:]
+    parameters = list(inspect.signature(original).parameters.values())[1:]
+    names = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **arguments: Any) -> Any:
+        if len(args) > len(names) or any(name in arguments for name in names[: len(args)]):
+            return original(self, *args, **arguments)  # for its message
+        if not hasattr(type(self), "_fastbert_original"):  # kept by a wrapper, such as accelerate's, over `unpatch`
+            return original(self, *args, **arguments)
         return compute(self, original, dict(zip(names, args, strict=False)) | arguments)
 
     return forward
+
+
+def _initialize(cls: type) -> Callable:
+    """A new model of a patched one's class, as `type(model)(config)` and `from_pretrained` make it, is not patched."""
+
+    @functools.wraps(cls.__init__)
+    def initialize(self: nn.Module, *args: Any, **arguments: Any) -> None:
+        self.__class__ = cls
+        self.__init__(*args, **arguments)
+
+    return initialize
 
 
 def _reduce(self: nn.Module, protocol: int) -> tuple:

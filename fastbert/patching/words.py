@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import MaskedLMOutput
 
 from fastbert.models.inputs import IGNORED
 from fastbert.ops.cross_entropy import cross_entropy
-from fastbert.patching.encoder import activated, norm, product
+from fastbert.patching.encoder import activated, as_asked, norm, product
 from fastbert.patching.kinds import WordHead
+from fastbert.patching.padding import check_labels
 
 
 def predict(head: Callable[[nn.Module], WordHead], model: nn.Module, original: Callable, given: dict[str, Any]) -> Any:
@@ -27,7 +27,7 @@ def predict(head: Callable[[nn.Module], WordHead], model: nn.Module, original: C
     pair_labels = given.get(pair.label) if pair else None
     if labels is None or (pair and pair_labels is None) or not model.training:
         return original(model, **given)
-    _check(labels, given.get("attention_mask"))
+    check_labels(labels, given.get("attention_mask"))
     own = "labels", "return_dict", *([pair.label] if pair else ())
     output = model.base_model(**{name: value for name, value in given.items() if name not in own}, return_dict=True)
     hidden = output.last_hidden_state
@@ -44,20 +44,7 @@ def predict(head: Callable[[nn.Module], WordHead], model: nn.Module, original: C
         scores = pair.classifier(output.pooler_output)  # [B, 2]
         pair_loss = nn.functional.cross_entropy(scores.view(-1, 2), pair_labels.view(-1).to(scores.device))
         result = pair.output(loss=loss + pair_loss, **{pair.logits: scores}, **more)
-    as_dict = given.get("return_dict")
-    return result if (model.config.return_dict if as_dict is None else as_dict) else result.to_tuple()
-
-
-@torch.compiler.disable  # it looks at the labels
-def _check(labels: Tensor, mask: Tensor | None) -> None:
-    if mask is None or mask.shape != labels.shape:
-        return
-    count = int(((labels != IGNORED) & (mask.to(labels.device) == 0)).sum())
-    if count:
-        raise ValueError(
-            f"{count} labels stand at padding, where a patched model's hidden states are 0: set them to {IGNORED}, as "
-            "transformers.DataCollatorForLanguageModeling does, or train without fastbert.patch"
-        )
+    return as_asked(model, given, result)
 
 
 def _loss(head: WordHead, hidden: Tensor, labels: Tensor) -> Tensor:

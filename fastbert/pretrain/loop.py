@@ -53,7 +53,6 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path | None:
                     f"with --sampled the softmax's gradients are sparse, which several processes do not add up here: "
                     f"start one process in place of {processes.count}, or leave --sampled out"
                 )
-            config.output.mkdir(parents=True, exist_ok=True)
             held.enter_context(lock.hold(config.output))
             return settings
 

@@ -1,5 +1,7 @@
 """What the presets cost: learning rate, parameters, memory and arithmetic of a training step, from sizes alone."""
 
+import functools
+
 import torch
 
 from fastbert.models.auto import PRETRAINED
@@ -19,6 +21,7 @@ MASKED = 0.15  # share of tokens to predict; a causal model predicts next to all
 FLOAT32 = 4  # bytes
 
 
+@functools.cache  # the table asks three times
 def parameters(config: ModelConfig) -> int:
     """Numbers that a pretraining model of this configuration learns."""
     kind = next(kind for kind in PRETRAINED.values() if kind.config_class is type(config))

@@ -1,10 +1,12 @@
 """The batches of a run, epoch after epoch, of which each process takes its share of every step."""
 
-import functools
+import itertools
 from collections.abc import Iterator
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from fastbert.data.batch import Batch
 from fastbert.data.batches import PretrainBatches
@@ -24,27 +26,33 @@ class Stream:
         self.epoch = self.index = 0
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        micro: list[Batch] = []
-        before = 0  # batches that the step has of the epoch before
-        while True:
-            batches = self.batches.at_epoch(self.epoch)
-            first = self.index
-            place_of = functools.partial(_place, first - before, self.accumulate)  # in its step, of each batch
+        # Workers stay from one epoch to the next, and prepare its first batches before the last ones are trained on.
+        of_loader, of_steps = itertools.tee(self._places())
+        loader = DataLoader(
+            OfEpochs(self.batches), batch_size=None,
+            sampler=((batches.epoch, batches.samples(i)) for batches, i, place in of_loader if place in self.own),
             # A generator of its own: the loader draws from it, and torch's default one is part of what resumes.
-            loader = DataLoader(
-                batches, batch_size=None, sampler=(i for i in batches.numbers(first) if place_of(i) in self.own),
-                num_workers=self.workers, generator=torch.Generator(), worker_init_fn=obey_the_parent_alone,
-            )  # fmt: skip
-            own = iter(loader)
+            num_workers=self.workers, generator=torch.Generator(), worker_init_fn=obey_the_parent_alone,
+            collate_fn=as_arrays,
+        )  # fmt: skip
+        own, micro = iter(loader), []
+        for batches, i, place in of_steps:
+            if place in self.own:
+                micro.append(as_tensors(next(own)))
+            self.epoch, self.index = batches.epoch, i + 1
+            if place == self.accumulate - 1:
+                yield micro
+                micro = []
+
+    def _places(self) -> Iterator[tuple[PretrainBatches, int, int]]:
+        """Of each batch from here on: those of its epoch, its number there, and its place in its step."""
+        epoch, first, place = self.epoch, self.index, 0
+        while True:
+            batches = self.batches.at_epoch(epoch)
             for i in batches.numbers(first):
-                if place_of(i) in self.own:
-                    micro.append(next(own))
-                self.index += 1
-                if place_of(i) == self.accumulate - 1:
-                    yield micro
-                    micro = []
-            before = (before + self.index - first) % self.accumulate
-            self.epoch, self.index = self.epoch + 1, 0
+                yield batches, i, place
+                place = (place + 1) % self.accumulate
+            epoch, first = epoch + 1, 0
 
     def followed_by(self, batches: PretrainBatches) -> "Stream":
         """Other batches from here on, from the next epoch's first, so that no random number is drawn twice."""
@@ -53,5 +61,21 @@ class Stream:
         return stream
 
 
-def _place(start: int, accumulate: int, i: int) -> int:
-    return (i - start) % accumulate
+def as_arrays(batch: Batch) -> Batch:
+    """As it comes from another process by one message; each tensor would be a file that this one opens and maps."""
+    return Batch(*(x.numpy() if isinstance(x, Tensor) else x for x in batch))
+
+
+def as_tensors(batch: Batch) -> Batch:
+    return Batch(*(torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in batch))
+
+
+class OfEpochs(Dataset[Batch]):
+    """Batches by their epoch and samples: so many processes make them, and one finds out which samples go together."""
+
+    def __init__(self, batches: PretrainBatches) -> None:
+        self._batches = batches
+
+    def __getitem__(self, place: tuple[int, np.ndarray]) -> Batch:
+        epoch, samples = place
+        return self._batches.at_epoch(epoch).made_of(samples)

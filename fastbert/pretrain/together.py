@@ -27,8 +27,8 @@ class Together:
     Args:
         processes: all of them.
         accumulate: micro-batches of a step, of all processes.
-        params: those whose gradients `backward` adds up: those of all processes; or on a GPU, where one process has
-            several micro-batches, those of them all at once.
+        params: those whose gradients `backward` adds up: of all processes; on a GPU those of several micro-batches all
+            at once.
         split: a model whose gradients FSDP2 adds up, in place of them.
 
     Attributes:
@@ -42,10 +42,10 @@ class Together:
         self.own = processes.share(accumulate)
         self._split = split
         params = list(params)
-        self._gradients = SummedGradients(params) if processes.count > 1 and params else None
         # On a CPU autograd's own way, a parameter at a time, takes no more time and less memory.
-        is_added = processes.count == 1 and accumulate > 1 and any(param.is_cuda for param in params)
+        is_added = accumulate > 1 and any(param.is_cuda for param in params)
         self._added = AddedGradients(params) if is_added else None
+        self._gradients = SummedGradients(params, added=self._added) if processes.count > 1 and params else None
 
     def sums(self, numbers: list[Tensor]) -> list[Tensor]:
         """Of each number, or of tensors of one shape, the sum of what all processes have."""
@@ -71,7 +71,7 @@ class Together:
         exchanged = is_last and self._gradients is not None
         with self._gradients.exchange() if exchanged else contextlib.nullcontext():
             yield
-        if self._added is not None:
+        if self._added is not None and not exchanged:
             self._added.take()
             if is_last:
                 self._added.give_back()

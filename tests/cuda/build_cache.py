@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,17 +11,27 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build/cuda"
 
 
+def included(source: Path) -> list[Path]:
+    """The source, and what lines such as `#include "launch.h"` in it and in those files lead to, in whatever #if."""
+    found, waiting = set(), [source.resolve()]
+    while waiting:
+        path = waiting.pop()
+        if path not in found and path.is_file():
+            found.add(path)
+            names = re.findall(r'^\s*#\s*include\s+"(.+?)"', path.read_text(), re.MULTILINE)
+            waiting += [(path.parent / name).resolve() for name in names]
+    return sorted(found)
+
+
 def built(source: Path, command: list[str], suffix: str) -> Path:
     """What `command -o FILE` makes of a source; beside it, with the suffix `.log`, what the compiler said.
 
-    It is made anew where the command, the compiler, the source, a header beside it or a header of csrc/ has changed.
-    Two processes at once do no harm.
+    It is made anew where the command, the compiler, the source or a header that it includes has changed. Two processes
+    at once do no harm.
     """
-    folders = [source.parent, *(ROOT / "csrc" / name for name in ("", "cuda", "emulator"))]
-    headers = sorted({path for folder in folders for kind in ("*.h", "*.cuh") for path in folder.glob(kind)})
     compiler = Path(shutil.which(command[0]) or command[0]).resolve()
     digest = hashlib.sha256("\0".join([*command, str(compiler), str(compiler.stat().st_mtime_ns)]).encode())
-    for path in [source, *headers]:
+    for path in included(source):
         digest.update(path.read_bytes())
     target = CACHE / f"{source.stem}.{digest.hexdigest()[:20]}{suffix}"
     if target.exists():

@@ -152,7 +152,7 @@ class Like(NamedTuple):
     dtype: torch.dtype
 
     def made(self) -> Tensor:
-        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype)
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="cpu")
 
 
 def freeze(tree: Any) -> Any:
@@ -224,7 +224,7 @@ class StepsByArguments:
 
 def real(x: Tensor) -> Tensor:
     with outside_modes():
-        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
 
 
 @contextlib.contextmanager

@@ -3,7 +3,10 @@
 Autograd's engine looks once for the devices that there are, so the stand-in for a GPU has to be there first.
 """
 
+import inspect
+import textwrap
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import rehearsal
@@ -14,6 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbert
+from fastbert.capture import Captured
 from fastbert.data.batch import Batch
 from fastbert.models.auto import PRETRAINING
 from fastbert.models.working import WorkingCopy
@@ -62,6 +66,37 @@ def pretraining_step(preset, tokens, sequences, masked, longest, *, model="bert"
     if count > 1:
         dist.destroy_process_group()
     return rehearsed.launches, rehearsed.table()
+
+
+def documented_lines(model):
+    """What `fastbert.capture`'s docstring shows, as it stands there, around a model; then a parameter is added."""
+    kind = PRETRAINING[model]
+    text = inspect.getdoc(fastbert.capture)
+    lines = textwrap.dedent(text[text.index("    model =") : text.index("The first calls")])
+    lines = lines.replace("BertForPreTraining", kind.__name__).replace(".cuda()", "")  # they are made there
+    ids, bounds = torch.zeros(100, dtype=torch.int64), torch.zeros(5, dtype=torch.int32)
+    masked = {"labels": ids[:16], "masked_positions": ids[:16]}
+    inputs = {"input_ids": ids, "cu_seqlens": bounds, "max_seqlen": 30, **masked}
+    if kind.sentence_label is not None:
+        inputs[kind.sentence_label] = ids[:4]
+    batches = [{"inputs": inputs, "lr": torch.zeros((), dtype=torch.float64)}] * 5
+    names = {
+        "fastbert": fastbert, "config": kind.config_class.preset("base" if model == "albert" else "tiny"),
+        "first_batch": batches[0], "batches": batches,
+    }  # fmt: skip
+    there = "Stream", "Event", "CUDAGraph", "stream", "current_stream", "graph", "device", "is_available"
+    with (
+        mock.patch.multiple(torch.cuda, **{name: mock.MagicMock() for name in there}),  # played by test_capture.py
+        mock.patch.object(Captured, "_bring"),
+        rehearsal.on_a_gpu() as rehearsed,
+        torch.device("cuda"),
+    ):
+        exec(lines, names)
+        assert torch.cuda.CUDAGraph().replay.call_count == 2
+        assert names["optimizer"]._is_captured
+        with pytest.warns(UserWarning, match="goes on without the parameters"):
+            names["optimizer"].add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))]})
+    return len(rehearsed.launches)
 
 
 def activations(preset, tokens, sequences, masked, longest, checkpoint_layers=False, layers=12):

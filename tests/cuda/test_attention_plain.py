@@ -82,8 +82,12 @@ WAYS = [(torch.float32, case, options) for case in CASES for options in OPTIONS]
 def test_close_to_truth(module, case, options, dtype):
     """The truth is the twin in float64; no more than twice what the twin in this dtype is off."""
     lengths, heads, head_size = CASES[case]
+    assert_right(lengths, heads, head_size, dtype, *OPTIONS[options])
+
+
+def assert_right(lengths, heads, head_size, dtype, *options):
     qkv, cu_seqlens, dout = packed(lengths, heads, head_size, dtype)
-    shared = cu_seqlens, max(lengths, default=0), head_size**-0.5, *OPTIONS[options]
+    shared = cu_seqlens, max(lengths, default=0), head_size**-0.5, *options
     ours = run(op.functions["cuda"], qkv, dout, *shared)
     baseline = run(op.functions["reference"], qkv, dout, *shared)
     truth = run(op.functions["reference"], [x.double() for x in qkv], dout.double(), *shared)
@@ -91,6 +95,55 @@ def test_close_to_truth(module, case, options, dtype):
         assert each[0].dtype == each[1].dtype and each[0].shape == each[1].shape, name
         if each[0].numel():
             assert_close(*each, what=name)
+
+
+def chosen(tokens, *places):
+    """Which tokens are global."""
+    return torch.zeros(tokens, dtype=torch.bool).index_fill(0, torch.tensor(places), True)
+
+
+ORDER = torch.randperm(190, generator=torch.Generator().manual_seed(0)).int()
+FALLING = -(torch.arange(320) // 64).int()  # a tile sees itself and those behind it
+
+# (lengths, heads, head size, t, window, global tokens, query ranks, key ranks)
+BY_TOKEN = {
+    "global tokens, two slices, dropped": ([150, 0, 9], 1, 72, 26, [3, 20], chosen(159, 60, 149, 155), None, None),
+    "ranks, dropped": ([150, 0, 40], 2, 8, 26, None, None, ORDER - 1, ORDER),
+    "ranks, first tiles and a whole tile see nothing": (
+        [192, 5], 1, 80, 0, None, None, FALLING[:197].index_fill(0, torch.arange(64, 128), -9), FALLING[:197],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BY_TOKEN)
+def test_masks_by_token(module, case):
+    lengths, heads, head_size, t, *masks = BY_TOKEN[case]
+    assert_right(lengths, heads, head_size, torch.float32, t, SEED, False, *masks)
+
+
+@pytest.mark.parametrize("module", [False], indirect=True, ids=["values"])
+def test_a_global_token_is_found_more_than_32_tiles_away(module):
+    assert_right([2150, 3], 1, 4, torch.float32, 0, None, False, [1, 1], chosen(2153, 2100, 2151), None, None)
+
+
+@pytest.mark.parametrize("module", [True], indirect=True, ids=["trace"])
+@pytest.mark.parametrize(
+    ("masks", "seen"),
+    [(([0, 0], chosen(320, 130), None, None), 13), ((None, None, FALLING, FALLING), 15)],
+    ids=["global tokens", "ranks"],
+)
+def test_tiles_of_which_nothing_is_seen_are_not_read(module, masks, seen):
+    """`seen` of 5 x 5 tiles: those of the diagonal, of a global token's row and column; those that a rank leaves."""
+    module.sample = 1 << 20  # all blocks
+    qkv, cu_seqlens, dout = packed([320], 1, 8, torch.float32)
+    qkv, options, tile = [x.contiguous() for x in qkv], (cu_seqlens, 320, 0.3, 0, None, False, *masks), 64 * 8 * 4
+    functions, library = op.functions["cuda"], module.library
+    out, lse = functions.attention_forward(*qkv, *options)
+    traffic = library.traffic()
+    assert [traffic[name, "read"] for name in "qkv"] == [5 * tile, seen * tile, seen * tile]
+    functions.attention_backward(dout, *qkv, out, lse, *options)
+    traffic = library.traffic()  # dq's kernel as forward, and dk's and dv's, which reads q once more for dk
+    assert [traffic[name, "read"] for name in "qkv"] == [(5 + n * seen) * tile for n in (2, 1, 1)]
 
 
 @pytest.mark.parametrize("module", [True], indirect=True, ids=["trace"])

@@ -11,11 +11,14 @@ None spills, on any architecture, and none has local memory.
 """
 
 import csv
+import os
 import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import build_cache
 import pytest
 import sass
 from build_cache import ROOT
@@ -26,13 +29,28 @@ SOURCES = sorted({line["source"] for line in BUDGET})
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
 
+def held(source, arch):
+    """The project's kernels are compiled where they are asked for; of the example one architecture is enough."""
+    is_quick = source == "tests/cuda/demo.cu" and arch == 80
+    return pytest.param(source, arch, id=f"{source}-sm_{arch}", marks=[] if is_quick else pytest.mark.nested)
+
+
+@pytest.fixture(scope="module")
+def reports(request):
+    """Of each source and architecture that a test asks for, on its way: as many at a time as there are cores."""
+    asked = [getattr(item, "callspec", None) for item in request.session.items if item.path == Path(__file__)]
+    asked = [
+        tuple(each.params[name] for name in ("source", "arch")) for each in asked if each and "arch" in each.params
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {each: pool.submit(sass.report, ROOT / each[0], each[1]) for each in asked}
+        pool.shutdown(cancel_futures=True)
+
+
 @needs_nvcc
-@pytest.mark.parametrize(
-    "source", [pytest.param(path, marks=pytest.mark.nested) if path.startswith("csrc") else path for path in SOURCES]
-)
-@pytest.mark.parametrize("arch", sass.ARCHS, ids="sm_{}".format)
-def test_kernels_keep_to_the_budget(source, arch):
-    kernels = sass.report(ROOT / source, arch)
+@pytest.mark.parametrize(("source", "arch"), [held(source, arch) for source in SOURCES for arch in sass.ARCHS])
+def test_kernels_keep_to_the_budget(reports, source, arch):
+    kernels = reports[source, arch].result()
     unkept, unused = [], [line["kernel"] for line in BUDGET if line["source"] == source]
     for kernel in kernels:
         lines = [line for line in BUDGET if line["source"] == source and fnmatchcase(kernel.name, line["kernel"])]
@@ -55,6 +73,22 @@ def test_instructions_are_read(tmp_path):
 @pytest.mark.parametrize("name", ["planted.cu", "intrinsics.cu"])
 def test_what_the_emulator_executes_is_cuda(name):
     assert sass.report(Path(__file__).with_name(name), 80)
+
+
+def test_only_what_a_source_includes_compiles_it_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(build_cache, "CACHE", tmp_path / "cache")
+    source, header, other = (tmp_path / name for name in ("a.cpp", "a.h", "other.h"))
+    source.write_text('#ifdef NEVER\n  #include "a.h"\n#endif\n')
+    for path in (header, other):
+        path.write_text("")
+    made = lambda: build_cache.built(source, ["g++", "-E", str(source)], ".i")  # noqa: E731
+    first = made()
+    other.write_text("// changed")
+    assert made() == first
+    header.write_text("// changed")
+    assert made() != first
+    kernels = {path.name for path in build_cache.included(ROOT / "csrc/cuda/gelu.cu")}
+    assert {"gelu.cu", "contract.h", "gelu_scratch.h", "emulator.h"} <= kernels and "lazy_adam_sort.h" not in kernels
 
 
 def test_the_budget_notices():

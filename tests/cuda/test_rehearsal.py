@@ -28,6 +28,11 @@ def test_a_step_waits_for_nothing(alone, settings):
     assert len(launches) > 100
 
 
+@pytest.mark.parametrize("model", ["bert", "albert", "roberta", "ernie"])
+def test_the_documented_lines_can_be_captured(alone, model):
+    assert alone(rehearsed.documented_lines, model) > 400
+
+
 def test_a_step_of_two_processes_waits_for_nothing(alone):
     """They exchange counts of labels, one bucket of gradients, losses, ids of rows, the rows, right predictions."""
     launches, _ = alone(
@@ -63,6 +68,8 @@ def test_a_second_micro_batch_costs_hardly_more_than_its_passes(alone):
     twice, _ = alone(rehearsed.pretraining_step, "base", 5120, 64, 768, 128, accumulate=2)
     assert len(twice) <= 2 * len(once) + 40
     assert sum(launch.op in ("_to_copy", "add.Tensor", "add_.Tensor") for launch in twice) < 30
+    exchanged, _ = alone(rehearsed.pretraining_step, "base", 5120, 64, 768, 128, accumulate=4, count=2)
+    assert len(exchanged) <= len(twice) + 100  # of 18 buckets of 25 MB, put together and sent
 
 
 def test_what_a_step_keeps_for_its_backward_pass(alone):

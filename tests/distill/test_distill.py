@@ -186,6 +186,7 @@ def test_what_does_not_hold_is_refused_before_anything_is_written(config, lesson
         ({"label_weight": 1.5}, "label_weight must be from 0 to 1"),
         ({"teacher": lesson / "bert"}, "expected a classifier's folder"),
         ({"regression": True, "label": "number"}, "predicts classes: leave --regression out"),
+        ({"pair": "second", "unlabelled": ()}, "was trained on single texts: leave --pair second out"),
         ({"train": write(tmp_path / "odd.csv", table)}, "no class of the teacher has the label 'splendid'"),
         ({"unlabelled": (tmp_path / "none.txt",)}, "none.txt does not exist"),
         ({"unlabelled": (), "store": tmp_path}, "--store keeps what the teacher makes of --unlabelled"),

@@ -8,20 +8,19 @@ from attention_truth import SEED, pack, torch_attention
 from op_cases import assert_same_for_threads, assert_solves, drawn, problem
 
 import fastbert
-from fastbert.backends import fallbacks
-from fastbert.ops.attention import HAVE_RANKS
 from fastbert.testing import run
 
 
-@pytest.fixture
-def ranking(backend):
-    """The backends that have ranks."""
-    if backend not in ("reference", *HAVE_RANKS):
-        pytest.skip("its kernels have no ranks so far")
-    return backend
+def lengths_for(backend, dtype, lengths):
+    """Of which the first, 530, makes two blocks of keys on the CPU; three blocks where Triton is interpreted."""
+    if backend != "triton" or torch.cuda.is_available():
+        return lengths
+    if dtype != torch.bfloat16:
+        pytest.skip("left to a real GPU")
+    return 150, *lengths[1:]
 
 
-# (window, the tokens of the batch that are global)
+# (window, the tokens that are global, of a batch of 540)
 GLOBALS = {
     "the first of a sequence, one in the middle": ((3, 2), [0, 300, 525, 530, 535]),
     "neighbours, and the last": ((0, 0), [250, 251, 252, 539]),
@@ -32,18 +31,18 @@ GLOBALS = {
 
 
 @functools.cache
-def judged_globals(name, dtype):
-    """Of sequences of 530 tokens (two blocks of keys), 0, 9 and 1; without dropout, and with it."""
+def judged_globals(name, dtype, lengths):
+    """Without dropout, and with it."""
     window, places = GLOBALS[name]
-    lengths, generator = [530, 0, 9, 1], drawn("global tokens", name, dtype)
+    generator, tokens = drawn("global tokens", name, dtype), sum(lengths)
     qkv, cu_seqlens = pack(lengths, 1, 12, dtype, generator)
-    dout = torch.randn(540, 1, 12, generator=generator).to(dtype)
-    chosen = torch.zeros(540, dtype=torch.bool)
-    chosen[list(places)] = True
+    dout = torch.randn(tokens, 1, 12, generator=generator).to(dtype)
+    chosen = torch.zeros(tokens, dtype=torch.bool)
+    chosen[[place * tokens // 540 for place in places]] = True
     options = {"window": window, "global_tokens": chosen}
 
     def ours(x, p):
-        return fastbert.attention(*x.unbind(1), cu_seqlens, 530, dropout_p=p, seed=SEED, **options)
+        return fastbert.attention(*x.unbind(1), cu_seqlens, max(lengths), dropout_p=p, seed=SEED, **options)
 
     def by_torch(x):
         return torch_attention(*x.unbind(1), lengths, **options)
@@ -54,9 +53,9 @@ def judged_globals(name, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", GLOBALS)
-def test_global_tokens(kernels, nan_filled, name, dtype):
+def test_global_tokens(backend, nan_filled, name, dtype):
     """They see all of their sequence and are seen by all of it, whatever block of keys or queries they stand in."""
-    for p, function, given in judged_globals(name, dtype):
+    for p, function, given in judged_globals(name, dtype, lengths_for(backend, dtype, (530, 0, 9, 1))):
         assert_solves(function, given, (f"out p={p}", f"dqkv p={p}"))
 
 
@@ -89,11 +88,11 @@ def ranks_of(name, lengths, generator=None):
 
 
 @functools.cache
-def judged_ranks(name, dtype, lengths=(530, 0, 70, 1), size=12):
+def judged_ranks(name, dtype, lengths):
     """Without dropout, and with it."""
     generator, tokens = drawn("ranks", name, dtype), sum(lengths)
-    qkv, cu_seqlens = pack(lengths, 2, size, dtype, generator)
-    dout = torch.randn(tokens, 2, size, generator=generator).to(dtype)
+    qkv, cu_seqlens = pack(lengths, 2, 12, dtype, generator)
+    dout = torch.randn(tokens, 2, 12, generator=generator).to(dtype)
     ranks = ranks_of(name, lengths, generator)
 
     def ours(x, p):
@@ -108,8 +107,8 @@ def judged_ranks(name, dtype, lengths=(530, 0, 70, 1), size=12):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", RANKS)
-def test_ranks(ranking, nan_filled, name, dtype):
-    for p, function, given in judged_ranks(name, dtype):
+def test_ranks(backend, nan_filled, name, dtype):
+    for p, function, given in judged_ranks(name, dtype, lengths_for(backend, dtype, (530, 0, 70, 1))):
         assert_solves(function, given, (f"out p={p}", f"dqkv p={p}"))
 
 
@@ -121,7 +120,7 @@ def test_truth_of_ranks_is_torchs(name):
     torch.testing.assert_close(ours, torch_attention(*qkv.unbind(1), [5, 1, 12], ranks=ranks))
 
 
-def test_ranks_by_hand(ranking):
+def test_ranks_by_hand(backend):
     """Equal scores; tokens are read in the order 2, 0, 1, and then in none."""
     q, v = torch.zeros(5, 1, 1), torch.tensor([3.0, 6.0, 9.0, 5.0, 7.0]).view(5, 1, 1)
     cu_seqlens, order = torch.tensor([0, 3, 5], dtype=torch.int32), torch.tensor([1, 2, 0, 0, 0], dtype=torch.int32)
@@ -131,7 +130,7 @@ def test_ranks_by_hand(ranking):
     torch.testing.assert_close(query.flatten(), torch.tensor([9.0, 6.0, 0.0, 0.0, 0.0]))
 
 
-def test_ranks_that_are_places_are_causal(ranking):
+def test_ranks_that_are_places_are_causal(backend):
     """And the mask of dropout stays that of the contract."""
     qkv, cu_seqlens = pack([90, 40], 2, 16, torch.float32)
     dout, places = torch.randn(130, 2, 16), torch.cat([torch.arange(90), torch.arange(40)]).int()
@@ -142,26 +141,7 @@ def test_ranks_that_are_places_are_causal(ranking):
         torch.testing.assert_close(ours, expected, rtol=2e-5, atol=2e-5)
 
 
-def test_kernels_without_global_tokens_refuse_or_leave_them_to_the_twin(monkeypatch):
-    """As those of cuda and triton do; here the CPU's stand in for them."""
-    monkeypatch.setattr("fastbert.ops.attention.HAVE_GLOBAL_TOKENS", ())
-    monkeypatch.delitem(fallbacks, ("attention", "cpu"), raising=False)
-    q, cu_seqlens, chosen = torch.randn(6, 1, 8), torch.tensor([0, 6], dtype=torch.int32), torch.arange(6) == 2
-    options = {"window": (1, 1), "global_tokens": chosen}
-    with pytest.raises(
-        RuntimeError, match="'cpu' was asked for and cannot run attention here: its kernels have no glob"
-    ):
-        fastbert.attention(q, q, q, cu_seqlens, 6, backend="cpu", **options)
-    twin = fastbert.attention(q, q, q, cu_seqlens, 6, backend="reference", **options)
-    with pytest.warns(
-        UserWarning, match="attention runs in plain PyTorch on cpu, .* its kernels have no global tokens"
-    ):
-        assert torch.equal(fastbert.attention(q, q, q, cu_seqlens, 6, **options), twin)
-    fastbert.attention(q, q, q, cu_seqlens, 6, **options)  # said once
-    del fallbacks["attention", "cpu"]
-
-
-def test_global_tokens_by_hand(kernels):
+def test_global_tokens_by_hand(backend):
     """Each sees itself alone, with equal scores: but for the global one of three, which sees all and all see it."""
     q, v = torch.zeros(4, 1, 1), torch.tensor([3.0, 6.0, 9.0, 5.0]).view(4, 1, 1)
     cu_seqlens = torch.tensor([0, 3, 4], dtype=torch.int32)

@@ -146,13 +146,6 @@ CASES = {  # lengths, head size, mask: which path each takes
 }
 
 
-@pytest.fixture
-def with_global(backend):
-    """A backend that has global tokens."""
-    if backend not in ("reference", "cpu"):
-        pytest.skip("has no global tokens")
-
-
 def given(case, dtype, lengths, size):
     generator = drawn("hard attention", case, dtype)
     qkv = torch.randn(sum(lengths), 3, 2, size, generator=generator).to(dtype)
@@ -184,7 +177,7 @@ def test_dtypes_against_float64(backend, nan_filled, dtype):
     solves("tiles", dtype, [70, 1], 32, {}, True)
 
 
-def test_global_tokens_against_float64(with_global, nan_filled):
+def test_global_tokens_against_float64(backend, nan_filled):
     tokens = torch.zeros(sum(LONG), dtype=torch.bool)
     tokens[[0, 40, 41, 70, 105]] = True
     solves("global", torch.float32, LONG, 16, {"window": (4, 4), "global_tokens": tokens}, True)

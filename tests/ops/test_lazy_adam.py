@@ -9,7 +9,7 @@ from lazy_adam_states import NAMES, copies, step, tables, torch_step
 from op_cases import DTYPES, assert_same_for_threads, drawn
 
 import fastbert
-from fastbert.backends import requested
+from fastbert.backends import requested, triton
 from fastbert.ops.lazy_adam import (
     COUPLED_DECAY,
     EPS_UNCORRECTED,
@@ -52,6 +52,8 @@ def judged(case, dtype, kind, amsgrad):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_close_to_truth(backend, case, dtype, kind):
+    if backend == "triton" and triton.interpreted and dtype == torch.float16 and kind != "sparse":
+        pytest.skip("float16 is read and written alike in all kinds: left to a real GPU")
     for amsgrad in (False, True):
         state, rows, grad, flags, theirs, truth = judged(case, dtype, kind, amsgrad)
         ours = step(copies(state), rows, grad, flags)
@@ -132,6 +134,8 @@ def judged_small(name, m_dtype, row_wise, kind):
 @pytest.mark.parametrize("m_dtype", [torch.float32, torch.bfloat16], ids=["float32 m", "bfloat16 m"])
 @pytest.mark.parametrize("name", FLAGS)
 def test_flags_and_small_state_are_close_to_truth(backend, name, m_dtype, row_wise, kind):
+    if backend == "triton" and triton.interpreted and row_wise != (m_dtype == torch.bfloat16):
+        pytest.skip("the first moment's dtype and the second's size do not meet: left to a real GPU")
     made = judged_small(name, m_dtype, row_wise, kind)
     for state, rows, grad, flags, truth in made[:2] if backend == "triton" else made:  # interpreted: the narrow table
         ours = step(copies(state), rows, grad, flags, padding_idx=0, eps=1e-3)

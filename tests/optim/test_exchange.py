@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastbert import LazyAdam, SummedGradients, all_gather_ids, all_gather_rows, clip_grad_norm_, sum_rows
+from fastbert.optim.accumulate import AddedGradients
 
 V, D, STEPS = 50, 4, 12
 EXCHANGES = ["rows", "sum", "ddp", "ids", "replay rows", "replay ids"]
@@ -69,7 +70,7 @@ def run(folder):
         train("forgotten replay", rank, steps=2)  # the second process does not bring the rows of the first
     except RuntimeError as error:
         results["forgotten"] = str(error)
-    results["summed"] = summed(rank)
+    results["summed"], results["added"] = (summed(rank, is_added) for is_added in (False, True))
     results["some rows"] = [some_rows(rank, fixed_size) for fixed_size in (False, True)]
     results["split"] = {name: split(rank, options, rows) for name, (options, rows) in SPLIT.items()}
     ids = torch.arange(3 * rank, dtype=torch.uint8).view(3, rank)
@@ -155,16 +156,19 @@ def test_all_gather_rows_refuses_a_dense_gradient():
 # ---- sums of dense gradients ---------------------------------------------------------------------------------------
 
 
-def summed(rank):
+def summed(rank, is_added):
     """Three steps of two micro-batches each, in buckets of two weights; the last step has another parameter frozen, and
     in the second one the first layer has a gradient of the first micro-batch alone."""
     torch.manual_seed(0)
     net = nn.Sequential(*(nn.Linear(3, 3) for _ in range(4)))
-    gradients, found = SummedGradients(net.parameters(), bucket=48), []
+    added = AddedGradients(net.parameters()) if is_added else None
+    gradients, found = SummedGradients(net.parameters(), bucket=48, added=added), []
     for step in range(3):
         net[1].requires_grad_(step < 2)
         net.zero_grad()
         loss(net, rank, step, 0).backward()
+        if is_added:
+            added.take()
         with gradients.exchange():
             loss(net, rank, step, 1).backward()
         found += [[None if param.grad is None else param.grad.clone() for param in net.parameters()]]
@@ -176,8 +180,10 @@ def loss(net, rank, step, micro):
     return (net[1:] if (step, micro) == (1, 1) else net)(x).square().sum()
 
 
-def test_gradients_are_those_of_all_batches(results):
-    (ours, buckets), (theirs, _) = (result["summed"] for result in results)
+@pytest.mark.parametrize("way", ["summed", "added"])
+def test_gradients_are_those_of_all_batches(results, way):
+    """Of two micro-batches, which autograd adds up, or lists of gradients do."""
+    (ours, buckets), (theirs, _) = (result[way] for result in results)
     assert buckets == [2, 2, 2], "36 bytes of a weight and 12 of a bias"
     torch.manual_seed(0)
     net = nn.Sequential(*(nn.Linear(3, 3) for _ in range(4)))

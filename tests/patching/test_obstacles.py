@@ -32,10 +32,22 @@ def wrapped(model):
     model.encoder.layer[1].output.forward = lambda x, residual: inner(x, residual)
 
 
+class Adapter(nn.Linear):
+    """None of torch's own classes: it is called."""
+
+
+def adapted(model):
+    layer = model.encoder.layer[0].output
+    adapter = Adapter(96, 48)
+    adapter.load_state_dict(layer.dense.state_dict())
+    adapter.register_forward_pre_hook(lambda module, args, kwargs: None, with_kwargs=True)
+    layer.dense = adapter
+
+
 CALLS = {
     "four axes": (
         lambda model, inputs: inputs | {"attention_mask": torch.zeros(4, 1, 20, 20)},
-        r"attention_mask has shape \[4, 1, 20, 20\], where padding is marked by \[batch, tokens\]",
+        r"attention_mask has 4 axes, where padding is marked by \[batch, tokens\]",
     ),
     "padding first": (
         lambda model, inputs: inputs | {"attention_mask": MASK.flip(1)}, "a sequence begins with padding"
@@ -61,6 +73,10 @@ CALLS = {
     "a forward put over": (
         lambda model, inputs: with_own_forward(model.encoder.layer[2].intermediate.dense) and inputs,
         r"of encoder\.layer\.2\.intermediate\.dense: it has a `forward` of its own, which would not be called",
+    ),
+    "adapters by text": (
+        lambda model, inputs: adapted(model) or inputs,
+        r"of encoder\.layer\.0\.output\.dense: it has a hook on its arguments, which may count texts",
     ),
     "a wrapper": (
         lambda model, inputs: wrapped(model) or inputs,

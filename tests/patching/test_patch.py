@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import io
 import pickle
 import subprocess
@@ -213,6 +214,33 @@ def test_it_is_the_same_model_to_everybody_else(tmp_path):
     for each in (model, *copies):
         assert type(each) is transformers.BertForMaskedLM and type(each.bert) is transformers.BertModel
     torch.testing.assert_close(real(model(**inputs).logits), real(plain(**inputs).logits), atol=0, rtol=0)
+
+
+def test_a_new_model_of_its_class_is_not_patched(tmp_path):
+    model = fastbert.patch(make("bert", "AutoModelForMaskedLM"))
+    model.save_pretrained(tmp_path)
+    for made in (type(model)(model.config), type(model).from_pretrained(tmp_path)):
+        assert type(made) is transformers.BertForMaskedLM and type(made.bert) is transformers.BertModel
+
+
+def test_replicas_stay_patched_and_a_wrapped_forward_is_unpatched():
+    """nn.DataParallel makes the first, accelerate the second."""
+    model = make("bert")
+    inputs = batch(model)
+    expected = model(**inputs).last_hidden_state
+    replica = fastbert.patch(model)._replicate_for_data_parallel()
+    assert type(replica) is type(model) and not replica(**inputs).last_hidden_state[MASK == 0].any()
+    model.forward = functools.partial(model.forward)
+    fastbert.patch(model)  # it is already
+    assert torch.equal(fastbert.unpatch(model)(**inputs).last_hidden_state, expected)
+
+
+def test_arguments_that_it_has_not_are_refused_as_before():
+    model = fastbert.patch(make("bert"))
+    ids = batch(model)["input_ids"]
+    for given in ((ids,) * 9, (ids,)):
+        with pytest.raises(TypeError, match=r"positional arguments|multiple values for argument 'input_ids'"):
+            model(*given, input_ids=ids)
 
 
 def test_a_block_leaves_what_was_patched_before():

@@ -1,6 +1,7 @@
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,6 +52,22 @@ def test_a_folder_is_held_once_and_free_again(tmp_path):
         raise KeyError
     with lock.hold(tmp_path):
         pass
+
+
+def test_a_block_that_fails_leaves_of_its_folders_what_was_there_or_was_written(tmp_path):
+    for there, written, left in (
+        ("", "", []),
+        ("runs", "", ["runs"]),
+        ("runs/new", "", ["runs", "runs/new", "runs/new/.lock"]),
+        ("", "text", ["runs", "runs/new", "runs/new/.lock", "runs/new/text"]),
+    ):
+        (tmp_path / there).mkdir(parents=True, exist_ok=True)
+        with pytest.raises(KeyError), lock.hold(tmp_path / "runs/new"):
+            if written:
+                (tmp_path / "runs/new" / written).touch()
+            raise KeyError
+        assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == left
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):

@@ -12,6 +12,7 @@ from pretrain_runs import assert_same_run, places
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from fastbert.data.batch import Batch
 from fastbert.models.bert import BertConfig, BertForPreTraining
 from fastbert.optim.lazy_adam import LazyAdam
 from fastbert.pretrain import shards, snapshot
@@ -165,7 +166,7 @@ class Numbers:
     """In place of batches: epochs of 5, 4 and 5 of them, each known by its number."""
 
     def __init__(self, epoch=0):
-        self.first, self.size = [0, 5, 9][epoch], [5, 4, 5][epoch]
+        self.epoch, self.first, self.size = epoch, [0, 5, 9][epoch], [5, 4, 5][epoch]
 
     def at_epoch(self, epoch):
         return Numbers(epoch)
@@ -173,8 +174,11 @@ class Numbers:
     def numbers(self, first):
         return iter(range(first, self.size))
 
-    def __getitem__(self, i):
-        return self.first + i
+    def samples(self, i):
+        return i
+
+    def made_of(self, i):
+        return Batch(*[None] * 8, filled_tokens=self.first + i)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -183,12 +187,12 @@ def test_the_order_is_that_of_one_process(count):
     streams = [Stream(Numbers(), 0, 3, Processes(rank, count).share(3)) for rank in range(count)]
     steps, stands = [iter(stream) for stream in streams], []
     for expected in ([0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]):
-        assert [number for each in steps for number in next(each)] == expected
+        assert [batch.filled_tokens for each in steps for batch in next(each)] == expected
         stands.append({(stream.epoch, stream.index) for stream in streams})
     assert stands == [{(0, 3)}, {(1, 1)}, {(1, 4)}, {(2, 3)}]
     resumed = Stream(Numbers(), 0, 3)
     resumed.epoch, resumed.index = 1, 1
-    assert next(iter(resumed)) == [6, 7, 8]
+    assert [batch.filled_tokens for batch in next(iter(resumed))] == [6, 7, 8]
 
 
 def test_what_does_not_go_together_is_refused(monkeypatch):

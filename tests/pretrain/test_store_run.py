@@ -72,6 +72,10 @@ def test_what_a_store_does_not_fit_is_refused(store, corpus, tmp_path, capsys, m
     assert "is a finished store: give --add" in said("prepare", corpus, "--output", store)
     assert "a store is made of a corpus" in said("prepare", "--output", tmp_path / "x")
     assert "a store needs a folder" in said("prepare", corpus)
+    assert "'more.txt' is one argument too many: a store is made of one file or folder" in said(
+        "prepare", corpus, "more.txt"
+    )
+    assert "nor vocab.txt" in said("prepare", corpus, "--output", tmp_path / "x", "--tokenizer", tmp_path)
     assert "there is no folder" in said("prepare", corpus, "--output", tmp_path / "x", "--tokenizer", tmp_path / "y")
     assert "workers must be from 1" in said("prepare", corpus, "--output", tmp_path / "x", "--workers", "0")
     assert "seed must be from 0" in said("prepare", corpus, "--output", tmp_path / "x", "--seed", "-1")

@@ -71,9 +71,9 @@ def dropout(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) 
 def attention(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> None:
     cu_seqlens, seed, window = empty(torch.int32, 9 + rows % 2), empty(torch.int64, 1), [64, 64]
 
-    def both(size: int, longest: int, t: int, window: list[int] | None) -> None:
+    def both(size: int, longest: int, t: int, window: list[int] | None, *of_tokens: Tensor | None) -> None:
         qkv, out, lse = empty(dtype, rows, 3, 12, size), empty(dtype, rows, 12, size), empty(torch.float32, rows, 12)
-        given = *qkv.unbind(1), cu_seqlens, longest - rows % 2, 0.125, t, seed if t else None, False, window
+        given = *qkv.unbind(1), cu_seqlens, longest - rows % 2, 0.125, t, seed if t else None, False, window, *of_tokens
         kernels.attention_forward(*given)
         kernels.attention_backward(out, *given[:3], out, lse, *given[3:])
 
@@ -88,14 +88,21 @@ def attention(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable
             both(size, 128, 26, None)
         name(64)
         both(64, 512, 0, None)
+    if dtype == torch.bfloat16:
+        name("global tokens", 64)
+        both(64, 512, 26, window, empty(torch.bool, rows))
+        name("ranks", 200)  # as wide as XLNet's heads
+        both(200, 512, 26, None, None, *empty(torch.int32, 2, rows))
 
 
 def hard_attention(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> None:
     cu_seqlens, seed, lse = empty(torch.int32, 9 + rows % 2), empty(torch.int64, 1), empty(torch.float32, rows, 12)
-    for size, gumbel in ((64, True), (64, False), (128, True)) if dtype != torch.float16 else ():
-        name(size, "gumbel" if gumbel else "best")
+    forms = (64, True, False), (64, False, False), (128, True, False), *[(64, True, True)] * (dtype == torch.float32)
+    for size, gumbel, has_global in forms if dtype != torch.float16 else ():
+        name(size, "gumbel" if gumbel else "best", *["global tokens"] * has_global)
         qkv, out = empty(dtype, rows, 3, 12, size), empty(dtype, rows, 12, size)
         given = *qkv.unbind(1), cu_seqlens, 512 - rows % 2, 0.125, 0.7, seed if gumbel else None, False, [64, 64]
+        given = *given, empty(torch.bool, rows) if has_global else None
         kernels.hard_attention_forward(*given)
         kernels.hard_attention_backward(out, *given[:3], lse.int(), lse, *given[3:])
 

@@ -3,15 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_truth import SEED
 from op_cases import assert_solves, problem
 
 pytest.importorskip("triton")
+import triton.language as tl
+
 import fastbert
 from fastbert.kernels.attention import LARGE_75, Plan, _Call, attention_backward, plan, target_of
 from fastbert.ops import philox
 from fastbert.testing import run
-
-SEED = torch.tensor([0x123456789ABCDEF])
 
 
 def packed(lengths):
@@ -108,3 +109,62 @@ def test_heads_above_64_have_smaller_tiles_where_shared_memory_is_small(monkeypa
             assert {plan(kernel, D, dtype, "sm_75") for kernel in ("forward", "dq", "dk_dv")} == {LARGE_75}
             assert plan("whole", D, dtype, "sm_75") is None
     assert plan("dk_dv", 64, torch.float16, "sm_75") == plan("dk_dv", 64, torch.float16, "sm_80") == Plan(32, 64, 4, 2)
+
+
+@pytest.fixture
+def small_tiles(interpreted, monkeypatch):
+    """Tiles of 16 rows, and ranks are looked at in sixteens."""
+    tile = Plan(16, 16, 4, 1)
+    monkeypatch.setattr(_Call, "plan", lambda call, kernel: None if kernel == "whole" else tile)
+    monkeypatch.setattr("fastbert.kernels.attention_ranks.SCAN", tl.constexpr(16))
+
+
+def assert_right_by(mask, lengths, dtype):
+    """Of a mask that goes by the token, with dropout."""
+    cu_seqlens, place = packed(lengths)
+    qkv, dout = torch.randn(len(place), 3, 1, 16).to(dtype), torch.randn(len(place), 1, 16).to(dtype)
+    order = (place * 7 % 11).int()
+    chosen = torch.zeros(len(place), dtype=torch.bool)
+    chosen[[37, 38]] = True
+    masks = {"global tokens": {"window": (5, 9), "global_tokens": chosen}, "ranks": {"ranks": (order - 1, order)}}
+    options = {"dropout_p": 0.2, "seed": SEED, **masks[mask]}
+
+    def attention(x):
+        return fastbert.attention_qkv(x, cu_seqlens, max(lengths), **options)
+
+    assert_solves(attention, problem((qkv,), dout, attention), ("out", "dqkv"))
+
+
+@pytest.mark.parametrize("mask", ["global tokens", "ranks"])
+def test_masks_by_token_where_there_are_many_blocks(small_tiles, mask):
+    """Before the window, in it and behind it."""
+    assert_right_by(mask, [80, 7], torch.float32)
+
+
+@pytest.mark.parametrize("mask", ["global tokens", "ranks"])
+def test_masks_by_token_where_all_fits_into_a_tile(interpreted, mask):
+    """Without them one kernel would give all gradients, and each query see all keys."""
+    assert_right_by(mask, [60, 3], torch.bfloat16)
+
+
+def test_blocks_that_nobody_sees_are_not_read(small_tiles):
+    """A NaN would show, though its weight were 0."""
+    (cu_seqlens, place), block = packed([64]), torch.arange(64).int() // 16
+    qkv, dout = torch.randn(64, 3, 1, 16), torch.randn(64, 1, 16)
+    dout[:16] = torch.nan  # the first queries see the first keys alone
+    qkv[48:, 2] = torch.nan  # the last keys are seen by none
+    ranks = block, torch.where(place < 48, block, 9).int()
+    out, dqkv = run(lambda x: fastbert.attention_qkv(x, cu_seqlens, 64, ranks=ranks), (qkv,), dout)
+    assert out.isfinite().all() and dqkv[16:].isfinite().all() and not dqkv[48:, 1:].any()
+
+    qkv = torch.randn(64, 3, 1, 16)
+    qkv[32:48, 2] = torch.nan  # neither global nor in the window of the queries before
+    out = fastbert.attention_qkv(qkv, cu_seqlens, 64, window=(3, 0), global_tokens=place == 50)
+    assert out[:32].isfinite().all() and out[32:].isnan().all()
+
+
+def test_a_window_that_sees_all_leaves_global_tokens_out(interpreted, monkeypatch):
+    monkeypatch.setattr("fastbert.kernels.attention.ranks_of_globals", None)
+    qkv, (cu_seqlens, _) = torch.randn(9, 3, 1, 16), packed([9])
+    given = fastbert.attention_qkv(qkv, cu_seqlens, 9, window=(-1, 8), global_tokens=torch.arange(9) == 2)
+    assert torch.equal(given, fastbert.attention_qkv(qkv, cu_seqlens, 9))
