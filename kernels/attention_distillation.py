@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import faults
-from fastbert.kernels.attention import heads_together, sizes, target_of
+from fastbert.kernels.attention import heads_together, sizes
 from fastbert.kernels.attention_tiles import load_tile, product, store_tile, work_of_program
 from fastbert.kernels.launch import launch
 
@@ -154,15 +154,15 @@ def attention_distillation_kernel(
 # ---- launcher --------------------------------------------------------------------------------------------------------
 
 
-def _plan(columns: int, teacher_columns: int, is_float32: bool, device: torch.device) -> dict[str, int]:
+def _plan(columns: int, teacher_columns: int, is_float32: bool) -> dict[str, int]:
     """How the kernel is cut, and compiled."""
     is_wide = max(columns, teacher_columns) > WIDEST
     W, teacher_W = (min(WIDEST, max(16, triton.next_power_of_2(width))) for width in (columns, teacher_columns))
     return {
         "W": W, "COLUMNS": columns, "TEACHER_W": teacher_W, "TEACHER_COLUMNS": teacher_columns,
         "FLOAT32": is_float32, "ROWS": 32 if is_float32 else 64, "num_warps": 8 if is_float32 or is_wide else 4,
-        # With two stages of wide heads AMD's GPUs would keep registers in memory.
-        "num_stages": 1 if is_wide and target_of(device) == "amd" else 2,
+        # Two stages of wide heads would leave registers in memory, or half of an SM without threads.
+        "num_stages": 1 if is_wide else 2,
     }  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def attention_distillation(
     if tokens == 0:
         return dq.new_zeros(()), dq, dk
     is_float32 = q.dtype != teacher_q.dtype or q.dtype == torch.float32
-    plan = _plan(columns, teacher_columns, is_float32, q.device)
+    plan = _plan(columns, teacher_columns, is_float32)
     parts, loss = dq.new_zeros(heads, tokens // plan["ROWS"] + sequences), dq.new_empty(())
     queries, keys = (heads_together(q), heads_together(teacher_q)), (heads_together(k), heads_together(teacher_k))
     grid = triton.cdiv(longest, plan["ROWS"]) * heads * sequences, triton.cdiv(columns, plan["W"])
