@@ -105,7 +105,7 @@ def write(path, content):
         ("a.jsonl", '{"text": "One."}\n', None, ValueError, r"is a table: .*\['text'\]"),
         ("a.txt", " \n\n", None, ValueError, "holds no text"),
         ("a.csv", "text\n", "text", ValueError, "holds no text"),
-        ("a.csv", "", "text", ValueError, r"no column 'text': expected one of \[\]"),
+        ("a.csv", "", "text", ValueError, r"is empty: expected a header with the column 'text'"),
         ("a.txt", b"Fine.\nCaf\xe9.\n", None, ValueError, r"not UTF-8: line 2, byte 4 \(0xe9\); convert it"),
         ("a.csv", b"text\n\"Fine\nand\"\n\xff\n", "text", ValueError, r"not UTF-8: line 4, byte 1 \(0xff\)"),
     ],
