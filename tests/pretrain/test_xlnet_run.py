@@ -80,7 +80,7 @@ def test_what_goes_on_from_an_export(finished, tmp_path):
     lines = tmp_path / "texts.txt"
     lines.write_text("aaaa bbbb cccc\nxxxx.\n")
     embed(EmbedConfig(finished / "model", lines, tmp_path / "of.npy"))
-    model = over_folder(finished / "model", 0.2, ["no", "yes"], "single_label_classification")
+    model = over_folder(finished / "model", 0.2, ["no", "yes"], "single_label_classification", pairs=False)
     assert model.base_model.config.attention_probs_dropout_prob == 0.2
     assert type(model).__name__ == "XLNetForSequenceClassification"
     with pytest.raises(ValueError, match=r"an XLNet, which predicts words by queries .* has seen no \[MASK\]"):
