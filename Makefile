@@ -33,12 +33,11 @@ demo: $(VENV)/.installed
 		--bf16 $(if $(wildcard runs/demo/config.json),--resume)
 
 # Two processes of pytest, as each keeps one core busy. All that needs the emulated kernels is in one half, which compiles
-# them once. A half's output comes when it ends. Threads that wait sleep: beside another process spinning takes long.
+# them once. Threads that wait sleep: beside another process spinning takes long.
 KERNELS = $(addprefix tests/,ops optim cuda triton patching)
 test test-nested: $(VENV)/.installed
-	@echo "$@: two halves side by side; what each says comes when it ends"
-	OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=2000 $(MAKE) --no-print-directory --keep-going --jobs=2 \
-		--output-sync=target $@-kernels $@-others
+	@echo "$@: two halves side by side, whose lines come mixed; each ends with what failed"
+	OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=2000 $(MAKE) --no-print-directory --keep-going --jobs=2 $@-kernels $@-others
 
 test-kernels:
 	$(BIN)/python -m pytest $(KERNELS)
