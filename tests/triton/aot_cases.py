@@ -92,7 +92,7 @@ def attention(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable
         name("global tokens", 64)
         both(64, 512, 26, window, empty(torch.bool, rows))
         name("ranks", 200)  # as wide as XLNet's heads
-        both(200, 512, 26, None, None, *empty(torch.int32, 2, rows))
+        both(200, 512, 26, None, None, empty(torch.int32, rows), empty(torch.int32, rows))
 
 
 def hard_attention(kernels: ModuleType, dtype: torch.dtype, rows: int, name: Callable) -> None:
