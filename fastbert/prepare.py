@@ -11,16 +11,8 @@ from fastbert import lock
 from fastbert.data.byte_bpe import train_byte_bpe
 from fastbert.data.corpus import Reading, check_corpus, iter_documents
 from fastbert.data.dictionary import read_words
-from fastbert.data.shards import (
-    PLAN,
-    TOKENIZER,
-    is_store,
-    open_stores,
-    prepare_store,
-    read_index,
-    read_tokenizer,
-    what_is_there,
-)
+from fastbert.data.shard_writer import prepare_store, what_is_there
+from fastbert.data.shards import PLAN, TOKENIZER, is_store, open_stores, read_index, read_tokenizer
 from fastbert.data.tables import Quoting
 from fastbert.data.tokenizer import load_tokenizer, train_tokenizer
 from fastbert.data.unigram import train_unigram

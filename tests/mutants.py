@@ -201,10 +201,11 @@ FAULTS = [
         ("        self.tokenizer.encode_special_tokens = True\n", ""),
         ("total[between]", "total[between] - lengths[between]"),
     ),
+    *python("data/shards", "data/test_shards.py data/test_shards_refused.py",
+            ("if stores[-1].fingerprint != expected:", "if False:")),
     *python(
-        "data/shards", "data/test_shards.py data/test_shards_refused.py",
+        "data/shard_writer", "data/test_shards.py data/test_shards_refused.py",
         ("if _has_ended(before, plan):\n        (store / PLAN).unlink()\n", "if _has_ended(before, plan):\n"),
-        ("if stores[-1].fingerprint != expected:", "if False:"),
         ("if (stat.st_size, stat.st_mtime_ns) != (size, changed):", "if False:"),
     ),
     *python("data/order", "data/test_order.py",

@@ -15,7 +15,8 @@ from fastbert.data.corpus import Reading, check_corpus, iter_documents
 from fastbert.data.dictionary import Dictionary, read_words
 from fastbert.data.masking import mask_tokens
 from fastbert.data.sentences import split_sentences
-from fastbert.data.shards import open_stores, prepare_store
+from fastbert.data.shard_writer import prepare_store
+from fastbert.data.shards import open_stores
 from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import (
     SpecialIds,

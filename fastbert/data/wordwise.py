@@ -17,11 +17,13 @@ from itertools import chain
 import numpy as np
 from tokenizers import Tokenizer
 
+from fastbert.data.short_texts import ShortTexts, Texts
+
 Ids = tuple[np.ndarray, np.ndarray]  # of texts in a row: int64 [T], and how many each text has, int64 [texts]
 
 # What is remembered is forgotten as a whole when it becomes more than this, some 60 MB.
-_MOST_PARTS = 1 << 18
-_MOST_IDS = 1 << 21
+_MOST_PARTS = 1 << 19
+_MOST_IDS = 1 << 22
 _LONGEST_PART = 64  # characters; a longer stretch without a space is rarely seen twice
 _LINE_END = "\n"  # stands for the end of a sentence
 _ASCII_WORDS = re.compile(r"[0-9A-Za-z]+|[^0-9A-Za-z]")  # and punctuation, each mark for itself
@@ -41,6 +43,7 @@ class Encoder:
         self.tokenizer.encode_special_tokens = True
         self.lowercase = _lowercase_of_wordwise(self.tokenizer)
         self.parts = _Memory(self._parts)
+        self.short = ShortTexts(2 * _MOST_PARTS)
         self.words = _Memory(self._words)
 
     def __call__(self, sentences: list[str]) -> Ids:
@@ -50,12 +53,34 @@ class Encoder:
         text = f" {_LINE_END} ".join(sentences)
         if text.count(_LINE_END) != len(sentences) - 1:  # a line end within a sentence is read as a space is
             text = f" {_LINE_END} ".join(sentence.replace(_LINE_END, " ") for sentence in sentences)
-        return _joined(self.parts, text.split(" "), _LINE_END)
+        if self.parts.is_full():
+            self.parts.forget()
+            self.short.forget()
+        parts = Texts.of(text)
+        return _per_text(self.parts.ids_of(self._numbers(parts)), parts.are(_LINE_END))
+
+    def _numbers(self, parts: Texts) -> np.ndarray:
+        """By which `self.parts` has their ids, int64 [parts]."""
+        short = parts.are_short()
+        numbers = np.where(short, self.short.find(parts.keys), -1)
+        if len(new := np.flatnonzero(numbers < 0)):
+            texts = parts.at(new)
+            numbers[new] = self.parts.numbers_of(texts)
+            added = new[short[new]]
+            if self.short.has_room(len(added)):
+                self.short.add(tuple(key[added] for key in parts.keys), numbers[added])
+            in_table = short[new].tolist()
+            self.parts.drop(x for x, is_in in zip(texts, in_table, strict=True) if is_in or len(x) > _LONGEST_PART)
+        return numbers
 
     def _parts(self, parts: list[str]) -> Ids:
         plain = np.fromiter((part.isascii() and part.isprintable() for part in parts), bool, len(parts))
         text = " ".join(part for part, is_plain in zip(parts, plain, strict=True) if is_plain)
-        ids, lengths = _joined(self.words, _ASCII_WORDS.findall(text.lower() if self.lowercase else text), " ")
+        words = _ASCII_WORDS.findall(text.lower() if self.lowercase else text)
+        if self.words.is_full():
+            self.words.forget()
+        numbers = self.words.numbers_of(words)
+        ids, lengths = _per_text(self.words.ids_of(numbers), numbers == self.words.get(" ", -1))
         if plain.all():
             return ids, lengths
         others = self._whole([part for part, is_plain in zip(parts, plain, strict=True) if not is_plain])
@@ -85,40 +110,48 @@ class _Memory(dict[str, int]):
         super().__init__()
         self.learn = learn
         self.new: list[str] = []
-        self.ids, self.ends = array("q"), array("q", [0])
+        self.forget()
 
     def __missing__(self, text: str) -> int:
         number = self[text] = len(self.ends) - 1 + len(self.new)
         self.new.append(text)
         return number
 
-    def look_up(self, texts: list[str]) -> tuple[np.ndarray, Ids]:
-        """The numbers of texts, int64 [texts], and their ids."""
-        if len(self.ends) > _MOST_PARTS or len(self.ids) > _MOST_IDS:
-            self.clear()
-            self.ids, self.ends = array("q"), array("q", [0])
+    def is_full(self) -> bool:
+        return len(self.ends) > _MOST_PARTS or len(self.ids) > _MOST_IDS
+
+    def forget(self) -> None:
+        self.clear()
+        self.ids, self.ends = array("i"), array("i", [0])
+
+    def drop(self, texts: Iterable[str]) -> None:
+        """Their numbers stay; a text that is given again gets another one."""
+        for text in texts:
+            self.pop(text, None)
+
+    def numbers_of(self, texts: list[str]) -> np.ndarray:
+        """int64 [texts]"""
         numbers = np.fromiter(map(self.__getitem__, texts), np.int64, len(texts))
         new, self.new = self.new, []
         if new:
             ids, lengths = self.learn(new)
-            self.ends.frombytes((self.ends[-1] + np.cumsum(lengths)).tobytes())
-            self.ids.frombytes(ids.tobytes())
-        ends = np.frombuffer(self.ends, np.int64)
+            self.ends.frombytes((self.ends[-1] + np.cumsum(lengths)).astype(np.int32).tobytes())
+            self.ids.frombytes(ids.astype(np.int32).tobytes())
+        return numbers
+
+    def ids_of(self, numbers: np.ndarray) -> Ids:
+        ends = np.frombuffer(self.ends, np.int32)
         starts = ends[numbers]
         lengths = ends[numbers + 1] - starts
         total = np.cumsum(lengths)
-        places = np.repeat(starts - total + lengths, lengths) + np.arange(lengths.sum())
-        for text in new:
-            if len(text) > _LONGEST_PART:
-                del self[text]
-        return numbers, (np.frombuffer(self.ids, np.int64)[places], lengths)
+        places = np.repeat(starts - total + lengths, lengths) + np.arange(total[-1] if len(total) else 0)
+        return np.frombuffer(self.ids, np.int32)[places].astype(np.int64), lengths
 
 
-def _joined(memory: _Memory, parts: list[str], separator: str) -> Ids:
-    """The ids of texts whose parts stand in a row, with a separator between two texts that has no ids."""
-    numbers, (ids, lengths) = memory.look_up(parts)
+def _per_text(of_parts: Ids, between: np.ndarray) -> Ids:
+    """The ids of texts whose parts stand in a row; `between` [parts] says which stand between two texts."""
+    ids, lengths = of_parts
     total = np.cumsum(lengths)
-    between = numbers == memory[separator] if separator in memory else np.zeros(len(numbers), bool)
     return ids, np.diff(np.append(total[between], len(ids)), prepend=0)
 
 

@@ -95,7 +95,7 @@ def _error(answer: dict[str, Any]) -> BaseException:
 
 def serve(store: Path, asked: Iterable[str], answers: TextIO) -> None:
     """In a process of its own: writes the shards whose numbers it is told."""
-    from fastbert.data.shards import write_shard
+    from fastbert.data.shard_writer import write_shard
 
     obey_the_parent_alone(0)
     gc.disable()  # lists of words by the million, none of which is part of a cycle, are not looked through

@@ -1,11 +1,11 @@
 """LazyAdam: one optimizer for dense parameters and for tables of which a batch touches a few rows.
 
 The update itself is an op (`fastbert.ops.lazy_adam`); here are parameter groups and what counts as touched. Options,
-gradients, state, plans and missed steps have a file each. Everything is checked before anything is changed.
+gradients, state, loading, plans and missed steps have a file each. Everything is checked before anything is changed.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -17,9 +17,9 @@ from fastbert.backends.lazy_adam import can_plan
 from fastbert.ops.lazy_adam import check, has_plans
 from fastbert.optim import gradients, replay, state
 from fastbert.optim.gradients import Gradient, Rows
+from fastbert.optim.loading import Loading
 from fastbert.optim.missed import MissedSteps
 from fastbert.optim.options import (
-    DEFAULTS,
     Formula,
     check_choices,
     check_options,
@@ -35,7 +35,7 @@ from fastbert.optim.scaling import Scaling, scaling_of
 from fastbert.optim.shards import first_row, is_shard, local, spread
 
 
-class LazyAdam(MissedSteps, Optimizer):
+class LazyAdam(MissedSteps, Loading, Optimizer):
     """AdamW that moves only the rows a batch touched: weight, both moments and weight decay.
 
     **`weight_decay` is 0.0 unless given, not AdamW's 0.01.** It is decoupled, as in AdamW, and a row decays when it is
@@ -401,56 +401,3 @@ class LazyAdam(MissedSteps, Optimizer):
             idx -= first_row(param)
             return idx if 0 <= idx < len(local(param)) else -1
         return -1 if idx is None else idx
-
-    # ---- copies and files ------------------------------------------------------------------------------------------
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_padding": self._padding}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._checked = []
-        for name, usual in (("_copies", {}), ("_is_captured", False)):  # of one that is loaded into they stay
-            self.__dict__.setdefault(name, usual)
-        self._forget_plans()
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for name, value in {**self.defaults, **DEFAULTS}.items():
-                group.setdefault(name, value)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` of this class or of `torch.optim.Adam`, `AdamW` or `SparseAdam` returned; a copy.
-
-        Options that the saved groups do not name stay as they are here. Where a step was captured as a CUDA graph,
-        state is put where the graph finds it; the graph's options stay those that it was captured with.
-
-        Raises:
-            ValueError: groups or state of another optimizer, or that do not fit or lack a part; options outside their
-                range. Nothing was loaded.
-            TypeError: not a dict, or an option of another type.
-        """
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(f"load_state_dict takes the dict that state_dict() returned, got {type(state_dict)}")
-        saved, in_graph = {}, dict(self.state) if self._is_captured else {}
-
-        # torch casts state to the parameter's dtype while it loads, which would cost float32 moments of bfloat16
-        # parameters their bits: the state is read again, after the users' hooks before and before those after.
-        def check(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            saved.update(state_dict, param_groups=state.check_saved(state_dict, self.param_groups))
-            return saved
-
-        def restore(_: Optimizer) -> None:
-            self.state.clear()
-            for group, own in zip(saved["param_groups"], self.param_groups, strict=True):
-                for key, param in zip(group["params"], own["params"], strict=True):
-                    if its := saved["state"].get(key):
-                        its = {name: local(value) for name, value in its.items()}
-                        its = state.in_place(state.restored(its, local(param), own), in_graph.get(param, {}))
-                        self.state[param] = spread(its, param)
-
-        before = self.register_load_state_dict_pre_hook(check)
-        after = self.register_load_state_dict_post_hook(restore, prepend=True)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            before.remove()
-            after.remove()

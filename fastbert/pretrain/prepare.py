@@ -20,7 +20,8 @@ from fastbert import files
 from fastbert.data.byte_bpe import train_byte_bpe
 from fastbert.data.corpus import Reading, iter_documents
 from fastbert.data.dictionary import say_what_is_not_found
-from fastbert.data.shards import PLAN, open_stores, prepare_store, read_index, read_tokenizer
+from fastbert.data.shard_writer import prepare_store
+from fastbert.data.shards import PLAN, open_stores, read_index, read_tokenizer
 from fastbert.data.sources import find_files
 from fastbert.data.store import TokenStore
 from fastbert.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, special_ids, train_tokenizer

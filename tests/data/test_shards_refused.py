@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from shard_stores import again, content
 
-from fastbert.data import load_tokenizer, open_stores, save_tokenizer, shards, train_tokenizer
+from fastbert.data import load_tokenizer, open_stores, save_tokenizer, shard_writer, train_tokenizer
 from fastbert.data.shards import PLAN, STORE, read_index, read_tokenizer
 
 
@@ -142,12 +142,12 @@ def test_a_call_that_was_killed_at_its_very_end_is_ended(store, corpus, tokenize
 
 def test_a_file_that_changes_while_it_is_read_is_noticed(corpus, tokenizer, tmp_path, monkeypatch):
     shutil.copytree(corpus, tmp_path / "corpus")
-    write_missing = shards._write_missing
+    write_missing = shard_writer._write_missing
 
     def changed(*arguments):
         os.utime(tmp_path / "corpus/b.txt", ns=(1, 1))
         return write_missing(*arguments)
 
-    monkeypatch.setattr(shards, "_write_missing", changed)
+    monkeypatch.setattr(shard_writer, "_write_missing", changed)
     with pytest.raises(ValueError, match=r"b\.txt was changed while the store was being written"):
         again(tmp_path / "store", tmp_path / "corpus", tokenizer)

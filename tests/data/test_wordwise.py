@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from fastbert.data import train_tokenizer, train_unigram
 from fastbert.data.byte_bpe import train_byte_bpe
+from fastbert.data.short_texts import ShortTexts, Texts
 from fastbert.data.wordwise import Encoder
 
 TEXTS = [
@@ -59,15 +60,34 @@ def test_ids_are_the_tokenizer_s(kind, texts):
 
 
 def test_what_is_remembered_is_bounded_and_forgotten_without_harm(monkeypatch):
-    monkeypatch.setattr("fastbert.data.wordwise._MOST_PARTS", 40)
+    monkeypatch.setattr("fastbert.data.wordwise._MOST_PARTS", 64)
     tokenizer = train_tokenizer(TEXTS, 200)
     encoder, largest = Encoder(tokenizer), 0
     for start in range(0, 300, 5):
         texts = [f"the film number{start} has {'z' * 80}{start} and zażółć{i}" for i in range(3)] + TEXTS[:1]
         assert split(*encoder(texts)) == expected(tokenizer, texts)
-        largest = max(largest, len(encoder.parts))
-        assert not any(len(part) > 64 for part in encoder.parts)
-    assert 20 < largest < 80 and len(encoder.parts.ends) < 120
+        assert encoder.short.taken <= 64 and len(encoder.parts.ends) < 128
+        assert all(len(part.encode()) > 15 and len(part) <= 64 for part in encoder.parts)
+        largest = max(largest, encoder.short.taken)
+    assert largest > 40
+
+
+def test_short_texts_are_told_apart_in_a_table_that_is_nearly_full():
+    """By the last byte, by their length, by zero bytes; those that begin at one slot go on to the next ones."""
+    texts = list(
+        dict.fromkeys("a" * length + end for length in range(15) for end in "\0bcdéf"[: 5 if length > 13 else 6])
+    )
+    table, parts = ShortTexts(64), Texts.of(" ".join(texts))
+    short = np.flatnonzero(parts.are_short())
+    chosen = short[np.arange(len(short)) % 2 == 0][:60]
+    keys = tuple(key[chosen] for key in parts.keys)
+    twice = tuple(np.concatenate([key, key]) for key in keys)
+    table.add(twice, np.concatenate([chosen, chosen]).astype(np.int32))
+    found = table.find(parts.keys)
+    assert set(found[chosen] - chosen) == {0}
+    others = np.setdiff1d(short, chosen)
+    assert set(found[others]) == {-1}
+    assert parts.at(np.arange(len(texts))) == texts and not (found[~parts.are_short()] >= 0).any()
 
 
 def test_words_of_several_words_are_found_as_the_tokenizer_finds_them():
