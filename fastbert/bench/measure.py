@@ -62,8 +62,7 @@ def cases(problem: Problem, is_compiled: bool, missing: dict[str, str], judged: 
     """
     variants = {OURS: problem.ours, TORCH: problem.torch, **problem.peers}
     if is_compiled:
-        if not judged:
-            torch.compiler.reset()
+        torch.compiler.reset()  # problems share functions, of which it compiles so many variants and then no more
         theirs = problem.torch
         compiled = torch.compile(theirs.function, dynamic=False)
         variants[peers.COMPILED] = Variant(compiled, theirs.inputs, theirs.dy)

@@ -5,6 +5,7 @@ import csv
 import io
 import os
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from fastbert.version import __version__
 
 TABLE, PAGE = "bench.csv", "bench.html"
 CEILINGS = {"quick": (1 << 28, 1024), "cpu": (1 << 29, 2048), "cuda": (1 << 32, 8192)}  # bytes of a copy; W of W x W
+LONG = 120  # seconds of a sitting after which an op's cases have no other
 
 
 def bench(config: BenchConfig) -> Path:
@@ -50,10 +52,13 @@ def bench(config: BenchConfig) -> Path:
         ways = plan(config, among, missing)
         for sitting in range(SITTINGS):
             try:
-                for _, make in tqdm(ways, f"sitting {sitting + 1} of {SITTINGS}", unit="op", disable=None):
-                    for case in make():
+                for way in tqdm(list(ways), f"sitting {sitting + 1} of {SITTINGS}", unit="op", disable=None):
+                    begun = time.perf_counter()
+                    for case in way[1]():
                         key = case.op, case.shape, case.dtype, case.direction, case.axis
                         taken.setdefault(key, Taken(case)).sit(case, config.rounds, config.limit)
+                    if time.perf_counter() - begun > LONG:
+                        ways.remove(way)
             finally:  # also of a sitting that Ctrl-C ends
                 rows, text = _write_table(config.output, taken.values(), ceilings)
         clocks.append(clock())
