@@ -17,6 +17,10 @@ _ODD = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
 _HALF, _LENGTH = np.uint64(29), np.uint64(56)
 
 
+def is_short(text: str) -> bool:
+    return len(text) <= LONGEST and len(text.encode("utf-8", "surrogatepass")) <= LONGEST
+
+
 class Texts(NamedTuple):
     """What stands between the spaces of a text.
 

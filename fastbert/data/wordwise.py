@@ -17,7 +17,7 @@ from itertools import chain
 import numpy as np
 from tokenizers import Tokenizer
 
-from fastbert.data.short_texts import ShortTexts, Texts
+from fastbert.data.short_texts import ShortTexts, Texts, is_short
 
 Ids = tuple[np.ndarray, np.ndarray]  # of texts in a row: int64 [T], and how many each text has, int64 [texts]
 
@@ -42,7 +42,7 @@ class Encoder:
         self.tokenizer.no_truncation()
         self.tokenizer.encode_special_tokens = True
         self.lowercase = _lowercase_of_wordwise(self.tokenizer)
-        self.parts = _Memory(self._parts)
+        self.parts = _Memory(self._parts, lambda part: len(part) <= _LONGEST_PART and not is_short(part))
         self.short = ShortTexts(2 * _MOST_PARTS)
         self.words = _Memory(self._words)
 
@@ -64,13 +64,10 @@ class Encoder:
         short = parts.are_short()
         numbers = np.where(short, self.short.find(parts.keys), -1)
         if len(new := np.flatnonzero(numbers < 0)):
-            texts = parts.at(new)
-            numbers[new] = self.parts.numbers_of(texts)
+            numbers[new] = self.parts.numbers_of(parts.at(new))
             added = new[short[new]]
             if self.short.has_room(len(added)):
                 self.short.add(tuple(key[added] for key in parts.keys), numbers[added])
-            in_table = short[new].tolist()
-            self.parts.drop(x for x, is_in in zip(texts, in_table, strict=True) if is_in or len(x) > _LONGEST_PART)
         return numbers
 
     def _parts(self, parts: list[str]) -> Ids:
@@ -104,11 +101,12 @@ class _Memory(dict[str, int]):
 
     Args:
         learn: the ids of texts that are new.
+        keeps: says whether a text, given again, shall have the same number.
     """
 
-    def __init__(self, learn: Callable[[list[str]], Ids]):
+    def __init__(self, learn: Callable[[list[str]], Ids], keeps: Callable[[str], bool] = lambda text: True):
         super().__init__()
-        self.learn = learn
+        self.learn, self.keeps = learn, keeps
         self.new: list[str] = []
         self.forget()
 
@@ -124,11 +122,6 @@ class _Memory(dict[str, int]):
         self.clear()
         self.ids, self.ends = array("i"), array("i", [0])
 
-    def drop(self, texts: Iterable[str]) -> None:
-        """Their numbers stay; a text that is given again gets another one."""
-        for text in texts:
-            self.pop(text, None)
-
     def numbers_of(self, texts: list[str]) -> np.ndarray:
         """int64 [texts]"""
         numbers = np.fromiter(map(self.__getitem__, texts), np.int64, len(texts))
@@ -137,6 +130,9 @@ class _Memory(dict[str, int]):
             ids, lengths = self.learn(new)
             self.ends.frombytes((self.ends[-1] + np.cumsum(lengths)).astype(np.int32).tobytes())
             self.ids.frombytes(ids.astype(np.int32).tobytes())
+        for text in new:
+            if not self.keeps(text):
+                del self[text]
         return numbers
 
     def ids_of(self, numbers: np.ndarray) -> Ids:
