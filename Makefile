@@ -34,7 +34,7 @@ demo: $(VENV)/.installed
 
 # Two processes of pytest, as each keeps one core busy. All that needs the emulated kernels is in one half, which compiles
 # them once. Threads that wait sleep: beside another process spinning takes long.
-KERNELS = $(addprefix tests/,ops optim cuda triton patching)
+KERNELS = $(addprefix tests/,ops optim cuda patching)
 test test-nested: $(VENV)/.installed
 	@echo "$@: two halves side by side, whose lines come mixed; each ends with what failed"
 	OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=2000 $(MAKE) --no-print-directory --keep-going --jobs=2 $@-kernels $@-others
