@@ -37,7 +37,7 @@ def ways(options: argparse.Namespace, folder: Path, lines: Path) -> dict[str, tu
 
     def theirs(path: Path, batch: int) -> None:
         model = sentence_transformers.SentenceTransformer(str(init), device="cpu")
-        texts = lines.read_text().splitlines()
+        texts = lines.read_text().removesuffix("\n").split("\n")  # splitlines would split at U+0085 too
         with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
             vectors = model.encode(texts, batch_size=batch, normalize_embeddings=True, show_progress_bar=False)
         np.save(path, vectors)

@@ -12,7 +12,7 @@ import torch
 from pretrain_runs import bad
 
 from fastbert import cli
-from fastbert.bench import peers, plan, problems, products, results, run, step, timing
+from fastbert.bench import peers, plan, problems, products, report, results, run, step, timing
 from fastbert.bench.measure import Taken, cases
 from fastbert.bench.problem import Judge, Variant
 from fastbert.bench.settings import BenchConfig
@@ -206,6 +206,8 @@ def test_a_change_counts_beyond_the_noise_of_both_runs(before, after, factor):
     assert [change.factor for change in found.changes] == ([] if factor is None else [pytest.approx(factor)])
     another = results.compare(written(before, "a"), [row | {"op": "dropout"} for row in written(after, "a")])
     assert another.compared == 0 and len(another.alone) == 2
+    long = results.compare(written(before, "a"), [row | {"sittings": "1"} for row in written(after, "a")])
+    assert (long.compared, long.alone, long.once) == (0, [], 1) and "1 had one sitting" in report.said(long)
 
 
 def test_rounds_begin_with_another_variant_each_and_end_with_the_time():

@@ -39,12 +39,14 @@ def said(compared: Comparison) -> str:
     lines = [f"compared: {note}; ratios hold all the same where both variants gain alike" for note in compared.notes]
     lines += [str(change) for change in compared.changes]
     if not compared.compared:
-        lines.append("the two runs have no ratio in common: nothing can be compared")
+        lines.append("the two runs have no ratio in common that can be compared")
     else:
         lines.append(
             f"{len(compared.changes)} of {compared.compared} ratios changed by more than the spread of both runs and "
             f"{NOISE:.0%}"
         )
+    if compared.once:
+        lines.append(f"{compared.once} had one sitting in one of the runs, as long cases do, and are not compared")
     if compared.alone:
         lines.append(f"{len(compared.alone)} are of one run alone, such as {', '.join(compared.alone[0])}")
     return "\n".join(lines)

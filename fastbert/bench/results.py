@@ -51,8 +51,8 @@ def read(path: Path) -> list[dict[str, str]]:
     sittings = max(int(row["sittings"]) for row in rows)
     if sittings < SITTINGS:
         raise ValueError(
-            f"{path} is of a run that ended after {sittings} of {SITTINGS} sittings: how much its ratios spread is not "
-            "known; measure it anew"
+            f"{path} is of a run that ended after {sittings} of {SITTINGS} sittings, or of long cases alone, which sit "
+            "once: how much its ratios spread is not known; measure it anew, or other ops"
         )
     return rows
 
@@ -86,12 +86,14 @@ class Comparison:
         compared: how many ratios both runs have.
         alone: keys that one of the runs has and the other has not.
         notes: what differs between the two machines.
+        once: how many ratios have too few sittings in one of the runs.
     """
 
     changes: list[Change]
     compared: int
     alone: list[tuple[str, ...]]
     notes: list[str]
+    once: int = 0
 
 
 def compare(old: Iterable[dict[str, str]], new: Iterable[dict[str, str]]) -> Comparison:
@@ -103,6 +105,7 @@ def compare(old: Iterable[dict[str, str]], new: Iterable[dict[str, str]]) -> Com
     """
     old, new = list(old), list(new)
     before, after = _ratios(old), _ratios(new)
+    once = {key for rows in (old, new) for key in _ratios(rows, whole=False)}
     both = [key for key in after if key in before]
     changes = [Change(key, before[key], after[key]) for key in both if _differ(before[key], after[key])]
     changes.sort(key=lambda change: max(change.factor, 1 / change.factor), reverse=True)
@@ -111,14 +114,16 @@ def compare(old: Iterable[dict[str, str]], new: Iterable[dict[str, str]]) -> Com
         for column in ("gpu", "cpu", "threads", "isa", "torch", "python", "fastbert")
         if old[0].get(column, "") != new[0].get(column, "")
     ]
-    return Comparison(changes, len(both), [key for key in {**before, **after} if key not in both], notes)
+    alone = [key for key in {**before, **after} if key not in both and key not in once]
+    return Comparison(changes, len(both), alone, notes, len(once))
 
 
-def _ratios(rows: Iterable[dict[str, str]]) -> dict[tuple[str, ...], tuple[float, float, float]]:
+def _ratios(rows: Iterable[dict[str, str]], whole: bool = True) -> dict[tuple[str, ...], tuple[float, float, float]]:
+    """RATIOS of what sat as often as a run does, or, if not `whole`, of what sat less often."""
     found = {}
     for row in rows:
-        whole = row["ratio_fastest"] and int(row["sittings"]) == SITTINGS
-        if whole and row["variant"] not in (row["reference"], COPY):
+        wanted = row["ratio_fastest"] and (int(row["sittings"]) == SITTINGS) == whole
+        if wanted and row["variant"] not in (row["reference"], COPY):
             low, middle, high = (float(row[name]) for name in RATIOS)
             found[tuple(row[name] for name in KEY)] = (low, middle, high)
     return found

@@ -23,7 +23,7 @@ from fastbert.version import __version__
 
 TABLE, PAGE = "bench.csv", "bench.html"
 CEILINGS = {"quick": (1 << 28, 1024), "cpu": (1 << 29, 2048), "cuda": (1 << 32, 8192)}  # bytes of a copy; W of W x W
-LONG = 120  # seconds of a sitting after which an op's cases have no other
+LONG = 120  # seconds that the timed cases of an op take, after which they have no other sitting
 
 
 def bench(config: BenchConfig) -> Path:
@@ -51,10 +51,13 @@ def bench(config: BenchConfig) -> Path:
         ceilings = rates.measure(config.dtype, *CEILINGS["quick" if config.quick else config.device])
         ways = plan(config, among, missing)
         for sitting in range(SITTINGS):
+            if not ways:
+                break
             try:
                 for way in tqdm(list(ways), f"sitting {sitting + 1} of {SITTINGS}", unit="op", disable=None):
+                    cases = way[1]()
                     begun = time.perf_counter()
-                    for case in way[1]():
+                    for case in cases:
                         key = case.op, case.shape, case.dtype, case.direction, case.axis
                         taken.setdefault(key, Taken(case)).sit(case, config.rounds, config.limit)
                     if time.perf_counter() - begun > LONG:

@@ -44,7 +44,7 @@ class Encoder:
         self.lowercase = _lowercase_of_wordwise(self.tokenizer)
         self.parts = _Memory(self._parts, lambda part: len(part) <= _LONGEST_PART and not is_short(part))
         self.short = ShortTexts(2 * _MOST_PARTS)
-        self.words = _Memory(self._words)
+        self.words = _Memory(self._words, lambda word: len(word) <= _LONGEST_PART)
 
     def __call__(self, sentences: list[str]) -> Ids:
         """The ids of all sentences in a row, int64 [T], and how many each has, int64 [sentences], 0 of an empty one."""
@@ -66,6 +66,7 @@ class Encoder:
         if len(new := np.flatnonzero(numbers < 0)):
             numbers[new] = self.parts.numbers_of(parts.at(new))
             added = new[short[new]]
+            added = added[np.unique(numbers[added], return_index=True)[1]]
             if self.short.has_room(len(added)):
                 self.short.add(tuple(key[added] for key in parts.keys), numbers[added])
         return numbers
@@ -107,7 +108,6 @@ class _Memory(dict[str, int]):
     def __init__(self, learn: Callable[[list[str]], Ids], keeps: Callable[[str], bool] = lambda text: True):
         super().__init__()
         self.learn, self.keeps = learn, keeps
-        self.new: list[str] = []
         self.forget()
 
     def __missing__(self, text: str) -> int:
@@ -120,16 +120,24 @@ class _Memory(dict[str, int]):
 
     def forget(self) -> None:
         self.clear()
+        self.new: list[str] = []
         self.ids, self.ends = array("i"), array("i", [0])
 
     def numbers_of(self, texts: list[str]) -> np.ndarray:
         """int64 [texts]"""
-        numbers = np.fromiter(map(self.__getitem__, texts), np.int64, len(texts))
+        try:
+            numbers = np.fromiter(map(self.__getitem__, texts), np.int64, len(texts))
+            if self.new:
+                ids, lengths = self.learn(self.new)
+                ends = (self.ends[-1] + np.cumsum(lengths)).astype(np.int32)
+                self.ids.frombytes(ids.astype(np.int32).tobytes())
+                self.ends.frombytes(ends.tobytes())
+        except BaseException:  # such as of text that is no Unicode: the numbers just given have no ids
+            for text in self.new:
+                self.pop(text, None)
+            self.new = []
+            raise
         new, self.new = self.new, []
-        if new:
-            ids, lengths = self.learn(new)
-            self.ends.frombytes((self.ends[-1] + np.cumsum(lengths)).astype(np.int32).tobytes())
-            self.ids.frombytes(ids.astype(np.int32).tobytes())
         for text in new:
             if not self.keeps(text):
                 del self[text]

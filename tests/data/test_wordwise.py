@@ -72,6 +72,17 @@ def test_what_is_remembered_is_bounded_and_forgotten_without_harm(monkeypatch):
     assert largest > 40
 
 
+def test_neither_long_words_nor_a_text_that_raised_are_remembered():
+    tokenizer = train_tokenizer(TEXTS, 200)
+    encoder = Encoder(tokenizer)
+    encoder(["x" * 1000 + " the film"])
+    assert max(map(len, [*encoder.words, *encoder.parts])) <= 64
+    with pytest.raises(TypeError):
+        encoder(["hello", "\ud800"])
+    for texts in (["un"], ["hello"], ["the cast"]):
+        assert split(*encoder(texts)) == expected(tokenizer, texts)
+
+
 def test_short_texts_are_told_apart_in_a_table_that_is_nearly_full():
     """By the last byte, by their length, by zero bytes; those that begin at one slot go on to the next ones."""
     texts = list(
