@@ -137,6 +137,14 @@ def test_an_interrupted_run_keeps_what_was_measured(tiny, tmp_path, monkeypatch,
     assert {row["case"] + row["pass"] for row in rows_of(tmp_path)} == {case.shape + case.direction for case in sat[:3]}
 
 
+def test_what_takes_long_sits_once(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "LONG", 0.0)
+    bench(monkeypatch, "--output", tmp_path, "--only", "gelu", "--dtype", "float32")
+    with open(tmp_path / "bench.csv", newline="") as file:
+        assert {row["sittings"] for row in csv.DictReader(file)} == {"1"}
+    assert (tmp_path / "bench.html").is_file()
+
+
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(tiny, monkeypatch, capsys):
     monkeypatch.setattr(run.rates, "measure", lambda *_: pytest.fail("it was measured"))
     assert "/proc/bench" in bad(capsys, monkeypatch, "bench", "--quick", "--output", "/proc/bench")
@@ -253,6 +261,16 @@ def test_others_are_judged_and_left_out_where_they_raise(monkeypatch):
     verdict = Judge(problem).another(nan)
     assert verdict.error is None and "loss is off by nan" in verdict.wrong
     assert list(missing) == ["quack, cross_entropy 4 x 60 float32"] and "TypeError" in missing[next(iter(missing))]
+
+
+def test_every_sitting_compiles_anew(monkeypatch):
+    """What torch.compile remembers of other problems counts towards its limit, past which it runs eagerly."""
+    called, judged = [], {}
+    monkeypatch.setattr(torch.compiler, "reset", lambda: called.append("reset"))
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: called.append("compile") or function)
+    for _ in range(2):
+        cases(problems.gelu(8, 48, torch.float32), True, {}, judged)
+    assert called == ["reset", "compile"] * 2
 
 
 def test_peers_that_are_not_here_have_a_reason(monkeypatch):

@@ -96,7 +96,7 @@ class ShortTexts:
 
     def add(self, keys: tuple[np.ndarray, np.ndarray], numbers: np.ndarray) -> None:
         """Adds texts that it does not have; one may stand there more than once, with the same number."""
-        self.taken += len(numbers)  # or less
+        self.taken += len(numbers)  # at most: those that stand there twice take one slot
         slot = self._slots(keys)
         while len(slot):
             free = self.following[slot] == 0

@@ -21,7 +21,7 @@ from fastbert.data.short_texts import ShortTexts, Texts, is_short
 
 Ids = tuple[np.ndarray, np.ndarray]  # of texts in a row: int64 [T], and how many each text has, int64 [texts]
 
-# What is remembered is forgotten as a whole when it becomes more than this, some 60 MB.
+# What is remembered is forgotten as a whole when it becomes more than this, some 200 MB.
 _MOST_PARTS = 1 << 19
 _MOST_IDS = 1 << 22
 _LONGEST_PART = 64  # characters; a longer stretch without a space is rarely seen twice
